@@ -1,0 +1,47 @@
+# make demo, make test: both set up .venv by themselves. PYTHON names the interpreter to build it with (3.11 or later).
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+DEMO_OUTPUT ?= runs/demo
+JOBS ?= 2
+
+.PHONY: help install demo test check format bench clean
+
+help:
+	@echo "make demo    train the embedded model on the embedded data (about two minutes) and print the scores"
+	@echo "make test    run the tests"
+	@echo "make check   lint, types, import direction"
+	@echo "make format  rewrite the code in the house style"
+	@echo "make bench   run the benchmarks"
+
+install: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or later is needed, this is " + sys.version + "; name another with make PYTHON=python3.12")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt "torch==2.13.0"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	@touch $(READY)
+
+demo: $(READY)
+	@rm -rf $(DEMO_OUTPUT)
+	$(BIN)/fedmllm train experiments/quickstart.yaml --output $(DEMO_OUTPUT)
+
+test: $(READY)
+	$(BIN)/python -m pytest --numprocesses=$(JOBS) --quiet -m "not slow"
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(READY)
+	$(BIN)/python benchmarks/run.py
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
