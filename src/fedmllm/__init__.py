@@ -1,0 +1,41 @@
+"""Federated fine-tuning of multimodal LLMs across clients whose modalities differ.
+
+    import fedmllm
+
+    experiment = fedmllm.Experiment.load("experiments/quickstart.yaml", ["federation.num_rounds=5"])
+    result = fedmllm.train(experiment, "runs/mine")
+    print(result.scores)
+
+Heavy imports happen when a name is first used, so that ``import fedmllm`` and the command line's help stay fast.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fedmllm.benchmark.report import write_report
+    from fedmllm.benchmark.results import RunResult
+    from fedmllm.benchmark.run import train
+    from fedmllm.config import Experiment
+    from fedmllm.errors import FedMLLMError
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Experiment": "fedmllm.config",
+    "FedMLLMError": "fedmllm.errors",
+    "RunResult": "fedmllm.benchmark.results",
+    "train": "fedmllm.benchmark.run",
+    "write_report": "fedmllm.benchmark.report",
+}
+
+__all__ = ["Experiment", "FedMLLMError", "RunResult", "__version__", "train", "write_report"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name from its module when it is first asked for."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'fedmllm' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

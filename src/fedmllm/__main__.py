@@ -1,0 +1,6 @@
+"""``python -m fedmllm``."""
+
+from fedmllm.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""The nouns that the rooms pass to each other. Data only: no behavior beyond simple derived properties."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
+Modality = str
+"""Name of a kind of content, e.g. ``"image"`` or ``"text"``. Code never assumes that there are only two."""
+
+Weights = dict[str, "Tensor"]
+"""Trainable tensors by parameter name; float32 on the server."""
+
+Metrics = dict[str, float]
+"""Named numbers, each finite."""
+
+AnswerType = Literal["choice", "open", "closed"]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One question about some content, and its answer.
+
+    Attributes:
+        id: unique within a dataset, stable under the order of its files.
+        question: what is asked. It is never dropped: without it there is no task.
+        answer: the right answer, one of ``options`` if there are any.
+        content: what the question is about, by modality: ``{"image": Path or PIL image, "text": str}``. A scenario
+            drops entries from here.
+        options: the answers to choose from, in the order shown; empty when the answer is free text.
+        category: the class used for label skew and for counting: the answer for classification, the kind of question
+            for question answering.
+        answer_type: how the answer is scored, and under which heading.
+    """
+
+    id: str
+    question: str
+    answer: str
+    content: Mapping[Modality, str | Path | Image]
+    options: tuple[str, ...] = ()
+    category: str = ""
+    answer_type: AnswerType = "choice"
+
+    @property
+    def label(self) -> int:
+        """Position of the answer among the options."""
+        return self.options.index(self.answer)
+
+    @property
+    def modalities(self) -> tuple[Modality, ...]:
+        """What this sample holds, in alphabetical order."""
+        return tuple(sorted(self.content))
+
+
+@dataclass(frozen=True)
+class Part:
+    """A piece of a message: text, or content of another modality to be decoded by the model's processor."""
+
+    type: Modality
+    value: str | Path | Image
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a chat."""
+
+    role: Literal["system", "user", "assistant"]
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True)
+class Broadcast:
+    """What the server sends to every client of a round.
+
+    Attributes:
+        round_num: the round, counted from 0.
+        weights: the global weights the clients start from.
+        extras: further tensors that a method needs at its clients (SCAFFOLD's server control, say).
+    """
+
+    round_num: int
+    weights: Weights
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ClientUpdate:
+    """What one client sends back.
+
+    Attributes:
+        client: the client's id.
+        update: client minus global, by parameter name.
+        num_samples: how many samples the client trained on; its weight in the average.
+        metrics: the client's own numbers, e.g. its mean training loss.
+    """
+
+    client: str
+    update: Weights
+    num_samples: int
+    metrics: Metrics = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the model answered to one sample.
+
+    Attributes:
+        sample: the sample asked.
+        answer: the option of highest probability, or the generated text; None when the answer could not be read,
+            which counts as a failure and never as a class.
+        probabilities: one per option, summing to 1; empty for free answers.
+    """
+
+    sample: Sample
+    answer: str | None
+    probabilities: tuple[float, ...] = ()
+
+
+Record = dict[str, Any]
+"""A JSON object."""
