@@ -1,0 +1,52 @@
+"""The embedded data: real handwritten digits composed with text into small cousins of the benchmark's datasets.
+
+Four tasks of one kind of picture, generated from the seed; because the generator is known, so is the best possible
+score, from the picture alone, the text alone and both (``ceilings``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from fedmllm.data.datasets.base import Dataset, DatasetRequest, Metric
+from fedmllm.data.datasets.digits import claims, triage, vqa
+from fedmllm.data.datasets.digits.scans import Split
+from fedmllm.randomness import generator
+from fedmllm.types import Modality, Sample
+
+NUM_TRAIN, NUM_TEST = 1600, 400
+
+
+@dataclass(frozen=True)
+class _Task:
+    generate: Callable[[int, Split, np.random.Generator], Sample]
+    ceilings: Callable[[], Mapping[str, float]]
+    metric: Metric
+    modalities: tuple[Modality, ...]
+
+
+_TASKS = {
+    "digits-claims": _Task(claims.generate, claims.ceilings, "auc", ("image", "text")),
+    "digits-triage": _Task(triage.generate, triage.ceilings, "macro_f1", ("image", "text")),
+    "digits-vqa": _Task(vqa.generate_vqa, vqa.vqa_ceilings, "accuracy", ("image",)),
+    "digits-cards": _Task(vqa.generate_card, vqa.card_ceilings, "accuracy", ("text",)),
+}
+
+
+def loader(name: str) -> Callable[[DatasetRequest], Dataset]:
+    """The loader of one task. Sample i of a split depends on the seed and i alone, not on how many are asked for."""
+
+    def load(request: DatasetRequest) -> Dataset:
+        task = _TASKS[name]
+
+        def draw(split: Split, count: int) -> tuple[Sample, ...]:
+            return tuple(task.generate(i, split, generator(request.seed, name, split, i)) for i in range(count))
+
+        train = draw("train", NUM_TRAIN if request.num_train is None else request.num_train)
+        test = draw("test", NUM_TEST if request.num_test is None else request.num_test)
+        return Dataset(name, task.metric, train, test, task.modalities, task.ceilings())
+
+    return load

@@ -1,0 +1,69 @@
+"""digits-claims: is a message about a picture of two digits misleading? Two classes, AUC; cousin of Hateful-Memes.
+
+The world, from which samples are drawn and the ceilings computed:
+
+    misleading      y ~ Bernoulli(0.4)
+    picture         two digits, uniform; ink ~ P(ink | y), so the picture alone says something
+    text            a source ~ P(source | y), so the text alone says something, and a statement of one digit,
+                    false with probability 0.95 if misleading, 0.05 if not, so both together say much more
+"""
+
+from __future__ import annotations
+
+from itertools import product
+
+import numpy as np
+
+from fedmllm.data.datasets.digits.scans import INKS, Split, sheet
+from fedmllm.types import Sample
+
+QUESTION = "Is it misleading?"
+OPTIONS = ("no", "yes")
+P_MISLEADING = 0.4
+P_FALSE = {False: 0.05, True: 0.95}
+P_INK = {False: (0.35, 0.15, 0.35, 0.15), True: (0.15, 0.35, 0.15, 0.35)}
+SOURCES = ("a nurse", "the manual", "a stranger", "some flyer")
+P_SOURCE = {False: (0.35, 0.35, 0.15, 0.15), True: (0.15, 0.15, 0.35, 0.35)}
+_WORDINGS = (
+    "{source} says the {side} digit is {digit}",
+    "according to {source}, {digit} is on the {side}",
+    "{source} claims: {side} {digit}",
+)
+
+
+def generate(index: int, split: Split, rng: np.random.Generator) -> Sample:
+    """One sample of the world above."""
+    misleading = bool(rng.random() < P_MISLEADING)
+    digits = tuple(int(d) for d in rng.integers(0, 10, size=2))
+    ink = str(rng.choice(list(INKS), p=P_INK[misleading]))
+    source = str(rng.choice(SOURCES, p=P_SOURCE[misleading]))
+    side = int(rng.integers(2))
+    false = rng.random() < P_FALSE[misleading]
+    stated = (digits[side] + int(rng.integers(1, 10))) % 10 if false else digits[side]
+    wording = str(rng.choice(_WORDINGS))
+    text = wording.format(source=source, side=("left", "right")[side], digit=stated)
+    answer = OPTIONS[misleading]
+    return Sample(
+        id=f"claims-{split}-{index:06d}",
+        question=QUESTION,
+        answer=answer,
+        options=OPTIONS,
+        category=answer,
+        content={"image": sheet(digits, ink, split, rng), "text": text},
+    )
+
+
+def ceilings() -> dict[str, float]:
+    """The exact AUC of ranking by the likelihood ratio: the optimum (Neyman-Pearson), from each source of evidence."""
+    ink = {y: np.array(P_INK[y]) for y in (False, True)}
+    source = {y: np.array(P_SOURCE[y]) for y in (False, True)}
+    false = {y: np.array((1 - P_FALSE[y], P_FALSE[y])) for y in (False, True)}
+    both = {y: np.array([a * b * c for a, b, c in product(ink[y], source[y], false[y])]) for y in (False, True)}
+    return {"both": _auc(both[False], both[True]), "image": _auc(ink[False], ink[True]), "text": _auc(source[False], source[True])}
+
+
+def _auc(honest: np.ndarray, misleading: np.ndarray) -> float:
+    """P(ratio of a misleading draw > ratio of an honest one) + P(equal) / 2, by enumeration of all outcomes."""
+    ratio = np.round(misleading / honest, 12)
+    wins = (ratio[:, None] > ratio[None, :]) + 0.5 * (ratio[:, None] == ratio[None, :])
+    return float(misleading @ wins @ honest)
