@@ -1,0 +1,1 @@
+"""Vision-language models: loading, encoding, adapters, and the embedded one."""

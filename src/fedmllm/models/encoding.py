@@ -1,0 +1,103 @@
+"""Messages to tensors, and the answer's log-likelihood.
+
+Sequences are padded on the left, so that the answers of a batch end in the same column: the logits of the last few
+columns are all that training and scoring ever compute, whatever the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fedmllm.errors import ModelError
+from fedmllm.models.load import VisionLanguageModel
+from fedmllm.types import Message
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One prompt with its answer.
+
+    Attributes:
+        input_ids: prompt then answer, shape (length,).
+        answer_length: how many of the last tokens are the answer, its end token included.
+        extras: the processor's further tensors (``pixel_values`` and the like), stacked along their first axis.
+    """
+
+    input_ids: Tensor
+    answer_length: int
+    extras: dict[str, Tensor]
+
+    @property
+    def prompt_ids(self) -> Tensor:
+        """The prompt alone."""
+        return self.input_ids[: len(self.input_ids) - self.answer_length]
+
+    @property
+    def answer_ids(self) -> Tensor:
+        """The answer alone."""
+        return self.input_ids[len(self.input_ids) - self.answer_length :]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Padded samples on the model's device.
+
+    Attributes:
+        inputs: what the model's ``forward`` takes: ``input_ids`` and ``attention_mask`` of shape (samples, length), extras.
+        answer_mask: which of the last ``answer_mask.shape[1]`` columns belong to each sample's answer.
+    """
+
+    inputs: dict[str, Tensor]
+    answer_mask: Tensor
+
+
+def encode(vlm: VisionLanguageModel, messages: Sequence[Message], answer: str) -> Encoded:
+    """One sample as tensors.
+
+    Raises:
+        ModelError: if prompt and answer exceed the model's context.
+    """
+    prompt, completion = vlm.family.render(vlm.processor, messages, answer)
+    tensors = vlm.family.prompt_tensors(vlm.processor, prompt, messages)
+    prompt_ids = tensors.pop("input_ids")[0]
+    answer_ids = vlm.tokenizer(completion, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
+    ids = torch.cat([prompt_ids, answer_ids])
+    if len(ids) > vlm.max_length:
+        raise ModelError(
+            f"a sample takes {len(ids)} tokens, the model's limit is {vlm.max_length}: shorten the text or raise model.max_length"
+        )
+    return Encoded(ids, len(answer_ids), tensors)
+
+
+def collate(vlm: VisionLanguageModel, samples: Sequence[Encoded], with_answers: bool = True) -> Batch:
+    """Pad samples on the left into one batch; ``with_answers=False`` leaves the prompts only, to continue from."""
+    rows = [sample.input_ids if with_answers else sample.prompt_ids for sample in samples]
+    length, answers = max(map(len, rows)), max(sample.answer_length for sample in samples)
+    input_ids = torch.full((len(rows), length), vlm.pad_token_id)
+    attention_mask = torch.zeros(len(rows), length, dtype=torch.long)
+    answer_mask = torch.zeros(len(rows), answers, dtype=torch.bool)
+    for i, (row, sample) in enumerate(zip(rows, samples, strict=True)):
+        input_ids[i, length - len(row) :] = row
+        attention_mask[i, length - len(row) :] = 1
+        answer_mask[i, answers - sample.answer_length :] = True
+    names = sorted({name for sample in samples for name in sample.extras})
+    inputs = {name: torch.cat([s.extras[name] for s in samples if name in s.extras]) for name in names}
+    inputs |= {"input_ids": input_ids, "attention_mask": attention_mask}
+    return Batch({k: v.to(vlm.device) for k, v in inputs.items()}, answer_mask.to(vlm.device))
+
+
+def answer_nll(vlm: VisionLanguageModel, batch: Batch) -> Tensor:
+    """Negative log-likelihood of each answer token, shape (samples, answer columns), 0 outside the answers.
+
+    ``nll[i, t] = -log p(token t of answer i | its prompt, the tokens before t)``, in nats and float32.
+    """
+    columns = batch.answer_mask.shape[1]
+    logits = vlm.model(**batch.inputs, logits_to_keep=columns + 1, use_cache=False).logits[:, :-1]
+    targets = batch.inputs["input_ids"][:, -columns:]
+    nll = F.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none")
+    return nll * batch.answer_mask

@@ -1,0 +1,145 @@
+"""Loading a vision-language model: the embedded one, a Transformers folder or a hub id, all on one path."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from safetensors import SafetensorError
+
+from fedmllm.errors import ModelError
+from fedmllm.models.families import family_of
+from fedmllm.models.families.generic import ModelFamily
+
+NANO_FOLDER = Path(__file__).parent / "nano" / "folder"
+"""The embedded model, an ordinary Transformers folder."""
+
+
+class ModelConfig(BaseModel):
+    """Which model to fine-tune, and how to hold it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = "nano"
+    """``nano`` (embedded), a Transformers folder, or a hub id."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Number format of the frozen weights; with bfloat16 the forward pass runs under autocast and LoRA stays float32."""
+    max_length: int = Field(1024, gt=0)
+    """Longest prompt plus answer in tokens; the model's own limit applies where it is lower."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Off: such code can do anything that you can."""
+
+
+@dataclass(frozen=True)
+class VisionLanguageModel:
+    """A model with what is needed to feed it.
+
+    Attributes:
+        name: as the user wrote it.
+        model: the Transformers model, or the PEFT model around it.
+        processor: turns chats and pictures into tensors.
+        family: what is particular to this kind of model.
+        device: where the model stands.
+        max_length: longest sequence in tokens.
+    """
+
+    name: str
+    model: Any
+    processor: Any
+    family: ModelFamily
+    device: torch.device
+    max_length: int
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def tokenizer(self) -> Any:
+        """The processor's tokenizer."""
+        return self.processor.tokenizer
+
+    @property
+    def pad_token_id(self) -> int:
+        """The token that fills short rows; the end token where the tokenizer has no padding of its own."""
+        pad = self.tokenizer.pad_token_id
+        return int(self.tokenizer.eos_token_id if pad is None else pad)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The context for a forward pass: mixed precision if the frozen weights are bfloat16."""
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+
+def choose_device(device: str) -> torch.device:
+    """``auto`` is the GPU if there is one, else the CPU; any other name is taken as PyTorch writes it.
+
+    Raises:
+        ModelError: if the name is unknown or the device is not there.
+    """
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    try:
+        chosen = torch.device(name)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(f"engine.device: {device!r} cannot be used ({str(error).splitlines()[0]}); use auto or cpu") from error
+    return chosen
+
+
+def model_source(name: str) -> str:
+    """What ``from_pretrained`` is given for a name: ``nano`` stands for the embedded folder."""
+    return str(NANO_FOLDER) if name == "nano" else name
+
+
+def load_model(config: ModelConfig, device: torch.device) -> VisionLanguageModel:
+    """Load model and processor, frozen and in evaluation mode.
+
+    Raises:
+        ModelError: if the folder has no config, weights, processor or chat template, or its code is not trusted.
+    """
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    source, options = model_source(config.name), {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    _check_folder(config.name, Path(source))
+    dtype = getattr(torch, config.dtype)
+    try:
+        processor = AutoProcessor.from_pretrained(source, **options)
+        model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, use_safetensors=True, **options)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"model.name: {config.name!r} cannot be loaded: {_first_lines(error)}") from error
+    if getattr(processor, "chat_template", None) is None:
+        raise ModelError(f"model.name: {config.name!r} has no chat template; use an instruction-tuned checkpoint")
+    model.requires_grad_(False).eval().to(device)
+    limit = min(config.max_length, _context(model))
+    return VisionLanguageModel(config.name, model, processor, family_of(model.config.model_type), device, limit, dtype)
+
+
+def _check_folder(name: str, folder: Path) -> None:
+    """Name the missing file of a local folder, rather than pass on a search through a hub that was never meant."""
+    if not folder.is_dir():
+        if name.startswith((".", "/", "~")) or name.count("/") > 1:
+            raise ModelError(f"model.name: {name!r} is not a folder; give a Transformers folder, a hub id or 'nano'")
+        return
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"model.name: {name!r} has no config.json; it is not a Transformers folder")
+    if not any(folder.glob("*.safetensors")):
+        others = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+        hint = (
+            f"only {', '.join(others)}, which can run code when read: convert to safetensors" if others else "download them, or use 'nano'"
+        )
+        raise ModelError(f"model.name: {name!r} has no weights in *.safetensors ({hint})")
+
+
+def _context(model: Any) -> int:
+    text = model.config.get_text_config()
+    return int(getattr(text, "max_position_embeddings", None) or 1 << 30)
+
+
+def _first_lines(error: Exception) -> str:
+    return " ".join(str(error).split())[:400]

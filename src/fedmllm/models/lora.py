@@ -1,0 +1,132 @@
+"""LoRA on the decoder: attach it, read and write its tensors, save a standard PEFT folder."""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from fedmllm.errors import ModelError
+from fedmllm.models.load import VisionLanguageModel
+from fedmllm.randomness import torch_randomness
+from fedmllm.types import Weights
+
+
+class LoraConfig(BaseModel):
+    """Low-rank adapters: ``W x`` becomes ``W x + (alpha / r) B A x`` (Hu et al., 2021, arXiv 2106.09685)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    r: int = Field(8, gt=0)
+    """Rank of the update."""
+    alpha: float = Field(16, gt=0)
+    """Scale; the update is multiplied by alpha / r."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Probability with which an input of the adapter is zeroed in training."""
+    targets: Literal["attention", "all-linear"] = "attention"
+    """Which linear layers of the decoder: q, k, v, o, or the feed-forward layers too."""
+
+
+def attach_lora(vlm: VisionLanguageModel, config: LoraConfig, seed: int) -> VisionLanguageModel:
+    """The model with trainable adapters on its decoder: A random, drawn from the seed, B zero, so that nothing changes yet.
+
+    Raises:
+        ModelError: if no layer of the decoder matches the targets.
+    """
+    import peft
+
+    pattern = vlm.family.lora_modules(vlm.model, config.targets)
+    settings = peft.LoraConfig(r=config.r, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=pattern, bias="none")
+    try:
+        with torch_randomness(vlm.device, seed, "lora"), _without_deprecations():
+            model = peft.get_peft_model(vlm.model, settings)
+    except ValueError as error:
+        raise ModelError(f"lora.targets: {config.targets} names no layer of {vlm.name!r}'s decoder ({pattern})") from error
+    settings.base_model_name_or_path = vlm.name
+    return replace(vlm, model=model)
+
+
+def load_adapter(vlm: VisionLanguageModel, folder: Path) -> VisionLanguageModel:
+    """The model with the adapter of a PEFT folder, frozen.
+
+    Raises:
+        ModelError: if the folder holds no adapter in safetensors, or it does not fit the model.
+    """
+    import peft
+
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / name).is_file():
+            raise ModelError(f"{folder}: no {name}; give a run folder or a PEFT adapter folder")
+    try:
+        with _without_deprecations():
+            model = peft.PeftModel.from_pretrained(vlm.model, str(folder))
+    except (RuntimeError, ValueError, KeyError, OSError, SafetensorError) as error:
+        raise ModelError(f"{folder}: the adapter does not fit model {vlm.name!r}: {' '.join(str(error).split())[:300]}") from error
+    return replace(vlm, model=model.eval())
+
+
+@contextmanager
+def _without_deprecations() -> Iterator[None]:
+    """PEFT reads an attribute that Transformers has renamed; the warning is theirs to heed and nothing a user can act on."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+        yield
+
+
+def trainable(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Trainable parameters under the names a PEFT file gives them."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            yield name.replace(".default.", "."), parameter
+
+
+def read_weights(model: nn.Module) -> Weights:
+    """A float32 copy of the trainable parameters, on the CPU."""
+    return {name: parameter.detach().to("cpu", torch.float32, copy=True) for name, parameter in trainable(model)}
+
+
+@torch.no_grad()
+def write_weights(model: nn.Module, weights: Weights) -> None:
+    """Set the trainable parameters.
+
+    Raises:
+        ModelError: if names or shapes differ from the model's.
+    """
+    own = dict(trainable(model))
+    if mismatch := describe_mismatch(weights, own):
+        raise ModelError(f"the weights do not fit the model: {mismatch}")
+    for name, parameter in own.items():
+        parameter.copy_(weights[name])
+
+
+def describe_mismatch(weights: Weights, expected: Weights) -> str | None:
+    """The first difference in names or shapes, in words; None if there is none."""
+    if missing := sorted(expected.keys() - weights.keys()):
+        return f"{len(missing)} tensors are missing, e.g. {missing[0]}"
+    if unknown := sorted(weights.keys() - expected.keys()):
+        return f"{len(unknown)} tensors are unknown, e.g. {unknown[0]}"
+    for name, tensor in expected.items():
+        if weights[name].shape != tensor.shape:
+            return f"{name} has shape {tuple(weights[name].shape)}, expected {tuple(tensor.shape)}"
+    return None
+
+
+def save_adapter(vlm: VisionLanguageModel, weights: Weights, folder: Path) -> None:
+    """Save as a folder that ``PeftModel.from_pretrained`` loads; a folder of that name is replaced as a whole."""
+    model: Any = vlm.model
+    write_weights(model, weights)
+    draft = folder.with_name(f".{folder.name}.draft")
+    shutil.rmtree(draft, ignore_errors=True)
+    # "auto" would ask a hub whether the vocabulary was resized.
+    model.save_pretrained(str(draft), save_embedding_layers=False)
+    shutil.rmtree(folder, ignore_errors=True)
+    draft.rename(folder)
