@@ -1,0 +1,70 @@
+"""Asking a model: options by their probabilities, free answers by greedy decoding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fedmllm.data.prompts import letters
+from fedmllm.errors import ModelError
+from fedmllm.models.encoding import Encoded, collate
+from fedmllm.models.load import VisionLanguageModel
+from fedmllm.types import Prediction, Sample
+
+
+@torch.inference_mode()
+def choose(vlm: VisionLanguageModel, samples: Sequence[Sample], encoded: Sequence[Encoded]) -> list[Prediction]:
+    """Multiple choice in one forward pass: ``p_i = softmax_i(logit of option i's letter)`` right after the prompt.
+
+    Raises:
+        ModelError: if the tokenizer does not give each letter a first token of its own.
+    """
+    batch = collate(vlm, encoded, with_answers=False)
+    with vlm.autocast():
+        logits = vlm.model(**batch.inputs, logits_to_keep=1, use_cache=False).logits[:, -1].float().cpu()
+    return [_choice(sample, row, _letter_tokens(vlm, sample)) for sample, row in zip(samples, logits, strict=True)]
+
+
+def _choice(sample: Sample, logits: Tensor, tokens: list[int]) -> Prediction:
+    probabilities = torch.softmax(logits[tokens].double(), dim=0)
+    if not torch.isfinite(probabilities).all():
+        return Prediction(sample, None)
+    return Prediction(sample, sample.options[int(probabilities.argmax())], tuple(probabilities.tolist()))
+
+
+def _letter_tokens(vlm: VisionLanguageModel, sample: Sample) -> list[int]:
+    """The first token of each option's letter."""
+    rows = vlm.tokenizer(list(letters(sample.options)), add_special_tokens=False)["input_ids"]
+    tokens = [row[0] for row in rows]
+    if len(set(tokens)) < len(tokens):
+        raise ModelError(f"the tokenizer of {vlm.name!r} does not tell the options' letters apart by their first token")
+    return tokens
+
+
+@torch.inference_mode()
+def generate(vlm: VisionLanguageModel, samples: Sequence[Sample], encoded: Sequence[Encoded], max_new_tokens: int) -> list[Prediction]:
+    """Greedy answers. One that is empty or does not end within ``max_new_tokens`` is a failure."""
+    batch = collate(vlm, encoded, with_answers=False)
+    with vlm.autocast():
+        output = vlm.model.generate(
+            **batch.inputs, do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, pad_token_id=vlm.pad_token_id
+        )
+    new = output[:, batch.inputs["input_ids"].shape[1] :].cpu()
+    ends = _end_tokens(vlm)
+    return [Prediction(sample, _read(vlm, row, ends)) for sample, row in zip(samples, new, strict=True)]
+
+
+def _end_tokens(vlm: VisionLanguageModel) -> list[int]:
+    end = vlm.model.generation_config.eos_token_id
+    return list(end) if isinstance(end, list) else [int(end)]
+
+
+def _read(vlm: VisionLanguageModel, tokens: Tensor, ends: list[int]) -> str | None:
+    """The text before the first end token; None if there is no end or no text."""
+    stops = torch.isin(tokens, torch.tensor(ends)).nonzero()
+    if len(stops) == 0:
+        return None
+    text = vlm.tokenizer.decode(tokens[: int(stops[0])], skip_special_tokens=True).strip()
+    return text or None

@@ -1,0 +1,65 @@
+"""A model's score on a set of samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from fedmllm.evaluation.answers import choose, generate
+from fedmllm.evaluation.metrics import all_metrics
+from fedmllm.models.encoding import Encoded
+from fedmllm.models.load import VisionLanguageModel
+from fedmllm.types import Metrics, Prediction, Sample
+
+Baseline = Literal["zero_shot", "local", "centralized"]
+
+
+class EvaluationConfig(BaseModel):
+    """When to evaluate, and against what."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    every: int = Field(5, ge=0)
+    """Rounds between evaluations of the global model; 0 for the last round only, which is always evaluated."""
+    baselines: tuple[Baseline, ...] = ("zero_shot", "local", "centralized")
+    """What to compare with: the untrained model, each client alone, all data in one place."""
+    max_new_tokens: int = Field(16, gt=0)
+    """Longest free answer in tokens."""
+    batch_size: int = Field(50, gt=0)
+    """Samples asked at a time."""
+
+
+def predict(
+    vlm: VisionLanguageModel, samples: Sequence[Sample], encode: Callable[[Sample], Encoded], config: EvaluationConfig
+) -> list[Prediction]:
+    """One prediction per sample, in their order. Prompts of like length share a batch."""
+    vlm.model.eval()
+    encoded = [encode(sample) for sample in samples]
+    answers: dict[int, Prediction] = {}
+    for group in _groups(samples, encoded, config.batch_size):
+        asked, tensors = [samples[i] for i in group], [encoded[i] for i in group]
+        got = choose(vlm, asked, tensors) if asked[0].options else generate(vlm, asked, tensors, config.max_new_tokens)
+        answers.update(zip(group, got, strict=True))
+    return [answers[i] for i in range(len(samples))]
+
+
+def _groups(samples: Sequence[Sample], encoded: Sequence[Encoded], size: int) -> Iterator[list[int]]:
+    """Batches of indices: multiple choice apart from free answers, each sorted by length."""
+    for with_options in (True, False):
+        chosen = [i for i, sample in enumerate(samples) if bool(sample.options) == with_options]
+        chosen.sort(key=lambda i: (len(encoded[i].prompt_ids), i))
+        yield from (chosen[k : k + size] for k in range(0, len(chosen), size))
+
+
+def evaluate(
+    vlm: VisionLanguageModel,
+    samples: Sequence[Sample],
+    encode: Callable[[Sample], Encoded],
+    metric: str,
+    config: EvaluationConfig,
+    seed: int,
+) -> Metrics:
+    """Scores of the model as it stands; see ``all_metrics``."""
+    return all_metrics(metric, predict(vlm, samples, encode, config), seed)

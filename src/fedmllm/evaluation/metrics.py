@@ -1,0 +1,114 @@
+"""Scores, each in [0, 1], and their standard errors. A failure (an answer that could not be read) always counts against."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedmllm.errors import DataError
+from fedmllm.randomness import generator
+from fedmllm.types import Metrics, Prediction, Sample
+
+BOOTSTRAP_SAMPLES = 200
+
+
+def score(metric: str, predictions: Sequence[Prediction]) -> float:
+    """The headline score by name: ``auc``, ``macro_f1`` or ``accuracy``."""
+    return {"auc": auc, "macro_f1": macro_f1, "accuracy": accuracy}[metric](predictions)
+
+
+def auc(predictions: Sequence[Prediction]) -> float:
+    """Area under the ROC curve of the last option's probability: P(positive ranked above negative) + P(tie) / 2.
+
+    A failed positive ranks below and a failed negative above everything else.
+
+    Raises:
+        DataError: unless there are two options and samples of both.
+    """
+    if any(len(p.sample.options) != 2 for p in predictions):
+        raise DataError("the AUC is defined for two options; use macro_f1 or accuracy for this dataset")
+    labels = np.array([p.sample.label for p in predictions])
+    if labels.min() == labels.max():
+        raise DataError("the AUC needs samples of both classes; the test split has one only")
+    return _auc(np.array([_positive(p) for p in predictions]), labels)
+
+
+def _positive(prediction: Prediction) -> float:
+    if prediction.answer is None:
+        return -np.inf if prediction.sample.label == 1 else np.inf
+    return prediction.probabilities[-1]
+
+
+def _auc(scores: NDArray[np.float64], labels: NDArray[np.int64]) -> float:
+    from sklearn.metrics import roc_auc_score
+
+    ranks = np.searchsorted(np.unique(scores), scores)
+    return float(roc_auc_score(labels, ranks))
+
+
+def macro_f1(predictions: Sequence[Prediction]) -> float:
+    """Mean over the classes that occur in the test split of ``2 TP / (2 TP + FP + FN)``; a failure is a false negative."""
+    truth = np.array([p.sample.label for p in predictions])
+    guess = np.array([p.sample.options.index(p.answer) if p.answer is not None else -1 for p in predictions])
+    classes = np.unique(truth)
+    hits = np.array([np.sum((truth == c) & (guess == c)) for c in classes])
+    sizes = np.array([np.sum(truth == c) + np.sum(guess == c) for c in classes])
+    return float(np.mean(2 * hits / sizes))
+
+
+def accuracy(predictions: Sequence[Prediction]) -> float:
+    """Share of answers that equal the right one after ``normalize``."""
+    return float(np.mean([is_right(p) for p in predictions]))
+
+
+def is_right(prediction: Prediction) -> bool:
+    """Exact match after ``normalize``; a failure is wrong."""
+    return prediction.answer is not None and normalize(prediction.answer) == normalize(prediction.sample.answer)
+
+
+def normalize(answer: str) -> str:
+    """Lower case, single spaces, no punctuation at the ends of words: ``"Yes."`` equals ``"yes"``, ``"x-ray"`` stays."""
+    words = (word.strip(string.punctuation) for word in answer.lower().split())
+    return " ".join(word for word in words if word)
+
+
+def all_metrics(metric: str, predictions: Sequence[Prediction], seed: int) -> Metrics:
+    """Headline ``score``, its bootstrap ``standard_error``, ``num_samples``, ``failures``, and accuracy by answer type."""
+    numbers: Metrics = {"score": score(metric, predictions), "standard_error": standard_error(metric, predictions, seed)}
+    numbers |= {"num_samples": len(predictions), "failures": sum(p.answer is None for p in predictions)}
+    for kind in sorted({p.sample.answer_type for p in predictions} - {"choice"}):
+        numbers[f"accuracy_{kind}"] = accuracy([p for p in predictions if p.sample.answer_type == kind])
+    return numbers
+
+
+def standard_error(metric: str, predictions: Sequence[Prediction], seed: int) -> float:
+    """Standard deviation of the score over ``BOOTSTRAP_SAMPLES`` resamples of the test samples (Efron, 1979).
+
+    Resamples in which the AUC is undefined, for want of one class, are drawn anew.
+    """
+    rng = generator(seed, "bootstrap")
+    labels = np.array([p.sample.label if p.sample.options else 0 for p in predictions])
+    scores: list[float] = []
+    while len(scores) < BOOTSTRAP_SAMPLES:
+        chosen = rng.integers(len(predictions), size=len(predictions))
+        if metric != "auc" or len(np.unique(labels[chosen])) == 2:
+            scores.append(score(metric, [predictions[i] for i in chosen]))
+    return float(np.std(scores))
+
+
+def majority_score(metric: str, train: Sequence[Sample], test: Sequence[Sample]) -> float:
+    """The score of always giving the most frequent training answer (of the same answer type); 0.5 for the AUC."""
+    if metric == "auc":
+        return 0.5
+    common = {kind: _most_frequent([s.answer for s in train if s.answer_type == kind]) for kind in {s.answer_type for s in train}}
+    return score(metric, [Prediction(sample, common.get(sample.answer_type)) for sample in test])
+
+
+def _most_frequent(answers: Sequence[str]) -> str:
+    """The most frequent answer after ``normalize``, in its first spelling; ties go to the first in the alphabet."""
+    spelling = {normalize(answer): answer for answer in reversed(answers)}
+    keys = [normalize(answer) for answer in answers]
+    return spelling[min(spelling, key=lambda key: (-keys.count(key), key))]

@@ -1,0 +1,1 @@
+"""Training on one client's samples: the only local loop."""

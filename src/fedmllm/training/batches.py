@@ -1,0 +1,96 @@
+"""Samples to optimizer steps: encoding with a cache, order, micro-batches and their weights in the loss."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedmllm.data.prompts import PromptStyle, target, to_messages
+from fedmllm.models.encoding import Batch, Encoded, collate, encode
+from fedmllm.models.load import VisionLanguageModel
+from fedmllm.types import Sample
+
+
+class Encoder:
+    """Samples as tensors, kept for the next time up to a limit of memory, the least recently used leaving first.
+
+    Args:
+        vlm: the model to encode for.
+        style: the wording of the prompts.
+        max_bytes: memory for kept samples.
+    """
+
+    def __init__(self, vlm: VisionLanguageModel, style: PromptStyle, max_bytes: int = 1 << 30) -> None:
+        self._vlm, self._style, self._max_bytes = vlm, style, max_bytes
+        self._kept: OrderedDict[tuple[str, tuple[str, ...]], Encoded] = OrderedDict()
+        self._bytes = 0
+
+    def __call__(self, sample: Sample) -> Encoded:
+        """The sample's prompt and target as tensors."""
+        key = (sample.id, sample.modalities)
+        if key in self._kept:
+            self._kept.move_to_end(key)
+            return self._kept[key]
+        encoded = encode(self._vlm, to_messages(sample, self._style), target(sample))
+        self._kept[key] = encoded
+        self._bytes += _size(encoded)
+        while self._bytes > self._max_bytes:
+            self._bytes -= _size(self._kept.popitem(last=False)[1])
+        return encoded
+
+
+def _size(encoded: Encoded) -> int:
+    return encoded.input_ids.nbytes + sum(tensor.nbytes for tensor in encoded.extras.values())
+
+
+@dataclass(frozen=True)
+class Step:
+    """The samples of one optimizer step, by micro-batch."""
+
+    micro_batches: tuple[tuple[Encoded, ...], ...]
+
+
+def steps(samples: Sequence[Encoded], batch_size: int, accumulation: int, rng: np.random.Generator) -> Iterator[Step]:
+    """One epoch in random order: ``accumulation`` micro-batches of ``batch_size`` samples a step, the last one shorter."""
+    order = rng.permutation(len(samples))
+    micro = [tuple(samples[i] for i in order[k : k + batch_size]) for k in range(0, len(order), batch_size)]
+    for first in range(0, len(micro), accumulation):
+        yield Step(tuple(micro[first : first + accumulation]))
+
+
+def loss_weights(step: Step) -> list[float]:
+    """The weight of each sample's answer tokens in the step's loss, in the step's order.
+
+    Accumulation averages over micro-batches the mean over each one's M_m answer tokens, so that a token of micro-batch m
+    weighs 1 / (number of micro-batches * M_m). With these weights the micro-batches can run together or one by one.
+    """
+    tokens = [sum(sample.answer_length for sample in micro) for micro in step.micro_batches]
+    return [1 / (len(tokens) * count) for count, micro in zip(tokens, step.micro_batches, strict=True) for _ in micro]
+
+
+def passes(vlm: VisionLanguageModel, step: Step, max_tokens: int) -> Iterator[tuple[Batch, Tensor]]:
+    """The step as few padded batches as fit into ``max_tokens``, each with its samples' loss weights, shape (samples, 1)."""
+    samples = [sample for micro in step.micro_batches for sample in micro]
+    weights = loss_weights(step)
+    for group in pack([len(sample.input_ids) for sample in samples], max_tokens):
+        batch = collate(vlm, [samples[i] for i in group])
+        yield batch, torch.tensor([[weights[i]] for i in group], device=vlm.device)
+
+
+def pack(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Consecutive groups whose padded size (items x longest) stays within ``max_tokens``; a longer item stands alone."""
+    groups: list[list[int]] = []
+    longest = 0
+    for i, length in enumerate(lengths):
+        longest = max(longest, length)
+        if groups and longest * (len(groups[-1]) + 1) <= max_tokens:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+            longest = length
+    return groups

@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.metrics import f1_score, roc_auc_score
+
+from fedmllm.errors import DataError
+from fedmllm.evaluation.metrics import accuracy, all_metrics, auc, is_right, macro_f1, majority_score, normalize, standard_error
+from fedmllm.types import AnswerType, Prediction, Sample
+
+
+def binary(label: int, probability: float | None) -> Prediction:
+    sample = Sample("s", "q", ("no", "yes")[label], {"text": "t"}, options=("no", "yes"))
+    if probability is None:
+        return Prediction(sample, None)
+    return Prediction(sample, "yes" if probability > 0.5 else "no", (1 - probability, probability))
+
+
+def multi(label: str, guess: str | None, options: Sequence[str] = ("a", "b", "c")) -> Prediction:
+    return Prediction(Sample("s", "q", label, {"text": "t"}, options=tuple(options)), guess)
+
+
+def free(answer: str, guess: str | None, kind: AnswerType = "open") -> Prediction:
+    return Prediction(Sample("s", "q", answer, {"text": "t"}, answer_type=kind), guess)
+
+
+@given(st.lists(st.tuples(st.integers(0, 1), st.sampled_from([0.0, 0.1, 0.5, 0.5 + 1e-12, 0.9, 1.0])), min_size=2, max_size=30))
+def test_auc_equals_scikit_learn(rows: list[tuple[int, float]]) -> None:
+    labels = [label for label, _ in rows]
+    predictions = [binary(*row) for row in rows]
+    if len(set(labels)) < 2:
+        with pytest.raises(DataError, match="both classes"):
+            auc(predictions)
+        return
+    assert auc(predictions) == pytest.approx(roc_auc_score(labels, [p for _, p in rows]), abs=1e-12)
+
+
+def test_auc_uses_probabilities_not_hard_answers() -> None:
+    assert auc([binary(0, 0.6), binary(1, 0.7), binary(0, 0.55), binary(1, 0.9)]) == 1.0
+
+
+def test_a_failure_never_helps_the_auc() -> None:
+    good = [binary(0, 0.1), binary(0, 0.2), binary(1, 0.8), binary(1, 0.9)]
+    assert auc(good) == 1.0
+    assert auc([*good[:3], binary(1, None)]) == 0.5
+    assert auc([binary(0, None), *good[1:]]) == 0.5
+    assert auc([binary(0, None), binary(1, None)]) == 0.0
+
+
+def test_auc_needs_two_options() -> None:
+    with pytest.raises(DataError, match="two options"):
+        auc([multi("a", "a"), multi("b", "b")])
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from(["a", "b", "c", None])), min_size=1, max_size=40))
+def test_macro_f1_equals_scikit_learn_over_occurring_classes(rows: list[tuple[str, str | None]]) -> None:
+    truth, guess = [t for t, _ in rows], [g or "failed" for _, g in rows]
+    expected = f1_score(truth, guess, labels=sorted(set(truth)), average="macro", zero_division=0)
+    assert macro_f1([multi(*row) for row in rows]) == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_failure_is_no_class() -> None:
+    assert macro_f1([multi("a", "a"), multi("b", None)]) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("answer", "guess", "right"),
+    [
+        ("yes", "Yes.", True),
+        ("X-ray", "x-ray", True),
+        ("left lung", "  Left   lung", True),
+        ("3", "3.", True),
+        ("yes", "yes it is", False),
+        ("no", "not", False),
+        ("left lung", "lung", False),
+        ("x-ray", "xray", False),
+        ("yes", None, False),
+        ("1", "10", False),
+        ("5%", "5", True),
+    ],
+)
+def test_near_misses_of_free_answers(answer: str, guess: str | None, right: bool) -> None:
+    assert is_right(free(answer, guess)) is right
+
+
+@given(st.text())
+def test_normalizing_twice_is_normalizing_once(text: str) -> None:
+    assert normalize(normalize(text)) == normalize(text)
+
+
+def test_accuracy_by_answer_type() -> None:
+    rows = [free("yes", "yes", "closed"), free("no", "yes", "closed"), free("ct", "CT"), free("lung", None), free("a", "b")]
+    numbers = all_metrics("accuracy", rows, seed=0)
+    assert numbers["score"] == accuracy(rows) == pytest.approx(2 / 5)
+    assert numbers["accuracy_closed"] == pytest.approx(1 / 2)
+    assert numbers["accuracy_open"] == pytest.approx(1 / 3)
+    assert (numbers["num_samples"], numbers["failures"]) == (5, 1)
+
+
+def test_standard_error_of_a_share() -> None:
+    """The bootstrap of a mean of 0/1 values estimates sqrt(p (1 - p) / n)."""
+    rows = [free("a", "a" if i % 4 else "b") for i in range(400)]
+    assert standard_error("accuracy", rows, 0) == pytest.approx(np.sqrt(0.75 * 0.25 / 400), rel=0.15)
+
+
+def test_standard_error_survives_a_rare_class() -> None:
+    rows = [binary(0, 0.1), binary(0, 0.3), binary(0, 0.2), binary(1, 0.25)]
+    assert np.isfinite(standard_error("auc", rows, 0))
+
+
+def samples(answers: str, kind: AnswerType = "open", options: tuple[str, ...] = ()) -> list[Sample]:
+    return [Sample(f"{kind}{i}", "q", answer, {"text": "t"}, options=options, answer_type=kind) for i, answer in enumerate(answers)]
+
+
+def test_majority_score() -> None:
+    train = samples("aab", "open") + samples("yyn", "closed")
+    assert majority_score("accuracy", train, samples("abz", "open") + samples("yn", "closed")) == pytest.approx(2 / 5)
+    assert majority_score("auc", [], []) == 0.5
+    options = ("a", "b")
+    assert majority_score("macro_f1", samples("aab", "choice", options), samples("ab", "choice", options)) == pytest.approx((2 / 3 + 0) / 2)
+
+
+def test_ties_of_the_majority_do_not_depend_on_the_order() -> None:
+    test = samples("ab")
+    assert majority_score("accuracy", samples("ab"), test) == majority_score("accuracy", samples("ba"), test)

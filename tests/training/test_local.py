@@ -1,0 +1,152 @@
+"""The local loop against a plain one written here, and its own invariants."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fedmllm import weights as W
+from fedmllm.data.federated import FederatedData
+from fedmllm.models.encoding import Encoded, collate
+from fedmllm.models.load import ModelConfig, VisionLanguageModel, load_model
+from fedmllm.models.lora import LoraConfig, attach_lora, read_weights, write_weights
+from fedmllm.randomness import generator
+from fedmllm.training.batches import Encoder
+from fedmllm.training.local import LocalRule, LocalTask, TrainingConfig, round_learning_rate, train_locally
+from fedmllm.types import Weights
+
+PLAIN = LocalRule()
+
+
+@pytest.fixture
+def samples(federation: FederatedData, encoder: Encoder) -> list[Encoded]:
+    client = max(federation.clients.values(), key=len)
+    return [encoder(sample) for sample in client[:10]]
+
+
+@pytest.fixture
+def task(vlm: VisionLanguageModel, samples: list[Encoded]) -> LocalTask:
+    return LocalTask("client-00", 3, 0, samples, read_weights(vlm.model), learning_rate=1e-3)
+
+
+@pytest.fixture
+def exact(vlm: VisionLanguageModel) -> VisionLanguageModel:
+    """In float64: Adam divides by the gradient's size, so that rounding noise in a tiny gradient makes a full step."""
+    vlm.model.double()
+    return vlm
+
+
+def apart(a: Weights, b: Weights, start: Weights) -> float:
+    """Distance of two results relative to the way they have come."""
+    return W.norm(W.subtract(a, b)) / W.norm(W.subtract(a, start))
+
+
+def far(a: Weights, b: Weights) -> float:
+    return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+def plain_loop(vlm: VisionLanguageModel, task: LocalTask, config: TrainingConfig) -> Weights:
+    """Independent: Transformers' own loss on labels, micro-batches one by one, textbook accumulation."""
+    write_weights(vlm.model, task.start)
+    parameters = [p for p in vlm.model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=task.learning_rate, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay)
+    order = generator(task.seed, "order", task.round_num, task.client, 0).permutation(len(task.samples))
+    micro = [order[k : k + config.batch_size] for k in range(0, len(order), config.batch_size)]
+    for first in range(0, len(micro), config.accumulation):
+        group = micro[first : first + config.accumulation]
+        for part in group:
+            batch = collate(vlm, [task.samples[i] for i in part])
+            labels = torch.full_like(batch.inputs["input_ids"], -100)
+            for row, i in enumerate(part):
+                labels[row, -task.samples[i].answer_length :] = task.samples[i].answer_ids
+            (vlm.model(**batch.inputs, labels=labels).loss / len(group)).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    return read_weights(vlm.model)
+
+
+@pytest.mark.parametrize(("batch_size", "accumulation"), [(2, 1), (2, 3), (1, 4)])
+def test_equals_a_plain_loop(exact: VisionLanguageModel, task: LocalTask, batch_size: int, accumulation: int) -> None:
+    config = TrainingConfig(batch_size=batch_size, accumulation=accumulation, weight_decay=0.1)
+    ours = train_locally(exact, task, PLAIN, config).weights
+    assert far(ours, task.start) > 1e-4
+    # A single entry whose step has the other sign makes 0.003; another order of the samples makes 0.2 and more.
+    assert apart(ours, plain_loop(exact, task, config), task.start) < 0.02
+    assert apart(ours, plain_loop(exact, replace(task, round_num=4), config), task.start) > 0.1
+
+
+def test_one_padded_batch_equals_micro_batches_one_by_one(exact: VisionLanguageModel, task: LocalTask) -> None:
+    together = train_locally(exact, task, PLAIN, TrainingConfig(batch_size=1, accumulation=4))
+    singly = train_locally(exact, task, PLAIN, TrainingConfig(batch_size=1, accumulation=4, max_batch_tokens=1))
+    assert together.metrics["steps"] == singly.metrics["steps"] == 3
+    assert together.metrics["loss"] == pytest.approx(singly.metrics["loss"], abs=1e-4)
+    assert apart(together.weights, singly.weights, task.start) < 1e-3
+
+
+def test_no_epochs_change_no_bit(vlm: VisionLanguageModel, task: LocalTask) -> None:
+    result = train_locally(vlm, task, PLAIN, TrainingConfig(local_epochs=0))
+    assert all(torch.equal(result.weights[name], task.start[name]) for name in task.start)
+
+
+def test_again_is_bit_identical_whatever_came_between(vlm: VisionLanguageModel, task: LocalTask) -> None:
+    config = TrainingConfig()
+    first = train_locally(vlm, task, PLAIN, config).weights
+    torch.rand(7)
+    train_locally(vlm, replace(task, client="client-01"), PLAIN, config)
+    assert far(first, train_locally(vlm, task, PLAIN, config).weights) == 0
+
+
+def test_dropout_is_seeded_by_client_and_round(federation: FederatedData) -> None:
+    vlm = attach_lora(load_model(ModelConfig(), torch.device("cpu")), LoraConfig(dropout=0.3), 0)
+    encoder = Encoder(vlm, "agnostic")
+    samples = [encoder(sample) for sample in next(iter(federation.clients.values()))[:1]]
+    task = LocalTask("a", 0, 0, samples, read_weights(vlm.model), 1e-3)
+    runs: list[Callable[[], LocalTask]] = [
+        lambda: task,
+        lambda: task,
+        lambda: replace(task, client="b"),
+        lambda: replace(task, round_num=1),
+    ]
+    first, again, client, later = (train_locally(vlm, run(), PLAIN, TrainingConfig(local_epochs=2)).weights for run in runs)
+    assert far(first, again) == 0
+    assert far(first, client) > 0
+    assert far(first, later) > 0
+
+
+def test_the_frozen_model_does_not_move(vlm: VisionLanguageModel, task: LocalTask) -> None:
+    before = {name: p.detach().clone() for name, p in vlm.model.named_parameters() if not p.requires_grad}
+    train_locally(vlm, task, PLAIN, TrainingConfig())
+    assert all(torch.equal(p, before[name]) for name, p in vlm.model.named_parameters() if name in before)
+
+
+def test_penalty_and_gradient_edit_reach_the_loop(vlm: VisionLanguageModel, task: LocalTask) -> None:
+    config = TrainingConfig()
+    free = train_locally(vlm, task, PLAIN, config).weights
+    pulled = LocalRule(penalty=lambda now, start: 1e3 * sum((now[n] - start[n]).square().sum() for n in now))  # type: ignore[arg-type, return-value]
+    tight = train_locally(vlm, task, pulled, config).weights
+    assert W.norm(W.subtract(tight, task.start)) < 0.8 * W.norm(W.subtract(free, task.start))
+    frozen = LocalRule(edit_gradient=lambda name, gradient: gradient * ("lora_A" not in name))
+    moved = train_locally(vlm, task, frozen, config).weights
+    assert all(torch.equal(moved[name], task.start[name]) == ("lora_A" in name) for name in moved)
+
+
+def test_bfloat16_base_trains_float32_adapters(federation: FederatedData) -> None:
+    vlm = attach_lora(load_model(ModelConfig(dtype="bfloat16"), torch.device("cpu")), LoraConfig(), 0)
+    encoder = Encoder(vlm, "agnostic")
+    samples = [encoder(sample) for sample in next(iter(federation.clients.values()))[:6]]
+    task = LocalTask("a", 0, 0, samples, read_weights(vlm.model), 1e-3)
+    result = train_locally(vlm, task, PLAIN, TrainingConfig(local_epochs=3))
+    assert W.is_finite(result.weights)
+    assert far(result.weights, task.start) > 1e-4
+    assert all(parameter.dtype == torch.float32 for parameter in vlm.model.parameters() if parameter.requires_grad)
+
+
+def test_learning_rate_falls_over_rounds() -> None:
+    config = TrainingConfig(learning_rate=2.0)
+    rates = [round_learning_rate(config, r, 4) for r in range(4)]
+    assert rates == pytest.approx([2.0, 1 + 0.5**0.5, 1.0, 1 - 0.5**0.5])
+    assert round_learning_rate(TrainingConfig(learning_rate=2.0, schedule="constant"), 3, 4) == 2.0
