@@ -1,0 +1,1 @@
+"""Runs, their results and what is shown of them."""

@@ -1,0 +1,244 @@
+"""One run: an experiment in, a folder with numbers, adapter and report out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedmllm.algorithms import build_algorithm
+from fedmllm.benchmark.report import write_report
+from fedmllm.benchmark.results import RunResult, versions
+from fedmllm.config import Experiment, differences
+from fedmllm.data.federated import FederatedData, federate, manifest
+from fedmllm.engine.checkpoint import RunStore, write_atomically, write_json
+from fedmllm.engine.in_process import InProcessEngine
+from fedmllm.engine.rounds import Loop, Stage, run_stage
+from fedmllm.errors import RunError, listing
+from fedmllm.evaluation.evaluate import evaluate
+from fedmllm.evaluation.metrics import majority_score
+from fedmllm.models.load import VisionLanguageModel, choose_device, load_model
+from fedmllm.models.lora import attach_lora, read_weights, save_adapter, trainable, write_weights
+from fedmllm.training.batches import Encoder
+from fedmllm.types import Metrics, Record, Sample, Weights
+
+
+@dataclass(frozen=True)
+class Observer:
+    """Whom a run tells about its progress.
+
+    Attributes:
+        started: told the stages to come, before the first.
+        round_done: told each round's record, as in ``metrics.jsonl``, with the stage's ``num_rounds``.
+    """
+
+    started: Callable[[Sequence[Stage]], None] = lambda stages: None
+    round_done: Callable[[Record], None] = lambda record: None
+
+
+def train(
+    experiment: Experiment,
+    output: str | Path | None = None,
+    *,
+    name: str = "experiment",
+    resume: bool = False,
+    observer: Observer | None = None,
+) -> RunResult:
+    """Run an experiment: zero-shot, the federation, the baselines asked for; then adapter, result and report.
+
+    Nothing is written before settings, data and model have been found good.
+
+    Args:
+        experiment: what to run.
+        output: the run folder; by default ``runs/<name>-<time>``.
+        name: names the experiment in the report.
+        resume: go on with an interrupted run; the end is bit-identical to that of an uninterrupted one.
+        observer: told about the progress.
+
+    Raises:
+        FedMLLMError: see the kinds in ``fedmllm.errors``.
+    """
+    folder = Path(output) if output else default_folder(name)
+    _check_folder(folder, experiment, resume)
+    data = federate(experiment.data, experiment.federation, experiment.seed)
+    vlm = _load(experiment)
+    _open_folder(folder, experiment, data)
+    return _Run(experiment, folder, name, data, vlm, observer or Observer()).finish()
+
+
+def default_folder(name: str) -> Path:
+    """``runs/<name>-<time>``."""
+    return Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def unfinished_folder(name: str) -> Path:
+    """The newest run of that name in ``runs/`` without a result.
+
+    Raises:
+        RunError: if there is none.
+    """
+    found = [
+        path for path in sorted(Path("runs").glob(f"{name}-*")) if (path / "config.yaml").is_file() and not (path / "result.json").is_file()
+    ]
+    if not found:
+        raise RunError(f"runs/{name}-*: no unfinished run to resume; name the folder with --output")
+    return found[-1]
+
+
+def _check_folder(folder: Path, experiment: Experiment, resume: bool) -> None:
+    """Refuse to mix two runs in one folder."""
+    config = folder / "config.yaml"
+    if not resume:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise RunError(f"{folder}: the run folder is not empty; choose another --output, or go on with --resume")
+    elif not config.is_file():
+        raise RunError(f"{folder}: no config.yaml, so there is no run to resume; leave --resume out")
+    elif changed := differences(Experiment.load(config), experiment):
+        raise RunError(f"{folder}: cannot resume with other settings than the run began with (there and now):\n{listing(changed)}")
+
+
+def _load(experiment: Experiment) -> VisionLanguageModel:
+    """The model with fresh adapters."""
+    vlm = load_model(experiment.model, choose_device(experiment.engine.device))
+    return attach_lora(vlm, experiment.lora, experiment.seed)
+
+
+def _open_folder(folder: Path, experiment: Experiment, data: FederatedData) -> None:
+    """The folder with what is known before training. Both files are functions of the experiment: a resume rewrites them alike."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "manifest.json", manifest(data, experiment.federation.scenario, experiment.seed))
+    write_atomically(folder / "config.yaml", experiment.to_yaml().encode())
+
+
+@dataclass(frozen=True)
+class _Run:
+    """The stages of a run and what they add up to."""
+
+    experiment: Experiment
+    folder: Path
+    name: str
+    data: FederatedData
+    vlm: VisionLanguageModel
+    observer: Observer
+
+    def finish(self) -> RunResult:
+        """Train what is not trained yet, and write the rest."""
+        initial = read_weights(self.vlm.model)
+        encoder = Encoder(self.vlm, self.experiment.data.prompt)
+        loop = self._loop(encoder)
+        stages = self.stages()
+        self.observer.started(stages)
+        if "zero_shot" in self.experiment.evaluation.baselines:
+            self._zero_shot(loop, initial)
+        states = {stage.name: run_stage(loop, stage, initial) for stage in stages}
+        save_adapter(self.vlm, states["federated"].weights, self.folder / "adapter")
+        result = self._result(loop.store, stages)
+        write_json(self.folder / "result.json", result.to_record())
+        write_report(self.folder)
+        return result
+
+    def stages(self) -> list[Stage]:
+        """The federation, then centralized training, then each client alone."""
+        federation, evaluation = self.experiment.federation, self.experiment.evaluation
+        stages = [Stage("federated", self.data.clients, federation.num_rounds, federation.clients_per_round, evaluation.every)]
+        if "centralized" in evaluation.baselines:
+            stages.append(Stage("centralized", pooled(self.data.clients), self._solo_rounds(), 1))
+        if "local" in evaluation.baselines:
+            stages += [Stage(f"local-{client}", {client: samples}, self._solo_rounds(), 1) for client, samples in self.data.clients.items()]
+        return stages
+
+    def _solo_rounds(self) -> int:
+        """As many rounds as a client takes part in on average, so that every baseline sees each sample as often."""
+        federation = self.experiment.federation
+        return max(1, round(federation.num_rounds * federation.clients_per_round / federation.num_clients))
+
+    def _loop(self, encoder: Encoder) -> Loop:
+        e, dataset = self.experiment, self.data.dataset
+
+        def score(weights: Weights) -> Metrics:
+            write_weights(self.vlm.model, weights)
+            return evaluate(self.vlm, dataset.test, encoder, dataset.metric, e.evaluation, e.seed)
+
+        engine = InProcessEngine(self.vlm, encoder, e.training)
+        return Loop(build_algorithm(e.algorithm), engine, e.training, score, RunStore(self.folder), e.seed, self.observer.round_done)
+
+    def _zero_shot(self, loop: Loop, initial: Weights) -> None:
+        """The model before training, as a stage of no rounds."""
+        if loop.store.records("zero_shot"):
+            return
+        start = time.perf_counter()
+        scores = loop.evaluate(initial)
+        record = {
+            "stage": "zero_shot",
+            "round": 0,
+            "score": scores["score"],
+            "scores": scores,
+            "seconds": {"evaluate": time.perf_counter() - start},
+        }
+        loop.store.append(record)
+        loop.on_round(record | {"num_rounds": 0})
+
+    def _result(self, store: RunStore, stages: Sequence[Stage]) -> RunResult:
+        """Everything from the lines of metrics, so that it does not matter in how many sittings they came about."""
+        e, dataset = self.experiment, self.data.dataset
+        records = {name: store.records(name) for name in ["zero_shot", *(stage.name for stage in stages)]}
+        final = {name: rows[-1]["scores"] for name, rows in records.items() if rows}
+        local = {name.removeprefix("local-"): scores["score"] for name, scores in final.items() if name.startswith("local-")}
+        seconds = {name: sum(sum(row["seconds"].values()) for row in rows) for name, rows in records.items() if rows}
+        majority = majority_score(dataset.metric, [s for samples in self.data.clients.values() for s in samples], dataset.test)
+        return RunResult(
+            experiment=self.name,
+            metric=dataset.metric,
+            scores=_scores(final, local, dataset.ceilings),
+            standard_errors=_errors(final, local),
+            details={name: scores for name, scores in final.items() if not name.startswith("local-")},
+            local=local,
+            majority=majority,
+            bytes_up=sum(row["bytes_up"] for row in records["federated"]),
+            bytes_down=sum(row["bytes_down"] for row in records["federated"]),
+            seconds=sum(seconds.values()),
+            seconds_by_stage=seconds,
+            seed=e.seed,
+            versions=versions(),
+            num_rounds=e.federation.num_rounds,
+            num_clients=e.federation.num_clients,
+            clients_per_round=e.federation.clients_per_round,
+            trainable_parameters=sum(tensor.numel() for _, tensor in trainable(self.vlm.model)),
+            algorithm=e.algorithm.name,
+            strategies=["agnostic_prompt"] if e.data.prompt == "agnostic" else [],
+            model=e.model.name,
+        )
+
+
+def pooled(clients: Mapping[str, Sequence[Sample]]) -> dict[str, tuple[Sample, ...]]:
+    """All samples at one client, in the order of their ids, under the first client's name.
+
+    With a single client this is the federation itself, name and order included, so that it trains bit for bit alike.
+    """
+    everything = sorted((sample for samples in clients.values() for sample in samples), key=lambda sample: sample.id)
+    return {min(clients): tuple(everything)}
+
+
+def _scores(final: Mapping[str, Metrics], local: Mapping[str, float], ceilings: Mapping[str, float]) -> dict[str, float | None]:
+    single = {name: final[name]["score"] if name in final else None for name in ("zero_shot", "federated", "centralized")}
+    mean = sum(local.values()) / len(local) if local else None
+    return {
+        "zero_shot": single["zero_shot"],
+        "local_mean": mean,
+        "federated": single["federated"],
+        "centralized": single["centralized"],
+        "ceiling": ceilings.get("both"),
+    }
+
+
+def _errors(final: Mapping[str, Metrics], local: Mapping[str, float]) -> dict[str, float | None]:
+    """Bootstrap over test samples for one model; for the local mean, standard deviation over clients / sqrt(clients)."""
+    errors: dict[str, float | None] = {
+        name: final[name]["standard_error"] if name in final else None for name in ("zero_shot", "federated", "centralized")
+    }
+    mean = sum(local.values()) / len(local) if local else 0.0
+    variance = sum((score - mean) ** 2 for score in local.values()) / (len(local) - 1) if len(local) > 1 else None
+    errors["local_mean"] = (variance / len(local)) ** 0.5 if variance is not None else None
+    errors["ceiling"] = None
+    return errors

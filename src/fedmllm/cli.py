@@ -1,0 +1,108 @@
+"""The command line: parse, call, print. Heavy imports stay inside the commands, so that ``--help`` answers at once."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from fedmllm.benchmark.results import RunResult
+
+app = typer.Typer(
+    name="fedmllm",
+    help="Federated fine-tuning of multimodal LLMs across clients whose modalities differ.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+
+@app.command()
+def train(
+    experiment: Annotated[Path, typer.Argument(help="Experiment in YAML, e.g. experiments/quickstart.yaml.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Settings as key.path=value, e.g. federation.num_rounds=5.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Run folder. Default: runs/<experiment>-<time>.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an interrupted run (the newest unfinished one, or --output).")
+    ] = False,
+) -> None:
+    """Train an experiment; write numbers, adapter and report into a run folder."""
+    from fedmllm.benchmark import run
+    from fedmllm.config import Experiment
+    from fedmllm.display import Display
+
+    settings = Experiment.load(experiment, overrides or [])
+    name = experiment.stem
+    folder = output or (run.unfinished_folder(name) if resume else run.default_folder(name))
+    with Display(settings.federation.num_rounds) as display:
+        result = run.train(settings, folder, name=name, resume=resume, observer=display.observer)
+    _print_result(result)
+    typer.echo(f"\nrun folder  {folder}\nadapter     {folder / 'adapter'}\nreport      {folder / 'report.html'}")
+
+
+@app.command()
+def evaluate(
+    run_or_adapter: Annotated[Path, typer.Argument(help="A run folder, or a PEFT adapter folder.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Settings as key.path=value, e.g. data.root=/data/vqa_rad.")] = None,
+    experiment: Annotated[
+        Path | None, typer.Option(help="Experiment that names model and data, for an adapter outside a run folder.")
+    ] = None,
+) -> None:
+    """Score a trained adapter on its experiment's test data."""
+    from fedmllm.benchmark.scoring import score_adapter
+
+    metric, scores = score_adapter(run_or_adapter, experiment, overrides or [])
+    typer.echo(f"metric  {metric}")
+    for name, value in scores.items():
+        typer.echo(f"{name:<18}{value:.4g}")
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
+    """Write a run's report.html anew."""
+    from fedmllm.benchmark.report import write_report
+
+    typer.echo(write_report(run))
+
+
+@app.command()
+def pretrain_nano(
+    output: Annotated[Path, typer.Option(help="Folder for the model; it must not exist.")],
+    seed: Annotated[int, typer.Option(help="All random numbers derive from it.")] = 0,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps. Default: as for the embedded model.", min=1)] = None,
+) -> None:
+    """Make the embedded model anew, from scratch: about 15 minutes on 2 cores."""
+    from fedmllm.errors import RunError
+    from fedmllm.models.nano.pretrain import PretrainConfig, make_nano
+
+    if output.exists():
+        raise RunError(f"{output}: exists already; choose a new folder")
+    config = PretrainConfig(seed=seed) if steps is None else PretrainConfig(seed=seed, steps=steps)
+    make_nano(output, config, typer.echo)
+    typer.echo(f"model  {output}")
+
+
+def _print_result(result: RunResult) -> None:
+    """The final table: each score beside its standard error."""
+    from rich.console import Console
+
+    from fedmllm.display import result_table
+
+    Console().print(result_table(result))
+
+
+def main() -> None:
+    """Run the command line; an error of ours becomes one message and its exit code."""
+    from fedmllm.errors import FedMLLMError
+
+    try:
+        app()
+    except FedMLLMError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        typer.echo("interrupted; go on with the same command and --resume", err=True)
+        sys.exit(130)

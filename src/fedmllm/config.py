@@ -1,0 +1,178 @@
+"""One file says the whole experiment: the rooms' own configurations composed, loaded, overridden, checked and saved."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fedmllm.algorithms import AlgorithmConfig
+from fedmllm.data.federated import DataConfig, FederationConfig
+from fedmllm.engine.rounds import EngineConfig
+from fedmllm.errors import ConfigError, listing
+from fedmllm.evaluation.evaluate import EvaluationConfig
+from fedmllm.models.load import ModelConfig
+from fedmllm.models.lora import LoraConfig
+from fedmllm.training.local import TrainingConfig
+
+Path_ = tuple[str, ...]
+
+
+class Experiment(BaseModel):
+    """Everything a run depends on. Immutable; ``load`` reads it from YAML, ``save`` writes it back in full."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    federation: FederationConfig = FederationConfig()
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    lora: LoraConfig = LoraConfig()
+    training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    engine: EngineConfig = EngineConfig()
+    seed: int = Field(0, ge=0)
+    """All random numbers derive from it."""
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
+        """Read a YAML file and apply ``key.path=value`` overrides.
+
+        Raises:
+            ConfigError: naming every setting that breaks a rule, with its line or override.
+        """
+        values, places = _read(Path(path))
+        for override in overrides:
+            _apply(override, values, places)
+        return cls.parse(values, places)
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any], places: Mapping[Path_, str] | None = None) -> Experiment:
+        """Check settings given as nested mappings.
+
+        Args:
+            values: the sections.
+            places: where each setting was written, for error messages.
+
+        Raises:
+            ConfigError: naming every setting that breaks a rule.
+        """
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            problems = [_explain(detail, places or {}) for detail in error.errors()]
+            raise ConfigError(f"the experiment has {len(problems)} error{'s' * (len(problems) > 1)}:\n{listing(problems)}") from None
+
+    @model_validator(mode="after")
+    def _epochs_and_baselines(self) -> Experiment:
+        if self.training.local_epochs == 0 and "local" in self.evaluation.baselines:
+            raise ValueError("evaluation.baselines: local training with training.local_epochs 0 trains nothing; leave one of them out")
+        return self
+
+    def to_yaml(self) -> str:
+        """The experiment in full, defaults included."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def differences(a: Experiment, b: Experiment) -> list[str]:
+    """The settings in which two experiments differ, as ``section.key: value of a, value of b``."""
+    left, right = (dict(_flatten(e.model_dump(mode="json"))) for e in (a, b))
+    return [
+        f"{'.'.join(key)}: {left.get(key)!r} and {right.get(key)!r}"
+        for key in sorted(left.keys() | right.keys())
+        if left.get(key) != right.get(key)
+    ]
+
+
+def _flatten(values: Mapping[str, Any], path: Path_ = ()) -> list[tuple[Path_, Any]]:
+    rows: list[tuple[Path_, Any]] = []
+    for key, value in values.items():
+        rows += _flatten(value, (*path, key)) if isinstance(value, dict) else [((*path, key), value)]
+    return rows
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[Path_, str]]:
+    """A YAML file's values, and ``file:line`` by path of keys."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        values = yaml.safe_load(text)
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; give an experiment in YAML, e.g. experiments/quickstart.yaml") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as UTF-8 text ({error})") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if root is None or values is None:
+        return {}, {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}:1: an experiment is a mapping of sections such as 'data:', found {type(values).__name__}")
+    places: dict[Path_, str] = {}
+    _locate(root, (), str(path), places)
+    return values, places
+
+
+def _locate(node: yaml.Node, path: Path_, file: str, places: dict[Path_, str]) -> None:
+    """Note the line of every key; the same key twice in a mapping is an error that YAML itself lets pass."""
+    if not isinstance(node, yaml.MappingNode):
+        return
+    for key, value in node.value:
+        here = (*path, str(key.value))
+        place = f"{file}:{key.start_mark.line + 1}"
+        if here in places:
+            raise ConfigError(f"{place}: {'.'.join(here)} is set twice, first at {places[here]}; keep one")
+        places[here] = place
+        _locate(value, here, file, places)
+
+
+def _apply(override: str, values: dict[str, Any], places: dict[Path_, str]) -> None:
+    """Set one ``key.path=value`` in nested values."""
+    key, sign, text = override.partition("=")
+    if not sign or not key:
+        raise ConfigError(f"override {override!r}: write key.path=value, e.g. federation.num_rounds=5")
+    path = tuple(key.split("."))
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is not valid YAML ({' '.join(str(error).split())})") from error
+    section = values
+    for name in path[:-1]:
+        inner = section.setdefault(name, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"override {override!r}: {name} is a value, not a section")
+        section = inner
+    section[path[-1]] = value
+    places[path] = f"override {override!r}"
+
+
+def _explain(detail: Any, places: Mapping[Path_, str]) -> str:
+    """One error of pydantic in our words: where, which setting, which value, the rule and the remedy."""
+    path = tuple(str(part) for part in detail["loc"])
+    place = next((places[path[:n]] for n in range(len(path), 0, -1) if path[:n] in places), "")
+    rule = {"extra_forbidden": "is no known setting", "value_error": ""}.get(detail["type"], detail["msg"])
+    if detail["type"] == "value_error":
+        rule = str(detail["ctx"]["error"])
+    if detail["type"] == "extra_forbidden":
+        rule += _suggestion(path)
+    elif not isinstance(detail["input"], (dict, BaseModel)) and detail["type"] != "value_error":
+        rule += f", got {detail['input']!r}"
+    return ": ".join(text for text in (place, ".".join(path), rule) if text)
+
+
+def _suggestion(path: Path_) -> str:
+    """The nearest known key beside an unknown one, or all of them."""
+    model: Any = Experiment
+    for name in path[:-1]:
+        model = model.model_fields[name].annotation if name in model.model_fields else None
+        if not (isinstance(model, type) and issubclass(model, BaseModel)):
+            return ""
+    known = list(model.model_fields)
+    near = difflib.get_close_matches(path[-1], known, n=1)
+    if near:
+        return f"; did you mean {near[0]}?"
+    elsewhere = [f"{s}.{path[-1]}" for s, f in Experiment.model_fields.items() if path[-1] in getattr(f.annotation, "model_fields", {})]
+    return f"; did you mean {elsewhere[0]}?" if elsewhere else f"; known here: {', '.join(known)}"

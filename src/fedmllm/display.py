@@ -1,0 +1,150 @@
+"""What a run shows while it goes: a live display in a terminal, one plain line per round elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Table
+
+from fedmllm.benchmark.drawing import LOOKS, duration, human_bytes
+from fedmllm.benchmark.results import SCORES, RunResult
+from fedmllm.benchmark.run import Observer
+from fedmllm.types import Record
+
+if TYPE_CHECKING:
+    from fedmllm.engine.rounds import Stage
+
+ROWS = 8
+"""Rounds listed in the live display."""
+
+
+class Display:
+    """Shows round, cohort, loss, score, bytes sent and time left. Use as a context; pass ``observer`` to the run."""
+
+    def __init__(self, num_rounds: int, console: Console | None = None) -> None:
+        self._console = console or Console()
+        self._bar = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[left]}"), console=self._console
+        )
+        self._task = self._bar.add_task("starting", total=num_rounds, left="")
+        self._rows: list[Record] = []
+        self._clock = _Clock()
+        self._bytes = 0
+        self._live = Live(self._bar, console=self._console, refresh_per_second=4) if self._console.is_terminal else None
+
+    @property
+    def observer(self) -> Observer:
+        """To be told about the run."""
+        return Observer(self._clock.start, self._round_done)
+
+    def __enter__(self) -> Display:
+        if self._live:
+            self._live.__enter__()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._live:
+            self._live.__exit__(kind, error, trace)
+
+    def _round_done(self, record: Record) -> None:
+        self._bytes += record.get("bytes_up", 0) + record.get("bytes_down", 0)
+        self._clock.advance(record)
+        if self._live is None:
+            self._console.print(_line(record, self._bytes, self._clock.left()), highlight=False, soft_wrap=True)
+            return
+        self._rows = [*self._rows, record][-ROWS:]
+        self._bar.update(
+            self._task,
+            description=record["stage"],
+            completed=record["round"],
+            total=record["num_rounds"],
+            left=f"{self._clock.left()} left",
+        )
+        self._live.update(Group(_rounds_table(self._rows, self._bytes), self._bar))
+
+
+class _Clock:
+    """Guesses the time left from where the run stands, in samples to train on; a resumed run starts in the middle."""
+
+    def __init__(self) -> None:
+        self._ends: dict[str, float] = {}
+        self._costs: dict[str, float] = {}
+        self._origin: float | None = None
+        self._position = 0.0
+        self._begin = time.monotonic()
+
+    def start(self, stages: Sequence[Stage]) -> None:
+        """Lay the stages end to end: rounds x cohort x mean client size."""
+        for stage in stages:
+            mean_size = sum(map(len, stage.clients.values())) / len(stage.clients)
+            self._costs[stage.name] = stage.num_rounds * stage.clients_per_round * mean_size
+            self._ends[stage.name] = sum(self._costs.values())
+        self._begin = time.monotonic()
+
+    def advance(self, record: Record) -> None:
+        """Move to the end of a round."""
+        if record["num_rounds"] == 0:
+            return
+        cost = self._costs[record["stage"]]
+        self._position = self._ends[record["stage"]] - cost * (1 - record["round"] / record["num_rounds"])
+        if self._origin is None:
+            self._origin = self._position - cost / record["num_rounds"]
+
+    def left(self) -> str:
+        """In words, or ``?`` before the first round."""
+        if self._origin is None:
+            return "?"
+        total = max(self._ends.values())
+        return duration((time.monotonic() - self._begin) * (total - self._position) / (self._position - self._origin))
+
+
+def _line(record: Record, sent: int, left: str) -> str:
+    """One round in plain text."""
+    cells = _cells(record)
+    parts = [f"{record['stage']} round {cells['round']}", *(f"{name} {cells[name]}" for name in ("cohort", "loss", "score"))]
+    return "  ".join([*parts, f"sent {human_bytes(sent)}", f"left {left}"])
+
+
+def _cells(record: Record) -> dict[str, str]:
+    loss, score = record.get("loss"), record.get("score")
+    refused = f" ({len(record['refused'])} refused)" if record.get("refused") else ""
+    return {
+        "round": f"{record['round']}/{record['num_rounds']}",
+        "cohort": ",".join(c.removeprefix("client-") for c in record.get("clients", [])) + refused or "-",
+        "loss": "-" if loss is None else f"{loss:.3f}",
+        "score": "-" if score is None else f"{score:.3f}",
+    }
+
+
+def _rounds_table(records: Sequence[Record], sent: int) -> Table:
+    table = Table(title=f"sent so far: {human_bytes(sent)}", title_justify="left")
+    for column in ("stage", "round", "cohort", "loss", "score"):
+        table.add_column(column, justify="left" if column in ("stage", "cohort") else "right")
+    for record in records:
+        cells = _cells(record)
+        table.add_row(record["stage"], cells["round"], cells["cohort"], cells["loss"], cells["score"])
+    return table
+
+
+def result_table(result: RunResult) -> Table:
+    """The scores, each with its standard error."""
+    title = f"{result.experiment}: {result.metric} of {result.algorithm}, {result.num_clients} clients, {result.num_rounds} rounds, seed {result.seed}"
+    table = Table("", result.metric, "standard error", title=title, title_justify="left")
+    for name in SCORES:
+        score, error = result.scores[name], result.standard_errors[name]
+        if score is not None:
+            table.add_row(
+                LOOKS[name].name, f"{score:.3f}", "" if error is None else f"{error:.3f}", style="bold" if name == "federated" else ""
+            )
+    table.add_row("majority answer", f"{result.majority:.3f}", "")
+    table.caption = (
+        f"{human_bytes(result.bytes_up)} up, {human_bytes(result.bytes_down)} down, {duration(result.seconds)} of training and evaluation"
+    )
+    table.caption_justify = "left"
+    return table

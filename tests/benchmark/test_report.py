@@ -1,0 +1,387 @@
+"""A synthetic run folder in, one page out: complete, self-contained, escaped, and the same bytes every time."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import pytest
+
+from fedmllm.benchmark.drawing import duration, human_bytes, short
+from fedmllm.benchmark.figures import _groups, _spread
+from fedmllm.benchmark.report import MAX_REFUSED, write_report
+from fedmllm.errors import RunError
+
+HOSTILE = "<script>alert('x')</script> \"&amp; $x^{$ _é日本"
+NONE = "\N{EN DASH}"
+VOID = {"meta", "br", "link", "img", "input", "hr"}
+
+
+def details(score: float, failures: int = 3) -> dict[str, float]:
+    partial = {"accuracy_open": 0.3456, "accuracy_closed": 0.7891}
+    return {"score": score, "standard_error": 0.0194, "num_samples": 400, "failures": failures} | partial
+
+
+def round_line(stage: str, number: int, score: float | None = None, **changes: Any) -> dict[str, Any]:
+    seconds = {"train": 2.0, "aggregate": 0.25, "evaluate": 1.0, "checkpoint": 0.5}
+    return {
+        "stage": stage, "round": number, "clients": ["client-00", "client-01"], "num_samples": 60, "learning_rate": 1e-3,
+        "loss": 2 / number, "score": score, "scores": details(score) if score is not None else None,
+        "bytes_up": 1_000_000, "bytes_down": 2_000_000, "seconds": seconds, "refused": [],
+    } | changes  # fmt: skip
+
+
+class Folder:
+    """A run folder whose files a test changes before they are written."""
+
+    def __init__(self, path: Path, num_clients: int = 4, num_rounds: int = 6, labels: Sequence[str] = ("cat", "dog")) -> None:
+        self.path, self.names = path, [f"client-{i:02d}" for i in range(num_clients)]
+        self.config = "seed: 7  # <kept> as it is\n"
+        counts = [
+            {"num_samples": 10 + i, "labels": dict.fromkeys(labels, 1 + i % 3), "modalities": {"image+text": 6, "text": 4 + i}}
+            for i in range(num_clients)
+        ]
+        self.manifest: dict[str, Any] = {
+            "dataset": "digits-vqa", "scenario": "missing-0.4", "seed": 7, "metric": "accuracy", "notes": ["12 rows had no image"],
+            "clients": [{"id": name, **count, "samples": []} for name, count in zip(self.names, counts, strict=True)],
+            "test": counts[0], "dropped": 5,
+        }  # fmt: skip
+        zero = {"stage": "zero_shot", "round": 0, "score": 0.1111, "scores": details(0.1111), "seconds": {"evaluate": 1.0}}
+        federated = [round_line("federated", n, 0.5 + n / 100 if n % 2 == 0 or n == num_rounds else None) for n in range(1, num_rounds + 1)]
+        local = [round_line(f"local-{name}", 1, 0.3 + i / 1000) for i, name in enumerate(self.names)]
+        self.lines: list[dict[str, Any]] = [zero, *federated, round_line("centralized", 1, 0.777), *local]
+        self.result: dict[str, Any] | None = {
+            "experiment": "vqa-study", "metric": "accuracy", "majority": 0.2468, "seed": 7, "seconds": 75.0, "num_rounds": num_rounds,
+            "scores": {"zero_shot": 0.1111, "local_mean": 0.3333, "federated": 0.5678, "centralized": 0.7777, "ceiling": 0.9321},
+            "standard_errors": {"zero_shot": 0.0123, "local_mean": 0.0234, "federated": 0.0344, "centralized": 0.0456, "ceiling": None},
+            "details": {"zero_shot": details(0.1111, 11), "federated": details(0.5678, 22), "centralized": details(0.7777, 33)},
+            "local": {name: 0.3 + i / 1000 for i, name in enumerate(self.names)}, "bytes_up": 6_000_000, "bytes_down": 12_000_000,
+            "seconds_by_stage": {"zero_shot": 1.0, "federated": 60.0, "centralized": 4.0} | {f"local-{name}": 1.0 for name in self.names},
+            "versions": {"python": "3.11.7", "torch": "2.13.0"}, "num_clients": num_clients, "clients_per_round": 2,
+            "trainable_parameters": 65_536, "algorithm": "fedavg", "strategies": ["agnostic_prompt"], "model": "nano",
+        }  # fmt: skip
+
+    def write(self) -> Path:
+        """Write the files; the folder."""
+        self.path.mkdir(exist_ok=True)
+        (self.path / "config.yaml").write_text(self.config)
+        (self.path / "manifest.json").write_text(json.dumps(self.manifest))
+        (self.path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in self.lines))
+        if self.result is not None:
+            (self.path / "result.json").write_text(json.dumps(self.result))
+        return self.path
+
+    def report(self) -> str:
+        """Write the files and the report; its text."""
+        path = write_report(self.write())
+        assert path == self.path / "report.html"
+        return path.read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def html(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The page of the finished run, as it stands."""
+    return Folder(tmp_path_factory.mktemp("runs") / "run").report()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Folder:
+    return Folder(tmp_path / "run")
+
+
+class Page(HTMLParser):
+    """Tags, attributes and visible text; complains about tags that do not close."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str]] = []
+        self.words: list[str] = []
+        self._open: list[str] = []
+        self.feed(html)
+        assert self._open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_startendtag(tag, attrs)
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self._open and self._open[-1] != "style":
+            self.words.append(data.replace("\u00a0", " "))
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+
+def table_rows(html: str) -> dict[str, list[str]]:
+    """Cells of every table row, by the row's first cell."""
+    rows = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in re.findall(r"<tr.*?</tr>", html, re.DOTALL)]
+    plain = [[re.sub(r"<[^>]*>", "", cell).replace("\u00a0", " ") for cell in row] for row in rows]
+    return {row[0]: row[1:] for row in plain}
+
+
+def test_scores_are_the_inputs(html: str) -> None:
+    rows = table_rows(html)
+    assert rows["zero-shot"] == ["0.111", "0.012", "0.346", "0.789", "11 of 400", ""]
+    # Standard deviation of 0.300 ... 0.303 is sqrt(5 / 3) / 1000; every client failed on 3 of 400.
+    spread = "4 clients: standard deviation 0.001, worst 0.300 (client-00)"
+    assert rows["local mean"] == ["0.333", "0.023", "0.346", "0.789", "12 of 1,600", spread]
+    assert rows["federated"] == ["0.568", "0.034", "0.346", "0.789", "22 of 400", ""]
+    assert rows["centralized"] == ["0.778", "0.046", "0.346", "0.789", "33 of 400", ""]
+    assert rows["ceiling"] == ["0.932", *[NONE] * 4, "population optimum"]
+    assert rows["majority answer"][0] == "0.247"
+
+
+def test_rounds_are_the_inputs(html: str) -> None:
+    rows = table_rows(html)
+    assert rows["1"] == ["2", "60", "1.00e-03", "2.0000", "", "1.00 MB", "2.00 MB", "3.00 MB"]
+    assert rows["2"] == ["2", "60", "1.00e-03", "1.0000", "0.520", "1.00 MB", "2.00 MB", "6.00 MB"]
+    assert rows["all"] == ["", "360", "", "", "", "6.00 MB", "12.0 MB", "18.0 MB"]
+
+
+def test_summary_tells_settings_and_costs(html: str) -> None:
+    text = Page(html).text
+    assert "model nano was fine-tuned with fedavg (strategy: agnostic_prompt) on digits-vqa under the scenario missing-0.4" in text
+    assert "6 rounds with 2 of 4 clients each, 65,536 trainable parameters, seed 7" in text
+    assert "sent 6.00 MB and received 12.0 MB" in text
+    assert "took 1 min 15 s" in text
+    # Six federated rounds of 2 s training; four local stages of 1 s taken together.
+    for words in ("train", "12.0 s", "local, all clients", "4.0 s"):
+        assert words in text
+    for words in ("a score can exceed it by chance", "12 rows had no image", "5 samples lost every modality"):
+        assert words in text
+    assert "torch 2.13.0" in text
+    assert "seed: 7 # <kept> as it is" in text
+
+
+def test_self_contained(html: str) -> None:
+    page = Page(html)
+    assert {"script", "link", "img", "iframe", "object", "image", "foreignobject"}.isdisjoint(page.tags)
+    links = [value for name, value in page.attributes if name in ("src", "href", "xlink:href", "srcset", "data", "action")]
+    assert all(link.startswith("#") for link in links)
+    namespaces = {"http://www.w3.org/1999/xlink", "http://www.w3.org/2000/svg"}
+    assert set(re.findall(r"https?://[^\"'\s<>)]*", html)) == namespaces
+    assert "@import" not in html
+    assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)\)", html))
+
+
+def test_ids_are_unique_and_every_reference_has_its_target(html: str) -> None:
+    page = Page(html)
+    ids = [value for name, value in page.attributes if name == "id"]
+    assert len(ids) == len(set(ids))
+    assert page.tags.count("svg") == 5
+    references = re.findall(r"url\(#([^)]*)\)", html) + [v[1:] for k, v in page.attributes if k == "xlink:href"]
+    references += [value for name, value in page.attributes if name == "aria-labelledby"]
+    assert references
+    assert set(references) <= set(ids)
+
+
+def test_hostile_text_stays_text(tmp_path: Path) -> None:
+    folder = Folder(tmp_path / "run", labels=[HOSTILE, "_hidden", "", 'id="x" url(#y)'])
+    folder.manifest |= {"dataset": HOSTILE, "scenario": HOSTILE, "notes": [HOSTILE]}
+    for client in folder.manifest["clients"]:
+        client["id"] = f"{HOSTILE} {client['id']}"
+        client["modalities"] = {HOSTILE: 3, "": 1}
+    folder.config = HOSTILE
+    folder.lines[1]["refused"] = [{"client": HOSTILE, "reason": HOSTILE}]
+    assert folder.result is not None
+    folder.result |= dict.fromkeys(("experiment", "algorithm", "model"), HOSTILE)
+    folder.result |= {"versions": {HOSTILE: HOSTILE}, "local": {HOSTILE: 0.5, "b": 0.6}}
+    html = folder.report()
+    page = Page(html)
+    assert "script" not in page.tags
+    assert page.text.count(HOSTILE) >= 10
+    assert short(HOSTILE) in page.text
+    assert "_hidden" in page.text
+    assert 'id="x" url(#y)' in page.text
+
+
+def test_same_files_give_the_same_bytes_whatever_the_settings_of_matplotlib(html: str, folder: Folder) -> None:
+    before = dict(mpl.rcParams)
+    with mpl.rc_context({"font.size": 30, "axes.grid": True, "svg.fonttype": "path", "lines.linewidth": 9}):
+        assert folder.report() == html
+    assert dict(mpl.rcParams) == before
+
+
+def test_numbers_change_the_bytes(html: str, folder: Folder) -> None:
+    folder.lines[1]["loss"] = 1.999
+    assert folder.report() != html
+
+
+def test_unfinished_run_shows_what_there_is(folder: Folder) -> None:
+    folder.result, folder.lines = None, folder.lines[:4]
+    html = folder.report()
+    rows, text = table_rows(html), Page(html).text
+    assert "Unfinished." in text
+    assert "after 3 federated rounds" in text
+    assert rows["zero-shot"][:2] == ["0.111", "0.019"]
+    assert rows["federated"] == ["0.520", "0.019", "0.346", "0.789", "3 of 400", "after round 2"]
+    assert rows["centralized"][0] == rows["local mean"][0] == rows["ceiling"][0] == "not yet"
+    assert "majority answer" not in rows
+    assert "not asked for" not in text
+
+
+def test_finished_run_is_not_called_unfinished(html: str) -> None:
+    assert "Unfinished" not in Page(html).text
+
+
+def test_run_that_has_only_begun(folder: Folder) -> None:
+    folder.result, folder.lines = None, []
+    html = folder.report()
+    assert "No federated round has finished yet." in html
+    assert Page(html).tags.count("svg") == 1
+
+
+def test_nothing_evaluated_yet(folder: Folder) -> None:
+    folder.result, folder.lines = None, [round_line("federated", 1)]
+    assert "no round has been evaluated yet" in folder.report()
+
+
+def test_null_scores_were_not_asked_for(folder: Folder) -> None:
+    assert folder.result is not None
+    nothing = dict.fromkeys(("zero_shot", "local_mean", "centralized", "ceiling"))
+    folder.result |= {"local": {}, "majority": None, "details": {"federated": {"score": 0.5678, "num_samples": 400, "failures": 0}}}
+    folder.result["scores"] |= nothing
+    folder.result["standard_errors"] |= nothing
+    folder.lines = [line for line in folder.lines if line["stage"] == "federated"]
+    html = folder.report()
+    rows = table_rows(html)
+    assert [rows[name][0] for name in ("zero-shot", "local mean", "centralized")] == ["not asked for"] * 3
+    assert rows["ceiling"][0] == rows["majority answer"][0] == "not known"
+    assert rows["federated"][:2] == ["0.568", "0.034"]
+    assert "population optimum" not in html
+
+
+def test_chance_stands_in_for_the_majority_under_auc(folder: Folder) -> None:
+    assert folder.result is not None
+    folder.manifest["metric"] = folder.result["metric"] = "auc"
+    folder.result["majority"] = 0.5
+    assert table_rows(folder.report())["chance"][0] == "0.500"
+
+
+def test_refused_updates_are_listed_and_counted(html: str, folder: Folder) -> None:
+    assert "Refused updates" not in html
+    folder.lines[2]["refused"] = [{"client": "client-01", "reason": f"reason {i}"} for i in range(MAX_REFUSED + 1)]
+    refused = folder.report()
+    assert table_rows(refused)["federated"] == ["2", "client-01", f"reason {MAX_REFUSED - 1}"]
+    assert f"reason {MAX_REFUSED}<" not in refused
+    assert f"{MAX_REFUSED + 1} in all; the first {MAX_REFUSED} are listed" in refused
+
+
+@pytest.mark.parametrize(("num_clients", "num_rounds", "num_labels"), [(1, 1, 1), (2, 1, 2), (40, 3, 12), (200, 120, 40)])
+def test_sizes(tmp_path: Path, num_clients: int, num_rounds: int, num_labels: int) -> None:
+    labels = [f"a rather long name of category {i:02d}" for i in range(num_labels)]
+    html = Folder(tmp_path / "run", num_clients, num_rounds, labels).report()
+    text = Page(html).text
+    assert ("other (29 labels)" in text) == (num_labels == 40)
+    assert ("200 clients, the largest on top" in text) == (num_clients == 200)
+    assert len(html) < 1_000_000
+
+
+def test_last_line_without_its_end_is_left_out(html: str, folder: Folder) -> None:
+    with (folder.write() / "metrics.jsonl").open("a") as file:
+        file.write('{"stage": "federated", "rou')
+    assert write_report(folder.path).read_text(encoding="utf-8") == html
+
+
+def break_result(folder: Path) -> None:
+    record = json.loads((folder / "result.json").read_text())
+    del record["seconds"]
+    record["scores"]["federated"] = "high"
+    (folder / "result.json").write_text(json.dumps(record))
+
+
+BREAKS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no config": (lambda f: (f / "config.yaml").unlink(), r"config\.yaml: cannot be read \(No such file"),
+    "binary config": (lambda f: (f / "config.yaml").write_bytes(b"\xff\xfe"), r"config\.yaml: cannot be read \(not UTF-8 text"),
+    "no manifest": (lambda f: (f / "manifest.json").unlink(), r"manifest\.json: cannot be read"),
+    "manifest is no object": (lambda f: (f / "manifest.json").write_text("[]"), r"manifest\.json: not what this version"),
+    "manifest lacks all": (lambda f: (f / "manifest.json").write_text("{}"), r"(?s)manifest\.json.*clients: Field required"),
+    "no metrics": (lambda f: (f / "metrics.jsonl").unlink(), r"metrics\.jsonl: cannot be read"),
+    "metrics line is no JSON": (lambda f: (f / "metrics.jsonl").write_text("{}}\n"), r"(?s)metrics\.jsonl, line 1: .*Invalid JSON"),
+    "metrics line lacks all": (lambda f: (f / "metrics.jsonl").write_text('{"round": 1}\n'), r"(?s)line 1: .*stage: Field required"),
+    "loss is NaN": (
+        lambda f: (f / "metrics.jsonl").write_text(json.dumps(round_line("federated", 1, loss=float("nan"))) + "\n"),
+        r"(?s)line 1: .*loss: Input should be a finite number",
+    ),
+    "result cut short": (lambda f: (f / "result.json").write_text('{"experiment": "x'), r"result\.json: .*"),
+    "result with wrong types": (break_result, r"(?s)result\.json: .*scores\.federated: .*seconds: Field required.*--resume"),
+}
+
+
+@pytest.mark.parametrize("name", BREAKS)
+def test_broken_file_is_named_and_the_old_report_stays(folder: Folder, name: str) -> None:
+    report = folder.write() / "report.html"
+    report.write_text("old")
+    before = set(folder.path.iterdir())
+    break_it, message = BREAKS[name]
+    break_it(folder.path)
+    with pytest.raises(RunError, match=message):
+        write_report(folder.path)
+    assert report.read_text() == "old"
+    assert set(folder.path.iterdir()) <= before
+
+
+def test_folder_that_is_none(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="name a folder that fedmllm train wrote"):
+        write_report(tmp_path / "nowhere")
+
+
+def test_report_that_cannot_be_written(folder: Folder) -> None:
+    (folder.write() / "report.html").mkdir()
+    with pytest.raises(RunError, match=r"report\.html: cannot be written"):
+        write_report(folder.path)
+
+
+def test_groups_sum_up_the_rarest() -> None:
+    # 13 labels with 13, 12, ..., 1 samples: the 11 most frequent stay, in their own order, and 2 + 1 are left.
+    clients = [{f"label {i:02d}": 13 - i for i in range(13)}, {"label 00": 1}]
+    groups = _groups(clients, ["#000000"])
+    assert [group.name for group in groups] == [*(f"label {i:02d}" for i in range(11)), "other (2 labels)"]
+    assert groups[0].counts == [13, 1]
+    assert groups[-1].counts == [3, 0]
+
+
+def test_spread_keeps_order_and_gap() -> None:
+    assert _spread([0.0, 5.0, 9.0], 1.0) == [0.0, 5.0, 9.0]
+    # Pushed up: 0, 1, 2; pushed down: -2, -1, 0.
+    assert _spread([0.0, 0.0, 0.0], 1.0) == [-1.0, 0.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("count", "words"),
+    [(0, "0 B"), (999, "999 B"), (999.6, "1.00 kB"), (1000, "1.00 kB"), (12_345, "12.3 kB"), (999_499, "999 kB"), (999_600, "1.00 MB"),
+     (2.5e9, "2.50 GB"), (3e15, "3,000 TB")],
+)  # fmt: skip
+def test_human_bytes(count: float, words: str) -> None:
+    assert human_bytes(count) == words
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(0, "0.00 s"), (0.994, "0.99 s"), (0.996, "1.0 s"), (59.9, "59.9 s"), (59.96, "1 min 00 s"), (7620, "2 h 07 min")],
+)
+def test_duration(seconds: float, words: str) -> None:
+    assert duration(seconds) == words
+
+
+def test_short_keeps_both_ends() -> None:
+    assert short("  plain\nwords ") == "plain words"
+    assert short("") == "(none)"
+    assert short("St. Elsewhere University Hospital 11") == "St. Elsewh…spital 11"
+    assert len(short("x" * 21)) == 20
+    assert short("x" * 20) == "x" * 20

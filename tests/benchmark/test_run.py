@@ -1,0 +1,225 @@
+"""Whole runs on the embedded model: what is in the folder, what equals what, and going on after a kill."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fedmllm.benchmark.results import SCORES, read_result
+from fedmllm.benchmark.run import Observer, pooled, train
+from fedmllm.benchmark.scoring import score_adapter
+from fedmllm.config import Experiment
+from fedmllm.data.federated import FederatedData, federate
+from fedmllm.data.prompts import to_messages
+from fedmllm.errors import RunError
+from fedmllm.models.load import model_source
+from fedmllm.types import Record
+
+
+def change(experiment: Experiment, **sections: dict[str, Any]) -> Experiment:
+    values = experiment.model_dump(mode="json")
+    for name, section in sections.items():
+        values[name] |= section
+    return Experiment.parse(values)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run with all baselines."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    values = {
+        "data": {"dataset": "digits-claims", "num_train": 60, "num_test": 24},
+        "federation": {"num_clients": 3, "clients_per_round": 2, "num_rounds": 3, "scenario": "missing-0.3", "min_partition_size": 10},
+        "evaluation": {"every": 2},
+        "engine": {"device": "cpu"},
+    }
+    train(Experiment.parse(values), folder, name="demo")
+    return folder
+
+
+def test_the_folder_is_complete(finished: Path) -> None:
+    names = {path.name for path in finished.iterdir()}
+    assert names == {"config.yaml", "manifest.json", "metrics.jsonl", "result.json", "adapter", "checkpoints", "report.html"}
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= {path.name for path in (finished / "adapter").iterdir()}
+    stages = {path.stem for path in (finished / "checkpoints").iterdir()}
+    assert stages == {"federated", "centralized", "local-client-00", "local-client-01", "local-client-02"}
+
+
+def test_the_result_says_everything(finished: Path) -> None:
+    record = json.loads((finished / "result.json").read_text())
+    assert record["metric"] == "auc"
+    assert set(record["scores"]) == set(SCORES)
+    assert all(0 <= score <= 1 for score in record["scores"].values())
+    assert record["scores"]["local_mean"] == pytest.approx(sum(record["local"].values()) / 3)
+    adapter = load_file(finished / "adapter" / "adapter_model.safetensors")
+    sent = sum(tensor.nbytes for tensor in adapter.values())
+    assert record["bytes_up"] == record["bytes_down"] == 3 * 2 * sent
+    assert record["trainable_parameters"] * 4 == sent
+    assert record["seconds"] > 0
+    assert record["seed"] == 0
+    assert {"fedmllm", "torch", "transformers", "peft"} <= set(record["versions"])
+    assert read_result(finished).to_record() == record
+
+
+def test_the_adapter_gives_the_same_predictions_in_plain_peft(finished: Path) -> None:
+    """No code of ours but the prompt's wording: Transformers and PEFT load, render, tokenize and score."""
+    from peft import PeftModel
+    from sklearn.metrics import roc_auc_score
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    source = model_source("nano")
+    processor = AutoProcessor.from_pretrained(source)
+    model = AutoModelForImageTextToText.from_pretrained(source, dtype=torch.float32)
+    model = PeftModel.from_pretrained(model, str(finished / "adapter")).eval()
+    experiment = Experiment.load(finished / "config.yaml")
+    test = federate(experiment.data, experiment.federation, 0).dataset.test
+    letters = processor.tokenizer.convert_tokens_to_ids(["A", "B"])
+    scores = []
+    for sample in test:
+        text = str(to_messages(sample, "agnostic")[0].parts[-1].value)
+        chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
+        prompt = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+        inputs = processor(text=[prompt], images=[sample.content["image"]], return_tensors="pt")
+        with torch.no_grad():
+            logits = model(**inputs).logits[0, -1, letters]
+        scores.append(float(torch.softmax(logits.double(), 0)[1]))
+    expected = json.loads((finished / "result.json").read_text())["scores"]["federated"]
+    assert roc_auc_score([sample.label for sample in test], scores) == pytest.approx(expected, abs=1e-9)
+
+
+def test_evaluate_gives_the_run_s_own_score(finished: Path) -> None:
+    expected = read_result(finished).scores["federated"]
+    for path in (finished, finished / "adapter"):
+        metric, scores = score_adapter(path)
+        assert (metric, scores["score"]) == ("auc", pytest.approx(expected, abs=1e-9))
+
+
+def test_an_adapter_without_experiment_is_refused(finished: Path, tmp_path: Path) -> None:
+    adapter = tmp_path / "elsewhere"
+    adapter.mkdir()
+    with pytest.raises(RunError, match="name the experiment with --experiment"):
+        score_adapter(adapter)
+
+
+def test_a_used_folder_is_not_overwritten(finished: Path, tiny: Experiment) -> None:
+    with pytest.raises(RunError, match="is not empty"):
+        train(tiny, finished)
+
+
+def test_resuming_with_other_settings_is_refused(finished: Path) -> None:
+    changed = change(Experiment.load(finished / "config.yaml"), training={"learning_rate": 0.5})
+    with pytest.raises(RunError, match=r"training\.learning_rate: 0\.001 and 0\.5"):
+        train(changed, finished, resume=True)
+
+
+def test_resuming_a_finished_run_changes_nothing(finished: Path) -> None:
+    before = comparable(finished)
+    seen: list[Record] = []
+    train(Experiment.load(finished / "config.yaml"), finished, name="demo", resume=True, observer=Observer(round_done=seen.append))
+    assert seen == []
+    assert comparable(finished) == before
+
+
+def test_nothing_to_resume(tmp_path: Path, tiny: Experiment) -> None:
+    with pytest.raises(RunError, match="there is no run to resume"):
+        train(tiny, tmp_path / "none", resume=True)
+
+
+def test_one_client_with_all_data_equals_centralized_bit_for_bit(tmp_path: Path, tiny: Experiment) -> None:
+    alone = change(
+        tiny,
+        federation={"num_clients": 1, "clients_per_round": 1, "num_rounds": 3},
+        evaluation={"baselines": ["centralized"]},
+        data={"num_train": 30},
+    )
+    result = train(alone, tmp_path / "run")
+    federated, centralized = (load_file(tmp_path / "run" / "checkpoints" / f"{name}.safetensors") for name in ("federated", "centralized"))
+    assert all(torch.equal(federated[name], centralized[name]) for name in federated)
+    assert any(tensor.any() for name, tensor in federated.items() if "lora_B" in name)
+    assert result.scores["federated"] == result.scores["centralized"]
+
+
+def test_pooling_keeps_every_sample_once(federation: FederatedData) -> None:
+    ((name, samples),) = pooled(federation.clients).items()
+    assert name == "client-00"
+    assert sorted(s.id for s in samples) == [s.id for s in samples] == sorted(s.id for c in federation.clients.values() for s in c)
+
+
+def test_seeds_decide_the_outcome(tmp_path: Path, tiny: Experiment) -> None:
+    values = tiny.model_dump(mode="json")
+    folders = {name: tmp_path / name for name in ("first", "again", "other")}
+    for name, folder in folders.items():
+        train(Experiment.parse(values | {"seed": 1 if name == "other" else 0}), folder, name="x")
+    first, again, other = (comparable(folder) for folder in folders.values())
+    assert first == again
+    assert first != other
+
+
+def comparable(folder: Path) -> tuple[Any, ...]:
+    """All that must not depend on how often a run was interrupted: everything but times."""
+    result = json.loads((folder / "result.json").read_text())
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for record in [result, *lines]:
+        for key in ("seconds", "seconds_by_stage"):
+            record.pop(key, None)
+    files = [folder / "adapter" / "adapter_model.safetensors", *sorted((folder / "checkpoints").iterdir()), folder / "manifest.json"]
+    return result, lines, [(path.name, path.read_bytes()) for path in files]
+
+
+RESUMED = """
+data: {dataset: digits-claims, num_train: 64, num_test: 16}
+federation: {num_clients: 4, clients_per_round: 2, num_rounds: 14, scenario: missing-0.3}
+lora: {dropout: 0.1}
+evaluation: {every: 3, baselines: [zero_shot, centralized]}
+engine: {device: cpu}
+"""
+
+
+def test_killed_at_random_moments_the_end_is_bit_identical(tmp_path: Path) -> None:
+    """SIGKILL, at least five times, at moments between the first line of a sitting and the end of the run."""
+    (tmp_path / "demo.yaml").write_text(RESUMED)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert start(tmp_path, whole).wait() == 0
+    rng, kills = random.Random(0), 0
+    while True:
+        process = start(tmp_path, parts, *(["--resume"] if (parts / "config.yaml").exists() else []))
+        if kills < 5:
+            wait_for_progress(process, parts)
+            time.sleep(rng.uniform(0, 0.35))
+            if process.poll() is None:
+                process.send_signal(signal.SIGKILL)
+                kills += 1
+        code = process.wait()
+        assert code in (0, -signal.SIGKILL)
+        if code == 0:
+            break
+    assert kills == 5
+    assert comparable(parts) == comparable(whole)
+
+
+def start(folder: Path, output: Path, *more: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "fedmllm", "train", "demo.yaml", "--output", str(output), *more]
+    return subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def wait_for_progress(process: subprocess.Popen[bytes], folder: Path) -> None:
+    """Until the process has trained a round in this sitting, or has ended."""
+    lines = count_lines(folder)
+    while process.poll() is None and count_lines(folder) <= lines:
+        time.sleep(0.005)
+
+
+def count_lines(folder: Path) -> int:
+    path = folder / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0

@@ -1,0 +1,157 @@
+"""The command line as a user meets it, errors included."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from fedmllm.models.load import NANO_FOLDER
+
+QUICK = """
+data: {dataset: digits-claims, num_train: 40, num_test: 20}
+federation: {num_clients: 2, clients_per_round: 1, num_rounds: 2, scenario: missing-0.3}
+evaluation: {every: 1, baselines: [zero_shot]}
+engine: {device: cpu}
+"""
+
+
+def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "fedmllm", *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.fixture
+def quick(tmp_path: Path) -> Path:
+    (tmp_path / "quick.yaml").write_text(QUICK)
+    return tmp_path
+
+
+def test_train_evaluate_and_report(quick: Path) -> None:
+    trained = run(quick, "train", "quick.yaml", "--output", "out")
+    assert trained.returncode == 0, trained.stderr
+    for part in ("federated round 1/2", "loss", "sent", "left", "zero-shot", "ceiling (Bayes)", "out/report.html"):
+        assert part in trained.stdout
+    assert "\x1b" not in trained.stdout
+    evaluated = run(quick, "evaluate", "out")
+    assert evaluated.returncode == 0, evaluated.stderr
+    assert "metric  auc" in evaluated.stdout
+    (quick / "out" / "report.html").unlink()
+    assert run(quick, "report", "out").returncode == 0
+    assert (quick / "out" / "report.html").is_file()
+
+
+def test_the_default_folder_is_named_after_experiment_and_time(quick: Path) -> None:
+    assert run(quick, "train", "quick.yaml", "evaluation.baselines=[]", "federation.num_rounds=1").returncode == 0
+    (folder,) = (quick / "runs").iterdir()
+    assert folder.name.startswith("quick-2")
+
+
+def test_help_and_names_do_not_load_torch() -> None:
+    code = "import sys, fedmllm.cli, fedmllm; print([m for m in ('torch', 'transformers', 'sklearn', 'pydantic') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_help_lists_the_commands(tmp_path: Path) -> None:
+    done = run(tmp_path, "--help")
+    assert done.returncode == 0
+    for command in ("train", "evaluate", "report", "pretrain-nano"):
+        assert command in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (["federation.num_round=3"], ["override 'federation.num_round=3'", "did you mean num_rounds?"]),
+        (["federation.clients_per_round=5"], ["samples 5 clients, but num_clients is 2"]),
+        (["federation.num_clients=300"], ["use fewer clients"]),
+        (["model.name=./model"], ["model.name: './model' is not a folder"]),
+        (["data.dataset=vqa_rad"], ["data.root: vqa_rad reads files"]),
+        (["data.dataset=vqa_rad", "data.root=nowhere"], ["'nowhere' is not a folder"]),
+        (["engine.device=cuda:77"], ["engine.device: 'cuda:77' cannot be used"]),
+        (["data.dataset=digits-vqa", "federation.scenario=cross-5:5"], ["needs images and texts"]),
+        (["nonsense"], ["write key.path=value"]),
+    ],
+)
+def test_mistakes_get_one_message_exit_code_2_and_leave_nothing(quick: Path, overrides: list[str], parts: list[str]) -> None:
+    done = run(quick, "train", "quick.yaml", *overrides, "--output", "out")
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stderr.startswith("error: ")
+    for part in parts:
+        assert part in done.stderr
+    assert not (quick / "out").exists()
+
+
+def test_a_model_folder_without_weights(quick: Path) -> None:
+    model = quick / "model"
+    model.mkdir()
+    for path in NANO_FOLDER.iterdir():
+        if path.suffix != ".safetensors":
+            (model / path.name).write_bytes(path.read_bytes())
+    done = run(quick, "train", "quick.yaml", "model.name=./model", "--output", "out")
+    assert done.returncode == 2
+    assert "has no weights in *.safetensors" in done.stderr
+    assert not (quick / "out").exists()
+
+
+def test_a_corrupt_image_is_named(quick: Path) -> None:
+    """A broken file that the loader cannot see by its name stops the run when it is decoded."""
+    images = quick / "rad" / "images"
+    images.mkdir(parents=True)
+    rows = []
+    for i in range(12):
+        Image.new("RGB", (20, 20), (i, i, i)).save(images / f"synpic{i}.jpg")
+        rows.append(
+            {
+                "qid": i,
+                "image_name": f"synpic{i}.jpg",
+                "image_organ": "HEAD",
+                "answer": "Yes",
+                "answer_type": "CLOSED",
+                "question_type": "PRES",
+                "question": "Is it?",
+                "phrase_type": "freeform",
+            }
+        )
+    import json
+
+    (quick / "rad" / "trainset.json").write_text(json.dumps(rows[:8]))
+    (quick / "rad" / "testset.json").write_text(json.dumps(rows[8:]))
+    (images / "synpic3.jpg").write_bytes((images / "synpic3.jpg").read_bytes()[:40])
+    done = run(
+        quick,
+        "train",
+        "quick.yaml",
+        "data.dataset=vqa_rad",
+        "data.root=rad",
+        "data.num_train=null",
+        "data.num_test=null",
+        "federation.scenario=aligned",
+        "federation.min_partition_size=2",
+        "--output",
+        "out",
+    )
+    assert done.returncode == 2, done.stderr
+    assert "synpic3.jpg" in done.stderr
+    assert "cannot be decoded as an image" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (quick / "out").exists()
+
+
+@pytest.mark.parametrize("command", [("evaluate", "nowhere"), ("report", "nowhere"), ("train", "nowhere.yaml")])
+def test_paths_that_are_not_there(tmp_path: Path, command: tuple[str, ...]) -> None:
+    done = run(tmp_path, *command)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert "nowhere" in done.stderr
+
+
+def test_resume_without_an_unfinished_run(quick: Path) -> None:
+    done = run(quick, "train", "quick.yaml", "--resume")
+    assert done.returncode == 2
+    assert "no unfinished run to resume" in done.stderr

@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedmllm.config import Experiment, differences
+from fedmllm.errors import ConfigError
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "x.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_saved_and_loaded_again_is_the_same(tmp_path: Path) -> None:
+    experiment = Experiment.parse({"federation": {"scenario": "cross-3:7", "num_rounds": 3}, "lora": {"r": 4}, "seed": 7})
+    assert Experiment.load(write(tmp_path, experiment.to_yaml())) == experiment
+
+
+def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
+    assert Experiment.load(write(tmp_path, "# nothing\n")) == Experiment()
+
+
+def test_overrides_win_and_keep_the_rest(tmp_path: Path) -> None:
+    path = write(tmp_path, "federation: {num_rounds: 3, num_clients: 4}\n")
+    experiment = Experiment.load(path, ["federation.num_rounds=9", "training.clip_norm=null", "evaluation.baselines=[local]"])
+    assert (experiment.federation.num_rounds, experiment.federation.num_clients) == (9, 4)
+    assert experiment.training.clip_norm is None
+    assert experiment.evaluation.baselines == ("local",)
+
+
+def test_every_error_is_reported_with_its_line(tmp_path: Path) -> None:
+    path = write(tmp_path, "federation:\n  num_rounds: 0\n  num_client: 5\ntraining:\n  learning_rate: fast\nsede: 3\n")
+    with pytest.raises(ConfigError) as caught:
+        Experiment.load(path)
+    text = str(caught.value)
+    for part in (
+        "x.yaml:2: federation.num_rounds",
+        "x.yaml:3: federation.num_client: is no known setting; did you mean num_clients?",
+        "x.yaml:5: training.learning_rate",
+        "got 'fast'",
+        "x.yaml:6: sede: is no known setting; did you mean seed?",
+    ):
+        assert part in text
+    assert text.startswith("the experiment has 4 errors")
+
+
+def test_a_key_in_the_wrong_section_is_sent_to_the_right_one() -> None:
+    with pytest.raises(ConfigError, match=r"did you mean training\.learning_rate\?"):
+        Experiment.parse({"lora": {"learning_rate": 1e-3}})
+
+
+@pytest.mark.parametrize(
+    ("values", "part"),
+    [
+        ({"federation": {"num_clients": 3, "clients_per_round": 4}}, "samples 4 clients, but num_clients is 3"),
+        ({"federation": {"scenario": "aligned-5.0", "dirichlet_alpha": 1.0}}, "contradicts scenario aligned-5.0"),
+        ({"federation": {"partition": "iid", "dirichlet_alpha": 1.0}}, "no label skew"),
+        ({"federation": {"scenario": "mising-0.4"}}, "is no scenario; known: aligned"),
+        ({"federation": {"scenario": "missing-1.0"}}, "a rate in [0, 1)"),
+        ({"federation": {"scenario": "missing-x"}}, "a rate in [0, 1)"),
+        ({"federation": {"scenario": "cross-0:0"}}, "image-only:text-only"),
+        ({"federation": {"scenario": "cross-5"}}, "image-only:text-only"),
+        ({"data": {"dataset": "digit-claims"}}, "is no dataset; known: digits-claims"),
+        ({"algorithm": {"name": "fedavgg"}}, "is no method; known: fedavg"),
+        ({"algorithm": {"name": "fedprox", "parameters": {"mu": 1}}}, "takes proximal_mu"),
+        ({"training": {"local_epochs": 0}}, "leave one of them out"),
+        ({"seed": -1}, "greater than or equal to 0"),
+        ({"evaluation": {"baselines": ["zeroshot"]}}, "'zero_shot', 'local' or 'centralized'"),
+    ],
+)
+def test_bad_settings_name_rule_and_remedy(values: dict[str, Any], part: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Experiment.parse(values)
+    assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("a: [1", "not valid YAML"),
+        ("- 1\n", "a mapping of sections"),
+        ("seed: 1\nseed: 2\n", "x.yaml:2: seed is set twice"),
+        ("data: !!python/object/apply:os.system [echo]\n", "not valid YAML"),
+        ("data: 3\n", "data"),
+    ],
+)
+def test_bad_files(tmp_path: Path, text: str, part: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Experiment.load(write(tmp_path, text))
+    assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("override", ["num_rounds", "=3", "seed.x=1", "data.root=[", "federation.num_rounds=many"])
+def test_bad_overrides(tmp_path: Path, override: str) -> None:
+    with pytest.raises(ConfigError):
+        Experiment.load(write(tmp_path, "seed: 0\n"), [override])
+
+
+def test_missing_file_and_wrong_encoding(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such file"):
+        Experiment.load(tmp_path / "none.yaml")
+    (tmp_path / "latin.yaml").write_bytes(b"seed: \xff\n")
+    with pytest.raises(ConfigError, match="UTF-8"):
+        Experiment.load(tmp_path / "latin.yaml")
+
+
+@given(st.text(max_size=60))
+def test_any_text_loads_or_is_a_config_error(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
+    path = tmp_path_factory.mktemp("fuzz") / "x.yaml"
+    path.write_bytes(text.encode("utf-8", errors="surrogatepass"))
+    with contextlib.suppress(ConfigError):
+        Experiment.load(path)
+
+
+def test_differences_names_the_settings() -> None:
+    a, b = Experiment(), Experiment.parse({"federation": {"num_rounds": 3}})
+    assert differences(a, a) == []
+    assert differences(a, b) == ["federation.num_rounds: 25 and 3"]
