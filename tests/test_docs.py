@@ -1,0 +1,101 @@
+"""The documentation against the code: generated pages, links, commands, and numbers that were computed."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from runpy import run_path
+
+import pytest
+from typer.main import get_command
+
+from fedmllm.cli import app
+from fedmllm.config import Experiment
+from fedmllm.data.datasets import DATASETS, DatasetRequest
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+EXPERIMENTS = sorted((ROOT / "experiments").glob("*.yaml"))
+BLOCK = re.compile(r"^( *)```.*?^\1```", re.DOTALL | re.MULTILINE)
+CODE = re.compile(r"`[^`\n]*`")
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+COMMAND = re.compile(r"^[ #$]*(?:\S*/|\S*python3? -m )?fedmllm (.+)$")
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+
+
+def generated() -> str:
+    return str(run_path(str(ROOT / "docs" / "generate.py"))["page"]())
+
+
+def headings(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub names them."""
+    titles = re.findall(r"^#+ (.+)$", BLOCK.sub("", page.read_text(encoding="utf-8")), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def commands(text: str) -> list[list[str]]:
+    """The arguments of each ``fedmllm`` command in the fenced blocks of a page."""
+    lines = [line for block in BLOCK.finditer(text) for line in block[0].replace("\\\n", " ").splitlines()]
+    return [shlex.split(match[1], comments=True) for line in lines if (match := COMMAND.match(line))]
+
+
+def check_command(arguments: list[str]) -> None:
+    """The subcommand and its options exist; an experiment of ours takes the overrides."""
+    known = get_command(app).commands
+    name, *rest = arguments
+    if name.startswith("-"):
+        return
+    assert name in known, f"fedmllm has no command {name!r}"
+    options = {option for parameter in known[name].params for option in parameter.opts} | {"--help"}
+    assert {word.partition("=")[0] for word in rest if word.startswith("--")} <= options
+    if name == "train" and rest and rest[0].startswith("experiments/"):
+        Experiment.load(ROOT / rest[0], [word for word in rest[1:] if not word.startswith("-") and "=" in word])
+
+
+def test_the_configuration_page_is_what_the_generator_writes() -> None:
+    page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    assert page == generated(), "run: python docs/generate.py"
+
+
+@each_page
+def test_links_lead_somewhere(page: Path) -> None:
+    text = CODE.sub("", BLOCK.sub("", page.read_text(encoding="utf-8")))
+    for target in LINK.findall(text):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        found = (page.parent / path).resolve() if path else page
+        assert found.exists(), f"{target}: no such file"
+        assert not anchor or anchor in headings(found), f"{target}: no such heading"
+
+
+@each_page
+def test_commands_exist(page: Path) -> None:
+    for arguments in commands(page.read_text(encoding="utf-8")):
+        check_command(arguments)
+
+
+def test_commands_are_found_and_wrong_ones_refused() -> None:
+    text = "```\n$ fedmllm train x.yaml a=1 \\\n  b=2  # why\n.venv/bin/fedmllm report runs/x\npython -m fedmllm --help\nimport fedmllm\n```\nfedmllm no\n"
+    assert commands(text) == [["train", "x.yaml", "a=1", "b=2"], ["report", "runs/x"], ["--help"]]
+    for wrong in (["trian", "x.yaml"], ["train", "x.yaml", "--out", "y"]):
+        with pytest.raises(AssertionError):
+            check_command(wrong)
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.name)
+def test_experiments_open_with_their_command(path: Path) -> None:
+    first = path.read_text(encoding="utf-8").splitlines()[0]
+    match = COMMAND.match(first)
+    assert match, "the first line is the command as a comment"
+    arguments = shlex.split(match[1])
+    assert arguments[:2] == ["train", f"experiments/{path.name}"]
+    check_command(arguments)
+
+
+@pytest.mark.parametrize("name", [name for name in DATASETS if name.startswith("digits")])
+def test_the_ceilings_are_the_computed_ones(name: str) -> None:
+    best = DATASETS[name].load(DatasetRequest(None, 0, 1, 1)).ceilings
+    row = f"| `{name}` | {best['both']:.3f} | {best['image']:.3f} | {best['text']:.3f} |"
+    assert row in (ROOT / "docs" / "digits.md").read_text(encoding="utf-8")
