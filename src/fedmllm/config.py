@@ -23,7 +23,7 @@ Path_ = tuple[str, ...]
 
 
 class Experiment(BaseModel):
-    """Everything a run depends on. Immutable; ``load`` reads it from YAML, ``save`` writes it back in full."""
+    """Everything a run depends on. Immutable; ``load`` reads it from YAML, ``to_yaml`` writes it back in full."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

@@ -58,6 +58,10 @@ def test_proportions_follow_the_dirichlet() -> None:
 
 @given(st.integers(1, 50), st.integers(1, 10))
 def test_iid_sizes_differ_by_one_at_most(count: int, num_clients: int) -> None:
-    parts = iid(count, num_clients, generator(0, "t"))
+    if count < num_clients:
+        with pytest.raises(DataError, match="use fewer clients"):
+            iid(count, num_clients, 1, generator(0, "t"))
+        return
+    parts = iid(count, num_clients, 1, generator(0, "t"))
     assert covers_once(parts, count)
     assert max(map(len, parts)) - min(map(len, parts)) <= 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, cycle
@@ -77,7 +78,7 @@ def learning_curve(rounds: Sequence[Round], scores: Mapping[str, float | None], 
     figure, dots = Figure((WIDTH, 4.9)), "D." if len(rounds) <= 60 else ("", "")
     loss = panel(figure, 0.55, 0.5, 1.5, 3.35, "training loss")
     axes = panel(figure, 0.55, 2.0, 1.5, 0.3, metric)
-    loss.plot(numbers, [row.loss for row in rounds], color=INK, linewidth=1.1, marker=dots[1])
+    loss.plot(numbers, [math.nan if row.loss is None else row.loss for row in rounds], color=INK, linewidth=1.1, marker=dots[1])
     axes.plot(list(curve), list(curve.values()), color=BLUE, linewidth=1.6, marker=dots[0], markersize=4.5)
     for stage, level in levels.items():
         axes.axhline(level, color=LOOKS[stage].color, linestyle=LOOKS[stage].dash, linewidth=1.2)

@@ -67,7 +67,7 @@ class Round(Line):
     clients: list[str]
     num_samples: int
     learning_rate: float
-    loss: float
+    loss: float | None
     bytes_up: int
     bytes_down: int
     refused: list[Refusal]

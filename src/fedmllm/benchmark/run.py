@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fedmllm.algorithms import build_algorithm
+from fedmllm.algorithms.fedavg import FedAvg
 from fedmllm.benchmark.report import write_report
 from fedmllm.benchmark.results import RunResult, versions
 from fedmllm.config import Experiment, differences
@@ -107,8 +108,8 @@ def _load(experiment: Experiment) -> VisionLanguageModel:
 def _open_folder(folder: Path, experiment: Experiment, data: FederatedData) -> None:
     """The folder with what is known before training. Both files are functions of the experiment: a resume rewrites them alike."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "manifest.json", manifest(data, experiment.federation.scenario, experiment.seed))
     write_atomically(folder / "config.yaml", experiment.to_yaml().encode())
+    write_json(folder / "manifest.json", manifest(data, experiment.federation.scenario, experiment.seed))
 
 
 @dataclass(frozen=True)
@@ -131,8 +132,13 @@ class _Run:
         self.observer.started(stages)
         if "zero_shot" in self.experiment.evaluation.baselines:
             self._zero_shot(loop, initial)
-        states = {stage.name: run_stage(loop, stage, initial) for stage in stages}
-        save_adapter(self.vlm, states["federated"].weights, self.folder / "adapter")
+        # The baselines ask what plain training would give, whatever the method under test adds to it.
+        plain = replace(loop, algorithm=FedAvg())
+        federated, *baselines = stages
+        trained = run_stage(loop, federated, initial)
+        for stage in baselines:
+            run_stage(plain, stage, initial)
+        save_adapter(self.vlm, trained.weights, self.folder / "adapter")
         result = self._result(loop.store, stages)
         write_json(self.folder / "result.json", result.to_record())
         write_report(self.folder)
@@ -165,6 +171,7 @@ class _Run:
 
     def _zero_shot(self, loop: Loop, initial: Weights) -> None:
         """The model before training, as a stage of no rounds."""
+        loop.store.rewind("zero_shot", 0)
         if loop.store.records("zero_shot"):
             return
         start = time.perf_counter()

@@ -40,6 +40,11 @@ class DataConfig(BaseModel):
     check_images: bool = True
     """Decode every image file once before the run begins, and refuse to begin if one is broken."""
 
+    @field_validator("root")
+    @classmethod
+    def _home(cls, root: Path | None) -> Path | None:
+        return root.expanduser() if root else None
+
     @field_validator("dataset")
     @classmethod
     def _known(cls, name: str) -> str:
@@ -126,7 +131,7 @@ def federate(data: DataConfig, federation: FederationConfig, seed: int) -> Feder
         check_images(value for s in (*dataset.train, *dataset.test) for value in s.content.values() if isinstance(value, Path))
     rng = generator(seed, "partition")
     if federation.partition == "iid":
-        parts = iid(len(dataset.train), federation.num_clients, rng)
+        parts = iid(len(dataset.train), federation.num_clients, federation.min_partition_size, rng)
     else:
         categories = [sample.category for sample in dataset.train]
         parts = dirichlet(categories, federation.num_clients, federation.alpha, federation.min_partition_size, rng)

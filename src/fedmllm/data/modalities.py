@@ -75,8 +75,12 @@ class Scenario:
     needs_two: bool = False
 
 
-def _probability(level: str) -> bool:
+def _rate(level: str) -> bool:
     return 0 <= float(level) < 1
+
+
+def _probability(level: str) -> bool:
+    return 0 <= float(level) <= 1
 
 
 def _ratio(level: str) -> bool:
@@ -88,10 +92,10 @@ SCENARIOS: Mapping[str, Scenario] = {
     "aligned": Scenario(
         aligned, "all clients have all modalities, labels are skewed", "", "a Dirichlet alpha above 0", lambda x: float(x) > 0
     ),
-    "missing": Scenario(missing, "each sample loses each modality at a rate", "0.4", "a rate in [0, 1)", _probability),
+    "missing": Scenario(missing, "each sample loses each modality at a rate", "0.4", "a rate in [0, 1)", _rate),
     "cross": Scenario(cross, "each client has one modality only", "5:5", "image-only:text-only, e.g. 3:7", _ratio, needs_two=True),
     "hybrid": Scenario(
-        hybrid, "each client has each modality with a probability", "0.7", "a probability in [0, 1)", _probability, needs_two=True
+        hybrid, "each client has each modality with a probability", "0.7", "a probability in [0, 1]", _probability, needs_two=True
     ),
 }
 

@@ -12,8 +12,13 @@ from fedmllm.errors import DataError
 Indices = list[NDArray[np.int64]]
 
 
-def iid(num_samples: int, num_clients: int, rng: np.random.Generator) -> Indices:
-    """A random split into clients whose sizes differ by one at most."""
+def iid(num_samples: int, num_clients: int, min_size: int, rng: np.random.Generator) -> Indices:
+    """A random split into clients whose sizes differ by one at most.
+
+    Raises:
+        DataError: if there are fewer than ``num_clients * min_size`` samples.
+    """
+    _require(num_samples, num_clients, min_size)
     return [np.sort(part) for part in np.array_split(rng.permutation(num_samples), num_clients)]
 
 
@@ -33,11 +38,7 @@ def dirichlet(categories: Sequence[str], num_clients: int, alpha: float, min_siz
     Raises:
         DataError: if there are fewer than ``num_clients * min_size`` samples.
     """
-    if len(categories) < num_clients * min_size:
-        raise DataError(
-            f"federation.num_clients: {num_clients} clients of at least {min_size} samples need {num_clients * min_size} training samples, "
-            f"there are {len(categories)}; use fewer clients or a lower federation.min_partition_size"
-        )
+    _require(len(categories), num_clients, min_size)
     labels = np.asarray(categories)
     owner = np.empty(len(labels), dtype=np.int64)
     for category in np.unique(labels):
@@ -48,6 +49,14 @@ def dirichlet(categories: Sequence[str], num_clients: int, alpha: float, min_siz
     _top_up(owner, num_clients, min_size, rng)
     order = np.argsort(owner, kind="stable")
     return np.split(order, np.cumsum(np.bincount(owner, minlength=num_clients))[:-1])
+
+
+def _require(num_samples: int, num_clients: int, min_size: int) -> None:
+    if num_samples < num_clients * min_size:
+        raise DataError(
+            f"federation.num_clients: {num_clients} clients of at least {min_size} samples need {num_clients * min_size} training samples, "
+            f"there are {num_samples}; use fewer clients or a lower federation.min_partition_size"
+        )
 
 
 def _top_up(owner: NDArray[np.int64], num_clients: int, min_size: int, rng: np.random.Generator) -> None:

@@ -162,7 +162,7 @@ class _Intake:
     mean: W.WeightedMean
     num_samples: int = 0
     bytes_up: int = 0
-    loss: float = 0.0
+    losses: list[tuple[int, float]] = field(default_factory=list)
     refused: list[Record] = field(default_factory=list)
 
     def take(self, update: ClientUpdate, expected: Weights) -> None:
@@ -173,7 +173,8 @@ class _Intake:
             return
         self.mean.add(update.update, update.num_samples)
         self.num_samples += update.num_samples
-        self.loss += update.num_samples * update.metrics.get("loss", 0.0)
+        if "loss" in update.metrics:
+            self.losses.append((update.num_samples, update.metrics["loss"]))
 
     def aggregate(self, stage: str, round_num: int) -> Weights:
         """The mean of the updates."""
@@ -185,8 +186,10 @@ class _Intake:
         return self.mean.value()
 
     def record(self) -> Record:
-        """The round's numbers about its clients."""
-        return {"num_samples": self.num_samples, "loss": self.loss / self.num_samples, "bytes_up": self.bytes_up, "refused": self.refused}
+        """The round's numbers about its clients; the loss is None where none of them took a step."""
+        weight = sum(count for count, _ in self.losses)
+        loss = sum(count * loss for count, loss in self.losses) / weight if weight else None
+        return {"num_samples": self.num_samples, "loss": loss, "bytes_up": self.bytes_up, "refused": self.refused}
 
 
 def _take_in(updates: Iterable[ClientUpdate], expected: Weights, watch: _Watch) -> _Intake:

@@ -58,6 +58,7 @@ def generate(vlm: VisionLanguageModel, samples: Sequence[Sample], encoded: Seque
 
 def _end_tokens(vlm: VisionLanguageModel) -> list[int]:
     end = vlm.model.generation_config.eos_token_id
+    end = vlm.tokenizer.eos_token_id if end is None else end
     return list(end) if isinstance(end, list) else [int(end)]
 
 

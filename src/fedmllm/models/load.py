@@ -92,7 +92,7 @@ def choose_device(device: str) -> torch.device:
 
 def model_source(name: str) -> str:
     """What ``from_pretrained`` is given for a name: ``nano`` stands for the embedded folder."""
-    return str(NANO_FOLDER) if name == "nano" else name
+    return str(NANO_FOLDER) if name == "nano" else str(Path(name).expanduser()) if name.startswith("~") else name
 
 
 def load_model(config: ModelConfig, device: torch.device) -> VisionLanguageModel:

@@ -203,8 +203,8 @@ def test_a_sheet_is_light_paper_with_digits_in_the_ink_asked_for(ink: str) -> No
 # digits-claims.
 
 P_MISLEADING = 0.4
-P_INK = np.array([[0.35, 0.15, 0.35, 0.15], [0.15, 0.35, 0.15, 0.35]])  # honest, misleading; inks black, red, blue, green
-P_SOURCE = np.array([[0.35, 0.35, 0.15, 0.15], [0.15, 0.15, 0.35, 0.35]])  # a nurse, the manual, a stranger, some flyer
+P_INK = np.array([[0.375, 0.125, 0.375, 0.125], [0.125, 0.375, 0.125, 0.375]])  # honest, misleading; inks black, red, blue, green
+P_SOURCE = np.array([[0.375, 0.375, 0.125, 0.125], [0.125, 0.125, 0.375, 0.375]])  # a nurse, the manual, a stranger, some flyer
 P_FALSE = np.array([[0.95, 0.05], [0.05, 0.95]])  # a true, a false statement
 SOURCES = ("a nurse", "the manual", "a stranger", "some flyer")
 EVIDENCE = {"image": (P_INK,), "text": (P_SOURCE,), "both": (P_INK, P_SOURCE, P_FALSE)}
@@ -215,23 +215,20 @@ def test_claims_follow_their_world(claims: Dataset, read: Callable[[Sequence[Sam
     misleading = np.array([sample.answer == "yes" for sample in claims.train])
     inks, digits = np.array([ink_of(sample) for sample in claims.train]), read(claims.train)
     sources = np.array([next(name for name in SOURCES if name in text) for text in texts])
-    stated = np.array([int(re.findall(r"\d", text)[0]) for text in texts])
-    sides = np.array([int("right" in text) for text in texts])
-    shown = digits[np.arange(len(texts)), sides]
-
-    assert all(len(re.findall(r"\d", text)) == 1 and ("left" in text) != ("right" in text) for text in texts)
+    assert all(len(re.findall(r"\d", text)) == 2 for text in texts)
+    stated = np.array([[int(digit) for digit in re.findall(r"\d", text)] for text in texts])
+    false = (stated != digits).any(axis=1)
     assert_share(misleading, P_MISLEADING)
-    assert_share(sides == 1, 0.5)
     for y in (0, 1):
         of_class = misleading == y
-        assert_share((stated != shown)[of_class], P_FALSE[y, 1])
+        assert_share(false[of_class], P_FALSE[y, 1])
         for i, ink in enumerate(INKS):
             assert_share((inks == ink)[of_class], P_INK[y, i])
         for i, source in enumerate(SOURCES):
             assert_share((sources == source)[of_class], P_SOURCE[y, i])
     for d in range(10):
         assert_share((digits == d).ravel(), 0.1)
-        assert_share(stated == d, 0.1)
+        assert_share((stated == d).ravel(), 0.1)
 
 
 @pytest.mark.parametrize("evidence", EVIDENCE)

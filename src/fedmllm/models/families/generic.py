@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import ProcessorMixin
 
 from fedmllm.data.images import open_image
+from fedmllm.errors import ModelError
 from fedmllm.types import Message
 
 _LORA_TARGETS = {
@@ -24,7 +25,7 @@ class ModelFamily:
         """(prompt, completion) as the chat template writes them; the completion is the answer and its end token.
 
         Raises:
-            ValueError: if the template does not continue its own generation prompt.
+            ModelError: if the template does not continue its own generation prompt.
         """
         specials = special_tokens(processor)
         chat = [_as_chat(message, specials) for message in messages]
@@ -32,7 +33,9 @@ class ModelFamily:
         turn = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
         whole = processor.apply_chat_template([*chat, turn], add_generation_prompt=False, tokenize=False)
         if not whole.startswith(prompt):
-            raise ValueError("the chat template's whole conversation does not begin with its generation prompt")
+            raise ModelError(
+                "the chat template's whole conversation does not begin with its generation prompt; this model needs a family file"
+            )
         return prompt, whole.removeprefix(prompt).rstrip("\n")
 
     def prompt_tensors(self, processor: ProcessorMixin, prompt: str, messages: Sequence[Message]) -> dict[str, Tensor]:

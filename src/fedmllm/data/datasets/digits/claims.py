@@ -4,8 +4,8 @@ The world, from which samples are drawn and the ceilings computed:
 
     misleading      y ~ Bernoulli(0.4)
     picture         two digits, uniform; ink ~ P(ink | y), so the picture alone says something
-    text            a source ~ P(source | y), so the text alone says something, and a statement of one digit,
-                    false with probability 0.95 if misleading, 0.05 if not, so both together say much more
+    text            a source ~ P(source | y), so the text alone says something, and a statement of the number, false
+                    (both digits differ) with probability 0.95 if misleading, 0.05 if not, so both together say much more
 """
 
 from __future__ import annotations
@@ -21,14 +21,10 @@ QUESTION = "Is it misleading?"
 OPTIONS = ("no", "yes")
 P_MISLEADING = 0.4
 P_FALSE = {False: 0.05, True: 0.95}
-P_INK = {False: (0.35, 0.15, 0.35, 0.15), True: (0.15, 0.35, 0.15, 0.35)}
+P_INK = {False: (0.375, 0.125, 0.375, 0.125), True: (0.125, 0.375, 0.125, 0.375)}
 SOURCES = ("a nurse", "the manual", "a stranger", "some flyer")
-P_SOURCE = {False: (0.35, 0.35, 0.15, 0.15), True: (0.15, 0.15, 0.35, 0.35)}
-_WORDINGS = (
-    "{source} says the {side} digit is {digit}",
-    "according to {source}, {digit} is on the {side}",
-    "{source} claims: {side} {digit}",
-)
+P_SOURCE = {False: (0.375, 0.375, 0.125, 0.125), True: (0.125, 0.125, 0.375, 0.375)}
+_WORDINGS = ("{source} says it reads {number}", "{number} is written, says {source}", "{source}: the number is {number}")
 
 
 def generate(index: int, split: Split, rng: np.random.Generator) -> Sample:
@@ -37,11 +33,9 @@ def generate(index: int, split: Split, rng: np.random.Generator) -> Sample:
     digits = tuple(int(d) for d in rng.integers(0, 10, size=2))
     ink = str(rng.choice(list(INKS), p=P_INK[misleading]))
     source = str(rng.choice(SOURCES, p=P_SOURCE[misleading]))
-    side = int(rng.integers(2))
     false = rng.random() < P_FALSE[misleading]
-    stated = (digits[side] + int(rng.integers(1, 10))) % 10 if false else digits[side]
-    wording = str(rng.choice(_WORDINGS))
-    text = wording.format(source=source, side=("left", "right")[side], digit=stated)
+    stated = [(digit + int(rng.integers(1, 10))) % 10 if false else digit for digit in digits]
+    text = str(rng.choice(_WORDINGS)).format(source=source, number="".join(map(str, stated)))
     answer = OPTIONS[misleading]
     return Sample(
         id=f"claims-{split}-{index:06d}",

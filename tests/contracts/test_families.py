@@ -1,0 +1,59 @@
+"""Every model family goes through this suite; a new one adds one row to ``MODELS``: a loader of a tiny model of its class."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from fedmllm.data.federated import FederatedData
+from fedmllm.data.images import open_image
+from fedmllm.models.encoding import Encoded, answer_nll, collate, encode
+from fedmllm.models.families import FAMILIES
+from fedmllm.models.load import ModelConfig, VisionLanguageModel, load_model
+from fedmllm.models.lora import LoraConfig, attach_lora, read_weights
+from fedmllm.types import Message, Part
+
+MODELS: dict[str, Callable[[], VisionLanguageModel]] = {
+    "generic": lambda: load_model(ModelConfig(), torch.device("cpu")),
+}
+
+
+@pytest.fixture(params=sorted(MODELS))
+def model(request: pytest.FixtureRequest) -> VisionLanguageModel:
+    return attach_lora(MODELS[request.param](), LoraConfig(), 0)
+
+
+@pytest.fixture
+def samples(model: VisionLanguageModel, federation: FederatedData) -> list[Encoded]:
+    """Text only, image only, both, and two images."""
+    first, second = (Part("image", open_image(sample.content["image"])) for sample in federation.dataset.test[:2])  # type: ignore[arg-type]
+    text = Part("text", "Which number is written?")
+    turns = [(text,), (first,), (first, text), (first, second, text)]
+    return [encode(model, (Message("user", parts),), answer) for parts, answer in zip(turns, ["12", "7", "yes", "no, 4"], strict=True)]
+
+
+def test_every_family_has_a_row() -> None:
+    assert set(MODELS) == {"generic", *FAMILIES}
+
+
+def test_a_mixed_batch_equals_its_samples_one_by_one(model: VisionLanguageModel, samples: list[Encoded]) -> None:
+    with torch.no_grad():
+        together = answer_nll(model, collate(model, samples)).sum(dim=1)
+        alone = torch.cat([answer_nll(model, collate(model, [sample])).sum(dim=1) for sample in samples])
+    torch.testing.assert_close(together, alone, atol=1e-4, rtol=0)
+
+
+def test_prompt_tokens_carry_no_loss(model: VisionLanguageModel, samples: list[Encoded]) -> None:
+    batch = collate(model, samples)
+    assert batch.answer_mask.sum(dim=1).tolist() == [sample.answer_length for sample in samples]
+    with torch.no_grad():
+        assert not answer_nll(model, batch)[~batch.answer_mask].any()
+
+
+def test_gradients_reach_the_decoder_s_adapters_only(model: VisionLanguageModel, samples: list[Encoded]) -> None:
+    answer_nll(model, collate(model, samples)).sum().backward()  # type: ignore[no-untyped-call]
+    with_gradient = {name for name, p in model.model.named_parameters() if p.grad is not None}
+    assert {name.replace(".default.", ".") for name in with_gradient} == set(read_weights(model.model))
+    assert not any("vision" in name for name in with_gradient)
