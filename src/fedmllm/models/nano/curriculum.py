@@ -68,7 +68,7 @@ def dialogue(rng: np.random.Generator, split: Split = "pretrain", reading: bool 
         split: whose handwriting.
         reading: the first lesson: pictures only, and only their digits are asked for.
     """
-    context: Context = "picture" if reading else rng.choice(["picture", "note", "both"], p=[0.3, 0.2, 0.5])  # type: ignore[assignment]
+    context: Context = "picture" if reading else rng.choice(["picture", "note", "both"], p=[0.3, 0.2, 0.5])
     scene, note = _scene(rng), ""
     if context == "picture":
         turns = [_about(scene, kind, rng, "", "reading") for kind in _kinds(rng, reading)]
