@@ -163,8 +163,8 @@ pipeline_tag: image-text-to-text
 # nano
 
 A LLaVA of {count:.1f} M parameters for demonstrations, tests and benchmarks of federated fine-tuning on a CPU: SigLIP
-tower for 64x64 pixels, 16 visual tokens, Llama decoder of 6 layers, byte-level BPE. It reads handwritten digits and
-short notes, answers questions about them and compares the two. It knows nothing else.
+tower for 64x64 pixels, 16 visual tokens, Llama decoder of 6 layers, byte-level BPE. It was taught to read
+handwritten digits and short notes and to compare the two, as well as the scores below say, and knows nothing else.
 
 ## Training
 From scratch by `fedmllm pretrain-nano --seed {c.seed} --steps {c.steps}`: {c.steps} steps of {c.batch_size} dialogues of three or four questions
