@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -149,6 +150,21 @@ def test_paths_that_are_not_there(tmp_path: Path, command: tuple[str, ...]) -> N
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
     assert "nowhere" in done.stderr
+
+
+def test_interrupted_from_the_keyboard_it_says_how_to_go_on(quick: Path) -> None:
+    command = [sys.executable, "-m", "fedmllm", "train", "quick.yaml", "federation.num_rounds=500"]
+    process = subprocess.Popen(command, cwd=quick, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    while "federated round" not in process.stdout.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors == "interrupted; go on with the same command and --resume\n"
+    done = run(quick, "train", "quick.yaml", "--resume")
+    assert done.returncode == 2
+    assert "federation.num_rounds: 500 and 2" in done.stderr
 
 
 def test_resume_without_an_unfinished_run(quick: Path) -> None:

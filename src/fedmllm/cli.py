@@ -37,8 +37,12 @@ def train(
     settings = Experiment.load(experiment, overrides or [])
     name = experiment.stem
     folder = output or (run.unfinished_folder(name) if resume else run.default_folder(name))
-    with Display(settings.federation.num_rounds) as display:
-        result = run.train(settings, folder, name=name, resume=resume, observer=display.observer)
+    try:
+        with Display(settings.federation.num_rounds) as display:
+            result = run.train(settings, folder, name=name, resume=resume, observer=display.observer)
+    except KeyboardInterrupt:
+        typer.echo("interrupted; go on with the same command and --resume", err=True)
+        raise typer.Exit(130) from None
     _print_result(result)
     typer.echo(f"\nrun folder  {folder}\nadapter     {folder / 'adapter'}\nreport      {folder / 'report.html'}")
 
@@ -103,6 +107,3 @@ def main() -> None:
     except FedMLLMError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        typer.echo("interrupted; go on with the same command and --resume", err=True)
-        sys.exit(130)
