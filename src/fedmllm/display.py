@@ -142,7 +142,8 @@ def result_table(result: RunResult) -> Table:
             table.add_row(
                 LOOKS[name].name, f"{score:.3f}", "" if error is None else f"{error:.3f}", style="bold" if name == "federated" else ""
             )
-    table.add_row("majority answer", f"{result.majority:.3f}", "")
+    if result.majority is not None:
+        table.add_row("majority answer", f"{result.majority:.3f}", "")
     table.caption = (
         f"{human_bytes(result.bytes_up)} up, {human_bytes(result.bytes_down)} down, {duration(result.seconds)} of training and evaluation"
     )

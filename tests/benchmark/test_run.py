@@ -16,7 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fedmllm.benchmark.results import SCORES, read_result
+from fedmllm.benchmark.folder import read_run
+from fedmllm.benchmark.results import SCORES, RunResult
 from fedmllm.benchmark.run import Observer, pooled, train
 from fedmllm.benchmark.scoring import score_adapter
 from fedmllm.config import Experiment
@@ -48,6 +49,12 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def outcome(folder: Path) -> RunResult:
+    result = read_run(folder).result
+    assert result is not None
+    return result
+
+
 def test_the_folder_is_complete(finished: Path) -> None:
     names = {path.name for path in finished.iterdir()}
     assert names == {"config.yaml", "manifest.json", "metrics.jsonl", "result.json", "adapter", "checkpoints", "report.html"}
@@ -69,7 +76,7 @@ def test_the_result_says_everything(finished: Path) -> None:
     assert record["seconds"] > 0
     assert record["seed"] == 0
     assert {"fedmllm", "torch", "transformers", "peft"} <= set(record["versions"])
-    assert read_result(finished).to_record() == record
+    assert outcome(finished).to_record() == record
 
 
 def test_the_adapter_gives_the_same_predictions_in_plain_peft(finished: Path) -> None:
@@ -99,7 +106,7 @@ def test_the_adapter_gives_the_same_predictions_in_plain_peft(finished: Path) ->
 
 
 def test_evaluate_gives_the_run_s_own_score(finished: Path) -> None:
-    expected = read_result(finished).scores["federated"]
+    expected = outcome(finished).scores["federated"]
     for path in (finished, finished / "adapter"):
         metric, scores = score_adapter(path)
         assert (metric, scores["score"]) == ("auc", pytest.approx(expected, abs=1e-9))

@@ -7,14 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from fedmllm.benchmark.results import CHECKED, RunResult
 from fedmllm.errors import RunError, listing
 from fedmllm.types import Metrics
 
 
 class _Checked(BaseModel):
-    model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False)
+    model_config = CHECKED
 
 
 class Counts(_Checked):
@@ -73,31 +74,6 @@ class Round(Line):
     refused: list[Refusal]
 
 
-class Result(_Checked):
-    """``result.json``; see ``RunResult``."""
-
-    experiment: str
-    metric: str
-    scores: dict[str, float | None]
-    standard_errors: dict[str, float | None]
-    details: dict[str, Metrics]
-    local: dict[str, float]
-    majority: float | None
-    bytes_up: int
-    bytes_down: int
-    seconds: float
-    seconds_by_stage: dict[str, float]
-    seed: int
-    versions: dict[str, str]
-    num_rounds: int
-    num_clients: int
-    clients_per_round: int
-    trainable_parameters: int
-    algorithm: str
-    strategies: list[str]
-    model: str
-
-
 @dataclass(frozen=True)
 class Run:
     """What a run folder says.
@@ -114,7 +90,7 @@ class Run:
     config: str
     manifest: Manifest
     lines: tuple[Line, ...]
-    result: Result | None
+    result: RunResult | None
 
     @property
     def rounds(self) -> list[Round]:
@@ -130,7 +106,7 @@ def read_run(folder: Path) -> Run:
     """
     config, manifest = _text(folder / "config.yaml"), _parse(folder / "manifest.json", _text(folder / "manifest.json"), Manifest)
     lines, path = tuple(_lines(folder / "metrics.jsonl")), folder / "result.json"
-    return Run(folder.resolve().name, config, manifest, lines, _parse(path, _text(path), Result) if path.exists() else None)
+    return Run(folder.resolve().name, config, manifest, lines, _parse(path, _text(path), RunResult) if path.exists() else None)
 
 
 def _text(path: Path) -> str:
@@ -149,12 +125,12 @@ def _lines(path: Path) -> Iterator[Line]:
         yield line if line.round == 0 else _parse(where, text, Round)
 
 
-Shape = TypeVar("Shape", bound=_Checked)
+Shape = TypeVar("Shape")
 
 
 def _parse(where: object, text: str, shape: type[Shape]) -> Shape:
     try:
-        return shape.model_validate_json(text)
+        return TypeAdapter(shape).validate_json(text)
     except ValidationError as error:
         rows = [f"{'.'.join(map(str, row['loc'])) or 'the whole'}: {row['msg']}" for row in error.errors(include_url=False)]
         remedy = "finish the run with fedmllm train ... --resume, or run the experiment anew"

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from pathlib import Path
+from typing import ClassVar
+
+from pydantic import ConfigDict
 
 from fedmllm import __version__
-from fedmllm.errors import RunError
 from fedmllm.types import Metrics, Record
+
+CHECKED = ConfigDict(frozen=True, strict=True, allow_inf_nan=False)
+"""How strictly a run's files are read back: no number for a text, no NaN."""
 
 SCORES = ("zero_shot", "local_mean", "federated", "centralized", "ceiling")
 
@@ -32,13 +35,15 @@ class RunResult:
         seconds_by_stage: the same by stage.
     """
 
+    __pydantic_config__: ClassVar[ConfigDict] = CHECKED
+
     experiment: str
     metric: str
     scores: dict[str, float | None]
     standard_errors: dict[str, float | None]
     details: dict[str, Metrics]
     local: dict[str, float]
-    majority: float
+    majority: float | None
     bytes_up: int
     bytes_down: int
     seconds: float
@@ -56,21 +61,6 @@ class RunResult:
     def to_record(self) -> Record:
         """The JSON object."""
         return asdict(self)
-
-
-def read_result(run: Path) -> RunResult:
-    """The result of a run folder.
-
-    Raises:
-        RunError: if there is none, or it is not one of ours.
-    """
-    path = run / "result.json"
-    try:
-        return RunResult(**json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        raise RunError(f"{path}: no such file; the run is unfinished: finish it with fedmllm train ... --resume") from None
-    except (json.JSONDecodeError, TypeError) as error:
-        raise RunError(f"{path}: not a result of this version ({error}); run the experiment anew") from error
 
 
 def versions() -> dict[str, str]:
