@@ -7,13 +7,18 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from fedmllm.data.datasets.digits import claims, triage, vqa
 from fedmllm.data.images import open_image
 from fedmllm.models.load import NANO_FOLDER, ModelConfig, VisionLanguageModel, load_model
-from fedmllm.models.nano.curriculum import Dialogue, dialogue
-from fedmllm.models.nano.pretrain import PretrainConfig, make_nano, new_nano, skills
+from fedmllm.models.nano.card import skills
+from fedmllm.models.nano.dialogues import dialogue
+from fedmllm.models.nano.drills import caption, note_checks, picture_checks, short_questions
+from fedmllm.models.nano.pretrain import STAGES, PretrainConfig, make_nano, new_nano
+from fedmllm.models.nano.scenes import Dialogue
+from fedmllm.models.nano.sight import SightExam, sheets
 from fedmllm.randomness import generator
 
 
@@ -63,6 +68,8 @@ def test_dialogues_mix_contexts_and_never_show_the_tasks() -> None:
     counts = Counter(skill for item in items for skill in set(item.skills))
     assert min(counts[skill] for skill in ("reading", "lookup", "both", "comparing")) > 80
     questions = [question for question, _ in {**vqa.OPEN, **vqa.CLOSED}.values()]
+    for lesson in (caption, short_questions, picture_checks, note_checks):
+        items += [lesson(generator(0, "t", i), "pretrain") for i in range(300)]
     tasks = [claims.QUESTION, triage.QUESTION, *triage.TEAMS, "misleading", *claims.SOURCES, *questions]
     assert not [phrase for phrase in tasks for item in items for text in spoken(item, "user") if phrase in text]
 
@@ -70,7 +77,7 @@ def test_dialogues_mix_contexts_and_never_show_the_tasks() -> None:
 def test_answers_to_dialogues_are_right() -> None:
     """The notes say what the answers must be: read back here from the text."""
     checked = 0
-    for i in range(300):
+    for i in range(1000):
         item = dialogue(generator(1, "t", i))
         note = re.search(r"number (\d)(\d) in (\w+) ink", spoken(item, "user")[0])
         if note is None or item.skills[0] != "lookup":
@@ -92,24 +99,79 @@ def test_answers_to_dialogues_are_right() -> None:
     assert checked > 30
 
 
-def test_first_lessons_are_pictures_with_digits_only() -> None:
-    for i in range(20):
-        item = dialogue(generator(0, "t", i), reading=True)
-        assert item.messages[0].parts[0].type == "image"
-        assert all(answer.isdigit() for answer in spoken(item, "assistant"))
+def test_lessons_differ_between_splits_in_the_handwriting_only() -> None:
+    for lesson in (caption, short_questions, picture_checks):
+        first, again, test = (lesson(generator(3, "t", 1), split) for split in ("pretrain", "pretrain", "test"))
+        assert spoken(first, "user")[1:] == spoken(test, "user")[1:]
+        assert spoken(first, "assistant") == spoken(test, "assistant")
+        pages = [open_image(item.messages[0].parts[0].value).tobytes() for item in (first, again, test)]
+        assert pages[0] == pages[1] != pages[2]
 
 
-def test_dialogues_differ_between_splits_in_the_handwriting_only() -> None:
-    first, again, test = (dialogue(generator(3, "t", 1), split, reading=True) for split in ("pretrain", "pretrain", "test"))
-    assert spoken(first, "user") == spoken(test, "user")
-    assert spoken(first, "assistant") == spoken(test, "assistant")
-    pages = [open_image(item.messages[0].parts[0].value).tobytes() for item in (first, again, test)]
-    assert pages[0] == pages[1] != pages[2]
+def test_checks_of_notes_are_right() -> None:
+    """The statement's words decide: read back here from the note."""
+    answers: list[str] = []
+    for i in range(300):
+        item = note_checks(generator(2, "t", i), "pretrain")
+        note, first = spoken(item, "user")[0].split("\n")
+        scene = re.search(r"(\d)(?: on the left, )?(\d).*(black|red|blue|green)", note) if re.search(r"\d\d|on the left", note) else None
+        for question, answer in zip([first, *spoken(item, "user")[1:]], spoken(item, "assistant"), strict=True):
+            words = question.strip("?").split()
+            if scene is None:
+                right = words[0] in note.split()
+            elif len(words) == 2:
+                right = words[1] == scene[1 if words[0] == "left" else 2]
+            else:
+                right = words[0] in (scene[1] + scene[2], scene[3])
+            assert answer == ("yes" if right else "no"), (note, question)
+            answers.append(answer)
+    assert 0.4 < answers.count("yes") / len(answers) < 0.6
+
+
+def test_checks_of_pictures_agree_with_each_other() -> None:
+    """Statements of one kind found right must be the same statement, and one found right is never found wrong."""
+    for i in range(100):
+        item = picture_checks(generator(2, "t", i), "pretrain")
+        verdicts: dict[str, set[str]] = {}
+        for question, answer in zip(spoken(item, "user"), spoken(item, "assistant"), strict=True):
+            verdicts.setdefault(question, set()).add(answer)
+        assert all(len(answers) == 1 for answers in verdicts.values())
+        for form in (r"left \d\?", r"right \d\?", r"\d\d\?", r"[a-z]+\?"):
+            assert sum(verdicts[question] == {"yes"} for question in verdicts if re.fullmatch(form, question)) <= 1
+
+
+def test_the_tower_alone_learns_to_tell_inks() -> None:
+    vlm = new_nano(0)
+    exam, rng = SightExam(vlm), generator(0, "t")
+    optimizer = torch.optim.AdamW(exam.parameters(), lr=2e-3)
+    for _ in range(60):
+        pixels, truth = sheets(vlm, rng, 32)
+        loss = exam.loss(pixels, truth)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    pixels, truth = sheets(vlm, rng, 100)
+    left, right, ink = exam(pixels)
+    assert left.shape == right.shape == (100, 10)
+    assert (ink.argmax(1) == truth[:, 2]).float().mean() > 0.9
+    assert exam.tower is vlm.model.model.vision_tower
+
+
+def test_stages_share_all_steps() -> None:
+    assert sum(stage.share for stage in STAGES) == pytest.approx(1)
+    assert all(sum(share for _, share in stage.lessons) == pytest.approx(1) for stage in STAGES if stage.lessons)
+
+
+def test_keys_start_out_like_queries() -> None:
+    attention = new_nano(0).model.model.language_model.layers[0].self_attn
+    query, key = (weight.detach().flatten() for weight in (attention.q_proj.weight, attention.k_proj.weight))
+    assert torch.corrcoef(torch.stack([query, key]))[0, 1].item() == pytest.approx(0.7, abs=0.02)
+    assert key.std().item() == pytest.approx(192**-0.5, rel=0.02)
 
 
 def test_pretraining_is_seeded_and_writes_a_loadable_folder(tmp_path: Path) -> None:
     lines: list[str] = []
-    config = PretrainConfig(seed=5, steps=10, batch_size=2)
+    config = PretrainConfig(seed=5, steps=8)
     for name in ("a", "b"):
         make_nano(tmp_path / name, config, lines.append, probes=4)
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("a", "b")]

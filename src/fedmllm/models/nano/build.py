@@ -1,4 +1,4 @@
-"""The nano model's architecture, tokenizer and processor: a LLaVA of 3.4 M parameters, untrained.
+"""The nano model's architecture, tokenizer and processor: a LLaVA of 4.0 M parameters, untrained.
 
 Picture (64x64) -> SigLIP tower (16 patches) -> projector (16 visual tokens) -> Llama decoder. Every class is the
 library's own; only the sizes are ours.
@@ -102,7 +102,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGenera
         num_key_value_heads=6,
         vocab_size=len(tokenizer),
         max_position_embeddings=512,
-        tie_word_embeddings=True,
+        tie_word_embeddings=False,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,
@@ -114,7 +114,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGenera
         vision_feature_select_strategy="full",
         image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
         image_seq_length=(IMAGE_SIZE // PATCH_SIZE) ** 2,
-        tie_word_embeddings=True,
+        tie_word_embeddings=False,
     )
     model = LlavaForConditionalGeneration(config)
     _scale_to_width(model)
@@ -137,3 +137,14 @@ def _scale_to_width(model: nn.Module) -> None:
             nn.init.normal_(parameter, std=2 / math.sqrt(parameter[0].numel()))
         elif parameter.ndim == 2 and "vision_tower" not in name:
             nn.init.normal_(parameter, std=1 / math.sqrt(parameter.shape[1]))
+    for layer in model.get_submodule("model.language_model.layers").children():
+        _look_for_likeness(layer.get_submodule("self_attn"))
+
+
+def _look_for_likeness(attention: nn.Module, correlation: float = 0.7) -> None:
+    """Make keys like queries, so that a token attends to its like from the start: what comparing is made of.
+
+    The mimetic initialization of Trockman and Kolter (arXiv 2305.09828), with K = c Q + sqrt(1 - c^2) noise.
+    """
+    query, key = (attention.get_parameter(f"{name}_proj.weight") for name in "qk")
+    key.mul_(math.sqrt(1 - correlation**2)).add_(query, alpha=correlation)

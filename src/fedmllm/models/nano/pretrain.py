@@ -4,25 +4,63 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fedmllm.models.encoding import Encoded, answer_nll, collate, encode
+from fedmllm.data.datasets.digits.scans import Split
+from fedmllm.data.prompts import to_messages
+from fedmllm.models.encoding import Encoded, answer_nll, collate
 from fedmllm.models.families import GENERIC
 from fedmllm.models.load import ModelConfig, VisionLanguageModel, load_model
 from fedmllm.models.nano.build import build_model, build_processor, train_tokenizer
-from fedmllm.models.nano.curriculum import Dialogue, dialogue
+from fedmllm.models.nano.card import model_card, skills
+from fedmllm.models.nano.dialogues import dialogue
+from fedmllm.models.nano.drills import caption, note_checks, picture_checks, short_questions
+from fedmllm.models.nano.scenes import Dialogue, english
+from fedmllm.models.nano.sight import SightExam, sheets
 from fedmllm.randomness import generator, torch_randomness
+from fedmllm.types import Message
 
-READING = 0.15
-"""Share of the steps that only teach to read digits. Without this start, pictures are ignored for most of the time."""
-
+Lesson = Callable[[np.random.Generator, Split], Dialogue]
 Progress = Callable[[str], None]
+
+WARMUP_STEPS = 30
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stretch of pretraining.
+
+    Attributes:
+        name: shown in the progress lines.
+        share: of all optimizer steps.
+        batch_size: pictures or dialogues per step.
+        learning_rate: reached after a linear warm-up.
+        lessons: what is drawn, and how often; none: the tower alone, as a classifier.
+        decays: whether the rate falls to a hundredth by half a cosine; else it stays.
+    """
+
+    name: str
+    share: float
+    batch_size: int
+    learning_rate: float
+    lessons: tuple[tuple[Lesson, float], ...] = ()
+    decays: bool = False
+
+
+STAGES = (
+    Stage("sight", 0.26, 64, 2e-3, decays=True),
+    Stage("notes", 0.13, 8, 4e-4, ((note_checks, 1.0),)),
+    Stage("pictures", 0.26, 16, 4e-4, ((caption, 0.3), (short_questions, 0.2), (picture_checks, 0.3), (note_checks, 0.2))),
+    Stage("dialogues", 0.35, 20, 5e-4, ((dialogue, 0.8), (short_questions, 0.1), (picture_checks, 0.1)), decays=True),
+)
+"""Small steps at a low rate leave the plateau on which yes-or-no questions start sooner than few large ones."""
 
 
 @dataclass(frozen=True)
@@ -30,18 +68,14 @@ class PretrainConfig:
     """How the embedded model was made; the defaults are the shipped weights' settings."""
 
     seed: int = 0
-    steps: int = 1300
-    batch_size: int = 24
-    learning_rate: float = 1.5e-3
+    steps: int = 3450
     weight_decay: float = 0.05
-    warmup_steps: int = 100
     clip_norm: float = 1.0
 
 
 def new_nano(seed: int) -> VisionLanguageModel:
     """The nano model with fresh weights, on the CPU."""
-    rng = generator(seed, "nano-tokenizer")
-    tokenizer = train_tokenizer([*_texts(dialogue(rng) for _ in range(8000)), *_english()])
+    tokenizer = train_tokenizer(_tokenizer_texts(seed))
     device = torch.device("cpu")
     with torch_randomness(device, seed, "nano-weights"):
         model = build_model(tokenizer)
@@ -60,35 +94,59 @@ def make_nano(folder: Path, config: PretrainConfig, progress: Progress, probes: 
 
 
 def pretrain(config: PretrainConfig, progress: Progress) -> VisionLanguageModel:
-    """Train from scratch on the curriculum.
+    """Train from scratch through ``STAGES``.
 
-    Minimizes the mean negative log-likelihood of the answer tokens with AdamW, linear warm-up and cosine decay.
+    Minimizes the mean negative log-likelihood of the answer tokens (first stage: of digits and ink) with AdamW.
     """
     vlm = new_nano(config.seed)
-    rng = generator(config.seed, "nano-dialogues")
-    optimizer = torch.optim.AdamW(vlm.model.parameters(), lr=0.0, betas=(0.9, 0.98), weight_decay=config.weight_decay)
     vlm.model.train()
-    start, losses = time.monotonic(), []
-    for step in range(config.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = _learning_rate(step, config)
-        reading = step < config.steps * READING
-        loss = _backward(vlm, [_tensors(vlm, dialogue(rng, reading=reading)) for _ in range(config.batch_size)])
-        torch.nn.utils.clip_grad_norm_(vlm.model.parameters(), config.clip_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss)
-        if (step + 1) % 50 == 0:
-            progress(f"step {step + 1}/{config.steps} loss {np.mean(losses[-50:]):.3f} {time.monotonic() - start:.0f} s")
+    for stage in STAGES:
+        rng = generator(config.seed, "nano-lessons", stage.name)
+        module, backward = _sight(vlm, stage, rng, config.seed) if not stage.lessons else (vlm.model, partial(_teach, vlm, stage, rng))
+        _optimize(module, stage, max(1, round(stage.share * config.steps)), config, backward, progress)
     vlm.model.eval()
     return vlm
 
 
-def _learning_rate(step: int, config: PretrainConfig) -> float:
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
-    done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
-    return config.learning_rate * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
+def _optimize(
+    module: nn.Module, stage: Stage, steps: int, config: PretrainConfig, backward: Callable[[], float], progress: Progress
+) -> None:
+    """AdamW on the module; ``backward`` leaves the gradient of one batch and returns its loss."""
+    optimizer = torch.optim.AdamW(module.parameters(), lr=0.0, betas=(0.9, 0.98), weight_decay=config.weight_decay)
+    start, losses = time.monotonic(), []
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = _learning_rate(stage, step, steps)
+        losses.append(backward())
+        torch.nn.utils.clip_grad_norm_(module.parameters(), config.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        if (step + 1) % 50 == 0 or step + 1 == steps:
+            progress(f"{stage.name} {step + 1}/{steps} loss {np.mean(losses[-50:]):.3f} {time.monotonic() - start:.0f} s")
+
+
+def _learning_rate(stage: Stage, step: int, steps: int) -> float:
+    warm = min(1.0, (step + 1) / WARMUP_STEPS)
+    cosine = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / steps))
+    return stage.learning_rate * warm * (cosine if stage.decays else 1.0)
+
+
+def _sight(vlm: VisionLanguageModel, stage: Stage, rng: np.random.Generator, seed: int) -> tuple[nn.Module, Callable[[], float]]:
+    with torch_randomness(vlm.device, seed, "nano-exam"):
+        exam = SightExam(vlm)
+
+    def backward() -> float:
+        loss = exam.loss(*sheets(vlm, rng, stage.batch_size))
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.item()
+
+    return exam, backward
+
+
+def _teach(vlm: VisionLanguageModel, stage: Stage, rng: np.random.Generator) -> float:
+    lessons, shares = zip(*stage.lessons, strict=True)
+    drawn = [lessons[i](rng, "pretrain") for i in rng.choice(len(lessons), size=stage.batch_size, p=shares)]
+    return _backward(vlm, [_tensors(vlm, item) for item in drawn])
 
 
 def _tensors(vlm: VisionLanguageModel, item: Dialogue) -> tuple[Encoded, Tensor]:
@@ -125,67 +183,17 @@ def _backward(vlm: VisionLanguageModel, lessons: list[tuple[Encoded, Tensor]], c
     return loss
 
 
-def _texts(items: Iterable[Dialogue]) -> list[str]:
-    return [str(part.value) for item in items for message in item.messages for part in message.parts if part.type == "text"]
+def _tokenizer_texts(seed: int) -> Iterator[str]:
+    """What the tokenizer is trained on: lessons, real English, and the wordings of the embedded datasets."""
+    from fedmllm.data.datasets.digits import wordings
+
+    rng = generator(seed, "nano-tokenizer")
+    for lesson in (dialogue, note_checks):
+        yield from (text for _ in range(4000) for text in _texts(lesson(rng, "pretrain").messages))
+    yield english()
+    for sample in wordings(seed, 2000):
+        yield from _texts(to_messages(sample, "agnostic"))
 
 
-def skills(vlm: VisionLanguageModel, seed: int, count: int) -> dict[str, tuple[float, int]]:
-    """(exact-match accuracy, number) of greedy answers by skill, to first questions, with the test split's handwriting."""
-    items = [dialogue(generator(seed, "nano-probe", i), "test") for i in range(count)]
-    right: dict[str, list[bool]] = {}
-    for first in range(0, count, 50):
-        part = items[first : first + 50]
-        for item, answer in zip(part, _greedy(vlm, part), strict=True):
-            right.setdefault(item.skills[0], []).append(answer == item.messages[1].parts[0].value)
-    return {skill: (float(np.mean(hits)), len(hits)) for skill, hits in sorted(right.items())}
-
-
-@torch.inference_mode()
-def _greedy(vlm: VisionLanguageModel, items: list[Dialogue]) -> list[str]:
-    """Answers to the first questions."""
-    batch = collate(vlm, [encode(vlm, item.messages[:1], "") for item in items], with_answers=False)
-    output = vlm.model.generate(**batch.inputs, do_sample=False, max_new_tokens=12)
-    return [text.strip() for text in vlm.tokenizer.batch_decode(output[:, batch.inputs["input_ids"].shape[1] :], skip_special_tokens=True)]
-
-
-def model_card(vlm: VisionLanguageModel, config: PretrainConfig, scores: dict[str, tuple[float, int]], minutes: float) -> str:
-    """The folder's README: what the model is, what it was trained on, what it can do."""
-    count = sum(parameter.numel() for parameter in vlm.model.parameters())
-    rows = "\n".join(f"| {skill} | {share:.3f} | {number} |" for skill, (share, number) in scores.items())
-    return _CARD.format(count=count / 1e6, c=config, minutes=minutes, rows=rows)
-
-
-_CARD = """---
-license: apache-2.0
-library_name: transformers
-pipeline_tag: image-text-to-text
----
-# nano
-
-A LLaVA of {count:.1f} M parameters for demonstrations, tests and benchmarks of federated fine-tuning on a CPU: SigLIP
-tower for 64x64 pixels, 16 visual tokens, Llama decoder of 6 layers, byte-level BPE. It was taught to read
-handwritten digits and short notes and to compare the two, as well as the scores below say, and knows nothing else.
-
-## Training
-From scratch by `fedmllm pretrain-nano --seed {c.seed} --steps {c.steps}`: {c.steps} steps of {c.batch_size} dialogues of three or four questions
-(AdamW, peak learning rate {c.learning_rate}, cosine), {minutes:.0f} minutes on 2 CPU cores. Pictures are composed from
-scikit-learn's handwritten digits (E. Alpaydin and C. Kaynak, UCI, CC BY 4.0), scans 0-999 only; scans 1000-1399 are kept for
-the training and 1400-1796 for the test splits of the embedded datasets. The tokenizer also saw the descriptions of
-scikit-learn's data sets. Contexts: picture only, note only, both. Not among the questions: the tasks of the embedded
-datasets (claims, triage, larger/next/odd digits, flashcards).
-
-## Scores
-Greedy answers to the first question of new dialogues, exact match, in the handwriting of the test split:
-
-| skill | accuracy | questions |
-|---|---|---|
-{rows}
-"""
-
-
-def _english() -> list[str]:
-    """Real English for the tokenizer: the descriptions of scikit-learn's data sets."""
-    from sklearn import datasets
-
-    names = ("breast_cancer", "diabetes", "digits", "iris", "linnerud", "wine")
-    return [getattr(datasets, f"load_{name}")().DESCR for name in names]
+def _texts(messages: Iterable[Message]) -> list[str]:
+    return [str(part.value) for message in messages for part in message.parts if part.type == "text"]

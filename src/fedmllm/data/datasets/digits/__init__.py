@@ -6,7 +6,7 @@ score, from the picture alone, the text alone and both (``ceilings``).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,3 +50,10 @@ def loader(name: str) -> Callable[[DatasetRequest], Dataset]:
         return Dataset(name, task.metric, train, test, task.modalities, task.ceilings())
 
     return load
+
+
+def wordings(seed: int, count: int) -> Iterator[Sample]:
+    """Samples of all four tasks in turn, for a tokenizer to know their words."""
+    for i in range(count):
+        name = list(_TASKS)[i % len(_TASKS)]
+        yield _TASKS[name].generate(i, "train", generator(seed, "wordings", i))
