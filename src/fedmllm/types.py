@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Union
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -20,6 +20,30 @@ Weights = dict[str, "Tensor"]
 Metrics = dict[str, float]
 """Named numbers, each finite."""
 
+Picture = Union[Path, bytes, "Image", "EditedImage"]
+"""A file, a file's bytes, a picture in memory or one with edits to be made."""
+
+Content = str | Picture
+"""Text, or something to be decoded."""
+
+
+@dataclass(frozen=True)
+class Edit:
+    """Something done to a picture when it is decoded: a key of ``data.images.EDITS``, how strongly, and the seed of its noise."""
+
+    name: str
+    strength: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class EditedImage:
+    """A picture with edits to be made, in order, each time it is decoded."""
+
+    source: Path | bytes | Image
+    edits: tuple[Edit, ...]
+
+
 AnswerType = Literal["choice", "open", "closed"]
 
 
@@ -32,20 +56,24 @@ class Sample:
         question: what is asked. It is never dropped: without it there is no task.
         answer: the right answer, one of ``options`` if there are any.
         content: what the question is about, by modality: ``{"image": Path or PIL image, "text": str}``. A scenario
-            drops entries from here.
+            drops entries from here. Other modalities (``audio``, ``video``) are files too.
         options: the answers to choose from, in the order shown; empty when the answer is free text.
         category: the class used for label skew and for counting: the answer for classification, the kind of question
             for question answering.
         answer_type: how the answer is scored, and under which heading.
+        client: who holds the sample by nature (hospital, author, event); empty where the data do not say.
+        domain: which dataset of a mixture the sample comes from; empty elsewhere.
     """
 
     id: str
     question: str
     answer: str
-    content: Mapping[Modality, str | Path | Image]
+    content: Mapping[Modality, Content]
     options: tuple[str, ...] = ()
     category: str = ""
     answer_type: AnswerType = "choice"
+    client: str = ""
+    domain: str = ""
 
     @property
     def label(self) -> int:
@@ -63,7 +91,7 @@ class Part:
     """A piece of a message: text, or content of another modality to be decoded by the model's processor."""
 
     type: Modality
-    value: str | Path | Image
+    value: Content
 
 
 @dataclass(frozen=True)

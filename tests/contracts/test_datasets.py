@@ -1,4 +1,5 @@
-"""Every dataset goes through this suite; a new one adds one row to ``ROOTS``: None if embedded, else a folder of real files."""
+"""Every dataset goes through this suite. A new one adds one row: to ``ROOTS`` (None if embedded, else a folder of real files)
+or, where its files may not be redistributed, a writer of its layout to ``written.WRITERS``."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from contracts.written import WRITERS
 from fedmllm.config import Experiment
 from fedmllm.data.datasets import DATASETS, Dataset, DatasetRequest, load_dataset
 from fedmllm.data.federated import federate, manifest
@@ -21,6 +23,8 @@ ROOTS: dict[str, str | None] = {
     "digits-vqa": None,
     "digits-cards": None,
     "vqa_rad": "vqa_rad",
+    "nlvr": "nlvr",
+    "emojitwo": "emojitwo",
 }
 
 
@@ -33,9 +37,12 @@ def root_of(name: str) -> Path | None:
     return Path(os.environ["FEDMLLM_DATA"]).resolve() / folder
 
 
-@pytest.fixture(params=sorted(ROOTS))
-def request_(request: pytest.FixtureRequest) -> tuple[str, DatasetRequest]:
-    return request.param, DatasetRequest(root_of(request.param), 0, num_train=120, num_test=60)
+@pytest.fixture(params=sorted({*ROOTS, *WRITERS}))
+def request_(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, DatasetRequest]:
+    if request.param in ROOTS:
+        return request.param, DatasetRequest(root_of(request.param), 0, num_train=120, num_test=60)
+    root, options = WRITERS[request.param](tmp_path)
+    return request.param, DatasetRequest(root, 0, num_train=120, num_test=60, options=options)
 
 
 @pytest.fixture
@@ -44,8 +51,9 @@ def dataset(request_: tuple[str, DatasetRequest]) -> Dataset:
 
 
 def test_every_dataset_has_a_row() -> None:
-    assert set(ROOTS) == set(DATASETS)
-    assert {name for name, folder in ROOTS.items() if folder} == {name for name, entry in DATASETS.items() if entry.needs_root}
+    assert {*ROOTS, *WRITERS} == set(DATASETS) - {"mixture"}  # a mixture of these has tests of its own
+    for name, entry in DATASETS.items():
+        assert entry.needs_root == (name in WRITERS or ROOTS.get(name) is not None)
 
 
 def test_loading_twice_gives_the_same(dataset: Dataset, request_: tuple[str, DatasetRequest]) -> None:
@@ -90,7 +98,7 @@ def test_ceilings_are_scores(dataset: Dataset) -> None:
 
 def test_it_federates(request_: tuple[str, DatasetRequest]) -> None:
     name, request = request_
-    data = {"dataset": name, "root": request.root, "num_train": 120, "num_test": 60}
+    data = {"dataset": name, "root": request.root, "num_train": 120, "num_test": 60, "options": dict(request.options)}
     experiment = Experiment.parse({"data": data, "federation": {"num_clients": 4, "scenario": "missing-0.3"}})
     split = federate(experiment.data, experiment.federation, 0)
     record = manifest(split, "missing-0.3", 0)

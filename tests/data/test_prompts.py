@@ -4,7 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from fedmllm.data.prompts import PromptStyle, target, to_messages
+from fedmllm.data.datasets import crisismmd, emojitwo, hateful_memes, nlvr
+from fedmllm.data.datasets.digits import claims
+from fedmllm.data.prompts import SPECIFIC_QUESTIONS, PromptStyle, target, to_messages
 from fedmllm.errors import DataError
 from fedmllm.types import Sample
 
@@ -21,7 +23,7 @@ def test_a_sample_before_and_after() -> None:
     assert [part.type for part in message.parts] == ["image", "text"]
     assert message.parts[0].value == "x.png"
     assert message.parts[1].value == (
-        "Answer based on the text and image.\na nurse says 4\nQuestion: Is it misleading?\nOptions: A. no B. yes\nAnswer with the letter."
+        "Answer based on the text and image.\na nurse says 4\nQuestion: Is the text about the image misleading?\nOptions: A. no B. yes\nAnswer with the letter."
     )
     assert target(COMPLETE) == "B"
 
@@ -37,6 +39,27 @@ def test_agnostic_wording_is_the_same_whatever_is_held() -> None:
 def test_specific_wording_names_what_is_held() -> None:
     heads = [wording(sample, "specific").splitlines()[0] for sample in VARIANTS]
     assert heads == ["Answer based on the text and image.", "Answer based on the image.", "Answer based on the text."]
+
+
+@pytest.mark.parametrize("asked", SPECIFIC_QUESTIONS)
+def test_a_task_s_question_names_modalities_in_the_specific_style_only(asked: str) -> None:
+    for sample in VARIANTS:
+        posed = replace(sample, question=asked)
+        assert f"Question: {asked}" in wording(posed, "agnostic")
+        line = next(line for line in wording(posed, "specific").splitlines() if line.startswith("Question: "))
+        assert [name for name in ("image", "text") if name in line] == list(posed.modalities)
+        assert not any(name in asked for name in ("image", "text", "picture", "meme", "sentence"))
+
+
+def test_every_task_with_options_and_both_modalities_is_worded() -> None:
+    """All but triage, whose question is about neither."""
+    asked = {claims.QUESTION, hateful_memes.QUESTION, crisismmd.QUESTION, nlvr.QUESTION, emojitwo.QUESTION}
+    assert asked == set(SPECIFIC_QUESTIONS)
+
+
+def test_other_questions_stay() -> None:
+    sample = replace(COMPLETE, question="Which digit is larger?")
+    assert "Question: Which digit is larger?" in wording(sample, "specific")
 
 
 def test_a_third_modality_needs_no_new_code() -> None:

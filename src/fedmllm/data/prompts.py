@@ -23,6 +23,35 @@ SPECIFIC_PREAMBLES: Mapping[tuple[Modality, ...], str] = {
     ("text",): "Answer based on the text.",
     (): "Answer based on the question.",
 }
+SPECIFIC_QUESTIONS: Mapping[str, Mapping[tuple[Modality, ...], str]] = {
+    "Is it hateful?": {
+        ("image", "text"): "Are the image and the text together hateful?",
+        ("image",): "Is the image hateful?",
+        ("text",): "Is the text hateful?",
+    },
+    "Which kind of information is it?": {
+        ("image", "text"): "Which kind of information do the image and the text give?",
+        ("image",): "Which kind of information does the image give?",
+        ("text",): "Which kind of information does the text give?",
+    },
+    "Is it true?": {
+        ("image", "text"): "Is the text true of the image?",
+        ("image",): "Is what was said about the image true?",
+        ("text",): "Is the text true?",
+    },
+    "Which kind of thing is it?": {
+        ("image", "text"): "Which kind of thing do the image and the text show?",
+        ("image",): "Which kind of thing does the image show?",
+        ("text",): "Which kind of thing does the text name?",
+    },
+    "Is it misleading?": {
+        ("image", "text"): "Is the text about the image misleading?",
+        ("image",): "Is the image misleading?",
+        ("text",): "Is the text misleading?",
+    },
+}
+"""A task's question as the datasets hold it, naming no modality, and what the specific style makes of it. Others stay."""
+
 CHOICE_INSTRUCTION = "Answer with the letter."
 
 
@@ -34,12 +63,19 @@ def preamble(sample: Sample, style: PromptStyle) -> str:
     return SPECIFIC_PREAMBLES.get(sample.modalities, default)
 
 
+def question(sample: Sample, style: PromptStyle) -> str:
+    """The question in the style's words."""
+    if style == "agnostic":
+        return sample.question
+    return SPECIFIC_QUESTIONS.get(sample.question, {}).get(sample.modalities, sample.question)
+
+
 def to_messages(sample: Sample, style: PromptStyle) -> tuple[Message, ...]:
     """The user's turn: content other than text first, then preamble, text, question and lettered options."""
     lines = [preamble(sample, style)]
     if "text" in sample.content:
         lines.append(str(sample.content["text"]))
-    lines.append(f"Question: {sample.question}")
+    lines.append(f"Question: {question(sample, style)}")
     if sample.options:
         lines += [options_line(sample.options), CHOICE_INSTRUCTION]
     others = [Part(name, sample.content[name]) for name in sample.modalities if name != "text"]

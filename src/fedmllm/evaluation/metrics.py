@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import string
+from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,8 +18,24 @@ BOOTSTRAP_SAMPLES = 200
 
 
 def score(metric: str, predictions: Sequence[Prediction]) -> float:
-    """The headline score by name: ``auc``, ``macro_f1`` or ``accuracy``."""
-    return {"auc": auc, "macro_f1": macro_f1, "accuracy": accuracy}[metric](predictions)
+    """The headline score by name: ``auc``, ``macro_f1``, ``accuracy``, or ``mixed``: the mean over datasets of each one's own."""
+    return {"auc": auc, "macro_f1": macro_f1, "accuracy": accuracy, "mixed": mixed}[metric](predictions)
+
+
+def mixed(predictions: Sequence[Prediction]) -> float:
+    """Mean over the datasets of a mixture of each one's score by ``own_metric``."""
+    return float(np.mean([score(own_metric([p.sample for p in part]), part) for part in _by_domain(predictions).values()]))
+
+
+def own_metric(samples: Sequence[Sample]) -> str:
+    """What fits one dataset: AUC for two options, macro-F1 for more, accuracy for free answers."""
+    options = {len(sample.options) for sample in samples}
+    return "accuracy" if 0 in options else "auc" if options == {2} else "macro_f1"
+
+
+def _by_domain(predictions: Sequence[Prediction]) -> dict[str, list[Prediction]]:
+    domains = sorted({p.sample.domain for p in predictions})
+    return {domain: [p for p in predictions if p.sample.domain == domain] for domain in domains}
 
 
 def auc(predictions: Sequence[Prediction]) -> float:
@@ -79,6 +97,9 @@ def all_metrics(metric: str, predictions: Sequence[Prediction], seed: int) -> Me
     """Headline ``score``, its bootstrap ``standard_error``, ``num_samples``, ``failures``, and accuracy by answer type."""
     numbers: Metrics = {"score": score(metric, predictions), "standard_error": standard_error(metric, predictions, seed)}
     numbers |= {"num_samples": len(predictions), "failures": sum(p.answer is None for p in predictions)}
+    for domain, part in _by_domain(predictions).items():
+        if domain:
+            numbers[f"score_{domain}"] = score(own_metric([p.sample for p in part]), part)
     for kind in sorted({p.sample.answer_type for p in predictions} - {"choice"}):
         numbers[f"accuracy_{kind}"] = accuracy([p for p in predictions if p.sample.answer_type == kind])
     return numbers
@@ -87,14 +108,13 @@ def all_metrics(metric: str, predictions: Sequence[Prediction], seed: int) -> Me
 def standard_error(metric: str, predictions: Sequence[Prediction], seed: int) -> float:
     """Standard deviation of the score over ``BOOTSTRAP_SAMPLES`` resamples of the test samples (Efron, 1979).
 
-    Resamples in which the AUC is undefined, for want of one class, are drawn anew.
+    Resamples in which an AUC is undefined, for want of one class, are drawn anew.
     """
     rng = generator(seed, "bootstrap")
-    labels = np.array([p.sample.label if p.sample.options else 0 for p in predictions])
     scores: list[float] = []
     while len(scores) < BOOTSTRAP_SAMPLES:
         chosen = rng.integers(len(predictions), size=len(predictions))
-        if metric != "auc" or len(np.unique(labels[chosen])) == 2:
+        with suppress(DataError):
             scores.append(score(metric, [predictions[i] for i in chosen]))
     return float(np.std(scores))
 
@@ -103,12 +123,19 @@ def majority_score(metric: str, train: Sequence[Sample], test: Sequence[Sample])
     """The score of always giving the most frequent training answer (of the same answer type); 0.5 for the AUC."""
     if metric == "auc":
         return 0.5
+    if metric == "mixed":
+        return float(np.mean([_majority_in(domain, train, test) for domain in sorted({sample.domain for sample in test})]))
     common = {kind: _most_frequent([s.answer for s in train if s.answer_type == kind]) for kind in {s.answer_type for s in train}}
     return score(metric, [Prediction(sample, common.get(sample.answer_type)) for sample in test])
+
+
+def _majority_in(domain: str, train: Sequence[Sample], test: Sequence[Sample]) -> float:
+    learned, asked = ([sample for sample in samples if sample.domain == domain] for samples in (train, test))
+    return majority_score(own_metric(asked), learned, asked)
 
 
 def _most_frequent(answers: Sequence[str]) -> str:
     """The most frequent answer after ``normalize``, in its first spelling; ties go to the first in the alphabet."""
     spelling = {normalize(answer): answer for answer in reversed(answers)}
-    keys = [normalize(answer) for answer in answers]
-    return spelling[min(spelling, key=lambda key: (-keys.count(key), key))]
+    counts = Counter(map(normalize, answers))
+    return spelling[min(spelling, key=lambda key: (-counts[key], key))]

@@ -229,15 +229,16 @@ BROKEN = {
     "answer a fraction": ({"answer": 2.5}, "answer must be text that is not empty, is 2.5"),
     "answer a list": ({"answer": ["yes"]}, "answer must be text that is not empty, is ['yes']"),
     "half a surrogate pair": ({"answer": "a\ud83e"}, "answer must be text that is not empty, is 'a\\ud83e'"),
-    "qid null": ({"qid": None}, "qid must be a whole number, is None"),
+    "qid null": ({"qid": None}, "qid must be text that is not empty, is None"),
     "qid a path": ({"qid": "../1"}, "qid must be a whole number, is '../1'"),
     "qid negative": ({"qid": -1}, "qid must be a whole number, is -1"),
     "qid in other digits": ({"qid": "٣"}, "qid must be a whole number, is '٣'"),
-    "qid twice": ({"qid": "1"}, "qid must occur once, '1' is also at trainset.json[0]"),
+    "qid twice": ({"qid": "1"}, "id must occur once, '1' is also at trainset.json[0]"),
     "image missing": ({"image_name": "synpic999.jpg"}, "image_name 'synpic999.jpg' is no file in images/"),
-    "image a folder": ({"image_name": ""}, "image_name '' is no file in images/"),
+    "image a folder": ({"image_name": "."}, "image_name '.' is no file in images/"),
+    "image name empty": ({"image_name": ""}, "image_name must be a path inside images/, is ''"),
     "image name too long": ({"image_name": "x" * 5000}, "is no file in images/"),
-    "image name with a null": ({"image_name": "a\0b"}, "is no file in images/"),
+    "image name with a null": ({"image_name": "a\0b"}, "image_name must be a path inside images/, is 'a\\x00b'"),
     "image name half a pair": ({"image_name": "\ud83e.jpg"}, "is no file in images/"),
     "image name a number": ({"image_name": 7}, "image_name must be a path inside images/, is 7"),
     "image above": ({"image_name": "../trainset.json"}, "image_name must be a path inside images/, is '../trainset.json'"),
@@ -271,18 +272,19 @@ def test_a_template_row_in_the_test_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_number_used_in_both_files_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"testset\.json\[0\]: qid must occur once, '1' is also at trainset\.json\[0\]"):
+    with pytest.raises(DataError, match=r"testset\.json\[0\]: id must occur once, '1' is also at trainset\.json\[0\]"):
         load(everything(write_repackaged(tmp_path, test=[{**TEST_ROWS[0], "qid": 1}])))
 
 
 def test_numbers_that_are_none_are_not_called_repeated(tmp_path: Path) -> None:
     with pytest.raises(DataError) as error:
         load(everything(write_repackaged(tmp_path, train=[{**TRAIN_ROWS[0], "qid": None}] * 2)))
-    assert "must be a whole number" in str(error.value)
+    assert "qid must be text that is not empty" in str(error.value)
     assert "must occur once" not in str(error.value)
 
 
 def test_all_offending_rows_of_all_files_are_listed_at_once(tmp_path: Path) -> None:
+    """Each by the first rule it breaks: the third row's picture is missing too."""
     train = [TRAIN_ROWS[0], "row", {**TRAIN_ROWS[1], "answer": "", "image_name": "gone.jpg"}, {"qid": 3}]
     test = [{**TEST_ROWS[0], "answer_type": "YES/NO"}, TEST_ROWS[1], {**TEST_ROWS[1]}]
 
@@ -291,10 +293,9 @@ def test_all_offending_rows_of_all_files_are_listed_at_once(tmp_path: Path) -> N
     assert {line.partition(": ")[0].removeprefix("  - ") + " " + line.split()[2] for line in str(error.value).splitlines()[1:]} == {
         "trainset.json[1] must",
         "trainset.json[2] answer",
-        "trainset.json[2] image_name",
         "trainset.json[3] lacks",
         "testset.json[0] answer_type",
-        "testset.json[2] qid",
+        "testset.json[2] id",
     }
 
 
@@ -326,7 +327,53 @@ def test_a_file_that_is_no_list_of_rows_is_named(file: str, content: bytes, mess
 
     with pytest.raises(DataError) as error:
         load(everything(tmp_path))
-    assert f"  - {file}: {message}" in str(error.value)
+    assert f"{tmp_path / file}: {message}" in str(error.value)
+
+
+def test_bad_rows_can_be_skipped(tmp_path: Path) -> None:
+    """Those left out, bad or not, are counted apart; a number is taken by the first good row that has it."""
+    train = ["row", {**TRAIN_ROWS[0], "answer": ""}, *TRAIN_ROWS, FRAME_ROW]
+    write_repackaged(tmp_path, train, [*TEST_ROWS, {**TEST_ROWS[0], "qid": "1"}])
+
+    dataset = load(DatasetRequest(tmp_path, 0, on_bad_sample="skip"))
+
+    assert (dataset.train, dataset.test) == expected(tmp_path / "images")
+    assert dataset.notes[1:7] == (
+        "3 bad row(s) skipped",
+        "trainset.json[0]: must be an object with keys, is 'row'",
+        "trainset.json[1]: answer must be text that is not empty, is ''",
+        "testset.json[2]: id must occur once, '1' is also at trainset.json[2]",
+        "the files hold 3 train and 2 test questions, published are 1,797 train and 451 test",
+        "1 training rows of phrase_type frame were left out: the published split has none",
+    )
+
+
+@pytest.mark.parametrize("write", [write_original, write_repackaged])
+def test_training_can_leave_out_the_test_images(write: Callable[[Path], Path], tmp_path: Path) -> None:
+    """Training row 3 is about the image of test row 11."""
+    whole = load(everything(write(tmp_path)))
+    disjoint = load(DatasetRequest(tmp_path, 0, options={"image_disjoint": True}))
+
+    assert ([s.id for s in disjoint.train], disjoint.test) == (["vqa_rad-train-1", "vqa_rad-train-2"], whole.test)
+    assert disjoint.notes == (
+        *whole.notes[:-1],
+        "image_disjoint: 1 training questions about 1 test images were left out, 2 are left",
+        "0 of the 2 test images also occur in train",
+    )
+
+
+def test_the_disjoint_training_split_is_that_of_the_whole_test_split(tmp_path: Path) -> None:
+    """Whichever test question is drawn; row 12 alone shares no image with training."""
+    write_repackaged(tmp_path)
+    drawn = [load(DatasetRequest(tmp_path, seed, num_test=1, options={"image_disjoint": True})) for seed in range(10)]
+
+    assert {d.test[0].id for d in drawn} == {"vqa_rad-test-11", "vqa_rad-test-12"}
+    assert {tuple(s.id for s in d.train) for d in drawn} == {("vqa_rad-train-1", "vqa_rad-train-2")}
+
+
+def test_unknown_options_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.options\.disjoint: "):
+        load(DatasetRequest(write_repackaged(tmp_path), 0, options={"disjoint": True}))
 
 
 @pytest.mark.parametrize(("train", "test", "split"), [([FRAME_ROW], TEST_ROWS, "train"), (TRAIN_ROWS, [], "test")])
@@ -452,6 +499,9 @@ def test_the_real_files_hold_the_published_split(real_root: Path) -> None:
     assert "the files hold 1,797 train and 451 test questions, as published" in dataset.notes
     # All 203 test images occur in the repackaged training file, one of them (synpic23571.jpg) in rows that are left out only.
     assert "202 of the 203 test images also occur in train" in dataset.notes
+    disjoint = load(DatasetRequest(real_root, 0, options={"image_disjoint": True}))
+    assert (len(disjoint.train), disjoint.test) == (734, dataset.test)
+    assert "image_disjoint: 1,063 training questions about 202 test images were left out, 734 are left" in disjoint.notes
     for sample in (*dataset.train[:3], *dataset.test[:3]):
         assert open_image(sample.content["image"]).mode == "RGB"
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from typing import Any
 
-from fedmllm.data.datasets import digits
-from fedmllm.data.datasets.base import Dataset, DatasetEntry, DatasetRequest
+from fedmllm.data.datasets import digits, own
+from fedmllm.data.datasets.base import Dataset, DatasetEntry, DatasetOptions, DatasetRequest
 from fedmllm.errors import ConfigError
 
 
-def _lazy(module: str) -> Callable[[DatasetRequest], Dataset]:
-    """The ``load`` of a dataset file, imported when first called."""
-    return lambda request: importlib.import_module(f"fedmllm.data.datasets.{module}").load(request)
+def _file(module: str, summary: str, needs_root: bool = True) -> DatasetEntry:
+    """A dataset file, imported when first used."""
+
+    def found(name: str) -> Any:
+        return getattr(importlib.import_module(f"fedmllm.data.datasets.{module}"), name, DatasetOptions)
+
+    return DatasetEntry(summary, lambda request: found("load")(request), needs_root, lambda: found("Options"))
 
 
 __all__ = ["DATASETS", "Dataset", "DatasetRequest", "load_dataset"]
@@ -23,7 +27,17 @@ DATASETS: dict[str, DatasetEntry] = {
     "digits-triage": DatasetEntry("embedded: which team should go? 8 unbalanced classes, macro-F1", digits.loader("digits-triage")),
     "digits-vqa": DatasetEntry("embedded: open and closed questions about a picture, accuracy", digits.loader("digits-vqa")),
     "digits-cards": DatasetEntry("embedded: questions in words, text only, accuracy", digits.loader("digits-cards")),
-    "vqa_rad": DatasetEntry("VQA-RAD: questions about radiology images, accuracy", _lazy("vqa_rad"), needs_root=True),
+    "hateful_memes": _file("hateful_memes", "Hateful Memes: is a meme hateful? 2 classes, AUC"),
+    "crisismmd": _file("crisismmd", "CrisisMMD: what does a tweet from a disaster tell? 8 classes, macro-F1"),
+    "vqa_rad": _file("vqa_rad", "VQA-RAD: questions about radiology images, accuracy"),
+    "slake": _file("slake", "SLAKE: questions about radiology images, English or Chinese, accuracy"),
+    "medical_flashcards": _file("medical_flashcards", "Medical flashcards: questions in words, text only, accuracy"),
+    "nlvr": _file("nlvr", "NLVR: is a sentence about a picture true? 2 classes, AUC"),
+    "emojitwo": _file("emojitwo", "EmojiTwo: which kind of thing is an emoji? 8 classes, macro-F1"),
+    "mixture": _file("mixture", "several of these in one federation: domain skew, task mix", needs_root=False),
+    "jsonl": DatasetEntry("your own JSON lines, columns named in data.options", own.loader("jsonl"), True, lambda: own.Options),
+    "csv": DatasetEntry("your own CSV or TSV file, columns named in data.options", own.loader("csv"), True, lambda: own.Options),
+    "huggingface": DatasetEntry("your own dataset saved by Hugging Face datasets", own.loader("huggingface"), True, lambda: own.Options),
 }
 
 

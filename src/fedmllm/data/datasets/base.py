@@ -6,12 +6,16 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
-from fedmllm.errors import DataError, listing
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from fedmllm.data.datasets.rows import OnBadSample
+from fedmllm.errors import ConfigError, DataError, listing
+from fedmllm.randomness import generator
 from fedmllm.types import Modality, Sample
 
-Metric = Literal["auc", "macro_f1", "accuracy"]
+Metric = Literal["auc", "macro_f1", "accuracy", "mixed"]
 
 
 @dataclass(frozen=True)
@@ -20,7 +24,8 @@ class Dataset:
 
     Attributes:
         name: as in the configuration.
-        metric: the headline score, in [0, 1]: area under the ROC curve, macro-averaged F1 or exact-match accuracy.
+        metric: the headline score, in [0, 1]: area under the ROC curve, macro-averaged F1, exact-match accuracy, or
+            the mean of these over the datasets of a mixture.
         train, test: the samples, in an order that does not depend on the file system.
         modalities: what a complete sample holds.
         ceilings: for generated data, the best score any predictor can reach from ``both`` modalities or one alone.
@@ -43,6 +48,15 @@ class Dataset:
             raise DataError(f"dataset {self.name}: every split needs samples and every sample an id of its own:\n{listing(problems)}")
 
 
+class DatasetOptions(BaseModel):
+    """What can be chosen about one dataset; a dataset file's ``Options`` adds its own fields. None by default."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+Options = TypeVar("Options", bound=DatasetOptions)
+
+
 @dataclass(frozen=True)
 class DatasetRequest:
     """What a loader is asked for.
@@ -51,12 +65,55 @@ class DatasetRequest:
         root: the folder that holds the files; None for embedded data.
         seed: for data that are generated or subsampled.
         num_train, num_test: how many samples; None for all there are (embedded data: the default number).
+        on_bad_sample: whether bad rows are refused, all in one error, or skipped and counted in the notes.
+        options: the dataset's own settings, as ``data.options`` holds them.
     """
 
     root: Path | None
     seed: int
     num_train: int | None = None
     num_test: int | None = None
+    on_bad_sample: OnBadSample = "refuse"
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def folder(self, dataset: str) -> Path:
+        """The folder of files.
+
+        Raises:
+            ConfigError: if none is named.
+        """
+        if self.root is None:
+            raise ConfigError(f"data.root: {dataset} reads files; give the folder that holds them, e.g. data.root=/path/to/{dataset}")
+        return self.root
+
+    def options_as(self, form: type[Options]) -> Options:
+        """The dataset's own settings, checked.
+
+        Raises:
+            ConfigError: naming each field that is unknown or out of range.
+        """
+        try:
+            return form.model_validate(dict(self.options))
+        except ValidationError as error:
+            problems = [
+                f"{'.'.join(('data.options', *map(str, e['loc'])))}: {e['msg'].removeprefix('Value error, ')}" for e in error.errors()
+            ]
+            known = ", ".join(form.model_fields) or "none"
+            raise ConfigError(f"settings of the dataset (known: {known}):\n{listing(problems)}") from error
+
+
+def check_options(form: type[Options], values: Mapping[str, Any]) -> Options:
+    """The dataset's own settings.
+
+    Raises:
+        ConfigError: naming each field that is unknown or out of range.
+    """
+    try:
+        return form.model_validate(dict(values))
+    except ValidationError as error:
+        problems = [f"{'.'.join(('data.options', *map(str, e['loc'])))}: {e['msg'].removeprefix('Value error, ')}" for e in error.errors()]
+        known = ", ".join(form.model_fields) or "none"
+        raise ConfigError(f"data.options does not suit the dataset, whose settings are {known}:\n{listing(problems)}") from error
 
 
 class DatasetLoader(Protocol):
@@ -69,11 +126,12 @@ class DatasetLoader(Protocol):
 
 @dataclass(frozen=True)
 class DatasetEntry:
-    """A row of the index: one line of description, and where the loader is (imported only when used)."""
+    """A row of the index: one line of description, the loader, and the form of ``data.options`` (each imported when used)."""
 
     summary: str
     load: Callable[[DatasetRequest], Dataset]
     needs_root: bool = False
+    options: Callable[[], type[DatasetOptions]] = lambda: DatasetOptions
 
 
 def take(samples: Sequence[Sample], count: int | None, seed: int, split: str) -> tuple[Sample, ...]:
@@ -82,8 +140,6 @@ def take(samples: Sequence[Sample], count: int | None, seed: int, split: str) ->
     Raises:
         DataError: if there are fewer.
     """
-    from fedmllm.randomness import generator
-
     ordered = sorted(samples, key=lambda sample: sample.id)
     if count is None:
         return tuple(ordered)
@@ -91,3 +147,25 @@ def take(samples: Sequence[Sample], count: int | None, seed: int, split: str) ->
         raise DataError(f"data.num_{split}: {count} samples asked for, there are {len(ordered)}; ask for fewer or leave it out")
     chosen = generator(seed, "subset", split).choice(len(ordered), size=count, replace=False)
     return tuple(ordered[i] for i in sorted(chosen))
+
+
+def hold_out(samples: Sequence[Sample], share: float, seed: int) -> tuple[list[Sample], list[Sample]]:
+    """(training, test) samples where the files have one split; independent of the order of the samples.
+
+    Raises:
+        ConfigError: if the share is not in (0, 1).
+    """
+    if not 0 < share < 1:
+        raise ConfigError(f"data.options.test_share: {share} samples' share cannot be held out; it must lie above 0 and below 1")
+    ordered = sorted(samples, key=lambda sample: sample.id)
+    shuffled = [ordered[i] for i in generator(seed, "hold-out").permutation(len(ordered))]
+    count = round(share * len(shuffled))
+    return shuffled[count:], shuffled[:count]
+
+
+def count_note(what: str, found: tuple[int, ...], published: tuple[int, ...] | None) -> str:
+    """How many were found, and whether that is what was published."""
+    numbers = " / ".join(f"{count:,}" for count in found)
+    if published is None:
+        return f"{what}: {numbers}"
+    return f"{what}: {numbers}, " + ("as published" if found == published else f"published are {' / '.join(f'{n:,}' for n in published)}")

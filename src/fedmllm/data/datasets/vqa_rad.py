@@ -21,23 +21,22 @@ One row, and the sample it becomes:
 
 from __future__ import annotations
 
-import json
-import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from reprlib import repr as shown  # shortens long and deep values
 from typing import Literal
 
-from fedmllm.data.datasets.base import Dataset, DatasetRequest, take
-from fedmllm.errors import ConfigError, DataError, listing
-from fedmllm.types import AnswerType, Record, Sample
+from fedmllm.data.datasets.base import Dataset, DatasetOptions, DatasetRequest, take
+from fedmllm.data.datasets.files import json_list
+from fedmllm.data.datasets.rows import Row, RowError, Sieve, shown, words_of
+from fedmllm.errors import DataError, listing
+from fedmllm.types import AnswerType, Content, Sample
 
 PUBLISHED = {"train": 1797, "test": 451}
 """Questions in each split of the publication."""
 
-KEYS = ("qid", "phrase_type", "image_name", "image_organ", "question", "answer", "answer_type")
 ORGANS = ("HEAD", "CHEST", "ABD")
 ANSWER_TYPES: Mapping[str, AnswerType] = {"OPEN": "open", "CLOSED": "closed"}
 
@@ -62,13 +61,11 @@ LAYOUTS: Mapping[str, Layout] = {
 """In the order they are looked for."""
 
 
-@dataclass(frozen=True)
-class _Row:
-    """An item of a file's list: where it stands, its keys and values, and what becomes of it."""
+class Options(DatasetOptions):
+    """Which questions to train on."""
 
-    where: str
-    record: Record
-    fate: Fate
+    image_disjoint: bool = False
+    """Leave out training questions about pictures of the test split: the published split shares nearly all of its test pictures."""
 
 
 def load(request: DatasetRequest) -> Dataset:
@@ -78,16 +75,20 @@ def load(request: DatasetRequest) -> Dataset:
         ConfigError: if the request names no folder.
         DataError: if neither layout is complete, a split is empty or rows break a rule of the format: not an object, a
             key missing, an unknown type or organ, no question or answer, a ``qid`` twice, no such image. All such rows
-            are reported at once, by file and index (from 0).
+            are reported at once, by file and index (from 0), each with the first rule it breaks.
     """
-    if request.root is None:
-        raise ConfigError("data.root: vqa_rad reads files; give the folder that holds them, e.g. data.root=/path/to/vqa_rad")
-    name = _recognize(request.root)
-    splits, left_out = _read(request.root, LAYOUTS[name])
+    root, options = request.folder("vqa_rad"), request.options_as(Options)
+    name = _recognize(root)
+    # A number occurs once in all files, whatever its split.
+    sieve = Sieve(str(root), request.on_bad_sample, identity=lambda sample: sample.id.rpartition("-")[2])
+    splits, left_out = _read(root, LAYOUTS[name], sieve)
+    notes = (f"read from the {name} layout", *sieve.finish(), *_count_notes(splits, left_out))
+    if options.image_disjoint:
+        splits["train"], note = _without(splits["train"], _images(splits["test"]))
+        notes += (note,)
     train = take(splits["train"], request.num_train, request.seed, "train")
     test = take(splits["test"], request.num_test, request.seed, "test")
-    notes = (f"read from the {name} layout", *_count_notes(splits, left_out), _overlap_note(train, test))
-    return Dataset("vqa_rad", "accuracy", train, test, ("image",), notes=notes)
+    return Dataset("vqa_rad", "accuracy", train, test, ("image",), notes=(*notes, _overlap_note(train, test)))
 
 
 def _recognize(root: Path) -> str:
@@ -101,89 +102,45 @@ def _recognize(root: Path) -> str:
     raise DataError(f"{root}: holds no complete copy of VQA-RAD; looked for all the files of one of these layouts:\n{listing(wanted)}")
 
 
-def _read(root: Path, layout: Layout) -> tuple[dict[str, list[Sample]], int]:
+def _read(root: Path, layout: Layout, sieve: Sieve) -> tuple[dict[str, list[Sample]], int]:
     """Samples by split, and how many rows were left out."""
-    problems: list[str] = []
-    images = root / layout.images
-    rows = [row for file, fates in layout.files.items() for row in _rows(root / file, fates, problems)]
-    kept = [row for row in rows if row.fate != "left out"]
-    problems += [f"{row.where}: {problem}" for row in kept for problem in _problems(row.record, images)]
-    problems += _repeated(kept)
-    if problems:
-        raise DataError(f"{root}: breaks rules of VQA-RAD's format; correct the rows or download the files again:\n{listing(problems)}")
-    return {split: [_sample(row, images) for row in kept if row.fate == split] for split in PUBLISHED}, len(rows) - len(kept)
+    splits: dict[str, list[Sample]] = {split: [] for split in PUBLISHED}
+    left_out = 0
+    for file, fates in layout.files.items():
+        rows = list(json_list(root / file))
+        samples = sieve.samples(rows, partial(_sample, root / layout.images, fates))
+        for split, chosen in splits.items():
+            chosen += [sample for sample in samples if sample.id.startswith(f"vqa_rad-{split}-")]
+        left_out += sum(fates.get(words_of(row.record.get("phrase_type"))) == "left out" for row in rows)
+    return splits, left_out
 
 
-def _rows(path: Path, fates: Mapping[str, Fate], problems: list[str]) -> Iterator[_Row]:
-    """The rows whose fate is known; the others are added to ``problems``."""
-    for index, record in enumerate(_json_list(path, problems)):
-        where = f"{path.name}[{index}]"
-        if not isinstance(record, dict):
-            problems.append(f"{where}: must be an object with keys, is {shown(record)}")
-        elif missing := [key for key in KEYS if key not in record]:
-            problems.append(f"{where}: lacks {', '.join(missing)}")
-        elif (phrase_type := _words(record["phrase_type"])) not in fates:
-            problems.append(f"{where}: phrase_type must be one of {', '.join(fates)}, is {shown(record['phrase_type'])}")
-        else:
-            yield _Row(where, record, fates[phrase_type])
-
-
-def _json_list(path: Path, problems: list[str]) -> list[object]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON or a number of too many digits
-        problems.append(f"{path.name}: must be JSON in UTF-8 ({error})")
-        return []
-    if not isinstance(values, list):
-        problems.append(f"{path.name}: must be a list of rows, is {shown(values)}")
-        return []
-    return values
-
-
-def _problems(record: Record, images: Path) -> Iterator[str]:
-    """Each rule that a row breaks."""
-    for key in ("question", "answer"):
-        if not _words(record[key]):
-            yield f"{key} must be text that is not empty, is {shown(record[key])}"
-    for key, known in {"answer_type": ANSWER_TYPES, "image_organ": ORGANS}.items():
-        if _words(record[key]) not in known:
-            yield f"{key} must be one of {', '.join(known)}, is {shown(record[key])}"
-    if not re.fullmatch("[0-9]+", _words(record["qid"])):
-        yield f"qid must be a whole number, is {shown(record['qid'])}"
-    name = record["image_name"]
-    # Judged by its spelling: links are the user's own doing, names are the download's.
-    if not isinstance(name, str) or Path(name).anchor or ".." in Path(name).parts:
-        yield f"image_name must be a path inside {images.name}/, is {shown(name)}"
-    elif not os.path.isfile(images / name):  # noqa: PTH113 - Path.is_file raises for a name that is too long
-        yield f"image_name {shown(name)} is no file in {images.name}/"
-
-
-def _repeated(rows: Sequence[_Row]) -> Iterator[str]:
-    first: dict[str, str] = {}
-    for row in rows:
-        qid = _words(row.record["qid"])
-        if qid and first.setdefault(qid, row.where) != row.where:
-            yield f"{row.where}: qid must occur once, {shown(qid)} is also at {first[qid]}"
-
-
-def _sample(row: _Row, images: Path) -> Sample:
-    text = {key: _words(row.record[key]) for key in KEYS}
+def _sample(images: Path, fates: Mapping[str, Fate], row: Row) -> Sample | None:
+    fate = row.choice("phrase_type", fates)
+    if fate == "left out":
+        return None
+    qid = row.text("qid")
+    if not re.fullmatch("[0-9]+", qid):
+        raise RowError(f"qid must be a whole number, is {shown(row.value('qid'))}")
     return Sample(
-        id=f"vqa_rad-{row.fate}-{text['qid']}",
-        question=text["question"],
-        answer=text["answer"],
-        content={"image": images / row.record["image_name"]},
-        category=text["image_organ"],
-        answer_type=ANSWER_TYPES[text["answer_type"]],
+        id=f"vqa_rad-{fate}-{qid}",
+        question=row.text("question"),
+        answer=row.text("answer"),
+        content={"image": row.file("image_name", images)},
+        category=row.choice("image_organ", {organ: organ for organ in ORGANS}),
+        answer_type=row.choice("answer_type", ANSWER_TYPES),
     )
 
 
-def _words(value: object) -> str:
-    """Text or a whole number as text with single spaces; empty for all else, half a surrogate pair (no UTF-8) included."""
-    if isinstance(value, bool) or not isinstance(value, (str, int)):
-        return ""
-    text = " ".join(str(value).split())
-    return "" if re.search(r"[\ud800-\udfff]", text) else text
+def _images(samples: Sequence[Sample]) -> set[Content]:
+    return {sample.content["image"] for sample in samples}
+
+
+def _without(train: Sequence[Sample], tested: Set[Content]) -> tuple[list[Sample], str]:
+    """The training samples about other pictures, and a note on the rest."""
+    kept = [sample for sample in train if sample.content["image"] not in tested]
+    gone, shared = len(train) - len(kept), len(_images(train) & tested)
+    return kept, f"image_disjoint: {gone:,} training questions about {shared} test images were left out, {len(kept):,} are left"
 
 
 def _count_notes(splits: Mapping[str, Sequence[Sample]], left_out: int) -> Iterator[str]:
@@ -195,5 +152,5 @@ def _count_notes(splits: Mapping[str, Sequence[Sample]], left_out: int) -> Itera
 
 
 def _overlap_note(train: Sequence[Sample], test: Sequence[Sample]) -> str:
-    seen, asked = ({sample.content["image"] for sample in samples} for samples in (train, test))
-    return f"{len(asked & seen)} of the {len(asked)} test images also occur in train"
+    asked = _images(test)
+    return f"{len(asked & _images(train))} of the {len(asked)} test images also occur in train"

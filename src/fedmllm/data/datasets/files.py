@@ -1,0 +1,158 @@
+"""Files to rows: JSON lists, objects and lines, CSV and TSV. A row that cannot be read says so when it is asked for something."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedmllm.data.datasets.rows import SURROGATE, Row, RowError, shown
+from fedmllm.errors import DataError, listing
+
+
+def require(root: Path, names: Sequence[str], dataset: str) -> None:
+    """Every name is a file or folder inside the root.
+
+    Raises:
+        DataError: naming those that are missing.
+    """
+    there = {name: os.path.exists(root / name) for name in names}  # noqa: PTH110 - Path.exists raises for a name that is too long
+    if not all(there.values()):
+        found = [f"{name} ({'found' if yes else 'missing'})" for name, yes in there.items()]
+        raise DataError(f"{root}: holds no complete copy of {dataset}; looked for all of these:\n{listing(found)}")
+
+
+def json_list(path: Path) -> Iterator[Row]:
+    """The items of a file that is one JSON list; each is a record, or a bad row once it is read.
+
+    Raises:
+        DataError: if the file is no JSON list in UTF-8.
+    """
+    values = _json(path)
+    if not isinstance(values, list):
+        raise DataError(f"{path}: must be a list of rows, is {shown(values)}; download the file again")
+    for index, value in enumerate(values):
+        yield Row(f"{path.name}[{index}]", value) if isinstance(value, dict) else _broken(f"{path.name}[{index}]", value)
+
+
+def json_lines(path: Path) -> Iterator[Row]:
+    """One JSON object a line; empty lines are passed over.
+
+    Raises:
+        DataError: if the file cannot be read.
+    """
+    for number, line in enumerate(_bytes(path).removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+        if line.strip():
+            yield _json_row(f"{path.name}:{number}", line)
+
+
+def json_object(path: Path, key: str) -> Iterator[Row]:
+    """The entries of a file that is one JSON object of objects; an entry's own name becomes its value of ``key``.
+
+    Raises:
+        DataError: if the file is no JSON object in UTF-8.
+    """
+    values = _json(path)
+    if not isinstance(values, dict):
+        raise DataError(f"{path}: must be an object of entries, is {shown(values)}; download the file again")
+    for name, value in values.items():
+        where = f"{path.name}[{shown(name)}]"
+        yield Row(where, {**value, key: name}) if isinstance(value, dict) else _broken(where, value)
+
+
+def _json(path: Path) -> object:
+    try:
+        return json.loads(_bytes(path).decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON or a number of too many digits
+        raise DataError(f"{path}: must be JSON in UTF-8 ({error}); download the file again") from error
+
+
+def _json_row(where: str, line: bytes) -> Row:
+    try:
+        value = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        return _Unreadable(where, {}, f"must be a JSON object in UTF-8 ({error})")
+    return Row(where, value) if isinstance(value, dict) else _broken(where, value)
+
+
+def _broken(where: str, value: object) -> Row:
+    return _Unreadable(where, {}, f"must be an object with keys, is {shown(value)}")
+
+
+@dataclass(frozen=True)
+class _Unreadable(Row):
+    """A row that could not be read at all: whatever is asked of it, the answer is why."""
+
+    problem: str
+
+    def value(self, key: str) -> Any:
+        """Nothing.
+
+        Raises:
+            RowError: always.
+        """
+        raise RowError(self.problem)
+
+
+def table(path: Path, delimiter: str = ",", quoted: bool = True) -> Iterator[Row]:
+    """Rows of a CSV or TSV file whose first line names the columns; rows of empty fields only are passed over.
+
+    Args:
+        path: the file, in UTF-8.
+        delimiter: between fields.
+        quoted: False: quotation marks and carriage returns are ordinary characters, every line is one row.
+
+    Raises:
+        DataError: if the file cannot be read or has no header.
+    """
+    header: list[str] = []
+    text = _bytes(path).removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape")
+    for number, fields in _quoted(path, text, delimiter) if quoted else _unquoted(text, delimiter):
+        if not "".join(fields).strip():
+            continue
+        if header:
+            yield _table_row(f"{path.name}:{number}", header, fields)
+        else:
+            header = _header(path, fields)
+    if not header:
+        raise DataError(f"{path}: must begin with a line of column names, is empty")
+
+
+def _quoted(path: Path, text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    try:
+        for fields in reader:
+            yield reader.line_num, fields
+    except csv.Error as error:
+        raise DataError(f"{path}:{reader.line_num}: cannot be read as a table ({error}); check its quotation marks") from error
+
+
+def _unquoted(text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    for number, line in enumerate(text.split("\n"), 1):
+        yield number, line.removesuffix("\r").split(delimiter)
+
+
+def _header(path: Path, names: list[str]) -> list[str]:
+    if len(set(names)) != len(names) or SURROGATE.search("".join(names)):
+        raise DataError(f"{path}: must begin with a line of column names in UTF-8, each once, begins with {shown(names)}")
+    return names
+
+
+def _table_row(where: str, header: list[str], fields: list[str]) -> Row:
+    if len(fields) != len(header):
+        return _Unreadable(where, {}, f"must have {len(header)} fields, has {len(fields)}")
+    if SURROGATE.search("".join(fields)):
+        return _Unreadable(where, {}, "must be in UTF-8")
+    return Row(where, dict(zip(header, fields, strict=True)))
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error}); check the folder's path") from error

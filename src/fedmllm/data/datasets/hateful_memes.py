@@ -1,0 +1,98 @@
+"""Hateful Memes: is a meme hateful? Two classes, AUC; neither its picture nor its words need say so alone.
+
+D. Kiela et al., "The Hateful Memes Challenge: Detecting Hate Speech in Multimodal Memes", NeurIPS 2020. The licence does
+not allow redistribution: download the files from its authors.
+
+Two releases are in circulation, told apart by their files. They hold the same training ids, but 823 of the labels differ:
+
+    first    train.jsonl, dev.jsonl, test.jsonl (without labels); evaluated on dev
+    later    train.jsonl, dev_seen.jsonl, dev_unseen.jsonl, test_seen.jsonl, test_unseen.jsonl; evaluated on test_seen
+
+A row as the files hold them (invented), and the sample it becomes:
+
+    {"id": "00042", "img": "img/00042.png", "label": 0, "text": "me on the first day of spring"}
+    Sample(id="hateful_memes-train-img/00042.png", question="Is it hateful?", answer="no", options=("no", "yes"),
+           category="no", content={"image": root / "img/00042.png", "text": "me on the first day of spring"})
+
+``id`` is an integer in one release and a zero-padded string in the other, so rows are keyed on ``img``.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from fedmllm.data.datasets.base import Dataset, DatasetOptions, DatasetRequest, count_note, take
+from fedmllm.data.datasets.files import json_lines, require
+from fedmllm.data.datasets.rows import Row, Sieve
+from fedmllm.errors import ConfigError
+from fedmllm.types import Sample
+
+QUESTION = "Is it hateful?"
+OPTIONS = ("no", "yes")
+PUBLISHED: Mapping[str, Mapping[str, tuple[int, int]]] = {
+    "first": {"train": (5450, 3050), "dev": (250, 250)},
+    "later": {
+        "train": (5481, 3019),
+        "dev_seen": (253, 247),
+        "dev_unseen": (340, 200),
+        "test_seen": (510, 490),
+        "test_unseen": (1250, 750),
+    },
+}
+"""Rows with label 0 and 1 by release and file."""
+
+TEST = {"first": "dev", "later": "test_seen"}
+
+
+class Options(DatasetOptions):
+    """Which rows to evaluate on."""
+
+    test: Literal["dev", "dev_seen", "dev_unseen", "test_seen", "test_unseen"] | None = None
+    """File to evaluate on; left out for ``test_seen`` (later release) or ``dev`` (first)."""
+
+
+def load(request: DatasetRequest) -> Dataset:
+    """Training rows and one labeled evaluation file; scored by the area under the ROC curve.
+
+    Raises:
+        ConfigError: if the evaluation file is not one of the release at hand.
+        DataError: if files are missing or rows break a rule; all at once.
+    """
+    root, options = request.folder("hateful_memes"), request.options_as(Options)
+    release = "first" if (root / "dev.jsonl").is_file() and not (root / "dev_seen.jsonl").is_file() else "later"
+    evaluated = options.test or TEST[release]
+    if evaluated not in PUBLISHED[release]:
+        raise ConfigError(
+            f"data.options.test: {evaluated} is no labeled file of the {release} release, which {root} holds; "
+            f"choose from {', '.join(list(PUBLISHED[release])[1:])}"
+        )
+    require(root, ("img", "train.jsonl", f"{evaluated}.jsonl"), "Hateful Memes")
+    sieve = Sieve(str(root), request.on_bad_sample)
+    read = {name: sieve.samples(json_lines(root / f"{name}.jsonl"), partial(_sample, root, name)) for name in ("train", evaluated)}
+    notes = (f"read from the {release} release, evaluated on {evaluated}", *sieve.finish())
+    notes += tuple(_label_note(name, rows, PUBLISHED[release][name]) for name, rows in read.items())
+    train = take(read["train"], request.num_train, request.seed, "train")
+    test = take(read[evaluated], request.num_test, request.seed, "test")
+    return Dataset("hateful_memes", "auc", train, test, ("image", "text"), notes=notes)
+
+
+def _sample(root: Path, split: str, row: Row) -> Sample:
+    answer = row.choice("label", {"0": "no", "1": "yes"})
+    image = row.file("img", root)
+    return Sample(
+        id=f"hateful_memes-{split}-{image.relative_to(root).as_posix()}",
+        question=QUESTION,
+        answer=answer,
+        options=OPTIONS,
+        category=answer,
+        content={"image": image, "text": row.text("text")},
+    )
+
+
+def _label_note(name: str, samples: list[Sample], published: tuple[int, int]) -> str:
+    found = Counter(sample.answer for sample in samples)
+    return count_note(f"{name}: rows without and with hate", tuple(found[option] for option in OPTIONS), published)

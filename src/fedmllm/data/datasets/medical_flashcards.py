@@ -1,0 +1,62 @@
+"""Medical flashcards: questions and answers in words, no pictures; the text half of the benchmark's medical task.
+
+T. Han et al., "MedAlpaca: An Open-Source Collection of Medical Conversational AI Models and Training Data", arXiv
+2304.08247. Of unclear licence: download the file from its authors.
+
+One file, ``medical_meadow_wikidoc_medical_flashcards.json``, one split. A row as the file holds them (invented), and the sample
+it becomes:
+
+    {"instruction": "Answer this question truthfully", "input": "Which vitamin does the skin make in sunlight?",
+     "output": "In sunlight the skin makes vitamin D."}
+    Sample(id="medical_flashcards-00000", question="Answer the question.", answer="In sunlight the skin makes vitamin D.",
+           content={"text": "Which vitamin does the skin make in sunlight?"}, category="flashcard", answer_type="open")
+
+A share of the rows, chosen by the seed and the row's place in the file, is held out as the test split.
+"""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from fedmllm.data.datasets.base import Dataset, DatasetOptions, DatasetRequest, count_note, hold_out, take
+from fedmllm.data.datasets.files import json_list, require
+from fedmllm.data.datasets.rows import Row, Sieve
+from fedmllm.types import Sample
+
+FILE = "medical_meadow_wikidoc_medical_flashcards.json"
+PUBLISHED = 33_955
+
+
+class Options(DatasetOptions):
+    """How much to hold out."""
+
+    test_share: float = Field(0.1, gt=0, lt=1)
+    """Share of the rows to test on, in (0, 1): the published file has one split only."""
+
+
+def load(request: DatasetRequest) -> Dataset:
+    """All cards, a share held out; scored by exact-match accuracy.
+
+    Raises:
+        DataError: if the file is missing or rows break a rule; all at once.
+    """
+    root, options = request.folder("medical_flashcards"), request.options_as(Options)
+    require(root, (FILE,), "the medical flashcards")
+    sieve = Sieve(str(root / FILE), request.on_bad_sample)
+    cards = sieve.samples(json_list(root / FILE), _sample)
+    notes = (*sieve.finish(), count_note("cards", (len(cards),), (PUBLISHED,)))
+    train, test = hold_out(cards, options.test_share, request.seed)
+    chosen = (take(train, request.num_train, request.seed, "train"), take(test, request.num_test, request.seed, "test"))
+    return Dataset("medical_flashcards", "accuracy", *chosen, ("text",), notes=notes)
+
+
+def _sample(row: Row) -> Sample:
+    index = row.where.rpartition("[")[2].rstrip("]")
+    return Sample(
+        id=f"medical_flashcards-{int(index):05d}",
+        question="Answer the question.",
+        answer=row.text("output"),
+        content={"text": row.text("input")},
+        category="flashcard",
+        answer_type="open",
+    )

@@ -1,0 +1,93 @@
+"""SLAKE 1.0: questions in English and Chinese about radiology images, and their answers.
+
+B. Liu et al., "SLAKE: A Semantically-Labeled Knowledge-Enhanced Dataset for Medical Visual Question Answering", ISBI 2021.
+CC BY 4.0.
+
+Files: train.json, validate.json (validation.json on Hugging Face), test.json; pictures at imgs/xmlabN/source.jpg. One row,
+and the sample it becomes:
+
+    {"img_id": 102, "img_name": "xmlab102/source.jpg", "question": "What modality is used to take this image?",
+     "answer": "CT", "q_lang": "en", "modality": "CT", "answer_type": "OPEN", "content_type": "Modality", "qid": 11934, ...}
+    Sample(id="slake-test-11934", question="What modality is used to take this image?", answer="CT",
+           category="Modality", answer_type="open", content={"image": root / "imgs/xmlab102/source.jpg"})
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from fedmllm.data.datasets.base import Dataset, DatasetOptions, DatasetRequest, count_note, take
+from fedmllm.data.datasets.files import json_list, require
+from fedmllm.data.datasets.rows import Row, Sieve, words_of
+from fedmllm.types import AnswerType, Sample
+
+ANSWER_TYPES: Mapping[str, AnswerType] = {"OPEN": "open", "CLOSED": "closed"}
+LANGUAGES: Mapping[str, tuple[str, ...]] = {"en": ("en",), "zh": ("zh",), "all": ("en", "zh")}
+PUBLISHED: Mapping[str, Mapping[str, int]] = {
+    "en": {"train": 4919, "validate": 1053, "test": 1061},
+    "zh": {"train": 4916, "validate": 1046, "test": 1033},
+    "all": {"train": 9835, "validate": 2099, "test": 2094},
+}
+"""Questions by language and split."""
+UNANSWERED = ("1622",)
+"""Published without an answer (training split, English): counted, not used."""
+
+
+class Options(DatasetOptions):
+    """Which questions."""
+
+    language: Literal["en", "zh", "all"] = "en"
+    """Questions in English (the benchmark's), Chinese or both."""
+    test: Literal["test", "validate"] = "test"
+    """File to evaluate on."""
+    images: bool = True
+    """False: the questions alone, where only their files are at hand. The question is then the text of the sample."""
+
+
+def load(request: DatasetRequest) -> Dataset:
+    """Training questions and one evaluation file; scored by exact-match accuracy, label skew is over ``content_type``.
+
+    Raises:
+        DataError: if files are missing or rows break a rule; all at once.
+    """
+    root, options = request.folder("slake"), request.options_as(Options)
+    evaluated = "validation" if options.test == "validate" and not (root / "validate.json").is_file() else options.test
+    require(root, ("train.json", f"{evaluated}.json", *(("imgs",) if options.images else ())), "SLAKE")
+    sieve = Sieve(str(root), request.on_bad_sample)
+    files = {"train": "train.json", options.test: f"{evaluated}.json"}
+    rows = {split: list(json_list(root / file)) for split, file in files.items()}
+    read = {split: sieve.samples(rows[split], partial(_sample, root, options, split)) for split in files}
+    notes = (*sieve.finish(), *(_count_note(split, rows[split], options.language) for split in files))
+    train = take(read["train"], request.num_train, request.seed, "train")
+    test = take(read[options.test], request.num_test, request.seed, "test")
+    return Dataset("slake", "accuracy", train, test, ("image",) if options.images else ("text",), notes=notes)
+
+
+def _sample(root: Path, options: Options, split: str, row: Row) -> Sample | None:
+    if row.choice("q_lang", {"en": "en", "zh": "zh"}) not in LANGUAGES[options.language]:
+        return None
+    if _unanswered(row):
+        return None
+    question = row.text("question")
+    return Sample(
+        id=f"slake-{split}-{row.text('qid')}",
+        question=question if options.images else "Answer the question.",
+        answer=row.text("answer"),
+        content={"image": row.file("img_name", root / "imgs")} if options.images else {"text": question},
+        category=row.text("content_type"),
+        answer_type=row.choice("answer_type", ANSWER_TYPES),
+    )
+
+
+def _unanswered(row: Row) -> bool:
+    return words_of(row.record.get("qid")) in UNANSWERED and row.record.get("answer") in ("", None)
+
+
+def _count_note(split: str, rows: Sequence[Row], language: str) -> str:
+    asked = [row for row in rows if words_of(row.record.get("q_lang")) in LANGUAGES[language]]
+    empty = sum(map(_unanswered, asked))
+    note = count_note(f"{split}: questions ({language})", (len(asked),), (PUBLISHED[language][split],))
+    return note + (f"; {empty} of them has no answer and is left out" if empty else "")
