@@ -13,12 +13,14 @@ from pydantic import BaseModel
 
 from fedmllm.algorithms import ALGORITHMS
 from fedmllm.config import Experiment
-from fedmllm.data.datasets import DATASETS
+from fedmllm.data.datasets import DATASETS, own
+from fedmllm.data.datasets.mixture import MixedPart
 from fedmllm.data.modalities import SCENARIOS
+from fedmllm.data.quality import PARTS
 from fedmllm.models.families import FAMILIES, GENERIC
 
 SIGNS = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
-WORDS = {type(None): "null", str: "text", Path: "path", tuple: "list of {}", dict: "mapping of {} to {}"}
+WORDS = {type(None): "null", str: "text", Path: "path", tuple: "list of {}", dict: "mapping of {} to {}", Any: "anything"}
 INTRO = """<!-- Written by `python docs/generate.py`; change the code and run it again. -->
 # Configuration
 
@@ -43,7 +45,8 @@ def _section(title: str, model: type[BaseModel]) -> str:
         rule = " and ".join(f"{text} {getattr(m, sign):g}" for m in field.metadata for sign, text in SIGNS.items() if hasattr(m, sign))
         default = field.get_default(call_default_factory=True, validated_data={})
         if not isinstance(default, BaseModel):
-            rows.append((f"`{name}`", _type(field.annotation), f"`{json.dumps(default)}`", rule, _text(meaning[name])))
+            stated = "required" if field.is_required() else f"`{json.dumps(default)}`"
+            rows.append((f"`{name}`", _type(field.annotation), stated, rule, _text(meaning[name])))
     return _table(title, ("Key", "Type", "Default", "Rule", "Meaning"), rows)
 
 
@@ -61,8 +64,16 @@ def _indexes() -> Iterator[str]:
     yield _table("Methods: algorithm.name", ("Name", "Parameters and defaults", "Publication"), methods)
     datasets = ((f"`{n}`", row.summary, "required" if row.needs_root else "none") for n, row in DATASETS.items())
     yield _table("Datasets: data.dataset", ("Name", "Content", "data.root"), datasets)
+    forms = {form: name for name, row in reversed(DATASETS.items()) if (form := row.options()).model_fields}
+    for form, name in reversed(forms.items()):
+        yield _section(
+            f"data.options of {name if form is not own.Options else 'jsonl, csv and huggingface'}\n\n{_text(form.__doc__)}", form
+        )
+    yield _section(f"data.options.parts of mixture, each\n\n{_text(MixedPart.__doc__)}", MixedPart)
     scenarios = ((f"`{n}`", row.summary, row.level_rule, row.default_level) for n, row in SCENARIOS.items())
     yield _table("Scenarios: federation.scenario", ("Name", "Meaning", "Level, after a dash", "Default level"), scenarios)
+    parts = ((f"`{n}`", row.summary, f"{row.strength:g}", f"{row.bounds[0]:g} to {row.bounds[1]:g}") for n, row in PARTS.items())
+    yield _table("Kinds: federation.heterogeneity, evaluation.tested", ("Name", "Meaning", "Default strength", "Bounds"), parts)
     families = ((n, _text(inspect.getmodule(type(row)).__doc__)) for n, row in {**FAMILIES, "any other": GENERIC}.items())
     yield _table("Model families: model_type in the model's config.json", ("Type", "What it is"), families)
 

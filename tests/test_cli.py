@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
@@ -43,6 +44,21 @@ def test_train_evaluate_and_report(quick: Path) -> None:
     (quick / "out" / "report.html").unlink()
     assert run(quick, "report", "out").returncode == 0
     assert (quick / "out" / "report.html").is_file()
+
+
+def test_data_list_show_and_export(quick: Path) -> None:
+    names = run(quick, "data", "list", "--json")
+    assert {"datasets", "scenarios", "settings", "heterogeneity"} == set(json.loads(names.stdout))
+    assert "emojitwo" in run(quick, "data", "list").stdout
+    shown = run(quick, "data", "show", "quick.yaml", "--picture", "clients.png")
+    assert shown.returncode == 0, shown.stderr
+    assert "specific wording" in shown.stdout
+    assert (quick / "clients.png").is_file()
+    clients = json.loads(run(quick, "data", "show", "quick.yaml", "--json").stdout)["clients"]
+    assert [set(client) for client in clients] == [{"id", "num_samples", "labels", "modalities"}] * 2
+    assert run(quick, "data", "export", "quick.yaml", "--output", "split").returncode == 0
+    again = json.loads(run(quick, "data", "show", "split/experiment.yaml", "--json").stdout)
+    assert again["clients"] == clients
 
 
 def test_the_default_folder_is_named_after_experiment_and_time(quick: Path) -> None:

@@ -61,7 +61,7 @@ def test_a_key_in_the_wrong_section_is_sent_to_the_right_one() -> None:
     [
         ({"federation": {"num_clients": 3, "clients_per_round": 4}}, "samples 4 clients, but num_clients is 3"),
         ({"federation": {"scenario": "aligned-5.0", "dirichlet_alpha": 1.0}}, "contradicts scenario aligned-5.0"),
-        ({"federation": {"partition": "iid", "dirichlet_alpha": 1.0}}, "no label skew"),
+        ({"federation": {"partition": "iid", "dirichlet_alpha": 1.0}}, "iid has no skew to set"),
         ({"federation": {"scenario": "mising-0.4"}}, "is no scenario; known: aligned"),
         ({"federation": {"scenario": "missing-1.0"}}, "a rate in [0, 1)"),
         ({"federation": {"scenario": "missing-x"}}, "a rate in [0, 1)"),

@@ -47,6 +47,10 @@ def check_command(arguments: list[str]) -> None:
     if name.startswith("-"):
         return
     assert name in known, f"fedmllm has no command {name!r}"
+    if group := getattr(known[name], "commands", None):
+        name, *rest = rest
+        assert name in group, f"fedmllm has no command {arguments[:2]}"
+        known = group
     options = {option for parameter in known[name].params for option in parameter.opts} | {"--help"}
     assert {word.partition("=")[0] for word in rest if word.startswith("--")} <= options
     if name == "train" and rest and rest[0].startswith("experiments/"):
@@ -79,7 +83,7 @@ def test_commands_exist(page: Path) -> None:
 def test_commands_are_found_and_wrong_ones_refused() -> None:
     text = "```\n$ fedmllm train x.yaml a=1 \\\n  b=2  # why\n.venv/bin/fedmllm report runs/x\npython -m fedmllm --help\nimport fedmllm\n```\nfedmllm no\n"
     assert commands(text) == [["train", "x.yaml", "a=1", "b=2"], ["report", "runs/x"], ["--help"]]
-    for wrong in (["trian", "x.yaml"], ["train", "x.yaml", "--out", "y"]):
+    for wrong in (["trian", "x.yaml"], ["train", "x.yaml", "--out", "y"], ["data", "shwo"], ["data", "list", "--output", "y"]):
         with pytest.raises(AssertionError):
             check_command(wrong)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -18,12 +19,17 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+data_app = typer.Typer(help="Look at data before training on them.", no_args_is_help=True, pretty_exceptions_enable=False)
+app.add_typer(data_app, name="data")
+
+ExperimentFile = Annotated[Path, typer.Argument(help="Experiment in YAML, e.g. experiments/quickstart.yaml.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Settings as key.path=value, e.g. federation.num_rounds=5.")]
 
 
 @app.command()
 def train(
-    experiment: Annotated[Path, typer.Argument(help="Experiment in YAML, e.g. experiments/quickstart.yaml.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="Settings as key.path=value, e.g. federation.num_rounds=5.")] = None,
+    experiment: ExperimentFile,
+    overrides: Overrides = None,
     output: Annotated[Path | None, typer.Option(help="Run folder. Default: runs/<experiment>-<time>.")] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with an interrupted run (the newest unfinished one, or --output).")
@@ -87,6 +93,58 @@ def pretrain_nano(
     config = PretrainConfig(seed=seed) if steps is None else PretrainConfig(seed=seed, steps=steps)
     make_nano(output, config, typer.echo)
     typer.echo(f"model  {output}")
+
+
+@data_app.command("list")
+def data_list(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
+    """Name every dataset, scenario, setting of the benchmark and further kind of heterogeneity."""
+    from fedmllm.benchmark.data_view import catalog
+
+    rows = catalog()
+    if as_json:
+        typer.echo(json.dumps(rows, indent=1))
+        return
+    for kind, names in rows.items():
+        typer.echo(f"{kind}:")
+        for name, summary in names.items():
+            typer.echo(f"  {name:<20}{summary}")
+
+
+@data_app.command("show")
+def data_show(
+    experiment: ExperimentFile,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    picture: Annotated[Path | None, typer.Option(help="Also draw the clients' samples into this file, e.g. clients.png.")] = None,
+) -> None:
+    """Show a split: each client's samples by label and modality, and one sample as the model sees it."""
+    from fedmllm.benchmark.data_view import describe, save_picture
+    from fedmllm.config import Experiment
+
+    record = describe(Experiment.load(experiment, overrides or []))
+    if picture:
+        save_picture(record, picture)
+    if as_json:
+        typer.echo(json.dumps(record, indent=1, ensure_ascii=False))
+        return
+    from rich.console import Console
+
+    from fedmllm.display import split_view
+
+    Console().print(split_view(record))
+
+
+@data_app.command("export")
+def data_export(
+    experiment: ExperimentFile,
+    output: Annotated[Path, typer.Option(help="Folder for the files; it must not exist.")],
+    overrides: Overrides = None,
+) -> None:
+    """Write a split as JSON lines, pictures and a manifest, with an experiment that trains on them."""
+    from fedmllm.benchmark.data_view import export_split
+    from fedmllm.config import Experiment
+
+    typer.echo(f"experiment  {export_split(Experiment.load(experiment, overrides or []), output)}")
 
 
 def _print_result(result: RunResult) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console, Group
 from rich.live import Live
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
@@ -144,8 +145,44 @@ def result_table(result: RunResult) -> Table:
             )
     if result.majority is not None:
         table.add_row("majority answer", f"{result.majority:.3f}", "")
+    for copy, scores in result.tested.items():
+        table.add_row(f"federated, tested on {copy}", f"{scores['score']:.3f}", f"{scores['standard_error']:.3f}")
     table.caption = (
         f"{human_bytes(result.bytes_up)} up, {human_bytes(result.bytes_down)} down, {duration(result.seconds)} of training and evaluation"
     )
     table.caption_justify = "left"
     return table
+
+
+MAX_CLIENTS = 50
+"""Clients listed in a split's table; more are only counted."""
+
+
+def split_view(record: Record) -> Group:
+    """A split: where it comes from, each client's samples, and one sample before and after it is worded."""
+    clients, test = record["clients"], record["test"]
+    title = f"{record['dataset']}, {record['scenario']}, seed {record['seed']}: {sum(c['num_samples'] for c in clients):,} training samples"
+    table = Table("client", "samples", "by label", "by modalities", title=title, title_justify="left")
+    for row in clients[:MAX_CLIENTS]:
+        table.add_row(row["id"], f"{row['num_samples']:,}", _counted(row["labels"]), _counted(row["modalities"]))
+    if len(clients) > MAX_CLIENTS:
+        table.add_row(f"... and {len(clients) - MAX_CLIENTS:,} more", "", "", "")
+    table.add_row("test", f"{test['num_samples']:,}", _counted(test["labels"]), _counted(test["modalities"]))
+    notes = [*record["notes"], *([f"{record['dropped']:,} samples lost every modality"] if record["dropped"] else [])]
+    return Group(table, *(f"- {escape(note)}" for note in notes), "", *_example_lines(record["example"]))
+
+
+def _counted(counts: dict[str, int]) -> str:
+    return escape(", ".join(f"{name} {count:,}" for name, count in counts.items()))
+
+
+def _example_lines(example: Record) -> list[str]:
+    """The sample as stored, then as the model is asked in either wording."""
+    stored = [f"sample {example['id']}", *(f"  {name}: {value}" for name, value in example["content"].items())]
+    stored += [
+        f"  question: {example['question']}",
+        f"  options: {', '.join(example['options']) or 'none'}",
+        f"  answer: {example['answer']}",
+    ]
+    asked = [f"\n{style} wording\n{example[style]}\n=> {example['target']}" for style in ("specific", "agnostic")]
+    return [escape(line) for line in (*stored, *asked)]

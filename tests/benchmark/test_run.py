@@ -23,7 +23,7 @@ from fedmllm.benchmark.scoring import score_adapter
 from fedmllm.config import Experiment
 from fedmllm.data.federated import FederatedData, federate
 from fedmllm.data.prompts import to_messages
-from fedmllm.errors import RunError
+from fedmllm.errors import DataError, RunError
 from fedmllm.models.load import model_source
 from fedmllm.types import Record
 
@@ -61,6 +61,23 @@ def test_the_folder_is_complete(finished: Path) -> None:
     assert {"adapter_config.json", "adapter_model.safetensors"} <= {path.name for path in (finished / "adapter").iterdir()}
     stages = {path.stem for path in (finished / "checkpoints").iterdir()}
     assert stages == {"federated", "centralized", "local-client-00", "local-client-01", "local-client-02"}
+
+
+def test_copies_of_the_test_split_are_asked_too(tiny: Experiment, tmp_path: Path) -> None:
+    result = train(change(tiny, evaluation={"tested": ["image", "text", "image+text", "typos-1:0"]}), tmp_path / "run")
+    assert list(result.tested) == ["image", "text", "image+text", "typos-1:0"]
+    for unchanged in ("image+text", "typos-1:0"):
+        assert result.tested[unchanged]["score"] == result.scores["federated"]
+    assert result.tested["image"]["score"] != result.scores["federated"]
+    report = (tmp_path / "run" / "report.html").read_text()
+    assert "Tested on" in report
+    assert outcome(tmp_path / "run") == result
+
+
+def test_copies_that_hold_nothing_are_refused_before_anything_is_written(tiny: Experiment, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="audio leaves no test sample any content"):
+        train(change(tiny, evaluation={"tested": ["audio"]}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_result_says_everything(finished: Path) -> None:

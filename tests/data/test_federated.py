@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+import json
 from collections import Counter
+from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from fedmllm.config import Experiment
 from fedmllm.data.datasets import DATASETS
 from fedmllm.data.federated import FederatedData, client_id, federate, manifest
 from fedmllm.errors import ConfigError, DataError
+from fedmllm.types import EditedImage
 
 
 def make(**federation: object) -> FederatedData:
@@ -74,5 +78,75 @@ def test_the_index_of_datasets_has_a_file_each() -> None:
     import fedmllm.data.datasets as package
 
     folder = Path(package.__file__).parent
-    files = {path.stem for path in folder.iterdir() if not path.name.startswith("_")} - {"base"}
-    assert {name.split("-")[0] for name in DATASETS} == files
+    files = {path.stem for path in folder.iterdir() if not path.name.startswith("_")} - {"base", "files", "rows"}
+    assert {"own" if name in ("jsonl", "csv", "huggingface") else name.split("-")[0] for name in DATASETS} == files
+
+
+def test_parts_and_kept_empty_samples() -> None:
+    data = make(num_clients=4, scenario="missing-0.6", heterogeneity=["truncation-1:1", "noise-0.5"], keep_empty=True)
+    samples = [sample for held in data.clients.values() for sample in held]
+    assert len(samples) == 80
+    assert data.dropped == sum(not sample.content for sample in samples) > 0
+    assert all(" " not in str(sample.content["text"]) for sample in samples if "text" in sample.content)
+    noisy = [isinstance(sample.content["image"], EditedImage) for sample in samples if "image" in sample.content]
+    assert 0.2 < sum(noisy) / len(noisy) < 0.8
+    assert all(sample.modalities == ("image", "text") for sample in data.dataset.test)
+
+
+def test_the_reference_protocol_has_its_own_split() -> None:
+    ours, theirs = make(num_clients=4), make(num_clients=4, protocol="reference")
+    assert sorted(len(held) for held in ours.clients.values()) != sorted(len(held) for held in theirs.clients.values())
+    again = make(num_clients=4, protocol="reference", min_partition_size=1)
+    assert [len(held) for held in again.clients.values()] == [len(held) for held in theirs.clients.values()]
+
+
+@pytest.mark.parametrize(
+    ("settings", "rule"),
+    [
+        ({"heterogeneity": ["fog"]}, "'fog' is no kind of heterogeneity"),
+        ({"protocol": "reference", "partition": "iid"}, "the reference code knows partition dirichlet only"),
+        ({"partition": "natural", "dirichlet_alpha": 1.0}, "natural has no skew to set"),
+        ({"partition": "natural"}, "80 of 80 do not say"),
+    ],
+)
+def test_settings_that_contradict_each_other(settings: dict[str, object], rule: str) -> None:
+    with pytest.raises((ConfigError, DataError), match=rule):
+        make(num_clients=4, **settings)
+
+
+OWN = {"train": "t.jsonl", "columns": {"image": "i", "answer": "a", "client": "c"}, "question": "Which?", "choices": ["x", "y"]}
+
+
+def own_data(root: Path) -> Experiment:
+    """Twenty pictures of two sites, one cut short and one no picture at all."""
+    rows = [{"i": f"{k}.png", "a": "xy"[k % 2], "c": f"site-{k % 2}"} for k in range(20)]
+    for row in rows:
+        Image.new("RGB", (9, 9), "red").save(root / row["i"])
+    (root / "3.png").write_bytes((root / "3.png").read_bytes()[:40])
+    (root / "4.png").write_text("no picture")
+    (root / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"dataset": "jsonl", "root": root, "options": OWN}
+    return Experiment.parse({"data": data, "federation": {"num_clients": 2, "partition": "natural", "min_partition_size": 2}})
+
+
+def test_broken_pictures_are_all_named_or_skipped(tmp_path: Path) -> None:
+    experiment = own_data(tmp_path)
+    with pytest.raises(DataError, match=r"2 image\(s\) cannot be used") as caught:
+        federate(experiment.data, experiment.federation, 0)
+    assert "3.png" in str(caught.value)
+    assert "4.png" in str(caught.value)
+    data = federate(experiment.data.model_copy(update={"on_bad_sample": "skip"}), experiment.federation, 0)
+    assert len(data.dataset.train) + len(data.dataset.test) == 18
+    assert any("2 sample(s) skipped for 2 image(s)" in note for note in data.dataset.notes)
+
+
+def test_natural_clients_keep_their_names(tmp_path: Path) -> None:
+    experiment = own_data(tmp_path)
+    data = federate(experiment.data.model_copy(update={"on_bad_sample": "skip"}), experiment.federation, 0)
+    assert list(data.clients) == ["site-0", "site-1"]
+    assert all(sample.client == name for name, held in data.clients.items() for sample in held)
+
+
+def test_settings_of_the_dataset_are_checked_with_the_experiment() -> None:
+    with pytest.raises(ConfigError, match=r"data\.options\.langauge"):
+        Experiment.parse({"data": {"dataset": "slake", "root": "x", "options": {"langauge": "en"}}})

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedmllm.data.partition import Indices, dirichlet, iid
+from fedmllm.data.partition import Indices, by_domain, dirichlet, iid, natural, quantity
 from fedmllm.errors import DataError
 from fedmllm.randomness import generator
 
@@ -65,3 +65,62 @@ def test_iid_sizes_differ_by_one_at_most(count: int, num_clients: int) -> None:
     parts = iid(count, num_clients, 1, generator(0, "t"))
     assert covers_once(parts, count)
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_topping_up_takes_from_the_largest() -> None:
+    """One category, alpha so small that one client gets all: the others are filled from it alone."""
+    parts = dirichlet(["x"] * 1000, 10, 1e-3, 8, generator(0, "t"))
+    assert sorted(map(len, parts)) == [8] * 9 + [928]
+    assert covers_once(parts, 1000)
+
+
+def test_a_large_federation_is_topped_up() -> None:
+    """Ten samples a client on average, eight at least: nearly every client gives or takes."""
+    parts = dirichlet([f"c{i % 5}" for i in range(20_000)], 2000, 0.5, 8, generator(0, "t"))
+    assert covers_once(parts, 20_000)
+    assert min(map(len, parts)) == 8
+
+
+def test_quantity_skews_sizes_but_not_labels() -> None:
+    labels = np.array(["a", "b"] * 2000)
+    parts = quantity(4000, 8, 0.5, 8, generator(0, "t"))
+    assert covers_once(parts, 4000)
+    assert max(map(len, parts)) > 3 * min(map(len, parts))
+    large = [part for part in parts if len(part) > 300]
+    assert all(np.mean(labels[part] == "a") == pytest.approx(0.5, abs=0.1) for part in large)
+
+
+def test_natural_clients_keep_what_is_theirs() -> None:
+    owners = ["b", "a", "c", "a", "b", "a"]
+    assert [part.tolist() for part in natural(owners, 3, 1)] == [[1, 3, 5], [0, 4], [2]]
+
+
+def test_natural_clients_share_where_there_are_fewer_places() -> None:
+    owners = [f"event-{i % 7}" for i in range(700)] + ["large"] * 500
+    parts = natural(owners, 3, 1)
+    assert covers_once(parts, 1200)
+    held = [{owners[i] for i in part} for part in parts]
+    assert sum(map(len, held)) == 8
+    assert sorted(map(len, parts)) == [300, 400, 500]
+
+
+@pytest.mark.parametrize(
+    ("owners", "num_clients", "min_size", "rule"),
+    [
+        (["a", "", "b"], 2, 1, "1 of 3 do not say"),
+        (["a", "b"], 3, 1, "3 clients asked for, the samples have 2 natural ones"),
+        (["a", "b", "b"], 2, 2, "a natural client has 1 samples, 2 are asked for"),
+    ],
+)
+def test_no_natural_partition(owners: list[str], num_clients: int, min_size: int, rule: str) -> None:
+    with pytest.raises(DataError, match=rule):
+        natural(owners, num_clients, min_size)
+
+
+def test_domains_are_kept_apart() -> None:
+    domains, categories = ["x"] * 60 + ["y"] * 300, [f"c{i % 3}" for i in range(360)]
+    parts = by_domain(domains, categories, 5, 0.5, 4, generator(0, "t"))
+    assert covers_once(parts, 360)
+    assert [{domains[i] for i in part} for part in parts] == [{"x"}, {"y"}, {"x"}, {"y"}, {"x"}]
+    with pytest.raises(DataError, match="1 clients cannot hold 2 domains apart"):
+        by_domain(domains, categories, 1, 0.5, 4, generator(0, "t"))

@@ -11,7 +11,9 @@ import re
 import warnings
 from collections.abc import Callable, Sequence
 from functools import wraps
+from inspect import unwrap
 from io import StringIO
+from pathlib import Path
 from typing import NamedTuple, ParamSpec
 
 import numpy as np
@@ -107,6 +109,13 @@ def svg(draw: Callable[Arguments, Figure]) -> Callable[Arguments, Markup]:
         return _inline(buffer.getvalue(), draw.__name__.replace("_", "-"))
 
     return drawn
+
+
+def write_picture(path: Path, drawn: Callable[Arguments, Markup], *args: Arguments.args, **kwargs: Arguments.kwargs) -> None:
+    """What a function under ``svg`` draws as a file of its own, on white: PNG or whatever the name's ending says."""
+    with context(["default", STYLE]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"(?s)Glyph .* missing from font")
+        unwrap(drawn)(*args, **kwargs).savefig(path, dpi=150, facecolor="white")
 
 
 def _inline(document: str, name: str) -> Markup:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -20,7 +20,7 @@ from fedmllm.engine.checkpoint import write_atomically
 from fedmllm.errors import RunError
 from fedmllm.types import Metrics
 
-METRICS = {"auc": "AUC", "macro_f1": "macro F1", "accuracy": "accuracy"}
+METRICS = {"auc": "AUC", "macro_f1": "macro F1", "accuracy": "accuracy", "mixed": "mean score"}
 STEPS = ("train", "aggregate", "evaluate", "checkpoint")
 MAX_REFUSED = 50
 """Refused updates listed; more are only counted."""
@@ -95,7 +95,7 @@ def _context(run: Run) -> dict[str, Any]:
         "metric": _metric(run),
         "rows": rows,
         "by_stage": {row.stage: row for row in rows},
-        "kinds": [kind for kind in ("open", "closed") if any(f"accuracy_{kind}" in row.details for row in rows)],
+        "kinds": [(key, key.partition("_")[2]) for key in _partial_scores(rows)],
         "sizes": sorted(client.num_samples for client in clients) or [0],
         "median": median,
         "modalities": _modalities(run),
@@ -105,6 +105,12 @@ def _context(run: Run) -> dict[str, Any]:
         "num_refused": len(refused),
         **_figures(run, {row.stage: row for row in rows}),
     }
+
+
+def _partial_scores(rows: Sequence[ScoreRow]) -> list[str]:
+    """Keys of scores over a part of the test split: by kind of answer, or by dataset of a mixture."""
+    keys = {key for row in rows for key in row.details if key.startswith(("accuracy_", "score_"))}
+    return sorted(keys, key=lambda key: (not key.startswith("accuracy_open"), key))
 
 
 def _metric(run: Run) -> str:

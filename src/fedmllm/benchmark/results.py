@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from typing import ClassVar
 
@@ -33,6 +33,7 @@ class RunResult:
         bytes_up, bytes_down: what all clients of the federated stage sent and received.
         seconds: wall time of training and evaluation, over all sittings.
         seconds_by_stage: the same by stage.
+        tested: all metrics of the federated model by copy of the test split (``evaluation.tested``).
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = CHECKED
@@ -57,6 +58,7 @@ class RunResult:
     algorithm: str
     strategies: list[str]
     model: str
+    tested: dict[str, Metrics] = field(default_factory=dict)
 
     def to_record(self) -> Record:
         """The JSON object."""

@@ -13,6 +13,7 @@ from fedmllm.benchmark.report import write_report
 from fedmllm.benchmark.results import RunResult, versions
 from fedmllm.config import Experiment, differences
 from fedmllm.data.federated import FederatedData, federate, manifest
+from fedmllm.data.tested import reduced_copy
 from fedmllm.engine.checkpoint import RunStore, write_atomically, write_json
 from fedmllm.engine.in_process import InProcessEngine
 from fedmllm.engine.rounds import Loop, Stage, run_stage
@@ -63,9 +64,10 @@ def train(
     folder = Path(output) if output else default_folder(name)
     _check_folder(folder, experiment, resume)
     data = federate(experiment.data, experiment.federation, experiment.seed)
+    copies = {spec: reduced_copy(data.dataset.test, spec, experiment.seed) for spec in experiment.evaluation.tested}
     vlm = _load(experiment)
     _open_folder(folder, experiment, data)
-    return _Run(experiment, folder, name, data, vlm, observer or Observer()).finish()
+    return _Run(experiment, folder, name, data, copies, vlm, observer or Observer()).finish()
 
 
 def default_folder(name: str) -> Path:
@@ -120,6 +122,7 @@ class _Run:
     folder: Path
     name: str
     data: FederatedData
+    copies: Mapping[str, Sequence[Sample]]
     vlm: VisionLanguageModel
     observer: Observer
 
@@ -139,7 +142,7 @@ class _Run:
         for stage in baselines:
             run_stage(plain, stage, initial)
         save_adapter(self.vlm, trained.weights, self.folder / "adapter")
-        result = self._result(loop.store, stages)
+        result = replace(self._result(loop.store, stages), tested=self._tested(encoder, trained.weights))
         write_json(self.folder / "result.json", result.to_record())
         write_report(self.folder)
         return result
@@ -168,6 +171,12 @@ class _Run:
 
         engine = InProcessEngine(self.vlm, encoder, e.training)
         return Loop(build_algorithm(e.algorithm), engine, e.training, score, RunStore(self.folder), e.seed, self.observer.round_done)
+
+    def _tested(self, encoder: Encoder, weights: Weights) -> dict[str, Metrics]:
+        """The trained model on the copies of the test split."""
+        e, metric = self.experiment, self.data.dataset.metric
+        write_weights(self.vlm.model, weights)
+        return {spec: evaluate(self.vlm, copy, encoder, metric, e.evaluation, e.seed) for spec, copy in self.copies.items()}
 
     def _zero_shot(self, loop: Loop, initial: Weights) -> None:
         """The model before training, as a stage of no rounds."""

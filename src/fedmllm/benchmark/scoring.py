@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fedmllm.config import Experiment
-from fedmllm.data.datasets import DatasetRequest, load_dataset
+from fedmllm.data.federated import load
 from fedmllm.errors import RunError
 from fedmllm.evaluation.evaluate import evaluate
 from fedmllm.models.load import choose_device, load_model
@@ -29,7 +29,7 @@ def score_adapter(path: Path, experiment_file: Path | None = None, overrides: Se
     adapter = path / "adapter" if (path / "adapter").is_dir() else path
     experiment = Experiment.load(experiment_file or _own_config(path, adapter), overrides)
     data = experiment.data
-    dataset = load_dataset(data.dataset, DatasetRequest(data.root, experiment.seed, data.num_train, data.num_test))
+    dataset = load(data, experiment.seed)
     vlm = load_adapter(load_model(experiment.model, choose_device(experiment.engine.device)), adapter)
     return dataset.metric, evaluate(vlm, dataset.test, Encoder(vlm, data.prompt), dataset.metric, experiment.evaluation, experiment.seed)
 

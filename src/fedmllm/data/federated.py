@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from fedmllm.data import reference
 from fedmllm.data.datasets import DATASETS, Dataset, DatasetRequest, load_dataset
-from fedmllm.data.images import check_images
-from fedmllm.data.modalities import apply_scenario, parse_scenario
-from fedmllm.data.partition import dirichlet, iid
+from fedmllm.data.datasets.base import check_options
+from fedmllm.data.datasets.rows import OnBadSample
+from fedmllm.data.images import broken_images
+from fedmllm.data.modalities import Protocol, apply_scenario, parse_scenario
+from fedmllm.data.partition import Indices, by_domain, dirichlet, iid, natural, quantity
 from fedmllm.data.prompts import PromptStyle
+from fedmllm.data.quality import parse_part
 from fedmllm.errors import ConfigError, DataError, listing
 from fedmllm.randomness import generator
 from fedmllm.types import Record, Sample
@@ -38,7 +42,11 @@ class DataConfig(BaseModel):
     num_test: int | None = Field(None, gt=0)
     """Test samples; left out for all there are."""
     check_images: bool = True
-    """Decode every image file once before the run begins, and refuse to begin if one is broken."""
+    """Decode every image file once before the run begins; what is done about broken ones ``on_bad_sample`` says."""
+    on_bad_sample: OnBadSample = "refuse"
+    """``refuse``: one error lists all bad rows. ``skip``: they are left out, counted and listed in the report."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """The dataset's own settings; the datasets page lists them."""
 
     @field_validator("root")
     @classmethod
@@ -51,6 +59,14 @@ class DataConfig(BaseModel):
         if name not in DATASETS:
             raise ValueError(f"{name!r} is no dataset; known: {', '.join(DATASETS)}")
         return name
+
+    @model_validator(mode="after")
+    def _suited(self) -> DataConfig:
+        try:
+            check_options(DATASETS[self.dataset].options(), self.options)
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
+        return self
 
 
 class FederationConfig(BaseModel):
@@ -66,10 +82,16 @@ class FederationConfig(BaseModel):
     """Communication rounds."""
     scenario: str = "aligned"
     """``aligned``, ``missing-RATE``, ``cross-IMAGE:TEXT`` or ``hybrid-PROBABILITY``."""
-    partition: Literal["dirichlet", "iid"] = "dirichlet"
-    """Label skew, or the same mix everywhere."""
+    partition: Literal["dirichlet", "iid", "quantity", "natural", "domain"] = "dirichlet"
+    """Skew over labels (``dirichlet``) or sizes (``quantity``), none (``iid``), the data's own clients, or a dataset of a mixture each."""
     dirichlet_alpha: float | None = Field(None, gt=0)
-    """Concentration of the label skew; left out for the scenario's own (``aligned-ALPHA``) or 0.5."""
+    """Concentration of the skew over labels (or sizes); left out for the scenario's own (``aligned-ALPHA``) or 0.5."""
+    protocol: Protocol = "clean"
+    """``clean``: independent of file order, seeded by purpose. ``reference``: the published reference code's splits."""
+    heterogeneity: tuple[str, ...] = ()
+    """What else is wrong with the training samples, e.g. ``[blur-0.3, typos-0.2@client]``; applied before the scenario."""
+    keep_empty: bool = False
+    """Keep samples that lost every modality, as the reference code does; else they are left out and counted."""
     min_partition_size: int = Field(8, gt=0)
     """Samples every client has before a scenario takes modalities away."""
 
@@ -82,6 +104,16 @@ class FederationConfig(BaseModel):
             raise ValueError(str(error)) from error
         return text
 
+    @field_validator("heterogeneity")
+    @classmethod
+    def _known_parts(cls, parts: tuple[str, ...]) -> tuple[str, ...]:
+        try:
+            for part in parts:
+                parse_part(part)
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
+        return parts
+
     @model_validator(mode="after")
     def _consistent(self) -> FederationConfig:
         if self.clients_per_round > self.num_clients:
@@ -92,8 +124,10 @@ class FederationConfig(BaseModel):
         fixed = float(level) if name == "aligned" and level else None
         if fixed is not None and self.dirichlet_alpha not in (None, fixed):
             raise ValueError(f"dirichlet_alpha: {self.dirichlet_alpha} contradicts scenario {self.scenario}; keep one of them")
-        if self.partition == "iid" and (self.dirichlet_alpha is not None or fixed is not None):
-            raise ValueError("dirichlet_alpha: an iid partition has no label skew; leave alpha out or use partition dirichlet")
+        if self.partition in ("iid", "natural") and (self.dirichlet_alpha is not None or fixed is not None):
+            raise ValueError(f"dirichlet_alpha: {self.partition} has no skew to set; leave alpha out or use partition dirichlet")
+        if self.protocol == "reference" and self.partition != "dirichlet":
+            raise ValueError("protocol: the reference code knows partition dirichlet only; use it, or protocol clean")
         return self
 
     @property
@@ -126,19 +160,79 @@ def federate(data: DataConfig, federation: FederationConfig, seed: int) -> Feder
     Raises:
         ConfigError, DataError: if settings and data do not fit each other, or a client is left without samples.
     """
-    dataset = load_dataset(data.dataset, DatasetRequest(data.root, seed, data.num_train, data.num_test))
-    if data.check_images:
-        check_images(value for s in (*dataset.train, *dataset.test) for value in s.content.values() if isinstance(value, Path))
-    rng = generator(seed, "partition")
-    if federation.partition == "iid":
-        parts = iid(len(dataset.train), federation.num_clients, federation.min_partition_size, rng)
-    else:
-        categories = [sample.category for sample in dataset.train]
-        parts = dirichlet(categories, federation.num_clients, federation.alpha, federation.min_partition_size, rng)
-    complete = {client_id(i, federation.num_clients): [dataset.train[j] for j in part] for i, part in enumerate(parts)}
-    clients, dropped = apply_scenario(federation.scenario, complete, dataset.modalities, seed)
+    dataset = load(data, seed)
+    names, parts = _partition(dataset, federation, seed)
+    complete = {name: [dataset.train[j] for j in part] for name, part in zip(names, parts, strict=True)}
+    altered = complete
+    for alter in map(parse_part, federation.heterogeneity):
+        altered = {name: alter(name, samples, seed) for name, samples in altered.items()}
+    clients, dropped = apply_scenario(
+        federation.scenario, altered, dataset.modalities, seed, protocol=federation.protocol, keep_empty=federation.keep_empty
+    )
     _refuse_empty(clients, complete, federation.scenario)
     return FederatedData(dataset, clients, dropped)
+
+
+def load(data: DataConfig, seed: int) -> Dataset:
+    """The samples before they are spread.
+
+    Raises:
+        ConfigError, DataError: if settings are wrong, or rows or pictures are bad.
+    """
+    request = DatasetRequest(data.root, seed, data.num_train, data.num_test, data.on_bad_sample, data.options)
+    dataset = load_dataset(data.dataset, request)
+    return _with_sound_images(dataset, data.on_bad_sample) if data.check_images else dataset
+
+
+def _with_sound_images(dataset: Dataset, policy: OnBadSample) -> Dataset:
+    """The dataset, every picture of which decodes.
+
+    Raises:
+        DataError: listing all pictures that do not, if the policy is to refuse.
+    """
+    broken = broken_images(_pictures((*dataset.train, *dataset.test)))
+    if broken and policy == "refuse":
+        raise DataError(
+            f"{len(broken)} image(s) cannot be used; replace them, or set data.on_bad_sample to skip:\n{listing(broken.values())}"
+        )
+    if not broken:
+        return dataset
+
+    def sound(samples: Sequence[Sample]) -> tuple[Sample, ...]:
+        return tuple(sample for sample in samples if not set(_pictures((sample,))) & set(broken))
+
+    train, test = sound(dataset.train), sound(dataset.test)
+    count = len(dataset.train) + len(dataset.test) - len(train) - len(test)
+    notes = (f"{count:,} sample(s) skipped for {len(broken):,} image(s) that cannot be used", *listing(broken.values()).splitlines())
+    return replace(dataset, train=train, test=test, notes=(*dataset.notes, *notes))
+
+
+def _pictures(samples: Iterable[Sample]) -> Iterator[Path]:
+    return (s.content["image"] for s in samples if isinstance(s.content.get("image"), Path))  # type: ignore[misc]
+
+
+def _partition(dataset: Dataset, federation: FederationConfig, seed: int) -> tuple[list[str], Indices]:
+    """Names of the clients, and positions in the training split."""
+    samples, count, alpha, least = dataset.train, federation.num_clients, federation.alpha, federation.min_partition_size
+    rng, categories = generator(seed, "partition"), [sample.category for sample in dataset.train]
+    names = [client_id(i, count) for i in range(count)]
+    if federation.protocol == "reference":
+        return names, reference.dirichlet(categories, samples[0].options or sorted(set(categories)), count, alpha)
+    if federation.partition == "iid":
+        return names, iid(len(samples), count, least, rng)
+    if federation.partition == "quantity":
+        return names, quantity(len(samples), count, alpha, least, rng)
+    if federation.partition == "natural":
+        owners = [sample.client for sample in samples]
+        own_names = sorted(set(owners))
+        return own_names if len(own_names) == count else names, natural(owners, count, least)
+    if federation.partition == "domain":
+        if dataset.name != "mixture":
+            raise ConfigError(
+                f"federation.partition: domain spreads the datasets of a mixture, {dataset.name} is one; use data.dataset=mixture"
+            )
+        return names, by_domain([sample.domain for sample in samples], categories, count, alpha, least, rng)
+    return names, dirichlet(categories, count, alpha, least, rng)
 
 
 def client_id(index: int, num_clients: int) -> str:

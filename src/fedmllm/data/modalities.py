@@ -8,22 +8,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
+from fedmllm.data import reference
 from fedmllm.errors import ConfigError
-from fedmllm.randomness import generator
+from fedmllm.randomness import generator, uniform
 from fedmllm.types import Modality, Sample
+
+Protocol = Literal["clean", "reference"]
+"""Whose draws: ours, or those of the published reference code (see ``reference``)."""
 
 Keep = Callable[[str, Sample], Sequence[Modality]]
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What a scenario works with: its level, the clients, the dataset's modalities and the experiment's seed."""
+    """What a scenario works with: its level, the clients, the dataset's modalities, the experiment's seed and the protocol."""
 
     level: str
     clients: tuple[str, ...]
     modalities: tuple[Modality, ...]
     seed: int
+    protocol: Protocol = "clean"
 
 
 def aligned(setting: Setting) -> Keep:
@@ -36,8 +42,7 @@ def missing(setting: Setting) -> Keep:
     rate = float(setting.level)
 
     def keep(client: str, sample: Sample) -> list[Modality]:
-        draws = generator(setting.seed, "missing", sample.id).random(len(setting.modalities))
-        return [name for name, draw in zip(setting.modalities, draws, strict=True) if draw >= rate]
+        return [name for name in sample.content if uniform(setting.seed, "missing", name, sample.id) >= rate]
 
     return keep
 
@@ -46,19 +51,26 @@ def cross(setting: Setting) -> Keep:
     """Each client holds one modality only; ``level`` is the ratio image-only : text-only."""
     images, texts = (float(part) for part in setting.level.split(":"))
     count = round(len(setting.clients) * images / (images + texts))
-    rng = generator(setting.seed, "cross")
-    chosen = {setting.clients[i] for i in rng.choice(len(setting.clients), size=count, replace=False)}
+    if setting.protocol == "reference":
+        drawn = sorted(reference.cross(len(setting.clients), count))
+    else:
+        drawn = generator(setting.seed, "cross").choice(len(setting.clients), size=count, replace=False).tolist()
+    chosen = {setting.clients[i] for i in drawn}
     return lambda client, sample: ["image"] if client in chosen else ["text"]
 
 
 def hybrid(setting: Setting) -> Keep:
     """Each client holds each modality with probability ``level``; one that holds none keeps one at random per sample."""
     rate = float(setting.level)
+    bits = reference.hybrid(len(setting.clients), rate) if setting.protocol == "reference" else []
+    published = {
+        client: [name for name, bit in zip(("image", "text"), pair, strict=True) if bit]
+        for client, pair in zip(setting.clients, bits, strict=False)
+    }
 
     def keep(client: str, sample: Sample) -> list[Modality]:
-        draws = generator(setting.seed, "hybrid", client).random(len(setting.modalities))
-        held = [name for name, draw in zip(setting.modalities, draws, strict=True) if draw < rate]
-        return held or [str(generator(setting.seed, "hybrid", client, sample.id).choice(setting.modalities))]
+        held = published.get(client) if published else [m for m in setting.modalities if uniform(setting.seed, "hybrid", m, client) < rate]
+        return held or [setting.modalities[int(uniform(setting.seed, "hybrid", client, sample.id) * len(setting.modalities))]]
 
     return keep
 
@@ -100,6 +112,15 @@ SCENARIOS: Mapping[str, Scenario] = {
 }
 
 
+SETTINGS = (
+    *("aligned-5.0", "aligned-1.0", "aligned-0.5"),
+    *("missing-0.3", "missing-0.4", "missing-0.5"),
+    *("cross-3:7", "cross-5:5", "cross-7:3"),
+    *("hybrid-0.8", "hybrid-0.7", "hybrid-0.6"),
+)
+"""The benchmark's twelve."""
+
+
 def parse_scenario(text: str) -> tuple[str, str]:
     """``"missing-0.4"`` to ``("missing", "0.4")``; a name alone takes its default level.
 
@@ -121,9 +142,17 @@ def parse_scenario(text: str) -> tuple[str, str]:
 
 
 def apply_scenario(
-    scenario: str, clients: Mapping[str, Sequence[Sample]], modalities: tuple[Modality, ...], seed: int
+    scenario: str,
+    clients: Mapping[str, Sequence[Sample]],
+    modalities: tuple[Modality, ...],
+    seed: int,
+    *,
+    protocol: Protocol = "clean",
+    keep_empty: bool = False,
 ) -> tuple[dict[str, tuple[Sample, ...]], int]:
-    """Clients with what the scenario leaves them, and how many samples lost everything and were dropped.
+    """Clients with what the scenario leaves them, and how many samples lost everything.
+
+    Those are left out, or kept with their question alone if ``keep_empty``.
 
     Raises:
         ConfigError: if the scenario separates modalities and the dataset has but one.
@@ -133,13 +162,16 @@ def apply_scenario(
         raise ConfigError(
             f"federation.scenario: {scenario} needs images and texts, the dataset's samples hold {' and '.join(modalities)} only; use aligned or missing"
         )
-    keep = SCENARIOS[name].plan(Setting(level, tuple(clients), modalities, seed))
+    keep = SCENARIOS[name].plan(Setting(level, tuple(clients), modalities, seed, protocol))
     kept = {client: tuple(_reduce(sample, keep(client, sample)) for sample in samples) for client, samples in clients.items()}
-    left = {client: tuple(sample for sample in samples if sample.content) for client, samples in kept.items()}
-    dropped = sum(map(len, kept.values())) - sum(map(len, left.values()))
-    return left, dropped
+    empty = sum(not sample.content for samples in kept.values() for sample in samples)
+    if empty and not keep_empty:
+        kept = {client: tuple(sample for sample in samples if sample.content) for client, samples in kept.items()}
+    return kept, empty
 
 
 def _reduce(sample: Sample, kept: Sequence[Modality]) -> Sample:
-    """The sample with only those entries of its content."""
+    """The sample with only those entries of its content; itself if nothing is lost."""
+    if set(sample.content) <= set(kept):
+        return sample
     return replace(sample, content={name: value for name, value in sample.content.items() if name in kept})

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import heapq
+from collections import Counter
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,6 +49,82 @@ def dirichlet(categories: Sequence[str], num_clients: int, alpha: float, min_siz
         cuts = np.floor(np.cumsum(shares)[:-1] * len(members)).astype(np.int64)
         owner[members] = np.repeat(np.arange(num_clients), np.diff(cuts, prepend=0, append=len(members)))
     _top_up(owner, num_clients, min_size, rng)
+    return _members(owner, num_clients)
+
+
+def quantity(num_samples: int, num_clients: int, alpha: float, min_size: int, rng: np.random.Generator) -> Indices:
+    """Quantity skew: the same mix of labels everywhere, sizes in proportions drawn from Dirichlet(alpha, ..., alpha).
+
+    Arguments and errors as for ``dirichlet``.
+    """
+    return dirichlet([""] * num_samples, num_clients, alpha, min_size, rng)
+
+
+def natural(owners: Sequence[str], num_clients: int, min_size: int) -> Indices:
+    """Whoever holds a sample by nature keeps it; where there are more holders than clients, several share one.
+
+    Holders go, the largest first, to the client that has the fewest samples so far; where there are as many as clients, in
+    the order of their names.
+
+    Args:
+        owners: the natural client of each sample.
+        num_clients: how many parts.
+        min_size: samples every client has at least.
+
+    Raises:
+        DataError: if samples have no natural client, there are fewer than ``num_clients``, or a client stays below ``min_size``.
+    """
+    sizes = Counter(owners)
+    if "" in sizes:
+        raise DataError(
+            f"federation.partition: natural needs to know whose each sample is, {sizes['']:,} of {len(owners):,} do not say; "
+            "name a column with data.options.columns.client or use another partition"
+        )
+    if len(sizes) < num_clients:
+        raise DataError(f"federation.num_clients: {num_clients} clients asked for, the samples have {len(sizes)} natural ones; lower it")
+    holder = {name: i for i, name in enumerate(sorted(sizes))} if len(sizes) == num_clients else _dealt(sizes, num_clients)
+    parts = _members(np.array([holder[name] for name in owners], dtype=np.int64), num_clients)
+    if (least := min(map(len, parts))) < min_size:
+        raise DataError(
+            f"federation.min_partition_size: a natural client has {least} samples, {min_size} are asked for; lower either number"
+        )
+    return parts
+
+
+def _dealt(sizes: Mapping[str, int], num_clients: int) -> dict[str, int]:
+    holder, loads = {}, [(0, client) for client in range(num_clients)]
+    for name, size in sorted(sizes.items(), key=lambda item: (-item[1], item[0])):
+        load, client = heapq.heappop(loads)
+        holder[name] = client
+        heapq.heappush(loads, (load + size, client))
+    return holder
+
+
+def by_domain(
+    domains: Sequence[str], categories: Sequence[str], num_clients: int, alpha: float, min_size: int, rng: np.random.Generator
+) -> Indices:
+    """Domain skew: each client draws from one domain (one dataset of a mixture), label-skewed as by ``dirichlet``.
+
+    Clients are dealt to the domains in turn, so that their numbers differ by one at most.
+
+    Raises:
+        DataError: if there are fewer clients than domains, or a domain is too small for its clients.
+    """
+    names, labels = sorted(set(domains)), np.asarray(categories)
+    if num_clients < len(names):
+        raise DataError(f"federation.num_clients: {num_clients} clients cannot hold {len(names)} domains apart; use more")
+    parts: Indices = [np.empty(0, dtype=np.int64)] * num_clients
+    for place, name in enumerate(names):
+        rows = np.flatnonzero(np.asarray(domains) == name)
+        clients = range(place, num_clients, len(names))
+        inner = dirichlet(labels[rows].tolist(), len(clients), alpha, min_size, rng)
+        for client, part in zip(clients, inner, strict=True):
+            parts[client] = rows[part]
+    return parts
+
+
+def _members(owner: NDArray[np.int64], num_clients: int) -> Indices:
+    """Positions by owner, ascending."""
     order = np.argsort(owner, kind="stable")
     return np.split(order, np.cumsum(np.bincount(owner, minlength=num_clients))[:-1])
 
@@ -60,13 +138,24 @@ def _require(num_samples: int, num_clients: int, min_size: int) -> None:
 
 
 def _top_up(owner: NDArray[np.int64], num_clients: int, min_size: int, rng: np.random.Generator) -> None:
-    """Move samples, in place, from the largest client of the moment to those below ``min_size``."""
+    """Move samples, in place, from the largest client of the moment to those below ``min_size``.
+
+    Linear in the samples: each client's members are shuffled at most once and leave from the end.
+    """
     sizes = np.bincount(owner, minlength=num_clients)
+    members = _members(owner, num_clients)
+    shuffled: dict[int, NDArray[np.int64]] = {}
+    largest = [(-int(size), client) for client, size in enumerate(sizes)]
+    heapq.heapify(largest)
     for client in np.flatnonzero(sizes < min_size):
         while sizes[client] < min_size:
-            donor = int(sizes.argmax())
-            count = min(min_size - sizes[client], max(1, (sizes[donor] - min_size) // 2))
-            moved = rng.choice(np.flatnonzero(owner == donor), size=count, replace=False)
-            owner[moved] = client
+            size, donor = heapq.heappop(largest)
+            if -size != sizes[donor]:  # entry of an earlier size
+                continue
+            count = min(int(min_size - sizes[client]), max(1, (int(sizes[donor]) - min_size) // 2))
+            if donor not in shuffled:
+                shuffled[donor] = rng.permutation(members[donor])
+            owner[shuffled[donor][sizes[donor] - count : sizes[donor]]] = client
             sizes[donor] -= count
             sizes[client] += count
+            heapq.heappush(largest, (-int(sizes[donor]), donor))

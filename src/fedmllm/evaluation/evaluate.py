@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from fedmllm.data.tested import check_copy
+from fedmllm.errors import ConfigError
 from fedmllm.evaluation.answers import choose, generate
 from fedmllm.evaluation.metrics import all_metrics
 from fedmllm.models.encoding import Encoded
@@ -25,10 +27,20 @@ class EvaluationConfig(BaseModel):
     """Rounds between evaluations of the global model; 0 for the last round only, which is always evaluated."""
     baselines: tuple[Baseline, ...] = ("zero_shot", "local", "centralized")
     """What to compare with: the untrained model, each client alone, all data in one place."""
+    tested: tuple[str, ...] = ()
+    """Copies of the test split that the final model is also asked, e.g. ``[image, text, blur-1]``; the complete one always is."""
     max_new_tokens: int = Field(16, gt=0)
     """Longest free answer in tokens."""
     batch_size: int = Field(50, gt=0)
     """Samples asked at a time."""
+
+    @field_validator("tested")
+    @classmethod
+    def _named(cls, specs: tuple[str, ...]) -> tuple[str, ...]:
+        try:
+            return tuple(dict.fromkeys(map(check_copy, specs)))
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
 
 
 def predict(

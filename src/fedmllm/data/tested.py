@@ -1,0 +1,47 @@
+"""Copies of the test split with less or worse content: what a model is worth where a modality is missing when it is used.
+
+A copy is written ``image`` or ``text`` (only this modality is left; several are joined by ``+``), or as a part of ``quality``,
+e.g. ``blur-1``. Trained scenario times tested copy gives the matrix in which a method's robustness shows.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+
+from fedmllm.data.quality import PARTS, parse_part
+from fedmllm.errors import ConfigError, DataError
+from fedmllm.types import Sample
+
+
+def check_copy(spec: str) -> str:
+    """The text, if it can name a copy.
+
+    Raises:
+        ConfigError: if it is neither modalities joined by ``+`` nor a part.
+    """
+    if re.split("[-:@]", spec)[0] in PARTS:
+        parse_part(spec)
+    elif not re.fullmatch(r"[a-z_]+(\+[a-z_]+)*", spec):
+        raise ConfigError(f"{spec!r}: a copy of the test split is named by modalities (image, image+text) or a part (blur-1)")
+    return spec
+
+
+def reduced_copy(samples: Sequence[Sample], spec: str, seed: int) -> tuple[Sample, ...]:
+    """The samples as ``spec`` leaves them, under ids of their own; samples left with nothing are not asked.
+
+    Raises:
+        DataError: if none is left.
+    """
+    if re.split("[-:@]", spec)[0] in PARTS:
+        copied = parse_part(spec)("test", samples, seed)
+    else:
+        kept = spec.split("+")
+        copied = [replace(s, content={name: value for name, value in s.content.items() if name in kept}) for s in samples]
+    left = tuple(replace(sample, id=f"{sample.id}@{spec}") for sample in copied if sample.content)
+    if not left:
+        raise DataError(
+            f"evaluation.tested: {spec} leaves no test sample any content; the samples hold {' and '.join(samples[0].modalities)}"
+        )
+    return left
