@@ -23,7 +23,7 @@ from fedmllm.benchmark.scoring import score_adapter
 from fedmllm.config import Experiment
 from fedmllm.data.federated import FederatedData, federate
 from fedmllm.data.prompts import to_messages
-from fedmllm.errors import DataError, RunError
+from fedmllm.errors import DataError, ModelError, RunError
 from fedmllm.models.load import model_source
 from fedmllm.types import Record
 
@@ -77,6 +77,17 @@ def test_copies_of_the_test_split_are_asked_too(tiny: Experiment, tmp_path: Path
 def test_copies_that_hold_nothing_are_refused_before_anything_is_written(tiny: Experiment, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="audio leaves no test sample any content"):
         train(change(tiny, evaluation={"tested": ["audio"]}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_modality_the_model_does_not_read_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    (tmp_path / "a.wav").write_bytes(b"RIFF")
+    rows = [{"sound": "a.wav", "note": f"n{i}", "kind": "xy"[i % 2]} for i in range(40)]
+    (tmp_path / "train").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    columns = {"audio": "sound", "text": "note", "answer": "kind"}
+    data = {"dataset": "jsonl", "root": tmp_path, "options": {"columns": columns, "question": "Which?", "choices": ["x", "y"]}}
+    with pytest.raises(ModelError, match="samples hold audio"):
+        train(Experiment.parse({"data": data, "federation": {"num_clients": 2}}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

@@ -9,6 +9,7 @@ import torch
 
 from fedmllm.data.federated import FederatedData
 from fedmllm.data.images import open_image
+from fedmllm.errors import ModelError
 from fedmllm.models.encoding import Encoded, answer_nll, collate, encode
 from fedmllm.models.families import FAMILIES
 from fedmllm.models.load import ModelConfig, VisionLanguageModel, load_model
@@ -43,6 +44,11 @@ def test_a_mixed_batch_equals_its_samples_one_by_one(model: VisionLanguageModel,
         together = answer_nll(model, collate(model, samples)).sum(dim=1)
         alone = torch.cat([answer_nll(model, collate(model, [sample])).sum(dim=1) for sample in samples])
     torch.testing.assert_close(together, alone, atol=1e-4, rtol=0)
+
+
+def test_a_modality_it_does_not_read_is_refused(model: VisionLanguageModel) -> None:
+    with pytest.raises(ModelError, match=r"samples hold scent, the model is fed .* only"):
+        encode(model, (Message("user", (Part("scent", "x"), Part("text", "What is it?"))),), "rose")
 
 
 def test_prompt_tokens_carry_no_loss(model: VisionLanguageModel, samples: list[Encoded]) -> None:

@@ -86,7 +86,9 @@ def test_parts_and_kept_empty_samples() -> None:
     data = make(num_clients=4, scenario="missing-0.6", heterogeneity=["truncation-1:1", "noise-0.5"], keep_empty=True)
     samples = [sample for held in data.clients.values() for sample in held]
     assert len(samples) == 80
-    assert data.dropped == sum(not sample.content for sample in samples) > 0
+    clients = manifest(data, "missing-0.6", 0)["clients"]
+    assert sum(client["modalities"].get("none", 0) for client in clients) == sum(not sample.content for sample in samples) > 0
+    assert data.dropped == 0
     assert all(" " not in str(sample.content["text"]) for sample in samples if "text" in sample.content)
     noisy = [isinstance(sample.content["image"], EditedImage) for sample in samples if "image" in sample.content]
     assert 0.2 < sum(noisy) / len(noisy) < 0.8

@@ -92,3 +92,24 @@ def test_near_misses_of_scenarios(text: str) -> None:
 def test_default_levels() -> None:
     assert parse_scenario("missing") == ("missing", "0.4")
     assert parse_scenario("aligned") == ("aligned", "")
+
+
+THREE = ("audio", "image", "text")
+
+
+def three_modalities(num_clients: int, size: int) -> dict[str, list[Sample]]:
+    content = {"audio": "x.wav", "image": "x.png", "text": "t"}
+    return {f"c{k}": [Sample(f"c{k}-{i}", "q", "a", content) for i in range(size)] for k in range(num_clients)}
+
+
+def test_missing_and_hybrid_know_no_number_of_modalities() -> None:
+    """Of three, a sample loses all with b^3; a client holds all with p^3."""
+    after, dropped = apply_scenario("missing-0.5", three_modalities(4, 500), THREE, 0)
+    assert dropped / 2000 == pytest.approx(0.125, abs=0.03)
+    counts = sum((kinds(samples) for samples in after.values()), Counter())
+    assert len(counts) == 7
+    assert all(count / 2000 == pytest.approx(0.125, abs=0.03) for count in counts.values())
+    after, dropped = apply_scenario("hybrid-0.5", three_modalities(800, 4), THREE, 0)
+    whole = sum(set(kinds(samples)) == {THREE} for samples in after.values())
+    assert whole / 800 == pytest.approx(0.125, abs=0.04)
+    assert dropped == 0

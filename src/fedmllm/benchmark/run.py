@@ -66,6 +66,7 @@ def train(
     data = federate(experiment.data, experiment.federation, experiment.seed)
     copies = {spec: reduced_copy(data.dataset.test, spec, experiment.seed) for spec in experiment.evaluation.tested}
     vlm = _load(experiment)
+    vlm.family.require(data.dataset.modalities)
     _open_folder(folder, experiment, data)
     return _Run(experiment, folder, name, data, copies, vlm, observer or Observer()).finish()
 

@@ -270,5 +270,5 @@ def manifest(data: FederatedData, scenario: str, seed: int) -> Record:
 
 def _counts(samples: Sequence[Sample]) -> Record:
     labels = Counter(sample.category for sample in samples)
-    modalities = Counter("+".join(sample.modalities) for sample in samples)
+    modalities = Counter("+".join(sample.modalities) or "none" for sample in samples)
     return {"num_samples": len(samples), "labels": dict(sorted(labels.items())), "modalities": dict(sorted(modalities.items()))}

@@ -150,9 +150,9 @@ def apply_scenario(
     protocol: Protocol = "clean",
     keep_empty: bool = False,
 ) -> tuple[dict[str, tuple[Sample, ...]], int]:
-    """Clients with what the scenario leaves them, and how many samples lost everything.
+    """Clients with what the scenario leaves them, and how many samples lost everything and were left out.
 
-    Those are left out, or kept with their question alone if ``keep_empty``.
+    With ``keep_empty`` none is: such samples keep their question alone.
 
     Raises:
         ConfigError: if the scenario separates modalities and the dataset has but one.
@@ -164,10 +164,10 @@ def apply_scenario(
         )
     keep = SCENARIOS[name].plan(Setting(level, tuple(clients), modalities, seed, protocol))
     kept = {client: tuple(_reduce(sample, keep(client, sample)) for sample in samples) for client, samples in clients.items()}
-    empty = sum(not sample.content for samples in kept.values() for sample in samples)
-    if empty and not keep_empty:
-        kept = {client: tuple(sample for sample in samples if sample.content) for client, samples in kept.items()}
-    return kept, empty
+    if keep_empty:
+        return kept, 0
+    left = {client: tuple(sample for sample in samples if sample.content) for client, samples in kept.items()}
+    return left, sum(map(len, kept.values())) - sum(map(len, left.values()))
 
 
 def _reduce(sample: Sample, kept: Sequence[Modality]) -> Sample:

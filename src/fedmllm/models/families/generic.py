@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from transformers import ProcessorMixin
 
 from fedmllm.data.images import open_image
 from fedmllm.errors import ModelError
-from fedmllm.types import Message
+from fedmllm.types import Message, Modality
 
 _LORA_TARGETS = {
     "attention": ("q_proj", "k_proj", "v_proj", "o_proj"),
@@ -20,6 +20,9 @@ _LORA_TARGETS = {
 
 class ModelFamily:
     """How messages become tensors and where LoRA attaches. A family subclasses this and overrides what differs."""
+
+    modalities: tuple[Modality, ...] = ("image", "text")
+    """What ``prompt_tensors`` makes tensors of."""
 
     def render(self, processor: ProcessorMixin, messages: Sequence[Message], answer: str) -> tuple[str, str]:
         """(prompt, completion) as the chat template writes them; the completion is the answer and its end token.
@@ -39,10 +42,27 @@ class ModelFamily:
         return prompt, whole.removeprefix(prompt).rstrip("\n")
 
     def prompt_tensors(self, processor: ProcessorMixin, prompt: str, messages: Sequence[Message]) -> dict[str, Tensor]:
-        """The processor's tensors for one prompt: ``input_ids`` of shape (1, length) and, with images, theirs."""
+        """The processor's tensors for one prompt: ``input_ids`` of shape (1, length) and, with images, theirs.
+
+        Raises:
+            ModelError: if a message holds a modality that the family does not read.
+        """
+        self.require({part.type for message in messages for part in message.parts})
         images = [open_image(part.value) for message in messages for part in message.parts if part.type == "image"]
         tensors = processor(text=[prompt], images=images or None, return_tensors="pt", add_special_tokens=False)
         return {name: tensor for name, tensor in tensors.items() if name != "attention_mask"}
+
+    def require(self, held: Collection[Modality]) -> None:
+        """Refuse what would be left out in silence.
+
+        Raises:
+            ModelError: if there is a modality that ``prompt_tensors`` does not read.
+        """
+        if unread := sorted(set(held) - set(self.modalities)):
+            raise ModelError(
+                f"samples hold {' and '.join(unread)}, the model is fed {' and '.join(self.modalities)} only; "
+                "leave that column out, or write a family file for a model that takes it"
+            )
 
     def lora_modules(self, model: nn.Module, targets: str) -> str:
         """A pattern that matches the decoder's target modules and nothing in the vision tower."""
