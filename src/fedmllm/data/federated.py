@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from fedmllm.data import reference
 from fedmllm.data.datasets import DATASETS, Dataset, DatasetRequest, load_dataset
 from fedmllm.data.datasets.base import check_options
-from fedmllm.data.datasets.rows import OnBadSample
+from fedmllm.data.datasets.rows import OnBadSample, skipped
 from fedmllm.data.images import broken_images
 from fedmllm.data.modalities import Protocol, apply_scenario, parse_scenario
 from fedmllm.data.partition import Indices, by_domain, dirichlet, iid, natural, quantity
@@ -203,7 +203,7 @@ def _with_sound_images(dataset: Dataset, policy: OnBadSample) -> Dataset:
 
     train, test = sound(dataset.train), sound(dataset.test)
     count = len(dataset.train) + len(dataset.test) - len(train) - len(test)
-    notes = (f"{count:,} sample(s) skipped for {len(broken):,} image(s) that cannot be used", *listing(broken.values()).splitlines())
+    notes = skipped(f"{count:,} sample(s) skipped for {len(broken):,} image(s) that cannot be used", list(broken.values()))
     return replace(dataset, train=train, test=test, notes=(*dataset.notes, *notes))
 
 
@@ -229,7 +229,7 @@ def _partition(dataset: Dataset, federation: FederationConfig, seed: int) -> tup
     if federation.partition == "domain":
         if dataset.name != "mixture":
             raise ConfigError(
-                f"federation.partition: domain spreads the datasets of a mixture, {dataset.name} is one; use data.dataset=mixture"
+                f"federation.partition: domain spreads the datasets of a mixture, {dataset.name} is a single dataset; use data.dataset=mixture"
             )
         return names, by_domain([sample.domain for sample in samples], categories, count, alpha, least, rng)
     return names, dirichlet(categories, count, alpha, least, rng)

@@ -86,5 +86,5 @@ def test_sizes_are_the_parts_own() -> None:
 
 def test_a_domain_partition_needs_a_mixture() -> None:
     experiment = Experiment.parse({"data": {"num_train": 40, "num_test": 8}, "federation": {"partition": "domain", "num_clients": 4}})
-    with pytest.raises(ConfigError, match="spreads the datasets of a mixture, digits-claims is one"):
+    with pytest.raises(ConfigError, match="spreads the datasets of a mixture, digits-claims is a single dataset"):
         federate(experiment.data, experiment.federation, 0)

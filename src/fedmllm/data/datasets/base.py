@@ -111,9 +111,13 @@ def check_options(form: type[Options], values: Mapping[str, Any]) -> Options:
     try:
         return form.model_validate(dict(values))
     except ValidationError as error:
-        problems = [f"{'.'.join(('data.options', *map(str, e['loc'])))}: {e['msg'].removeprefix('Value error, ')}" for e in error.errors()]
         known = ", ".join(form.model_fields) or "none"
+        problems = [f"{'.'.join(('data.options', *map(str, e['loc'])))}: {_reason(e['type'], e['msg'])}" for e in error.errors()]
         raise ConfigError(f"data.options does not suit the dataset, whose settings are {known}:\n{listing(problems)}") from error
+
+
+def _reason(kind: str, message: str) -> str:
+    return "is not one of these" if kind == "extra_forbidden" else message.removeprefix("Value error, ")
 
 
 class DatasetLoader(Protocol):

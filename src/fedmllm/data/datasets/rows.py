@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
@@ -142,10 +142,13 @@ class Sieve:
             remedy = "correct them or download the files again" + (", or set data.on_bad_sample to skip" if self.policy == "refuse" else "")
             left = "" if self.policy == "refuse" else ", and no other is left"
             raise DataError(f"{self.source}: {len(self.problems):,} bad row(s){left}; {remedy}:\n{listing(self.problems)}")
-        if not self.problems:
-            return ()
-        shown_, more = self.problems[:MAX_LISTED], len(self.problems) - MAX_LISTED
-        return (f"{len(self.problems):,} bad row(s) skipped", *shown_, *((f"... and {more:,} more",) if more > 0 else ()))
+        return skipped(f"{len(self.problems):,} bad row(s) skipped", self.problems)
+
+
+def skipped(summary: str, problems: Sequence[str]) -> tuple[str, ...]:
+    """Notes for the report on what was left out: none if nothing was."""
+    more = len(problems) - MAX_LISTED
+    return (summary, *problems[:MAX_LISTED], *([f"... and {more:,} more"] if more > 0 else [])) if problems else ()
 
 
 def words_of(value: object) -> str:
