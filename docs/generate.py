@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from fedmllm.algorithms import ALGORITHMS
 from fedmllm.config import Experiment
-from fedmllm.data.datasets import DATASETS, own
+from fedmllm.data.datasets import DATASETS, columns
 from fedmllm.data.datasets.mixture import MixedPart
 from fedmllm.data.modalities import SCENARIOS
 from fedmllm.data.quality import PARTS
@@ -67,7 +67,7 @@ def _indexes() -> Iterator[str]:
     forms = {form: name for name, row in reversed(DATASETS.items()) if (form := row.options()).model_fields}
     for form, name in reversed(forms.items()):
         yield _section(
-            f"data.options of {name if form is not own.Options else 'jsonl, csv and huggingface'}\n\n{_text(form.__doc__)}", form
+            f"data.options of {name if form is not columns.Options else 'jsonl, csv and huggingface'}\n\n{_text(form.__doc__)}", form
         )
     yield _section(f"data.options.parts of mixture, each\n\n{_text(MixedPart.__doc__)}", MixedPart)
     scenarios = ((f"`{n}`", row.summary, row.level_rule, row.default_level) for n, row in SCENARIOS.items())

@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fedmllm.algorithms import AlgorithmConfig
-from fedmllm.data.federated import DataConfig, FederationConfig
+from fedmllm.data.settings import DataConfig, FederationConfig
 from fedmllm.engine.rounds import EngineConfig
 from fedmllm.errors import ConfigError, listing
 from fedmllm.evaluation.evaluate import EvaluationConfig

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from fedmllm.data.datasets import digits, own
+from fedmllm.data.datasets import columns, digits, own
 from fedmllm.data.datasets.base import Dataset, DatasetEntry, DatasetOptions, DatasetRequest
 from fedmllm.errors import ConfigError
 
@@ -35,9 +35,11 @@ DATASETS: dict[str, DatasetEntry] = {
     "nlvr": _file("nlvr", "NLVR: is a sentence about a picture true? 2 classes, AUC"),
     "emojitwo": _file("emojitwo", "EmojiTwo: which kind of thing is an emoji? 8 classes, macro-F1"),
     "mixture": _file("mixture", "several of these in one federation: domain skew, task mix", needs_root=False),
-    "jsonl": DatasetEntry("your own JSON lines, columns named in data.options", own.loader("jsonl"), True, lambda: own.Options),
-    "csv": DatasetEntry("your own CSV or TSV file, columns named in data.options", own.loader("csv"), True, lambda: own.Options),
-    "huggingface": DatasetEntry("your own dataset saved by Hugging Face datasets", own.loader("huggingface"), True, lambda: own.Options),
+    "jsonl": DatasetEntry("your own JSON lines, columns named in data.options", own.loader("jsonl"), True, lambda: columns.Options),
+    "csv": DatasetEntry("your own CSV or TSV file, columns named in data.options", own.loader("csv"), True, lambda: columns.Options),
+    "huggingface": DatasetEntry(
+        "your own dataset saved by Hugging Face datasets", own.loader("huggingface"), True, lambda: columns.Options
+    ),
 }
 
 

@@ -1,18 +1,23 @@
-"""Files to rows: JSON lists, objects and lines, CSV and TSV. A row that cannot be read says so when it is asked for something."""
+"""Files to rows: JSON lists, objects and lines, CSV, TSV and datasets that Hugging Face saved.
+
+A row that cannot be read says so when it is asked for something.
+"""
 
 from __future__ import annotations
 
 import csv
+import importlib
 import io
 import json
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fedmllm.data.datasets.rows import SURROGATE, Row, RowError, shown
-from fedmllm.errors import DataError, listing
+from fedmllm.errors import ConfigError, DataError, listing
+from fedmllm.types import Record
 
 
 def require(root: Path, names: Sequence[str], dataset: str) -> None:
@@ -149,6 +154,38 @@ def _table_row(where: str, header: list[str], fields: list[str]) -> Row:
     if SURROGATE.search("".join(fields)):
         return _Unreadable(where, {}, "must be in UTF-8")
     return Row(where, dict(zip(header, fields, strict=True)))
+
+
+def stored(root: Path, split: str) -> Iterator[Row]:
+    """Rows of a split that Hugging Face's ``save_to_disk`` wrote; pictures stay encoded, classes go by name.
+
+    Raises:
+        ConfigError: if the library, the dataset or the split is missing.
+    """
+    try:
+        datasets: Any = importlib.import_module("datasets")
+    except ImportError as error:
+        raise ConfigError("data.dataset: huggingface needs the library: pip install 'fedmllm[datasets]'") from error
+    try:
+        found = datasets.load_from_disk(str(root))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # the last three: what its JSON files hold is not checked
+        raise ConfigError(f"data.root: {root} holds no dataset that save_to_disk wrote ({error})") from error
+    if not isinstance(found, datasets.DatasetDict):
+        found = datasets.DatasetDict({"train": found})
+    if split not in found:
+        raise ConfigError(f"data.options: {split!r} is no split of {root}; it holds {', '.join(found)}")
+    rows, names = found[split], {}
+    for column, feature in rows.features.items():
+        if hasattr(feature, "decode"):
+            rows = rows.cast_column(column, replace(feature, decode=False))
+        if isinstance(feature, datasets.ClassLabel):
+            names[column] = dict(enumerate(feature.names))
+    return (Row(f"{split}[{i}]", _named(record, names)) for i, record in enumerate(rows))
+
+
+def _named(record: Record, names: Mapping[str, Mapping[int, str]]) -> Record:
+    """Classes by name; a number that is no class, such as -1 for none, becomes empty."""
+    return record | {column: known.get(record[column]) for column, known in names.items()}
 
 
 def _bytes(path: Path) -> bytes:

@@ -1,0 +1,76 @@
+"""Which column of one's own files is for what: the settings behind ``jsonl``, ``csv`` and ``huggingface``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field, model_validator
+
+from fedmllm.data.datasets.base import DatasetOptions, Metric
+from fedmllm.data.datasets.rows import words_of
+from fedmllm.types import Modality
+
+ROLES = ("id", "question", "options", "answer", "answer_type", "category", "client", "domain")
+"""Keys of ``columns`` that are no modalities."""
+
+
+class Options(DatasetOptions):
+    """Where things are in your files."""
+
+    train: str = "train"
+    """File of the training rows inside ``root`` (Hugging Face: name of the split)."""
+    test: str | None = None
+    """File of the test rows; left out: ``test_share`` of the training rows, chosen by the seed, are held out."""
+    test_share: float = Field(0.2, gt=0, lt=1)
+    """Share of the rows to test on where there is no test file."""
+    columns: dict[str, str]
+    """What a column is for, and its name: modalities, and the roles id, question, options, answer, answer_type, category, client and domain."""
+    question: str | None = None
+    """The question of every sample; left out where a column holds it."""
+    choices: tuple[str, ...] = ()
+    """The options of every sample; left out where a column holds them (separated by a vertical bar; empty: a free answer) or answers are free."""
+    keep_empty: bool = False
+    """Keep rows whose modalities are all empty; else they are bad rows."""
+    metric: Metric | None = None
+    """Headline score; left out for ``auc`` (2 choices), ``macro_f1`` (more) or ``accuracy`` (free answers)."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Options:
+        problems = [f"columns: {key} is needed" for key in ("answer",) if key not in self.columns]
+        problems += [] if self.modalities else ["columns: name at least one modality, e.g. text or image"]
+        if (self.question is None) == ("question" not in self.columns):
+            problems.append("question: give either this or columns.question")
+        if self.choices and "options" in self.columns:
+            problems.append("choices: give either these or columns.options")
+        if len(set(self.choices)) != len(self.choices) or len(self.choices) == 1:
+            problems.append(f"choices: two or more different ones are needed, not {list(self.choices)}")
+        problems += [
+            f"choices: {choice!r} must have words and single spaces" for choice in self.choices if words_of(choice) != choice or not choice
+        ]
+        problems += [
+            f"{key}: must lie inside root, not {file!r}" for key, file in (("train", self.train), ("test", self.test)) if _leaves(file)
+        ]
+        if self.test == self.train:
+            problems.append("test: must be another file than train; leave it out to hold rows out")
+        by_row = "options" in self.columns
+        if self.metric == "auc" and len(self.choices) != 2 and not by_row:
+            problems.append("metric: auc needs exactly two choices, the second is the positive one")
+        if self.metric == "macro_f1" and not self.choices and not by_row:
+            problems.append("metric: macro_f1 needs choices")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    @property
+    def modalities(self) -> tuple[Modality, ...]:
+        """The keys of ``columns`` that are modalities, in alphabetical order."""
+        return tuple(sorted(set(self.columns) - set(ROLES)))
+
+    @property
+    def headline(self) -> Metric:
+        """The metric in force."""
+        return self.metric or ("accuracy" if not self.choices else "auc" if len(self.choices) == 2 else "macro_f1")
+
+
+def _leaves(file: str | None) -> bool:
+    return file is not None and (not file or bool(Path(file).anchor) or ".." in Path(file).parts)

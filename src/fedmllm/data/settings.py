@@ -1,0 +1,131 @@
+"""The sections ``data`` and ``federation`` of an experiment."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from fedmllm.data.datasets import DATASETS
+from fedmllm.data.datasets.base import check_options
+from fedmllm.data.datasets.rows import OnBadSample
+from fedmllm.data.modalities import Protocol, parse_scenario
+from fedmllm.data.prompts import PromptStyle
+from fedmllm.data.quality import parse_part
+from fedmllm.errors import ConfigError
+
+DEFAULT_ALPHA = 0.5
+
+
+class DataConfig(BaseModel):
+    """Which samples, and how they are worded."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    dataset: str = "digits-claims"
+    """A name of the index of datasets."""
+    root: Path | None = None
+    """Folder of the dataset's files; left out for embedded data. Relative paths start at the working directory."""
+    prompt: PromptStyle = "agnostic"
+    """``agnostic`` words all samples alike; ``specific`` names the modalities each one holds."""
+    num_train: int | None = Field(None, gt=0)
+    """Training samples over all clients; left out for all there are."""
+    num_test: int | None = Field(None, gt=0)
+    """Test samples; left out for all there are."""
+    check_images: bool = True
+    """Decode every image file once before the run begins; what is done about broken ones ``on_bad_sample`` says."""
+    on_bad_sample: OnBadSample = "refuse"
+    """``refuse``: one error lists all bad rows. ``skip``: they are left out, counted and listed in the report."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """The dataset's own settings; the datasets page lists them."""
+
+    @field_validator("root")
+    @classmethod
+    def _home(cls, root: Path | None) -> Path | None:
+        return root.expanduser() if root else None
+
+    @field_validator("dataset")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in DATASETS:
+            raise ValueError(f"{name!r} is no dataset; known: {', '.join(DATASETS)}")
+        return name
+
+    @model_validator(mode="after")
+    def _suited(self) -> DataConfig:
+        try:
+            check_options(DATASETS[self.dataset].options(), self.options)
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
+        return self
+
+
+class FederationConfig(BaseModel):
+    """Who takes part, how the data are spread and how long it lasts."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    num_clients: int = Field(10, gt=0)
+    """Clients in the federation."""
+    clients_per_round: int = Field(2, gt=0)
+    """Clients sampled for each round, without replacement."""
+    num_rounds: int = Field(25, gt=0)
+    """Communication rounds."""
+    scenario: str = "aligned"
+    """``aligned``, ``missing-RATE``, ``cross-IMAGE:TEXT`` or ``hybrid-PROBABILITY``."""
+    partition: Literal["dirichlet", "iid", "quantity", "natural", "domain"] = "dirichlet"
+    """Skew over labels (``dirichlet``) or sizes (``quantity``), none (``iid``), the data's own clients, or a dataset of a mixture each."""
+    dirichlet_alpha: float | None = Field(None, gt=0)
+    """Concentration of the skew over labels (or sizes); left out for the scenario's own (``aligned-ALPHA``) or 0.5."""
+    protocol: Protocol = "clean"
+    """``clean``: independent of file order, seeded by purpose. ``reference``: the published reference code's splits."""
+    heterogeneity: tuple[str, ...] = ()
+    """What else is wrong with the training samples, e.g. ``[blur-0.3, typos-0.2@client]``; applied before the scenario."""
+    keep_empty: bool = False
+    """Keep samples that lost every modality, as the reference code does; else they are left out and counted."""
+    min_partition_size: int = Field(8, gt=0)
+    """Samples every client has before a scenario takes modalities away."""
+
+    @field_validator("scenario")
+    @classmethod
+    def _parses(cls, text: str) -> str:
+        try:
+            parse_scenario(text)
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
+        return text
+
+    @field_validator("heterogeneity")
+    @classmethod
+    def _known_parts(cls, parts: tuple[str, ...]) -> tuple[str, ...]:
+        try:
+            for part in parts:
+                parse_part(part)
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
+        return parts
+
+    @model_validator(mode="after")
+    def _consistent(self) -> FederationConfig:
+        if self.clients_per_round > self.num_clients:
+            raise ValueError(
+                f"clients_per_round: a round samples {self.clients_per_round} clients, but num_clients is {self.num_clients}; lower the first"
+            )
+        name, level = parse_scenario(self.scenario)
+        fixed = float(level) if name == "aligned" and level else None
+        if fixed is not None and self.dirichlet_alpha not in (None, fixed):
+            raise ValueError(f"dirichlet_alpha: {self.dirichlet_alpha} contradicts scenario {self.scenario}; keep one of them")
+        if self.partition in ("iid", "natural") and (self.dirichlet_alpha is not None or fixed is not None):
+            raise ValueError(f"dirichlet_alpha: {self.partition} has no skew to set; leave alpha out or use partition dirichlet")
+        if self.protocol == "reference" and self.partition != "dirichlet":
+            raise ValueError("protocol: the reference code knows partition dirichlet only; use it, or protocol clean")
+        return self
+
+    @property
+    def alpha(self) -> float:
+        """The label skew in force."""
+        name, level = parse_scenario(self.scenario)
+        if name == "aligned" and level:
+            return float(level)
+        return DEFAULT_ALPHA if self.dirichlet_alpha is None else self.dirichlet_alpha
