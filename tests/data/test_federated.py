@@ -8,10 +8,10 @@ import pytest
 from PIL import Image
 
 from fedmllm.config import Experiment
-from fedmllm.data.datasets import DATASETS
-from fedmllm.data.federated import FederatedData, client_id, federate, manifest
+from fedmllm.data.datasets import DATASETS, Dataset
+from fedmllm.data.federated import FederatedData, client_id, decodable, federate, manifest
 from fedmllm.errors import ConfigError, DataError
-from fedmllm.types import EditedImage
+from fedmllm.types import EditedImage, Sample
 
 
 def make(**federation: object) -> FederatedData:
@@ -147,6 +147,24 @@ def test_natural_clients_keep_their_names(tmp_path: Path) -> None:
     data = federate(experiment.data.model_copy(update={"on_bad_sample": "skip"}), experiment.federation, 0)
     assert list(data.clients) == ["site-0", "site-1"]
     assert all(sample.client == name for name, held in data.clients.items() for sample in held)
+
+
+def test_natural_clients_with_names_that_no_file_can_have_are_numbered(tmp_path: Path) -> None:
+    experiment = own_data(tmp_path)
+    rows = (tmp_path / "t.jsonl").read_text()
+    (tmp_path / "t.jsonl").write_text(rows.replace("site-", "../site "))
+    data = federate(experiment.data.model_copy(update={"on_bad_sample": "skip"}), experiment.federation, 0)
+    assert list(data.clients) == ["client-00", "client-01"]
+    assert {sample.client for sample in data.clients["client-00"]} == {"../site 0"}
+
+
+def test_pictures_in_memory_are_checked_too() -> None:
+    """As the rows of a Hugging Face dataset hold them."""
+    samples = [Sample(f"s{i}", "q", "a", {"image": b"no picture" if i == 1 else b"", "text": "t"}) for i in range(3)]
+    dataset = Dataset("own", "accuracy", tuple(samples[:2]), tuple(samples[2:]), ("image", "text"))
+    with pytest.raises(DataError, match=r"3 image\(s\) cannot be used") as caught:
+        decodable(dataset, "refuse")
+    assert "s1: 10 bytes: cannot be decoded as an image" in str(caught.value)
 
 
 def test_settings_of_the_dataset_are_checked_with_the_experiment() -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -62,34 +63,37 @@ def load(data: DataConfig, seed: int) -> Dataset:
     """
     request = DatasetRequest(data.root, seed, data.num_train, data.num_test, data.on_bad_sample, data.options)
     dataset = load_dataset(data.dataset, request)
-    return _with_sound_images(dataset, data.on_bad_sample) if data.check_images else dataset
+    return decodable(dataset, data.on_bad_sample) if data.check_images else dataset
 
 
-def _with_sound_images(dataset: Dataset, policy: OnBadSample) -> Dataset:
+def decodable(dataset: Dataset, policy: OnBadSample) -> Dataset:
     """The dataset, every picture of which decodes.
 
     Raises:
         DataError: listing all pictures that do not, if the policy is to refuse.
     """
-    broken = broken_images(_pictures((*dataset.train, *dataset.test)))
-    if broken and policy == "refuse":
-        raise DataError(
-            f"{len(broken)} image(s) cannot be used; replace them, or set data.on_bad_sample to skip:\n{listing(broken.values())}"
-        )
+    broken = broken_images(source for sample in (*dataset.train, *dataset.test) for source in _pictures(sample))
     if not broken:
         return dataset
-
-    def sound(samples: Sequence[Sample]) -> tuple[Sample, ...]:
-        return tuple(sample for sample in samples if not set(_pictures((sample,))) & set(broken))
-
-    train, test = sound(dataset.train), sound(dataset.test)
-    count = len(dataset.train) + len(dataset.test) - len(train) - len(test)
-    notes = skipped(f"{count:,} sample(s) skipped for {len(broken):,} image(s) that cannot be used", list(broken.values()))
+    bad = {sample.id: _problem(sample, broken) for sample in (*dataset.train, *dataset.test) if _problem(sample, broken)}
+    problems = list(dict.fromkeys(bad.values()))
+    if policy == "refuse":
+        raise DataError(f"{len(problems)} image(s) cannot be used; replace them, or set data.on_bad_sample to skip:\n{listing(problems)}")
+    train, test = (tuple(sample for sample in samples if sample.id not in bad) for samples in (dataset.train, dataset.test))
+    notes = skipped(f"{len(bad):,} sample(s) skipped for {len(problems):,} image(s) that cannot be used", problems)
     return replace(dataset, train=train, test=test, notes=(*dataset.notes, *notes))
 
 
-def _pictures(samples: Iterable[Sample]) -> Iterator[Path]:
-    return (s.content["image"] for s in samples if isinstance(s.content.get("image"), Path))  # type: ignore[misc]
+def _pictures(sample: Sample) -> list[Path | bytes]:
+    """What of a sample is still to be decoded."""
+    picture = sample.content.get("image")
+    return [picture] if isinstance(picture, (Path, bytes)) else []
+
+
+def _problem(sample: Sample, broken: Mapping[Path | bytes, str]) -> str:
+    """What is wrong with the sample's picture; a file names itself, bytes are named by their sample."""
+    found = [f"{sample.id}: {broken[s]}" if isinstance(s, bytes) else broken[s] for s in _pictures(sample) if s in broken]
+    return "".join(found)
 
 
 def _partition(dataset: Dataset, federation: FederationConfig, seed: int) -> tuple[list[str], Indices]:
@@ -106,7 +110,9 @@ def _partition(dataset: Dataset, federation: FederationConfig, seed: int) -> tup
     if federation.partition == "natural":
         owners = [sample.client for sample in samples]
         own_names = sorted(set(owners))
-        return own_names if len(own_names) == count else names, natural(owners, count, least)
+        # Files are named after clients: an id that is no plain word gives way to a number.
+        plain = len(own_names) == count and all(re.fullmatch(r"\w[\w.-]{0,63}", name, re.ASCII) for name in own_names)
+        return own_names if plain else names, natural(owners, count, least)
     if federation.partition == "domain":
         if dataset.name != "mixture":
             raise ConfigError(

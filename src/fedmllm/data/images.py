@@ -95,16 +95,16 @@ EDITS: Mapping[str, Callable[[Image.Image, float, np.random.Generator], Image.Im
 """What can be done to a picture by name; strengths as ``data.quality`` bounds them."""
 
 
-def broken_images(sources: Iterable[Path]) -> dict[Path, str]:
+def broken_images(sources: Iterable[Path | bytes]) -> dict[Path | bytes, str]:
     """The pictures that cannot be decoded and why; asked before a run begins, so that it does not end in the middle."""
-    paths = sorted(set(sources))
+    pictures = list(dict.fromkeys(sources))
     with ThreadPoolExecutor() as pool:
-        return {path: problem for path, problem in zip(paths, pool.map(_problem, paths), strict=True) if problem}
+        return {picture: problem for picture, problem in zip(pictures, pool.map(_problem, pictures), strict=True) if problem}
 
 
-def _problem(path: Path) -> str | None:
+def _problem(source: Path | bytes) -> str | None:
     try:
-        open_image(path)
+        open_image(source)
     except DataError as error:
         return str(error)
     return None
