@@ -19,7 +19,7 @@ from fedmllm.models.nano.drills import caption, note_checks, picture_checks, sho
 from fedmllm.models.nano.pretrain import STAGES, PretrainConfig, make_nano, new_nano
 from fedmllm.models.nano.scenes import Dialogue
 from fedmllm.models.nano.sight import SightExam, sheets
-from fedmllm.randomness import generator
+from fedmllm.randomness import generator, torch_randomness
 
 
 def test_the_folder_is_small_and_ordinary() -> None:
@@ -141,14 +141,15 @@ def test_checks_of_pictures_agree_with_each_other() -> None:
 
 
 def test_the_tower_alone_learns_to_tell_inks() -> None:
+    """Over seeds 0 to 2 it tells at least 98 of 100 inks after these steps; guessing tells 25."""
     vlm = new_nano(0)
-    exam, rng = SightExam(vlm), generator(0, "t")
-    optimizer = torch.optim.AdamW(exam.parameters(), lr=2e-3)
-    for _ in range(60):
-        pixels, truth = sheets(vlm, rng, 32)
-        loss = exam.loss(pixels, truth)
+    with torch_randomness(vlm.device, 0, "test"):
+        exam, rng = SightExam(vlm), generator(0, "t")
+    optimizer = torch.optim.AdamW(exam.parameters(), lr=5e-4)
+    for _ in range(40):
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        exam.loss(*sheets(vlm, rng, 32)).backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(exam.parameters(), 1.0)
         optimizer.step()
     pixels, truth = sheets(vlm, rng, 100)
     left, right, ink = exam(pixels)
