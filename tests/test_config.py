@@ -68,7 +68,7 @@ def test_a_key_in_the_wrong_section_is_sent_to_the_right_one() -> None:
         ({"federation": {"scenario": "cross-0:0"}}, "image-only:text-only"),
         ({"federation": {"scenario": "cross-5"}}, "image-only:text-only"),
         ({"data": {"dataset": "digit-claims"}}, "is no dataset; known: digits-claims"),
-        ({"algorithm": {"name": "fedavgg"}}, "is no method; known: fedavg"),
+        ({"algorithm": {"name": "fedavgg"}}, "is no method; known: fedadagrad"),
         ({"algorithm": {"name": "fedprox", "parameters": {"mu": 1}}}, "takes proximal_mu"),
         ({"training": {"local_epochs": 0}}, "leave one of them out"),
         ({"seed": -1}, "greater than or equal to 0"),

@@ -29,6 +29,30 @@ def average(start: Array, rounds: list[tuple[list[Array], list[int]]]) -> Array:
     return weights
 
 
+def momentum(start: Array, rounds: list[tuple[list[Array], list[int]]]) -> Array:
+    """FedAvgM at its defaults: m <- 0.9 m + D, w <- w + m."""
+    weights, m = start.astype(np.float64), np.zeros(start.shape)
+    for updates, counts in rounds:
+        m = 0.9 * m + np.average(np.array(updates, dtype=np.float64), axis=0, weights=counts)
+        weights = weights + m
+    return weights
+
+
+def adaptive(second: Callable[[Array, Array], Array]) -> Reference:
+    """Reddi et al., Algorithm 2, at our defaults: eta = tau = 1e-3, beta1 = 0.9, beta2 = 0.99; D is the plain mean."""
+
+    def rule(start: Array, rounds: list[tuple[list[Array], list[int]]]) -> Array:
+        weights, m, v = start.astype(np.float64), np.zeros(start.shape), np.full(start.shape, 1e-6)
+        for updates, _ in rounds:
+            mean = np.array(updates, dtype=np.float64).mean(axis=0)
+            m = 0.9 * m + 0.1 * mean
+            v = second(v, mean * mean)
+            weights = weights + 1e-3 * m / (np.sqrt(v) + 1e-3)
+        return weights
+
+    return rule
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
     """A method: its server rule in a few lines of NumPy, and the parameters that make it a simpler method."""
@@ -41,6 +65,10 @@ class Case:
 CASES: dict[str, Case] = {
     "fedavg": Case(average),
     "fedprox": Case(average, neutral={"proximal_mu": 0.0}),
+    "fedavgm": Case(momentum, neutral={"beta1": 0.0}),
+    "fedadagrad": Case(adaptive(lambda v, s: v + s)),
+    "fedadam": Case(adaptive(lambda v, s: 0.99 * v + 0.01 * s)),
+    "fedyogi": Case(adaptive(lambda v, s: v - 0.01 * s * np.sign(v - s))),
 }
 
 NAMES = sorted(CASES)
@@ -59,7 +87,7 @@ def updates(round_num: int) -> list[tuple[Weights, int]]:
 def server_round(algorithm: Algorithm, state: ServerState, terms: list[tuple[Weights, int]]) -> ServerState:
     mean = W.WeightedMean()
     for term, count in terms:
-        mean.add(term, count)
+        mean.add(term, algorithm.weight(count))
     return algorithm.server_step(state, mean.value())
 
 
@@ -139,3 +167,47 @@ def test_fedprox_penalty_is_half_mu_times_the_squared_distance() -> None:
     now = {key: tensor + 0.5 for key, tensor in start().items()}
     assert rule.penalty is not None
     assert float(rule.penalty(now, start())) == pytest.approx(0.5 * 0.2 * 17 * 0.25, rel=1e-5)
+
+
+def test_fedprox_refuses_to_push_away() -> None:
+    with pytest.raises(ValueError, match="proximal_mu must not be negative"):
+        AlgorithmConfig(name="fedprox", parameters={"proximal_mu": -0.1})
+
+
+FEDOPT = ("fedadagrad", "fedadam", "fedyogi")
+
+
+@pytest.mark.parametrize("name", ["fedavgm", *FEDOPT])
+def test_the_reference_variant_starts_with_the_first_update_itself(name: str) -> None:
+    """Round 1: m = D. Round 2: m = 0.9 D_1 + 0.1 D_2, and for the FedOpt family v is fed with m^2 in both."""
+    algorithm = build(name, reference=True)
+    state = algorithm.init(start())
+    momenta = []
+    for r in range(2):
+        state = server_round(algorithm, state, updates(r))
+        momenta.append(state.slots["momentum"]["b"].numpy())
+    counts = [algorithm.weight(count) for _, count in updates(0)]
+    means = [np.average([term["b"].double().numpy() for term, _ in updates(r)], axis=0, weights=counts) for r in range(2)]
+    np.testing.assert_allclose(momenta[0], means[0], atol=1e-12)
+    np.testing.assert_allclose(momenta[1], 0.9 * means[0] + 0.1 * means[1], atol=1e-12)
+    if name == "fedadagrad":
+        np.testing.assert_allclose(state.slots["second_moment"]["b"].numpy(), 1e-6 + momenta[0] ** 2 + momenta[1] ** 2, atol=1e-12)
+
+
+def test_yogi_lets_the_second_moment_fall_slower_than_adam() -> None:
+    """After one large and one tiny update: Adam forgets at 1 % of v, Yogi at 1 % of the tiny square."""
+    large, tiny = ({name: torch.full_like(t, size) for name, t in start().items()} for size in (1.0, 1e-3))
+    second = {}
+    for name in ("fedadam", "fedyogi"):
+        algorithm = build(name)
+        state = server_round(algorithm, server_round(algorithm, algorithm.init(start()), [(large, 1)]), [(tiny, 1)])
+        second[name] = state.slots["second_moment"]["b"][0].item()
+    assert second["fedadam"] == pytest.approx(0.99 * (0.99e-6 + 0.01) + 0.01e-6)
+    assert second["fedyogi"] == pytest.approx(1e-6 + 0.01 - 0.01e-6)
+
+
+@pytest.mark.parametrize("name", ["fedavgm", *FEDOPT])
+def test_hyper_parameters_out_of_range_are_refused(name: str) -> None:
+    for wrong in ({"beta1": 1.0}, {"beta1": -0.1}, {"server_learning_rate": 0.0}, {"beta2": 1.0} if name in FEDOPT[1:] else {"beta1": 2.0}):
+        with pytest.raises(ValueError, match=r"parameters: .* (must lie in|must be above)"):
+            AlgorithmConfig(name=name, parameters=wrong)

@@ -8,12 +8,24 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fedmllm.algorithms.base import Algorithm, ServerState
+from fedmllm.algorithms.fedadagrad import FedAdagrad
+from fedmllm.algorithms.fedadam import FedAdam
 from fedmllm.algorithms.fedavg import FedAvg
+from fedmllm.algorithms.fedavgm import FedAvgM
 from fedmllm.algorithms.fedprox import FedProx
+from fedmllm.algorithms.fedyogi import FedYogi
+from fedmllm.errors import ConfigError
 
 __all__ = ["ALGORITHMS", "Algorithm", "AlgorithmConfig", "ServerState", "build_algorithm"]
 
-ALGORITHMS: dict[str, type[Any]] = {"fedavg": FedAvg, "fedprox": FedProx}
+ALGORITHMS: dict[str, type[Any]] = {
+    "fedadagrad": FedAdagrad,
+    "fedadam": FedAdam,
+    "fedavg": FedAvg,
+    "fedavgm": FedAvgM,
+    "fedprox": FedProx,
+    "fedyogi": FedYogi,
+}
 
 
 class AlgorithmConfig(BaseModel):
@@ -23,7 +35,7 @@ class AlgorithmConfig(BaseModel):
 
     name: str = "fedavg"
     """A name of the index of methods."""
-    parameters: dict[str, float] = Field(default_factory=dict)
+    parameters: dict[str, float | bool] = Field(default_factory=dict)
     """The method's own hyper-parameters by name; left out for its defaults."""
 
     @model_validator(mode="after")
@@ -33,6 +45,10 @@ class AlgorithmConfig(BaseModel):
         own = [field.name for field in dataclasses.fields(ALGORITHMS[self.name])]
         if unknown := sorted(self.parameters.keys() - set(own)):
             raise ValueError(f"parameters: {self.name} has no {unknown[0]!r}; it takes {', '.join(own) or 'none'}")
+        try:
+            build_algorithm(self)
+        except ConfigError as error:
+            raise ValueError(f"parameters: {error}") from error
         return self
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fedmllm.algorithms.base import ServerAverage
+from fedmllm.errors import ConfigError
 from fedmllm.training.local import LocalRule
 from fedmllm.types import Broadcast
 
@@ -22,6 +23,10 @@ class FedProx(ServerAverage):
     """
 
     proximal_mu: float = 0.01
+
+    def __post_init__(self) -> None:
+        if self.proximal_mu < 0:
+            raise ConfigError(f"proximal_mu must not be negative, is {self.proximal_mu}; 0 is FedAvg")
 
     def local_rule(self, broadcast: Broadcast) -> LocalRule:
         """The proximal term over all trainable tensors; none at all for mu = 0, so that FedAvg comes out bit for bit."""

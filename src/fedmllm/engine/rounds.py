@@ -112,7 +112,7 @@ def _round(loop: Loop, stage: Stage, state: ServerState, watch: _Watch) -> Serve
     learning_rate = round_learning_rate(loop.training, state.round_num, stage.num_rounds)
     assignment = Assignment(broadcast, loop.algorithm.local_rule(broadcast), learning_rate, loop.seed)
     updates = loop.engine.map_clients(assignment, {name: stage.clients[name] for name in cohort})
-    intake = _take_in(updates, state.weights, watch)
+    intake = _take_in(updates, state.weights, loop.algorithm.weight, watch)
     state = loop.algorithm.server_step(state, intake.aggregate(stage.name, state.round_num))
     watch.lap("aggregate")
     scores = loop.evaluate(state.weights) if stage.evaluates(state.round_num) else None
@@ -165,13 +165,13 @@ class _Intake:
     losses: list[tuple[int, float]] = field(default_factory=list)
     refused: list[Record] = field(default_factory=list)
 
-    def take(self, update: ClientUpdate, expected: Weights) -> None:
-        """Add an update to the mean, or refuse it."""
+    def take(self, update: ClientUpdate, expected: Weights, weight: Callable[[int], float]) -> None:
+        """Add an update to the mean with its weight by number of samples, or refuse it."""
         self.bytes_up += W.num_bytes(update.update)
         if reason := refusal(update, expected):
             self.refused.append({"client": update.client, "reason": reason})
             return
-        self.mean.add(update.update, update.num_samples)
+        self.mean.add(update.update, weight(update.num_samples))
         self.num_samples += update.num_samples
         if "loss" in update.metrics:
             self.losses.append((update.num_samples, update.metrics["loss"]))
@@ -192,12 +192,12 @@ class _Intake:
         return {"num_samples": self.num_samples, "loss": loss, "bytes_up": self.bytes_up, "refused": self.refused}
 
 
-def _take_in(updates: Iterable[ClientUpdate], expected: Weights, watch: _Watch) -> _Intake:
+def _take_in(updates: Iterable[ClientUpdate], expected: Weights, weight: Callable[[int], float], watch: _Watch) -> _Intake:
     """Aggregate updates as they come, refusing those that would spoil the average."""
     intake = _Intake(W.WeightedMean())
     for update in updates:
         watch.lap("train")
-        intake.take(update, expected)
+        intake.take(update, expected, weight)
         watch.lap("aggregate")
     return intake
 

@@ -1,0 +1,28 @@
+"""Adaptive Federated Optimization. Reddi et al., ICLR 2021: the Adam server."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fedmllm.algorithms.base import AdaptiveServer, require_within
+
+
+@dataclass(frozen=True)
+class FedAdam(AdaptiveServer):
+    """``AdaptiveServer`` with ``second(v, s) = beta2 v + (1 - beta2) s``.
+
+    Attributes:
+        beta2: how much of the second moment stays, in [0, 1).
+    """
+
+    beta2: float = 0.99
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_within("beta2", self.beta2, 0, 1)
+
+    def second(self, previous: Tensor, square: Tensor) -> Tensor:
+        """The next second moment."""
+        return self.beta2 * previous + (1 - self.beta2) * square

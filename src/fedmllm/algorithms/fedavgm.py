@@ -1,0 +1,45 @@
+"""Measuring the Effects of Non-Identical Data Distribution for Federated Visual Classification. Hsu et al., arXiv 1909.06335, 2019."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from fedmllm import weights as W
+from fedmllm.algorithms.base import ServerState, require_within
+from fedmllm.algorithms.fedavg import FedAvg
+from fedmllm.errors import ConfigError
+from fedmllm.types import Weights
+
+
+@dataclass(frozen=True)
+class FedAvgM(FedAvg):
+    """FedAvg with momentum: ``m <- beta1 m + D``, ``w <- w + server_learning_rate m``; ``beta1 = 0`` at rate 1 is FedAvg.
+
+    Attributes:
+        beta1: how much of the momentum stays, in [0, 1).
+        server_learning_rate: the step's size, above 0.
+        reference: the variant of the code published with FedMLLM: ``m <- beta1 m + (1 - beta1) D``, in the first round m = D.
+    """
+
+    beta1: float = 0.9
+    server_learning_rate: float = 1.0
+    reference: bool = False
+
+    def __post_init__(self) -> None:
+        require_within("beta1", self.beta1, 0, 1)
+        if self.server_learning_rate <= 0:
+            raise ConfigError(f"server_learning_rate must be above 0, is {self.server_learning_rate}")
+
+    def init(self, weights: Weights) -> ServerState:
+        """Momentum 0, kept in float64."""
+        zeros = {name: torch.zeros_like(tensor, dtype=torch.float64) for name, tensor in weights.items()}
+        return ServerState(weights, slots={"momentum": zeros})
+
+    def server_step(self, state: ServerState, aggregate: Weights) -> ServerState:
+        """The rule above."""
+        fresh = 1 - self.beta1 if self.reference and state.round_num > 0 else 1.0
+        momentum = {name: self.beta1 * m + fresh * aggregate[name] for name, m in state.slots["momentum"].items()}
+        weights = W.add(state.weights, momentum, self.server_learning_rate)
+        return ServerState(weights, state.round_num + 1, {"momentum": momentum})
