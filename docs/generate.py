@@ -59,7 +59,9 @@ def _type(kind: Any) -> str:
 
 def _indexes() -> Iterator[str]:
     """A section for every index behind a setting that is a name."""
-    settings = {n: ", ".join(f"`{f.name}: {json.dumps(f.default)}`" for f in dataclasses.fields(cls)) or "none" for n, cls in ALGORITHMS.items()}
+    settings = {
+        n: ", ".join(f"`{f.name}: {json.dumps(f.default)}`" for f in dataclasses.fields(cls)) or "none" for n, cls in ALGORITHMS.items()
+    }
     methods = ((f"`{n}`", settings[n], _text(inspect.getmodule(cls).__doc__)) for n, cls in ALGORITHMS.items())
     yield _table("Methods: algorithm.name", ("Name", "Parameters and defaults", "Publication"), methods)
     datasets = ((f"`{n}`", row.summary, "required" if row.needs_root else "none") for n, row in DATASETS.items())
