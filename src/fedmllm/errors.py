@@ -16,8 +16,8 @@ class FedMLLMError(Exception):
     exit_code = 2
 
 
-class ConfigError(FedMLLMError):
-    """A setting is unknown, out of range or contradicts another one."""
+class ConfigError(FedMLLMError, ValueError):
+    """A setting is unknown, out of range or contradicts another one. A ``ValueError`` too, as pydantic's validators need it."""
 
 
 class DataError(FedMLLMError):

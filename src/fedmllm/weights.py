@@ -11,9 +11,9 @@ from fedmllm.errors import FederationError
 from fedmllm.types import Weights
 
 
-def zeros_like(weights: Weights) -> Weights:
-    """Tensors of the same names and shapes, all zero."""
-    return {name: torch.zeros_like(tensor) for name, tensor in weights.items()}
+def zeros_like(weights: Weights, dtype: torch.dtype | None = None) -> Weights:
+    """Tensors of the same names and shapes, all zero; of the same dtype for None."""
+    return {name: torch.zeros_like(tensor, dtype=dtype) for name, tensor in weights.items()}
 
 
 def add(a: Weights, b: Mapping[str, Tensor], scale: float = 1.0) -> Weights:

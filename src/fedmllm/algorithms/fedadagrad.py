@@ -4,14 +4,60 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from fedmllm.algorithms.base import AdaptiveServer
+from fedmllm import weights as W
+from fedmllm.algorithms.base import ServerState, require_positive, require_within
+from fedmllm.algorithms.fedavg import FedAvg
+from fedmllm.types import Weights
 
 
 @dataclass(frozen=True)
-class FedAdagrad(AdaptiveServer):
-    """``AdaptiveServer`` with ``second(v, s) = v + s``."""
+class FedAdagrad(FedAvg):
+    """The adaptive server, with ``second(v, s) = v + s``; FedAdam and FedYogi have another ``second``.
+
+        m <- beta1 m + (1 - beta1) D,   m_0 = 0
+        v <- second(v, D^2),            v_0 = tau^2
+        w <- w + server_learning_rate m / (sqrt(v) + tau)
+
+    D is the plain mean of the updates; there is no bias correction. All element by element, in float64.
+
+    Attributes:
+        server_learning_rate: the step's size, above 0.
+        beta1: how much of the momentum stays, in [0, 1).
+        tau: bounds the adaptivity, above 0.
+        reference: the variant of the code published with FedMLLM: m = D in the first round, and ``second(v, m^2)``.
+    """
+
+    server_learning_rate: float = 1e-3
+    beta1: float = 0.9
+    tau: float = 1e-3
+    reference: bool = False
+
+    def __post_init__(self) -> None:
+        require_within("beta1", self.beta1, 0, 1)
+        require_positive(tau=self.tau, server_learning_rate=self.server_learning_rate)
+
+    def init(self, weights: Weights) -> ServerState:
+        """Momentum 0 and second moment tau^2."""
+        zeros = W.zeros_like(weights, torch.float64)
+        return ServerState(weights, slots={"momentum": zeros, "second_moment": {k: v + self.tau**2 for k, v in zeros.items()}})
+
+    def weight(self, num_samples: int) -> float:
+        """Every client counts alike."""
+        return 1.0
+
+    def server_step(self, state: ServerState, aggregate: Weights) -> ServerState:
+        """The rule above."""
+        first = self.reference and state.round_num == 0
+        decay = 0.0 if first else self.beta1
+        momentum = {name: decay * m + (1 - decay) * aggregate[name] for name, m in state.slots["momentum"].items()}
+        squared = momentum if self.reference else aggregate
+        second = {name: self.second(v, squared[name].square()) for name, v in state.slots["second_moment"].items()}
+        step = {name: m / (second[name].sqrt() + self.tau) for name, m in momentum.items()}
+        slots = {"momentum": momentum, "second_moment": second}
+        return ServerState(W.add(state.weights, step, self.server_learning_rate), state.round_num + 1, slots)
 
     def second(self, previous: Tensor, square: Tensor) -> Tensor:
         """The next second moment."""

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fedmllm.algorithms.base import AdaptiveServer, require_within
+from fedmllm.algorithms.base import require_within
+from fedmllm.algorithms.fedadagrad import FedAdagrad
 
 
 @dataclass(frozen=True)
-class FedAdam(AdaptiveServer):
-    """``AdaptiveServer`` with ``second(v, s) = beta2 v + (1 - beta2) s``.
+class FedAdam(FedAdagrad):
+    """FedAdagrad with ``second(v, s) = beta2 v + (1 - beta2) s``.
 
     Attributes:
         beta2: how much of the second moment stays, in [0, 1).

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from fedmllm import weights as W
-from fedmllm.algorithms.base import ServerState, require_within
+from fedmllm.algorithms.base import ServerState, require_positive, require_within
 from fedmllm.algorithms.fedavg import FedAvg
-from fedmllm.errors import ConfigError
 from fedmllm.types import Weights
 
 
@@ -29,13 +28,11 @@ class FedAvgM(FedAvg):
 
     def __post_init__(self) -> None:
         require_within("beta1", self.beta1, 0, 1)
-        if self.server_learning_rate <= 0:
-            raise ConfigError(f"server_learning_rate must be above 0, is {self.server_learning_rate}")
+        require_positive(server_learning_rate=self.server_learning_rate)
 
     def init(self, weights: Weights) -> ServerState:
         """Momentum 0, kept in float64."""
-        zeros = {name: torch.zeros_like(tensor, dtype=torch.float64) for name, tensor in weights.items()}
-        return ServerState(weights, slots={"momentum": zeros})
+        return ServerState(weights, slots={"momentum": W.zeros_like(weights, torch.float64)})
 
     def server_step(self, state: ServerState, aggregate: Weights) -> ServerState:
         """The rule above."""

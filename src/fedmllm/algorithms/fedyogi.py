@@ -6,22 +6,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fedmllm.algorithms.base import AdaptiveServer, require_within
+from fedmllm.algorithms.fedadam import FedAdam
 
 
 @dataclass(frozen=True)
-class FedYogi(AdaptiveServer):
-    """``AdaptiveServer`` with ``second(v, s) = v - (1 - beta2) s sign(v - s)``.
-
-    Attributes:
-        beta2: how much of the second moment stays, in [0, 1).
-    """
-
-    beta2: float = 0.99
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_within("beta2", self.beta2, 0, 1)
+class FedYogi(FedAdam):
+    """FedAdam with ``second(v, s) = v - (1 - beta2) s sign(v - s)``."""
 
     def second(self, previous: Tensor, square: Tensor) -> Tensor:
         """The next second moment."""

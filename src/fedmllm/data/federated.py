@@ -75,7 +75,7 @@ def decodable(dataset: Dataset, policy: OnBadSample) -> Dataset:
     broken = broken_images(source for sample in (*dataset.train, *dataset.test) for source in _pictures(sample))
     if not broken:
         return dataset
-    bad = {sample.id: _problem(sample, broken) for sample in (*dataset.train, *dataset.test) if _problem(sample, broken)}
+    bad = {sample.id: problem for sample in (*dataset.train, *dataset.test) if (problem := _problem(sample, broken))}
     problems = list(dict.fromkeys(bad.values()))
     if policy == "refuse":
         raise DataError(f"{len(problems)} image(s) cannot be used; replace them, or set data.on_bad_sample to skip:\n{listing(problems)}")

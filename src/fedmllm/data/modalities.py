@@ -163,14 +163,14 @@ def apply_scenario(
             f"federation.scenario: {scenario} needs images and texts, the dataset's samples hold {' and '.join(modalities)} only; use aligned or missing"
         )
     keep = SCENARIOS[name].plan(Setting(level, tuple(clients), modalities, seed, protocol))
-    kept = {client: tuple(_reduce(sample, keep(client, sample)) for sample in samples) for client, samples in clients.items()}
+    kept = {client: tuple(keep_only(sample, keep(client, sample)) for sample in samples) for client, samples in clients.items()}
     if keep_empty:
         return kept, 0
     left = {client: tuple(sample for sample in samples if sample.content) for client, samples in kept.items()}
     return left, sum(map(len, kept.values())) - sum(map(len, left.values()))
 
 
-def _reduce(sample: Sample, kept: Sequence[Modality]) -> Sample:
+def keep_only(sample: Sample, kept: Sequence[Modality]) -> Sample:
     """The sample with only those entries of its content; itself if nothing is lost."""
     if set(sample.content) <= set(kept):
         return sample

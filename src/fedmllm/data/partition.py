@@ -110,12 +110,12 @@ def by_domain(
     Raises:
         DataError: if there are fewer clients than domains, or a domain is too small for its clients.
     """
-    names, labels = sorted(set(domains)), np.asarray(categories)
+    names, homes, labels = sorted(set(domains)), np.asarray(domains), np.asarray(categories)
     if num_clients < len(names):
         raise DataError(f"federation.num_clients: {num_clients} clients cannot hold {len(names)} domains apart; use more")
     parts: Indices = [np.empty(0, dtype=np.int64)] * num_clients
     for place, name in enumerate(names):
-        rows = np.flatnonzero(np.asarray(domains) == name)
+        rows = np.flatnonzero(homes == name)
         clients = range(place, num_clients, len(names))
         inner = dirichlet(labels[rows].tolist(), len(clients), alpha, min_size, rng)
         for client, part in zip(clients, inner, strict=True):

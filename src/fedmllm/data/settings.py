@@ -13,7 +13,6 @@ from fedmllm.data.datasets.rows import OnBadSample
 from fedmllm.data.modalities import Protocol, parse_scenario
 from fedmllm.data.prompts import PromptStyle
 from fedmllm.data.quality import parse_part
-from fedmllm.errors import ConfigError
 
 DEFAULT_ALPHA = 0.5
 
@@ -54,10 +53,7 @@ class DataConfig(BaseModel):
 
     @model_validator(mode="after")
     def _suited(self) -> DataConfig:
-        try:
-            check_options(DATASETS[self.dataset].options(), self.options)
-        except ConfigError as error:
-            raise ValueError(str(error)) from error
+        check_options(DATASETS[self.dataset].options(), self.options)
         return self
 
 
@@ -90,20 +86,14 @@ class FederationConfig(BaseModel):
     @field_validator("scenario")
     @classmethod
     def _parses(cls, text: str) -> str:
-        try:
-            parse_scenario(text)
-        except ConfigError as error:
-            raise ValueError(str(error)) from error
+        parse_scenario(text)
         return text
 
     @field_validator("heterogeneity")
     @classmethod
     def _known_parts(cls, parts: tuple[str, ...]) -> tuple[str, ...]:
-        try:
-            for part in parts:
-                parse_part(part)
-        except ConfigError as error:
-            raise ValueError(str(error)) from error
+        for part in parts:
+            parse_part(part)
         return parts
 
     @model_validator(mode="after")

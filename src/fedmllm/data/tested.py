@@ -10,7 +10,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 
-from fedmllm.data.quality import PARTS, parse_part
+from fedmllm.data.modalities import keep_only
+from fedmllm.data.quality import PARTS, Part, parse_part
 from fedmllm.errors import ConfigError, DataError
 from fedmllm.types import Sample
 
@@ -21,9 +22,7 @@ def check_copy(spec: str) -> str:
     Raises:
         ConfigError: if it is neither modalities joined by ``+`` nor a part.
     """
-    if re.split("[-:@]", spec)[0] in PARTS:
-        parse_part(spec)
-    elif not re.fullmatch(r"[a-z_]+(\+[a-z_]+)*", spec):
+    if _part(spec) is None and not re.fullmatch(r"[a-z_]+(\+[a-z_]+)*", spec):
         raise ConfigError(f"{spec!r}: a copy of the test split is named by modalities (image, image+text) or a part (blur-1)")
     return spec
 
@@ -34,14 +33,16 @@ def reduced_copy(samples: Sequence[Sample], spec: str, seed: int) -> tuple[Sampl
     Raises:
         DataError: if none is left.
     """
-    if re.split("[-:@]", spec)[0] in PARTS:
-        copied = parse_part(spec)("test", samples, seed)
-    else:
-        kept = spec.split("+")
-        copied = [replace(s, content={name: value for name, value in s.content.items() if name in kept}) for s in samples]
+    part = _part(spec)
+    copied = part("test", samples, seed) if part else [keep_only(sample, spec.split("+")) for sample in samples]
     left = tuple(replace(sample, id=f"{sample.id}@{spec}") for sample in copied if sample.content)
     if not left:
         raise DataError(
             f"evaluation.tested: {spec} leaves no test sample any content; the samples hold {' and '.join(samples[0].modalities)}"
         )
     return left
+
+
+def _part(spec: str) -> Part | None:
+    """The part that a copy is named after, if it is one."""
+    return parse_part(spec) if re.split("[-:@]", spec)[0] in PARTS else None

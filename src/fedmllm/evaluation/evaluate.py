@@ -8,7 +8,6 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from fedmllm.data.tested import check_copy
-from fedmllm.errors import ConfigError
 from fedmllm.evaluation.answers import choose, generate
 from fedmllm.evaluation.metrics import all_metrics
 from fedmllm.models.encoding import Encoded
@@ -37,10 +36,7 @@ class EvaluationConfig(BaseModel):
     @field_validator("tested")
     @classmethod
     def _named(cls, specs: tuple[str, ...]) -> tuple[str, ...]:
-        try:
-            return tuple(dict.fromkeys(map(check_copy, specs)))
-        except ConfigError as error:
-            raise ValueError(str(error)) from error
+        return tuple(dict.fromkeys(map(check_copy, specs)))
 
 
 def predict(

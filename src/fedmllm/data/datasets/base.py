@@ -92,14 +92,15 @@ class DatasetRequest:
         Raises:
             ConfigError: naming each field that is unknown or out of range.
         """
-        try:
-            return form.model_validate(dict(self.options))
-        except ValidationError as error:
-            problems = [
-                f"{'.'.join(('data.options', *map(str, e['loc'])))}: {e['msg'].removeprefix('Value error, ')}" for e in error.errors()
-            ]
-            known = ", ".join(form.model_fields) or "none"
-            raise ConfigError(f"settings of the dataset (known: {known}):\n{listing(problems)}") from error
+        return check_options(form, self.options)
+
+    def take(self, train: Sequence[Sample], test: Sequence[Sample]) -> tuple[tuple[Sample, ...], tuple[Sample, ...]]:
+        """As many samples of both splits as are asked for.
+
+        Raises:
+            DataError: if there are fewer.
+        """
+        return _take(train, self.num_train, self.seed, "train"), _take(test, self.num_test, self.seed, "test")
 
 
 def check_options(form: type[Options], values: Mapping[str, Any]) -> Options:
@@ -112,12 +113,8 @@ def check_options(form: type[Options], values: Mapping[str, Any]) -> Options:
         return form.model_validate(dict(values))
     except ValidationError as error:
         known = ", ".join(form.model_fields) or "none"
-        problems = [f"{'.'.join(('data.options', *map(str, e['loc'])))}: {_reason(e['type'], e['msg'])}" for e in error.errors()]
+        problems = [f"{'.'.join(('data.options', *map(str, e['loc'])))}: {e['msg'].removeprefix('Value error, ')}" for e in error.errors()]
         raise ConfigError(f"data.options does not suit the dataset, whose settings are {known}:\n{listing(problems)}") from error
-
-
-def _reason(kind: str, message: str) -> str:
-    return "is not one of these" if kind == "extra_forbidden" else message.removeprefix("Value error, ")
 
 
 class DatasetLoader(Protocol):
@@ -138,7 +135,7 @@ class DatasetEntry:
     options: Callable[[], type[DatasetOptions]] = lambda: DatasetOptions
 
 
-def take(samples: Sequence[Sample], count: int | None, seed: int, split: str) -> tuple[Sample, ...]:
+def _take(samples: Sequence[Sample], count: int | None, seed: int, split: str) -> tuple[Sample, ...]:
     """``count`` of the samples, drawn without replacement independently of their order; all of them for None.
 
     Raises:

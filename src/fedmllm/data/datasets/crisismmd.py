@@ -30,7 +30,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from fedmllm.data.datasets.base import Dataset, DatasetOptions, DatasetRequest, count_note, take
+from fedmllm.data.datasets.base import Dataset, DatasetOptions, DatasetRequest, count_note
 from fedmllm.data.datasets.files import require, table
 from fedmllm.data.datasets.rows import Row, Sieve
 from fedmllm.types import Sample
@@ -93,8 +93,7 @@ def load(request: DatasetRequest) -> Dataset:
     )
     notes = (f"{options.variant} variant, {options.label}, evaluated on {options.test}", *sieve.finish())
     notes += _count_notes({"train": train, options.test: test}, options)
-    chosen = (take(train, request.num_train, request.seed, "train"), take(test, request.num_test, request.seed, "test"))
-    return Dataset("crisismmd", "macro_f1", *chosen, ("image", "text"), notes=notes)
+    return Dataset("crisismmd", "macro_f1", *request.take(train, test), ("image", "text"), notes=notes)
 
 
 def _sample(images: Path, options: Options, split: str, row: Row) -> Sample:

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from pydantic import Field
 
-from fedmllm.data.datasets.base import Dataset, DatasetOptions, DatasetRequest, count_note, hold_out, take
+from fedmllm.data.datasets.base import Dataset, DatasetOptions, DatasetRequest, count_note, hold_out
 from fedmllm.data.datasets.files import json_object, require
 from fedmllm.data.datasets.rows import Row, RowError, Sieve, is_file, shown, words_of
 from fedmllm.types import Sample
@@ -61,8 +61,7 @@ def load(request: DatasetRequest) -> Dataset:
         count_note("entries by class", tuple(found[name] for name in CLASSES), PUBLISHED),
     )
     train, test = hold_out(samples, options.test_share, request.seed)
-    chosen = (take(train, request.num_train, request.seed, "train"), take(test, request.num_test, request.seed, "test"))
-    return Dataset("emojitwo", "macro_f1", *chosen, ("image", "text"), notes=notes)
+    return Dataset("emojitwo", "macro_f1", *request.take(train, test), ("image", "text"), notes=notes)
 
 
 def _sample(root: Path, row: Row) -> Sample | None:

@@ -25,7 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from fedmllm.data.datasets.base import Dataset, DatasetOptions, DatasetRequest, count_note, take
+from fedmllm.data.datasets.base import Dataset, DatasetOptions, DatasetRequest, count_note
 from fedmllm.data.datasets.files import json_lines, require
 from fedmllm.data.datasets.rows import Row, Sieve
 from fedmllm.errors import ConfigError
@@ -75,8 +75,7 @@ def load(request: DatasetRequest) -> Dataset:
     read = {name: sieve.samples(json_lines(root / f"{name}.jsonl"), partial(_sample, root, name)) for name in ("train", evaluated)}
     notes = (f"read from the {release} release, evaluated on {evaluated}", *sieve.finish())
     notes += tuple(_label_note(name, rows, PUBLISHED[release][name]) for name, rows in read.items())
-    train = take(read["train"], request.num_train, request.seed, "train")
-    test = take(read[evaluated], request.num_test, request.seed, "test")
+    train, test = request.take(read["train"], read[evaluated])
     return Dataset("hateful_memes", "auc", train, test, ("image", "text"), notes=notes)
 
 

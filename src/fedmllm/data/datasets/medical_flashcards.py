@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from fedmllm.data.datasets.base import Dataset, DatasetOptions, DatasetRequest, count_note, hold_out, take
+from fedmllm.data.datasets.base import Dataset, DatasetOptions, DatasetRequest, count_note, hold_out
 from fedmllm.data.datasets.files import json_list, require
 from fedmllm.data.datasets.rows import Row, Sieve
 from fedmllm.types import Sample
@@ -46,8 +46,7 @@ def load(request: DatasetRequest) -> Dataset:
     cards = sieve.samples(json_list(root / FILE), _sample)
     notes = (*sieve.finish(), count_note("cards", (len(cards),), (PUBLISHED,)))
     train, test = hold_out(cards, options.test_share, request.seed)
-    chosen = (take(train, request.num_train, request.seed, "train"), take(test, request.num_test, request.seed, "test"))
-    return Dataset("medical_flashcards", "accuracy", *chosen, ("text",), notes=notes)
+    return Dataset("medical_flashcards", "accuracy", *request.take(train, test), ("text",), notes=notes)
 
 
 def _sample(row: Row) -> Sample:

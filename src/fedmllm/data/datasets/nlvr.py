@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
-from fedmllm.data.datasets.base import Dataset, DatasetOptions, DatasetRequest, count_note, take
+from fedmllm.data.datasets.base import Dataset, DatasetOptions, DatasetRequest, count_note
 from fedmllm.data.datasets.files import json_lines, require
 from fedmllm.data.datasets.rows import Row, RowError, Sieve, shown
 from fedmllm.types import Sample
@@ -45,8 +45,7 @@ def load(request: DatasetRequest) -> Dataset:
     sieve = Sieve(str(root), request.on_bad_sample)
     train, test = (sieve.samples(json_lines(root / split / f"{split}.json"), partial(_sample, root, split)) for split in (trained, "test"))
     notes = (f"trained on {trained}, tested on test", *sieve.finish(), *_label_notes({trained: train, "test": test}))
-    chosen = (take(train, request.num_train, request.seed, "train"), take(test, request.num_test, request.seed, "test"))
-    return Dataset("nlvr", "auc", *chosen, ("image", "text"), notes=notes)
+    return Dataset("nlvr", "auc", *request.take(train, test), ("image", "text"), notes=notes)
 
 
 def _sample(root: Path, split: str, row: Row) -> Sample:

@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from fedmllm.data.datasets.base import Dataset, DatasetRequest, hold_out, take
+from fedmllm.data.datasets.base import Dataset, DatasetRequest, hold_out
 from fedmllm.data.datasets.columns import ROLES, Options
 from fedmllm.data.datasets.files import json_lines, require, stored, table
 from fedmllm.data.datasets.rows import Row, RowError, Sieve, shown, words_of
@@ -40,7 +40,7 @@ _FREE: Mapping[str, AnswerType] = {"open": "open", "closed": "closed"}
 class _Source:
     """How one kind of file is read: rows of a split, and how a picture's field becomes content."""
 
-    rows: Callable[[DatasetRequest, str], Iterator[Row]]
+    rows: Callable[[Path, str], Iterator[Row]]
     content: Callable[[Row, str, Path], Content]
 
 
@@ -48,20 +48,14 @@ def _file(row: Row, column: str, root: Path) -> Content:
     return row.file(column, root)
 
 
-def _json_rows(request: DatasetRequest, name: str) -> Iterator[Row]:
-    root = request.folder("jsonl")
+def _json_rows(root: Path, name: str) -> Iterator[Row]:
     require(root, (name,), "the rows")
     return json_lines(root / name)
 
 
-def _csv_rows(request: DatasetRequest, name: str) -> Iterator[Row]:
-    root = request.folder("csv")
+def _csv_rows(root: Path, name: str) -> Iterator[Row]:
     require(root, (name,), "the rows")
     return table(root / name, "\t" if name.endswith(".tsv") else ",")
-
-
-def _stored_rows(request: DatasetRequest, name: str) -> Iterator[Row]:
-    return stored(request.folder("huggingface"), name)
 
 
 def _stored_file(row: Row, column: str, root: Path) -> Content:
@@ -74,7 +68,7 @@ def _stored_file(row: Row, column: str, root: Path) -> Content:
 _SOURCES = {
     "jsonl": _Source(_json_rows, _file),
     "csv": _Source(_csv_rows, _file),
-    "huggingface": _Source(_stored_rows, _stored_file),
+    "huggingface": _Source(stored, _stored_file),
 }
 
 
@@ -90,7 +84,7 @@ def _load(name: str, request: DatasetRequest) -> Dataset:
     fields: set[str] = set()
 
     def read(split: str, file: str) -> list[Sample]:
-        rows = list(source.rows(request, file))
+        rows = list(source.rows(root, file))
         fields.update(key for row in rows for key in row.record)
         return sieve.samples(rows, partial(_sample, options, source, root, split))
 
@@ -100,8 +94,7 @@ def _load(name: str, request: DatasetRequest) -> Dataset:
     notes = sieve.finish()
     if options.test is None:
         train, test = hold_out(train, options.test_share, request.seed)
-    chosen = (take(train, request.num_train, request.seed, "train"), take(test, request.num_test, request.seed, "test"))
-    return Dataset(name, options.headline, *chosen, options.modalities, notes=notes)
+    return Dataset(name, options.headline, *request.take(train, test), options.modalities, notes=notes)
 
 
 def _check_columns(options: Options, fields: Set[str]) -> None:

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from fedmllm.data.datasets.base import Dataset, DatasetOptions, DatasetRequest, count_note, take
+from fedmllm.data.datasets.base import Dataset, DatasetOptions, DatasetRequest, count_note
 from fedmllm.data.datasets.files import json_list, require
 from fedmllm.data.datasets.rows import Row, Sieve, words_of
 from fedmllm.types import AnswerType, Sample
@@ -61,8 +61,7 @@ def load(request: DatasetRequest) -> Dataset:
     rows = {split: list(json_list(root / file)) for split, file in files.items()}
     read = {split: sieve.samples(rows[split], partial(_sample, root, options, split)) for split in files}
     notes = (*sieve.finish(), *(_count_note(split, rows[split], options.language) for split in files))
-    train = take(read["train"], request.num_train, request.seed, "train")
-    test = take(read[options.test], request.num_test, request.seed, "test")
+    train, test = request.take(read["train"], read[options.test])
     return Dataset("slake", "accuracy", train, test, ("image",) if options.images else ("text",), notes=notes)
 
 

@@ -28,7 +28,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from fedmllm.data.datasets.base import Dataset, DatasetOptions, DatasetRequest, take
+from fedmllm.data.datasets.base import Dataset, DatasetOptions, DatasetRequest
 from fedmllm.data.datasets.files import json_list
 from fedmllm.data.datasets.rows import Row, RowError, Sieve, shown, words_of
 from fedmllm.errors import DataError, listing
@@ -86,8 +86,7 @@ def load(request: DatasetRequest) -> Dataset:
     if options.image_disjoint:
         splits["train"], note = _without(splits["train"], _images(splits["test"]))
         notes += (note,)
-    train = take(splits["train"], request.num_train, request.seed, "train")
-    test = take(splits["test"], request.num_test, request.seed, "test")
+    train, test = request.take(splits["train"], splits["test"])
     return Dataset("vqa_rad", "accuracy", train, test, ("image",), notes=(*notes, _overlap_note(train, test)))
 
 
