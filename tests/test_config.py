@@ -68,11 +68,11 @@ def test_a_key_in_the_wrong_section_is_sent_to_the_right_one() -> None:
         ({"federation": {"scenario": "cross-0:0"}}, "image-only:text-only"),
         ({"federation": {"scenario": "cross-5"}}, "image-only:text-only"),
         ({"data": {"dataset": "digit-claims"}}, "is no dataset; known: digits-claims"),
-        ({"algorithm": {"name": "fedavgg"}}, "is no method; known: fedadagrad"),
+        ({"algorithm": {"name": "fedavgg"}}, "is no method; known: ditto"),
         ({"algorithm": {"name": "fedprox", "parameters": {"mu": 1}}}, "takes proximal_mu"),
         ({"training": {"local_epochs": 0}}, "leave one of them out"),
         ({"seed": -1}, "greater than or equal to 0"),
-        ({"evaluation": {"baselines": ["zeroshot"]}}, "'zero_shot', 'local' or 'centralized'"),
+        ({"evaluation": {"baselines": ["zeroshot"]}}, "'zero_shot', 'local', 'centralized' or 'fine_tuned'"),
     ],
 )
 def test_bad_settings_name_rule_and_remedy(values: dict[str, Any], part: str) -> None:

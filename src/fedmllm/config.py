@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from fedmllm.algorithms import AlgorithmConfig
+from fedmllm.algorithms import ALGORITHMS, AlgorithmConfig, build_algorithm
 from fedmllm.data.settings import DataConfig, FederationConfig
 from fedmllm.engine.rounds import EngineConfig
 from fedmllm.errors import ConfigError, listing
@@ -69,8 +69,24 @@ class Experiment(BaseModel):
 
     @model_validator(mode="after")
     def _epochs_and_baselines(self) -> Experiment:
-        if self.training.local_epochs == 0 and "local" in self.evaluation.baselines:
-            raise ValueError("evaluation.baselines: local training with training.local_epochs 0 trains nothing; leave one of them out")
+        for name in ("local", "fine_tuned"):
+            if self.training.local_epochs == 0 and name in self.evaluation.baselines:
+                raise ValueError(f"evaluation.baselines: {name} with training.local_epochs 0 trains nothing; leave one of them out")
+        return self
+
+    @model_validator(mode="after")
+    def _method_fits(self) -> Experiment:
+        method, cohort = build_algorithm(self.algorithm), self.federation.clients_per_round
+        if self.lora.client_ranks and not method.heterogeneous_ranks:
+            able = [name for name, cls in ALGORITHMS.items() if cls.heterogeneous_ranks]
+            raise ValueError(f"lora.client_ranks: {self.algorithm.name} needs one rank everywhere; leave it out, or use {', '.join(able)}")
+        if cohort < method.smallest_cohort:
+            raise ValueError(
+                f"federation.clients_per_round: {self.algorithm.name} with these parameters needs {method.smallest_cohort} clients or more "
+                f"per round, is {cohort}"
+            )
+        if self.data.prompt != "agnostic" and "agnostic_prompt" in self.algorithm.strategy_names:
+            raise ValueError("data.prompt: algorithm.strategies has agnostic_prompt, data.prompt is specific; change one of them")
         return self
 
     def to_yaml(self) -> str:

@@ -102,6 +102,21 @@ class Message:
     parts: tuple[Part, ...]
 
 
+Slots = Mapping[str, Weights]
+"""Further tensors of a method by what they are: momentum, controls, a client's own factors."""
+
+Profile = Mapping[str, int]
+"""How many samples somebody holds by the modalities they have, e.g. ``{"image+text": 12, "text": 3}``."""
+
+
+@dataclass(frozen=True)
+class Population:
+    """What the server knows about all clients before the first round: how many there are, and what they hold together."""
+
+    num_clients: int = 0
+    profile: Profile = field(default_factory=dict)
+
+
 @dataclass(frozen=True)
 class Broadcast:
     """What the server sends to every client of a round.
@@ -110,11 +125,15 @@ class Broadcast:
         round_num: the round, counted from 0.
         weights: the global weights the clients start from.
         extras: further tensors that a method needs at its clients (SCAFFOLD's server control, say).
+        base: what has been merged into the frozen weights so far, by module of the adapter, without LoRA's factor alpha / r.
+        population: of all clients.
     """
 
     round_num: int
     weights: Weights
-    extras: Mapping[str, Tensor] = field(default_factory=dict)
+    extras: Slots = field(default_factory=dict)
+    base: Weights = field(default_factory=dict)
+    population: Population = field(default_factory=Population)
 
 
 @dataclass(frozen=True)
@@ -123,15 +142,21 @@ class ClientUpdate:
 
     Attributes:
         client: the client's id.
-        update: client minus global, by parameter name.
+        update: client minus what it received, by parameter name.
         num_samples: how many samples the client trained on; its weight in the average.
         metrics: the client's own numbers, e.g. its mean training loss.
+        extras: further tensors that the method's server needs.
+        profile: the client's samples by modalities.
+        rank: LoRA rank of the client's tensors; None for the server's own.
     """
 
     client: str
     update: Weights
     num_samples: int
     metrics: Metrics = field(default_factory=dict)
+    extras: Slots = field(default_factory=dict)
+    profile: Profile = field(default_factory=dict)
+    rank: int | None = None
 
 
 @dataclass(frozen=True)

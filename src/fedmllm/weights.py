@@ -17,8 +17,8 @@ def zeros_like(weights: Weights, dtype: torch.dtype | None = None) -> Weights:
 
 
 def add(a: Weights, b: Mapping[str, Tensor], scale: float = 1.0) -> Weights:
-    """``a + scale * b``, summed in float64 and rounded once to the dtype of ``a``."""
-    return {name: (tensor.double() + scale * b[name].double()).to(tensor.dtype) for name, tensor in a.items()}
+    """``a + scale * b``, summed in float64 and rounded once to the dtype of ``a``; what ``b`` does not name stays as it is."""
+    return {name: (tensor.double() + scale * b[name].double()).to(tensor.dtype) if name in b else tensor for name, tensor in a.items()}
 
 
 def subtract(a: Weights, b: Weights) -> Weights:
@@ -36,9 +36,9 @@ def is_finite(weights: Weights) -> bool:
     return all(bool(torch.isfinite(tensor).all()) for tensor in weights.values())
 
 
-def num_bytes(weights: Mapping[str, Tensor]) -> int:
+def num_bytes(*groups: Mapping[str, Tensor]) -> int:
     """Size of the tensors as sent, in bytes."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
+    return sum(tensor.numel() * tensor.element_size() for weights in groups for tensor in weights.values())
 
 
 class WeightedMean:
@@ -65,6 +65,11 @@ class WeightedMean:
             scaled = tensor.double() * weight
             self._sum[name] = self._sum[name].add_(scaled) if name in self._sum else scaled
         self._weight += weight
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory held."""
+        return num_bytes(self._sum)
 
     def value(self) -> Weights:
         """The mean in float64.

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedmllm.algorithms import AlgorithmConfig, build_algorithm
+from fedmllm.algorithms import AlgorithmConfig, ServerState, build_algorithm
 from fedmllm.data.federated import FederatedData
 from fedmllm.engine.checkpoint import RunStore
 from fedmllm.engine.in_process import Assignment, InProcessEngine
@@ -36,7 +36,7 @@ class ScriptedEngine:
             yield self.script.get(name, default)
 
 
-def score(weights: Weights) -> Metrics:
+def score(weights: Weights, base: Weights) -> Metrics:
     return {"score": float(weights["w"].mean())}
 
 
@@ -68,7 +68,7 @@ def test_cohorts_are_fair_distinct_and_derived_from_seed_and_round() -> None:
 
 def test_records_tell_what_happened(tmp_path: Path) -> None:
     seen: list[Record] = []
-    state = run_stage(loop(tmp_path, seen=seen), stage(4, 2, rounds=3, every=2), START)
+    state = run_stage(loop(tmp_path, seen=seen), stage(4, 2, rounds=3, every=2), ServerState(START))
     assert [record["round"] for record in seen] == [1, 2, 3]
     assert [record["score"] is not None for record in seen] == [False, True, True]
     assert seen[-1]["score"] == pytest.approx(float(state.weights["w"].mean()))
@@ -90,7 +90,7 @@ def test_records_tell_what_happened(tmp_path: Path) -> None:
     ],
 )
 def test_a_bad_update_is_refused_named_and_left_out_of_the_mean(tmp_path: Path, bad: ClientUpdate, reason: str) -> None:
-    state = run_stage(loop(tmp_path, ScriptedEngine({"c0": bad})), stage(3, 3), START)
+    state = run_stage(loop(tmp_path, ScriptedEngine({"c0": bad})), stage(3, 3), ServerState(START))
     assert state.weights["w"].tolist() == [1.5, 1.5]
     (record,) = RunStore(tmp_path).records("federated")
     assert [row["client"] for row in record["refused"]] == ["c0"]
@@ -101,7 +101,7 @@ def test_a_bad_update_is_refused_named_and_left_out_of_the_mean(tmp_path: Path, 
 def test_a_round_without_usable_updates_stops_and_leaves_no_trace(tmp_path: Path) -> None:
     bad = {f"c{i}": ClientUpdate(f"c{i}", {"w": torch.full((2,), float("nan"))}, 1) for i in range(2)}
     with pytest.raises(FederationError, match="round 1: no update can be used") as caught:
-        run_stage(loop(tmp_path, ScriptedEngine(bad)), stage(2, 2), START)
+        run_stage(loop(tmp_path, ScriptedEngine(bad)), stage(2, 2), ServerState(START))
     assert "c0: the update holds NaN" in str(caught.value)
     assert RunStore(tmp_path).records("federated") == []
 
@@ -122,9 +122,9 @@ def test_fedavg_of_real_clients_equals_numpy(vlm: VisionLanguageModel, encoder: 
             calls.append((assignment.broadcast.weights, found))
             return iter(found)
 
-    spied = Loop(build_algorithm(AlgorithmConfig()), Spy(), training, lambda w: {"score": 0.0}, RunStore(tmp_path), 0)
+    spied = Loop(build_algorithm(AlgorithmConfig()), Spy(), training, lambda w, base: {"score": 0.0}, RunStore(tmp_path), 0)
     first = read_weights(vlm.model)
-    end = run_stage(spied, Stage("federated", federation.clients, 2, 2), first)
+    end = run_stage(spied, Stage("federated", federation.clients, 2, 2), ServerState(first))
     assert len(calls) == 2
     for (before, found), after in zip(calls, [calls[1][0], end.weights], strict=True):
         counts = np.array([update.num_samples for update in found])
@@ -143,21 +143,21 @@ def test_zero_local_steps_leave_the_global_weights(
         build_algorithm(AlgorithmConfig()),
         InProcessEngine(vlm, encoder, training),
         training,
-        lambda w: {"score": 0.0},
+        lambda w, base: {"score": 0.0},
         RunStore(tmp_path),
         0,
     )
     first = read_weights(vlm.model)
-    end = run_stage(idle, Stage("federated", federation.clients, 2, 2), first)
+    end = run_stage(idle, Stage("federated", federation.clients, 2, 2), ServerState(first))
     assert all(torch.equal(end.weights[name], first[name]) for name in first)
 
 
 def test_resume_in_the_middle_repeats_nothing_and_skips_nothing(tmp_path: Path) -> None:
-    whole = run_stage(loop(tmp_path / "whole"), stage(4, 2, rounds=6), START)
-    run_stage(loop(tmp_path / "parts"), stage(4, 2, rounds=3), START)
+    whole = run_stage(loop(tmp_path / "whole"), stage(4, 2, rounds=6), ServerState(START))
+    run_stage(loop(tmp_path / "parts"), stage(4, 2, rounds=3), ServerState(START))
     store = RunStore(tmp_path / "parts")
     store.append({"stage": "federated", "round": 4, "note": "its checkpoint was never written"})
-    resumed = run_stage(loop(tmp_path / "parts"), stage(4, 2, rounds=6), START)
+    resumed = run_stage(loop(tmp_path / "parts"), stage(4, 2, rounds=6), ServerState(START))
     assert torch.equal(whole.weights["w"], resumed.weights["w"])
     rounds = [record["clients"] for record in store.records("federated")]
     assert rounds == [record["clients"] for record in RunStore(tmp_path / "whole").records("federated")]

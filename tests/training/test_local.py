@@ -50,7 +50,7 @@ def far(a: Weights, b: Weights) -> float:
 
 def plain_loop(vlm: VisionLanguageModel, task: LocalTask, config: TrainingConfig) -> Weights:
     """Independent: Transformers' own loss on labels, micro-batches one by one, textbook accumulation."""
-    write_weights(vlm.model, task.start)
+    write_weights(vlm.model, task.received)
     parameters = [p for p in vlm.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=task.learning_rate, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay)
     order = generator(task.seed, "order", task.round_num, task.client, 0).permutation(len(task.samples))
@@ -73,10 +73,10 @@ def plain_loop(vlm: VisionLanguageModel, task: LocalTask, config: TrainingConfig
 def test_equals_a_plain_loop(exact: VisionLanguageModel, task: LocalTask, batch_size: int, accumulation: int) -> None:
     config = TrainingConfig(batch_size=batch_size, accumulation=accumulation, weight_decay=0.1)
     ours = train_locally(exact, task, PLAIN, config).weights
-    assert far(ours, task.start) > 1e-4
+    assert far(ours, task.received) > 1e-4
     # A single entry whose step has the other sign makes 0.003; another order of the samples makes 0.2 and more.
-    assert apart(ours, plain_loop(exact, task, config), task.start) < 0.02
-    assert apart(ours, plain_loop(exact, replace(task, round_num=4), config), task.start) > 0.1
+    assert apart(ours, plain_loop(exact, task, config), task.received) < 0.02
+    assert apart(ours, plain_loop(exact, replace(task, round_num=4), config), task.received) > 0.1
 
 
 def test_one_padded_batch_equals_micro_batches_one_by_one(exact: VisionLanguageModel, task: LocalTask) -> None:
@@ -84,12 +84,12 @@ def test_one_padded_batch_equals_micro_batches_one_by_one(exact: VisionLanguageM
     singly = train_locally(exact, task, PLAIN, TrainingConfig(batch_size=1, accumulation=4, max_batch_tokens=1))
     assert together.metrics["steps"] == singly.metrics["steps"] == 3
     assert together.metrics["loss"] == pytest.approx(singly.metrics["loss"], abs=1e-4)
-    assert apart(together.weights, singly.weights, task.start) < 1e-3
+    assert apart(together.weights, singly.weights, task.received) < 1e-3
 
 
 def test_no_epochs_change_no_bit(vlm: VisionLanguageModel, task: LocalTask) -> None:
     result = train_locally(vlm, task, PLAIN, TrainingConfig(local_epochs=0))
-    assert all(torch.equal(result.weights[name], task.start[name]) for name in task.start)
+    assert all(torch.equal(result.weights[name], task.received[name]) for name in task.received)
 
 
 def test_again_is_bit_identical_whatever_came_between(vlm: VisionLanguageModel, task: LocalTask) -> None:
@@ -126,12 +126,12 @@ def test_the_frozen_model_does_not_move(vlm: VisionLanguageModel, task: LocalTas
 def test_penalty_and_gradient_edit_reach_the_loop(vlm: VisionLanguageModel, task: LocalTask) -> None:
     config = TrainingConfig()
     free = train_locally(vlm, task, PLAIN, config).weights
-    pulled = LocalRule(penalty=lambda now, start: 1e3 * sum((now[n] - start[n]).square().sum() for n in now))  # type: ignore[arg-type, return-value]
+    pulled = LocalRule(penalty=lambda now, start, progress: 1e3 * sum((now[n] - start[n]).square().sum() for n in now))  # type: ignore[arg-type, return-value]
     tight = train_locally(vlm, task, pulled, config).weights
-    assert W.norm(W.subtract(tight, task.start)) < 0.8 * W.norm(W.subtract(free, task.start))
+    assert W.norm(W.subtract(tight, task.received)) < 0.8 * W.norm(W.subtract(free, task.received))
     frozen = LocalRule(edit_gradient=lambda name, gradient: gradient * ("lora_A" not in name))
     moved = train_locally(vlm, task, frozen, config).weights
-    assert all(torch.equal(moved[name], task.start[name]) == ("lora_A" in name) for name in moved)
+    assert all(torch.equal(moved[name], task.received[name]) == ("lora_A" in name) for name in moved)
 
 
 def test_bfloat16_base_trains_float32_adapters(federation: FederatedData) -> None:
@@ -141,7 +141,7 @@ def test_bfloat16_base_trains_float32_adapters(federation: FederatedData) -> Non
     task = LocalTask("a", 0, 0, samples, read_weights(vlm.model), 1e-3)
     result = train_locally(vlm, task, PLAIN, TrainingConfig(local_epochs=3))
     assert W.is_finite(result.weights)
-    assert far(result.weights, task.start) > 1e-4
+    assert far(result.weights, task.received) > 1e-4
     assert all(parameter.dtype == torch.float32 for parameter in vlm.model.parameters() if parameter.requires_grad)
 
 

@@ -3,56 +3,164 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+import re
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any, cast
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from fedmllm.algorithms.base import Algorithm, ServerState
+from fedmllm.algorithms.base import Adapted, Aggregate, Aggregator, Algorithm, Client, ServerState
+from fedmllm.algorithms.ditto import Ditto
 from fedmllm.algorithms.fedadagrad import FedAdagrad
 from fedmllm.algorithms.fedadam import FedAdam
 from fedmllm.algorithms.fedavg import FedAvg
 from fedmllm.algorithms.fedavgm import FedAvgM
+from fedmllm.algorithms.fedex_lora import FedExLoRA
+from fedmllm.algorithms.fedilora import FediLoRA
+from fedmllm.algorithms.fedit import FedIT
+from fedmllm.algorithms.fednova import FedNova
 from fedmllm.algorithms.fedprox import FedProx
+from fedmllm.algorithms.fedsa_lora import FedSALoRA
 from fedmllm.algorithms.fedyogi import FedYogi
+from fedmllm.algorithms.ffa_lora import FFALoRA
+from fedmllm.algorithms.flexlora import FlexLoRA
+from fedmllm.algorithms.flora import FLoRA
+from fedmllm.algorithms.hetlora import HetLoRA
+from fedmllm.algorithms.krum import Krum
+from fedmllm.algorithms.median import Median
+from fedmllm.algorithms.rolora import RoLoRA
+from fedmllm.algorithms.scaffold import Scaffold
+from fedmllm.algorithms.strategies import STRATEGIES, Composed
+from fedmllm.algorithms.trimmed_mean import TrimmedMean
+from fedmllm.algorithms.yoco import YOCO
 from fedmllm.errors import ConfigError
 
-__all__ = ["ALGORITHMS", "Algorithm", "AlgorithmConfig", "ServerState", "build_algorithm"]
+__all__ = [
+    "ALGORITHMS",
+    "STRATEGIES",
+    "Adapted",
+    "Aggregate",
+    "Aggregator",
+    "Algorithm",
+    "AlgorithmConfig",
+    "Client",
+    "ServerState",
+    "StrategyConfig",
+    "build_algorithm",
+]
 
 ALGORITHMS: dict[str, type[Any]] = {
+    "ditto": Ditto,
     "fedadagrad": FedAdagrad,
     "fedadam": FedAdam,
     "fedavg": FedAvg,
     "fedavgm": FedAvgM,
+    "fedex_lora": FedExLoRA,
+    "fedilora": FediLoRA,
+    "fedit": FedIT,
+    "fednova": FedNova,
     "fedprox": FedProx,
+    "fedsa_lora": FedSALoRA,
     "fedyogi": FedYogi,
+    "ffa_lora": FFALoRA,
+    "flexlora": FlexLoRA,
+    "flora": FLoRA,
+    "hetlora": HetLoRA,
+    "krum": Krum,
+    "median": Median,
+    "rolora": RoLoRA,
+    "scaffold": Scaffold,
+    "trimmed_mean": TrimmedMean,
+    "yoco": YOCO,
 }
+
+PUBLISHED = ("agnostic_prompt", "adaptive_regularization")
+"""The strategies that FedMLLM(method) adds to a method, with their published constants."""
+
+Value = bool | int | float
+
+
+class StrategyConfig(BaseModel):
+    """One strategy, with its hyper-parameters."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    """A name of the index of strategies."""
+    parameters: dict[str, Value] = Field(default_factory=dict)
+    """The strategy's own hyper-parameters by name; left out for its defaults."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _known(self) -> StrategyConfig:
+        _build(STRATEGIES, "strategy", self.name, self.parameters)
+        return self
 
 
 class AlgorithmConfig(BaseModel):
-    """Which federated method, with its hyper-parameters."""
+    """Which federated method, with its hyper-parameters, and the strategies added to it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str = "fedavg"
-    """A name of the index of methods."""
-    parameters: dict[str, float | bool] = Field(default_factory=dict)
+    """A name of the index of methods, or ``FedMLLM(NAME)`` for that method with the two published strategies."""
+    parameters: dict[str, Value] = Field(default_factory=dict)
     """The method's own hyper-parameters by name; left out for its defaults."""
+    strategies: tuple[StrategyConfig, ...] = ()
+    """What is added to the method, each a name or ``{name: ..., parameters: {...}}``."""
 
     @model_validator(mode="after")
     def _known(self) -> AlgorithmConfig:
-        if self.name not in ALGORITHMS:
-            raise ValueError(f"name: {self.name!r} is no method; known: {', '.join(ALGORITHMS)}")
-        own = [field.name for field in dataclasses.fields(ALGORITHMS[self.name])]
-        if unknown := sorted(self.parameters.keys() - set(own)):
-            raise ValueError(f"parameters: {self.name} has no {unknown[0]!r}; it takes {', '.join(own) or 'none'}")
-        try:
-            build_algorithm(self)
-        except ConfigError as error:
-            raise ValueError(f"parameters: {error}") from error
+        _build(ALGORITHMS, "method", self.method, self.parameters)
+        if twice := [name for name, count in Counter(self.strategy_names).items() if count > 1]:
+            raise ValueError(f"strategies: {twice[0]} is there twice; keep one")
         return self
+
+    @property
+    def method(self) -> str:
+        """The method without its strategies."""
+        return self._published[1] if self._published else self.name
+
+    @property
+    def _published(self) -> re.Match[str] | None:
+        return re.fullmatch(r"fedmllm\((.*)\)", self.name, re.IGNORECASE)
+
+    @property
+    def all_strategies(self) -> tuple[StrategyConfig, ...]:
+        """Those that the name brings and those named beside it."""
+        published = tuple(StrategyConfig(name=name) for name in PUBLISHED) if self._published else ()
+        return (*published, *self.strategies)
+
+    @property
+    def strategy_names(self) -> tuple[str, ...]:
+        """Names of all strategies, in the order in which they apply."""
+        return tuple(strategy.name for strategy in self.all_strategies)
 
 
 def build_algorithm(config: AlgorithmConfig) -> Algorithm:
-    """The method a configuration names."""
-    algorithm: Algorithm = ALGORITHMS[config.name](**config.parameters)
-    return algorithm
+    """The method a configuration names, with its strategies."""
+    method = _build(ALGORITHMS, "method", config.method, config.parameters)
+    strategies = tuple(_build(STRATEGIES, "strategy", s.name, s.parameters) for s in config.all_strategies)
+    return cast(Algorithm, Composed(method, strategies) if strategies else method)
+
+
+def _build(index: Mapping[str, type[Any]], what: str, name: str, parameters: Mapping[str, Value]) -> Any:
+    """An entry of an index with its parameters.
+
+    Raises:
+        ConfigError: if there is no such name or parameter, or a value breaks a rule.
+    """
+    if name not in index:
+        raise ConfigError(f"name: {name!r} is no {what}; known: {', '.join(index)}")
+    own = [field.name for field in dataclasses.fields(index[name])]
+    if unknown := sorted(parameters.keys() - set(own)):
+        raise ConfigError(f"parameters: {name} has no {unknown[0]!r}; it takes {', '.join(own) or 'none'}")
+    try:
+        return index[name](**parameters)
+    except ConfigError as error:
+        raise ConfigError(f"parameters: {error}") from error

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import ClassVar, Literal, Protocol
 
+import torch
+from torch import Tensor
+
+from fedmllm import factors
 from fedmllm import weights as W
-from fedmllm.errors import ConfigError
+from fedmllm.errors import ConfigError, FederationError
 from fedmllm.training.local import LocalRule
-from fedmllm.types import Broadcast, Weights
+from fedmllm.types import Broadcast, ClientUpdate, Population, Profile, Slots, Weights
+
+Kind = Literal["classic", "robust", "lora", "one-shot", "personalized"]
 
 
 @dataclass(frozen=True)
@@ -19,21 +25,98 @@ class ServerState:
     Attributes:
         weights: the global weights, float32.
         round_num: rounds finished.
-        slots: further tensors of the method by name (momentum, server controls), each shaped like the weights.
+        slots: further tensors of the method by name: momentum and controls, shaped like the weights; ``base``, what has been
+            merged into the frozen weights (by module, of full size); ``base_step``, the factors of the last round's part of it.
+        population: all clients; set by the loop, not kept in checkpoints.
     """
 
     weights: Weights
     round_num: int = 0
-    slots: Mapping[str, Weights] = field(default_factory=dict)
+    slots: Slots = field(default_factory=dict)
+    population: Population = field(default_factory=Population)
+
+    @property
+    def base(self) -> Weights:
+        """What the frozen weights have gained, by module, without LoRA's factor alpha / r."""
+        return self.slots.get("base", {})
+
+    def after(self, weights: Weights, **slots: Weights) -> ServerState:
+        """The state one round later; slots that are not given stay."""
+        return replace(self, weights=weights, round_num=self.round_num + 1, slots={**self.slots, **slots})
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """The frozen weights under the adapters.
+
+    Attributes:
+        weights: by module of the adapter, shape (outputs, inputs).
+        scale: LoRA's factor alpha / r.
+    """
+
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Client:
+    """A client as its rule sees it.
+
+    Attributes:
+        name: its id.
+        state: what it kept from its last turn; empty at its first.
+        profile: its samples by modalities.
+    """
+
+    name: str = ""
+    state: Slots = field(default_factory=dict)
+    profile: Profile = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Member:
+    """One client's part of an aggregate: its tensors by what they are, and its share; shares sum to 1."""
+
+    slots: Slots
+    share: float
+
+
+@dataclass(frozen=True)
+class Aggregate:
+    """What a round's updates come to.
+
+    Attributes:
+        mean: weighted means in float64 by what they are: ``update``, and what else the clients sent.
+        num_clients: how many updates went in.
+        members: each update by itself, only for methods that need it; ``mean`` is empty then.
+    """
+
+    mean: Slots
+    num_clients: int
+    members: tuple[Member, ...] = ()
 
 
 class Algorithm(Protocol):
     """One method. Instances hold hyper-parameters only; all that changes is in the state."""
 
-    needs_individual_updates: bool
+    kind: ClassVar[Kind]
+    exact: ClassVar[bool]
+    """Whether the aggregate of LoRA's factors has the mean of the clients' products: ``dW = sum_k p_k dW_k``."""
+    heterogeneous_ranks: ClassVar[bool]
+    """Whether clients may have ranks of their own."""
+    personalized: ClassVar[bool]
+    """Whether each client ends with a model of its own, which is then what the method is scored by."""
+    needs_individual_updates: ClassVar[bool]
     """True where the server must see each update by itself, which rules out streaming and secure aggregation."""
+    client_sends: ClassVar[tuple[str, ...]]
+    """Names of the further tensors in an update, each named and shaped like the update."""
 
-    def init(self, weights: Weights) -> ServerState:
+    @property
+    def smallest_cohort(self) -> int:
+        """Clients per round without which the rule has no meaning."""
+        ...
+
+    def init(self, weights: Weights, adapted: Adapted) -> ServerState:
         """The state before the first round."""
         ...
 
@@ -41,39 +124,142 @@ class Algorithm(Protocol):
         """What the cohort receives."""
         ...
 
-    def local_rule(self, broadcast: Broadcast) -> LocalRule:
+    def uploads(self, round_num: int, name: str) -> bool:
+        """Whether a client's update of that round holds a tensor."""
+        ...
+
+    def downloads(self, name: str) -> bool:
+        """Whether a client must be sent a tensor of the global weights, or of the extras (``kind/name``); what never changes it has."""
+        ...
+
+    def local_rule(self, broadcast: Broadcast, client: Client) -> LocalRule:
         """How a client trains."""
         ...
 
-    def weight(self, num_samples: int) -> float:
-        """What an update of a client with that many samples weighs in the mean."""
+    def fold(self, state: ServerState, update: ClientUpdate) -> tuple[Slots, float]:
+        """What of an update enters the aggregate, and with which weight."""
         ...
 
-    def server_step(self, state: ServerState, aggregate: Weights) -> ServerState:
-        """The state after a round, from the weighted mean of the updates (float64)."""
+    def server_step(self, state: ServerState, aggregate: Aggregate) -> ServerState:
+        """The state after a round."""
+        ...
+
+    def personal(self, state: ServerState, client_state: Slots) -> Weights:
+        """The weights a client ends with."""
         ...
 
 
 class ServerAverage:
     """The common server: ``w <- w + D`` with D the mean update weighted by numbers of samples."""
 
-    needs_individual_updates = False
+    kind: ClassVar[Kind] = "classic"
+    exact: ClassVar[bool] = False
+    heterogeneous_ranks: ClassVar[bool] = False
+    personalized: ClassVar[bool] = False
+    needs_individual_updates: ClassVar[bool] = False
+    client_sends: ClassVar[tuple[str, ...]] = ()
 
-    def init(self, weights: Weights) -> ServerState:
+    @property
+    def smallest_cohort(self) -> int:
+        """One."""
+        return 1
+
+    def init(self, weights: Weights, adapted: Adapted) -> ServerState:
         """The weights alone."""
         return ServerState(weights)
 
     def broadcast(self, state: ServerState) -> Broadcast:
-        """The global weights."""
-        return Broadcast(state.round_num, state.weights)
+        """The global weights, what was merged into the frozen ones, and the population."""
+        return Broadcast(state.round_num, state.weights, base=state.base, population=state.population)
 
-    def weight(self, num_samples: int) -> float:
-        """The number of samples."""
-        return float(num_samples)
+    def uploads(self, round_num: int, name: str) -> bool:
+        """Everything."""
+        return True
 
-    def server_step(self, state: ServerState, aggregate: Weights) -> ServerState:
+    def downloads(self, name: str) -> bool:
+        """Everything."""
+        return True
+
+    def local_rule(self, broadcast: Broadcast, client: Client) -> LocalRule:
+        """Nothing beside the loss; tensors that are not sent do not train."""
+        return LocalRule()
+
+    def fold(self, state: ServerState, update: ClientUpdate) -> tuple[Slots, float]:
+        """The update and what came with it, by number of samples."""
+        return {"update": update.update, **update.extras}, float(update.num_samples)
+
+    def server_step(self, state: ServerState, aggregate: Aggregate) -> ServerState:
         """Add the mean update, in float64, rounded once to float32."""
-        return replace(state, weights=W.add(state.weights, aggregate), round_num=state.round_num + 1)
+        return state.after(W.add(state.weights, aggregate.mean["update"]))
+
+    def personal(self, state: ServerState, client_state: Slots) -> Weights:
+        """The global weights."""
+        return state.weights
+
+
+class Aggregator:
+    """Takes updates in as they come: running means, or the updates themselves where the method must see each.
+
+    Args:
+        algorithm: whose ``fold`` says what enters and how much it weighs.
+        state: the server's, at the start of the round.
+    """
+
+    def __init__(self, algorithm: Algorithm, state: ServerState) -> None:
+        self._algorithm, self._state = algorithm, state
+        self._means: dict[str, W.WeightedMean] = {}
+        self._members: list[tuple[Slots, float]] = []
+        self.num_clients = 0
+
+    def add(self, update: ClientUpdate) -> None:
+        """Take in one update."""
+        slots, weight = self._algorithm.fold(self._state, update)
+        self.num_clients += 1
+        if self._algorithm.needs_individual_updates:
+            self._members.append((slots, weight))
+            return
+        for kind, term in slots.items():
+            self._means.setdefault(kind, W.WeightedMean()).add(term, weight)
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory held for the updates so far: flat in their number, unless the method needs each."""
+        members = sum(W.num_bytes(*slots.values()) for slots, _ in self._members)
+        return members + sum(mean.num_bytes for mean in self._means.values())
+
+    def value(self) -> Aggregate:
+        """The aggregate.
+
+        Raises:
+            FederationError: if no update has a positive weight.
+        """
+        total = sum(weight for _, weight in self._members)
+        if self._members and total <= 0:
+            raise FederationError("no update has a positive weight, so there is no aggregate; check that the cohort's clients hold samples")
+        members = tuple(Member(slots, weight / total) for slots, weight in self._members)
+        return Aggregate({kind: mean.value() for kind, mean in self._means.items()}, self.num_clients, members)
+
+
+def client_weights(state: ServerState, update: ClientUpdate) -> Weights:
+    """What a client ended with, at its own rank: what it was sent, plus its update."""
+    return W.add(factors.cut(state.weights, update.rank), update.update)
+
+
+def merge(state: ServerState, gained: Mapping[str, factors.Pair]) -> dict[str, Weights]:
+    """The slots after products of factors have been added to the frozen weights.
+
+    ``base_step`` keeps the factors, in float32: they are what every client must be sent.
+    """
+    step = factors.to_float(gained.items())
+    base = {module: pair.product() for module, pair in factors.pairs(step)}
+    if state.base:
+        base = {module: state.base[module].double() + tensor for module, tensor in base.items()}
+    return {"base": {module: tensor.float() for module, tensor in base.items()}, "base_step": step}
+
+
+def zeros(weights: Weights) -> Weights:
+    """Zeros in float64, for a server's own sums."""
+    return W.zeros_like(weights, torch.float64)
 
 
 def require_within(name: str, value: float, low: float, high: float) -> None:
@@ -95,3 +281,14 @@ def require_positive(**values: float) -> None:
     for name, value in values.items():
         if value <= 0:
             raise ConfigError(f"{name} must be above 0, is {value}")
+
+
+def require_not_negative(**values: float) -> None:
+    """Refuse hyper-parameters below 0.
+
+    Raises:
+        ConfigError: naming the first.
+    """
+    for name, value in values.items():
+        if value < 0:
+            raise ConfigError(f"{name} must not be negative, is {value}")

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from fedmllm import weights as W
-from fedmllm.algorithms.base import ServerState, require_positive, require_within
+from fedmllm.algorithms.base import Adapted, Aggregate, ServerState, require_positive, require_within, zeros
 from fedmllm.algorithms.fedavg import FedAvg
-from fedmllm.types import Weights
+from fedmllm.types import ClientUpdate, Slots, Weights
 
 
 @dataclass(frozen=True)
@@ -39,25 +38,25 @@ class FedAdagrad(FedAvg):
         require_within("beta1", self.beta1, 0, 1)
         require_positive(tau=self.tau, server_learning_rate=self.server_learning_rate)
 
-    def init(self, weights: Weights) -> ServerState:
+    def init(self, weights: Weights, adapted: Adapted) -> ServerState:
         """Momentum 0 and second moment tau^2."""
-        zeros = W.zeros_like(weights, torch.float64)
-        return ServerState(weights, slots={"momentum": zeros, "second_moment": {k: v + self.tau**2 for k, v in zeros.items()}})
+        second = {name: tensor + self.tau**2 for name, tensor in zeros(weights).items()}
+        return ServerState(weights, slots={"momentum": zeros(weights), "second_moment": second})
 
-    def weight(self, num_samples: int) -> float:
+    def fold(self, state: ServerState, update: ClientUpdate) -> tuple[Slots, float]:
         """Every client counts alike."""
-        return 1.0
+        return super().fold(state, update)[0], 1.0
 
-    def server_step(self, state: ServerState, aggregate: Weights) -> ServerState:
+    def server_step(self, state: ServerState, aggregate: Aggregate) -> ServerState:
         """The rule above."""
+        update = aggregate.mean["update"]
         first = self.reference and state.round_num == 0
         decay = 0.0 if first else self.beta1
-        momentum = {name: decay * m + (1 - decay) * aggregate[name] for name, m in state.slots["momentum"].items()}
-        squared = momentum if self.reference else aggregate
+        momentum = {name: decay * m + (1 - decay) * update[name] for name, m in state.slots["momentum"].items()}
+        squared = momentum if self.reference else update
         second = {name: self.second(v, squared[name].square()) for name, v in state.slots["second_moment"].items()}
         step = {name: m / (second[name].sqrt() + self.tau) for name, m in momentum.items()}
-        slots = {"momentum": momentum, "second_moment": second}
-        return ServerState(W.add(state.weights, step, self.server_learning_rate), state.round_num + 1, slots)
+        return state.after(W.add(state.weights, step, self.server_learning_rate), momentum=momentum, second_moment=second)
 
     def second(self, previous: Tensor, square: Tensor) -> Tensor:
         """The next second moment."""

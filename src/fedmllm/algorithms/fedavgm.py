@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from fedmllm import weights as W
-from fedmllm.algorithms.base import ServerState, require_positive, require_within
+from fedmllm.algorithms.base import Adapted, Aggregate, ServerState, require_positive, require_within, zeros
 from fedmllm.algorithms.fedavg import FedAvg
 from fedmllm.types import Weights
 
@@ -30,13 +28,12 @@ class FedAvgM(FedAvg):
         require_within("beta1", self.beta1, 0, 1)
         require_positive(server_learning_rate=self.server_learning_rate)
 
-    def init(self, weights: Weights) -> ServerState:
+    def init(self, weights: Weights, adapted: Adapted) -> ServerState:
         """Momentum 0, kept in float64."""
-        return ServerState(weights, slots={"momentum": W.zeros_like(weights, torch.float64)})
+        return ServerState(weights, slots={"momentum": zeros(weights)})
 
-    def server_step(self, state: ServerState, aggregate: Weights) -> ServerState:
+    def server_step(self, state: ServerState, aggregate: Aggregate) -> ServerState:
         """The rule above."""
         fresh = 1 - self.beta1 if self.reference and state.round_num > 0 else 1.0
-        momentum = {name: self.beta1 * m + fresh * aggregate[name] for name, m in state.slots["momentum"].items()}
-        weights = W.add(state.weights, momentum, self.server_learning_rate)
-        return ServerState(weights, state.round_num + 1, {"momentum": momentum})
+        momentum = {name: self.beta1 * m + fresh * aggregate.mean["update"][name] for name, m in state.slots["momentum"].items()}
+        return state.after(W.add(state.weights, momentum, self.server_learning_rate), momentum=momentum)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fedmllm.algorithms.base import ServerAverage
-from fedmllm.errors import ConfigError
-from fedmllm.training.local import LocalRule
+from fedmllm.algorithms.base import Client, ServerAverage, require_not_negative
+from fedmllm.training.local import LocalRule, Parameters, Penalty
 from fedmllm.types import Broadcast
 
 
@@ -25,13 +24,18 @@ class FedProx(ServerAverage):
     proximal_mu: float = 0.01
 
     def __post_init__(self) -> None:
-        if self.proximal_mu < 0:
-            raise ConfigError(f"proximal_mu must not be negative, is {self.proximal_mu}; 0 is FedAvg")
+        require_not_negative(proximal_mu=self.proximal_mu)
 
-    def local_rule(self, broadcast: Broadcast) -> LocalRule:
+    def local_rule(self, broadcast: Broadcast, client: Client) -> LocalRule:
         """The proximal term over all trainable tensors; none at all for mu = 0, so that FedAvg comes out bit for bit."""
-        return LocalRule(penalty=self._penalty if self.proximal_mu else None)
+        return LocalRule(penalty=proximal(self.proximal_mu) if self.proximal_mu else None)
 
-    def _penalty(self, current: Mapping[str, Tensor], anchor: Mapping[str, Tensor]) -> Tensor:
-        squares = [(tensor - anchor[name]).square().sum() for name, tensor in current.items()]
-        return 0.5 * self.proximal_mu * torch.stack(squares).sum()
+
+def proximal(mu: float, covers: Callable[[str], bool] = lambda name: True) -> Penalty:
+    """``(mu / 2) ||w - anchor||^2`` over the tensors it covers."""
+
+    def penalty(current: Parameters, anchor: Parameters, progress: float) -> Tensor:
+        squares = [(tensor - anchor[name]).square().sum() for name, tensor in current.items() if covers(name)]
+        return 0.5 * mu * torch.stack(squares).sum()
+
+    return penalty

@@ -71,6 +71,7 @@ class Round(Line):
     loss: float | None
     bytes_up: int
     bytes_down: int
+    bytes_held: int = 0
     refused: list[Refusal]
 
 

@@ -34,6 +34,8 @@ class RunResult:
         seconds: wall time of training and evaluation, over all sittings.
         seconds_by_stage: the same by stage.
         tested: all metrics of the federated model by copy of the test split (``evaluation.tested``).
+        clients: accuracy by model (``federated``, ``local``, ``fine_tuned``) and client on test samples of the client's own kind
+            (``evaluation.client_samples``).
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = CHECKED
@@ -59,6 +61,7 @@ class RunResult:
     strategies: list[str]
     model: str
     tested: dict[str, Metrics] = field(default_factory=dict)
+    clients: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def to_record(self) -> Record:
         """The JSON object."""

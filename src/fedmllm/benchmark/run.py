@@ -7,21 +7,30 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fedmllm.algorithms import build_algorithm
+from fedmllm.algorithms import Adapted, ServerState, build_algorithm
 from fedmllm.algorithms.fedavg import FedAvg
 from fedmllm.benchmark.report import write_report
 from fedmllm.benchmark.results import RunResult, versions
 from fedmllm.config import Experiment, differences
 from fedmllm.data.federated import FederatedData, federate, manifest
-from fedmllm.data.tested import reduced_copy
+from fedmllm.data.tested import own_kind, reduced_copy
 from fedmllm.engine.checkpoint import RunStore, write_atomically, write_json
 from fedmllm.engine.in_process import InProcessEngine
-from fedmllm.engine.rounds import Loop, Stage, run_stage
+from fedmllm.engine.rounds import Loop, Stage, evaluate_state, personal_models, run_stage
 from fedmllm.errors import RunError, listing
 from fedmllm.evaluation.evaluate import evaluate
 from fedmllm.evaluation.metrics import majority_score
 from fedmllm.models.load import VisionLanguageModel, choose_device, load_model
-from fedmllm.models.lora import attach_lora, read_weights, save_adapter, trainable, write_weights
+from fedmllm.models.lora import (
+    attach_lora,
+    frozen_weights,
+    lora_scale,
+    read_weights,
+    save_adapter,
+    trainable,
+    write_base,
+    write_weights,
+)
 from fedmllm.training.batches import Encoder
 from fedmllm.types import Metrics, Record, Sample, Weights
 
@@ -139,23 +148,33 @@ class _Run:
         # The baselines ask what plain training would give, whatever the method under test adds to it.
         plain = replace(loop, algorithm=FedAvg())
         federated, *baselines = stages
-        trained = run_stage(loop, federated, initial)
+        adapted = Adapted(frozen_weights(self.vlm), lora_scale(self.vlm.model))
+        trained = run_stage(loop, federated, loop.algorithm.init(initial, adapted))
         for stage in baselines:
-            run_stage(plain, stage, initial)
-        save_adapter(self.vlm, trained.weights, self.folder / "adapter")
-        result = replace(self._result(loop.store, stages), tested=self._tested(encoder, trained.weights))
+            tuned = stage.name.startswith("fine_tuned-")
+            run_stage(plain, stage, ServerState(trained.weights, slots={"base": trained.base}) if tuned else ServerState(initial))
+        self._save_adapters(loop, federated, trained)
+        result = replace(
+            self._result(loop.store, stages),
+            tested=self._tested(encoder, loop, federated, trained),
+            clients=self._by_client(encoder, loop, federated, trained),
+        )
         write_json(self.folder / "result.json", result.to_record())
         write_report(self.folder)
         return result
 
     def stages(self) -> list[Stage]:
-        """The federation, then centralized training, then each client alone."""
+        """The federation, then centralized training, each client alone, and each client from where the federation ended."""
         federation, evaluation = self.experiment.federation, self.experiment.evaluation
-        stages = [Stage("federated", self.data.clients, federation.num_rounds, federation.clients_per_round, evaluation.every)]
+        ranks = {client: self.experiment.lora.rank_of(i) for i, client in enumerate(sorted(self.data.clients))}
+        own = {client: rank for client, rank in ranks.items() if rank is not None}
+        stages = [Stage("federated", self.data.clients, federation.num_rounds, federation.clients_per_round, evaluation.every, own)]
         if "centralized" in evaluation.baselines:
             stages.append(Stage("centralized", pooled(self.data.clients), self._solo_rounds(), 1))
         if "local" in evaluation.baselines:
             stages += [Stage(f"local-{client}", {client: samples}, self._solo_rounds(), 1) for client, samples in self.data.clients.items()]
+        if "fine_tuned" in evaluation.baselines:
+            stages += [Stage(f"fine_tuned-{client}", {client: samples}, 1, 1) for client, samples in self.data.clients.items()]
         return stages
 
     def _solo_rounds(self) -> int:
@@ -166,18 +185,47 @@ class _Run:
     def _loop(self, encoder: Encoder) -> Loop:
         e, dataset = self.experiment, self.data.dataset
 
-        def score(weights: Weights) -> Metrics:
-            write_weights(self.vlm.model, weights)
-            return evaluate(self.vlm, dataset.test, encoder, dataset.metric, e.evaluation, e.seed)
-
-        engine = InProcessEngine(self.vlm, encoder, e.training)
+        engine, score = InProcessEngine(self.vlm, encoder, e.training), self._scorer(encoder, dataset.test, dataset.metric)
         return Loop(build_algorithm(e.algorithm), engine, e.training, score, RunStore(self.folder), e.seed, self.observer.round_done)
 
-    def _tested(self, encoder: Encoder, weights: Weights) -> dict[str, Metrics]:
+    def _scorer(self, encoder: Encoder, samples: Sequence[Sample], metric: str) -> Callable[[Weights, Weights], Metrics]:
+        """Scores given weights, and what was merged into the frozen ones, on some samples."""
+
+        def score(weights: Weights, base: Weights) -> Metrics:
+            write_base(self.vlm, base)
+            write_weights(self.vlm.model, weights)
+            return evaluate(self.vlm, samples, encoder, metric, self.experiment.evaluation, self.experiment.seed)
+
+        return score
+
+    def _tested(self, encoder: Encoder, loop: Loop, stage: Stage, trained: ServerState) -> dict[str, Metrics]:
         """The trained model on the copies of the test split."""
-        e, metric = self.experiment, self.data.dataset.metric
-        write_weights(self.vlm.model, weights)
-        return {spec: evaluate(self.vlm, copy, encoder, metric, e.evaluation, e.seed) for spec, copy in self.copies.items()}
+        scorers = {spec: self._scorer(encoder, copy, self.data.dataset.metric) for spec, copy in self.copies.items()}
+        return {spec: evaluate_state(replace(loop, evaluate=score), stage, trained) for spec, score in scorers.items()}
+
+    def _by_client(self, encoder: Encoder, loop: Loop, stage: Stage, trained: ServerState) -> dict[str, dict[str, float]]:
+        """Accuracy of each client's models on test samples of its own kind, by model and client."""
+        count, seed, models = self.experiment.evaluation.client_samples, self.experiment.seed, personal_models(loop, stage, trained)
+        scores: dict[str, dict[str, float]] = {}
+        for client, held in self.data.clients.items() if count else ():
+            asked = own_kind(self.data.dataset.test, held, client, count, seed)
+            if not asked:
+                continue
+            score = self._scorer(encoder, asked, "accuracy")
+            scores.setdefault("federated", {})[client] = score(models[client], trained.base)["score"]
+            for kind, base in (("local", {}), ("fine_tuned", trained.base)):
+                state = loop.store.load_state(f"{kind}-{client}")
+                if state is not None:
+                    scores.setdefault(kind, {})[client] = score(state.weights, base)["score"]
+        return scores
+
+    def _save_adapters(self, loop: Loop, stage: Stage, trained: ServerState) -> None:
+        """The global adapter and, of a personalized method, each client's own."""
+        save_adapter(self.vlm, trained.weights, self.folder / "adapter", trained.base)
+        if loop.algorithm.personalized:
+            (self.folder / "adapters").mkdir(exist_ok=True)
+            for client, weights in personal_models(loop, stage, trained).items():
+                save_adapter(self.vlm, weights, self.folder / "adapters" / client, trained.base)
 
     def _zero_shot(self, loop: Loop, initial: Weights) -> None:
         """The model before training, as a stage of no rounds."""
@@ -185,7 +233,7 @@ class _Run:
         if loop.store.records("zero_shot"):
             return
         start = time.perf_counter()
-        scores = loop.evaluate(initial)
+        scores = loop.evaluate(initial, {})
         record = {
             "stage": "zero_shot",
             "round": 0,
@@ -209,7 +257,7 @@ class _Run:
             metric=dataset.metric,
             scores=_scores(final, local, dataset.ceilings),
             standard_errors=_errors(final, local),
-            details={name: scores for name, scores in final.items() if not name.startswith("local-")},
+            details={name: scores for name, scores in final.items() if not name.startswith(("local-", "fine_tuned-"))},
             local=local,
             majority=majority,
             bytes_up=sum(row["bytes_up"] for row in records["federated"]),
@@ -223,7 +271,7 @@ class _Run:
             clients_per_round=e.federation.clients_per_round,
             trainable_parameters=sum(tensor.numel() for _, tensor in trainable(self.vlm.model)),
             algorithm=e.algorithm.name,
-            strategies=["agnostic_prompt"] if e.data.prompt == "agnostic" else [],
+            strategies=[*(["agnostic_prompt"] if e.data.prompt == "agnostic" else []), *e.algorithm.strategy_names],
             model=e.model.name,
         )
 

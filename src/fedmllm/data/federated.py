@@ -12,7 +12,7 @@ from fedmllm.data import reference
 from fedmllm.data.datasets import Dataset, DatasetRequest, load_dataset
 from fedmllm.data.datasets.rows import OnBadSample, skipped
 from fedmllm.data.images import broken_images
-from fedmllm.data.modalities import apply_scenario
+from fedmllm.data.modalities import apply_scenario, profile
 from fedmllm.data.partition import Indices, by_domain, dirichlet, iid, natural, quantity
 from fedmllm.data.quality import parse_part
 from fedmllm.data.settings import DataConfig, FederationConfig
@@ -157,5 +157,4 @@ def manifest(data: FederatedData, scenario: str, seed: int) -> Record:
 
 def _counts(samples: Sequence[Sample]) -> Record:
     labels = Counter(sample.category for sample in samples)
-    modalities = Counter("+".join(sample.modalities) or "none" for sample in samples)
-    return {"num_samples": len(samples), "labels": dict(sorted(labels.items())), "modalities": dict(sorted(modalities.items()))}
+    return {"num_samples": len(samples), "labels": dict(sorted(labels.items())), "modalities": profile(samples)}

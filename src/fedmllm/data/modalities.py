@@ -6,7 +6,8 @@ decision draws from a generator of its own, keyed by client or sample, so that i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -175,3 +176,8 @@ def keep_only(sample: Sample, kept: Sequence[Modality]) -> Sample:
     if set(sample.content) <= set(kept):
         return sample
     return replace(sample, content={name: value for name, value in sample.content.items() if name in kept})
+
+
+def profile(samples: Iterable[Sample]) -> dict[str, int]:
+    """How many samples hold which modalities, e.g. ``{"image+text": 12, "text": 3}``, in alphabetical order."""
+    return dict(sorted(Counter("+".join(sample.modalities) or "none" for sample in samples).items()))

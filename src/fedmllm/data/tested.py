@@ -7,12 +7,14 @@ e.g. ``blur-1``. Trained scenario times tested copy gives the matrix in which a 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
 from fedmllm.data.modalities import keep_only
 from fedmllm.data.quality import PARTS, Part, parse_part
 from fedmllm.errors import ConfigError, DataError
+from fedmllm.randomness import generator
 from fedmllm.types import Sample
 
 
@@ -41,6 +43,31 @@ def reduced_copy(samples: Sequence[Sample], spec: str, seed: int) -> tuple[Sampl
             f"evaluation.tested: {spec} leaves no test sample any content; the samples hold {' and '.join(samples[0].modalities)}"
         )
     return left
+
+
+def own_kind(test: Sequence[Sample], held: Sequence[Sample], client: str, count: int, seed: int) -> tuple[Sample, ...]:
+    """Test samples such as a client meets: drawn with the frequencies of its categories, each left with the modalities of one of its own.
+
+    Args:
+        test: the shared test split.
+        held: the client's training samples; none of them is asked.
+        client: names the draw.
+        count: samples to draw, without replacement; fewer where the split has fewer of a category.
+        seed: the experiment's.
+
+    Returns:
+        The samples under ids of their own, sorted; empty if the test split holds none of the client's categories.
+    """
+    rng = generator(seed, "own-kind", client)
+    shares = Counter(sample.category for sample in held)
+    drawn = []
+    for category, number in sorted(shares.items()):
+        found = [sample for sample in test if sample.category == category]
+        wanted = min(len(found), max(1, round(count * number / len(held))))
+        drawn += [found[i] for i in sorted(rng.choice(len(found), size=wanted, replace=False))]
+    kinds = [held[i].modalities for i in rng.integers(len(held), size=len(drawn))]
+    kept = (keep_only(sample, kind) for sample, kind in zip(drawn, kinds, strict=True))
+    return tuple(replace(sample, id=f"{sample.id}@{client}") for sample in kept if sample.content)
 
 
 def _part(spec: str) -> Part | None:

@@ -8,14 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
 
 from fedmllm.algorithms import ServerState
 from fedmllm.errors import RunError
-from fedmllm.types import Record
+from fedmllm.types import Record, Slots, Weights
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -47,10 +45,7 @@ class RunStore:
 
     def save_state(self, stage: str, state: ServerState) -> None:
         """Replace a stage's checkpoint."""
-        tensors = {f"weights/{name}": tensor for name, tensor in state.weights.items()}
-        tensors |= {f"{slot}/{name}": t for slot, weights in state.slots.items() for name, t in weights.items()}
-        content = save({k: v.contiguous() for k, v in tensors.items()}, {"round_num": str(state.round_num)})
-        write_atomically(self._state_file(stage), content)
+        write_atomically(self._state_file(stage), _packed({"weights": state.weights, **state.slots}, state.round_num))
 
     def load_state(self, stage: str) -> ServerState | None:
         """A stage's last checkpoint; None if it has none.
@@ -61,14 +56,12 @@ class RunStore:
         path = self._state_file(stage)
         if not path.is_file():
             return None
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                round_num = int(file.metadata()["round_num"])
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise RunError(f"{path}: damaged checkpoint ({error}); delete it to train this stage anew") from error
-        groups = _by_slot(tensors)
+        groups, round_num = _unpacked(path, "delete it to train this stage anew")
         return ServerState(groups.pop("weights"), round_num, groups)
+
+    def client_states(self, stage: str) -> ClientStates:
+        """What the clients of a stage keep for themselves."""
+        return ClientStates(self.folder / "checkpoints" / f"{stage}-clients")
 
     def append(self, record: Mapping[str, object]) -> None:
         """Add a round's line to the metrics."""
@@ -98,9 +91,55 @@ class RunStore:
         return self.folder / "checkpoints" / f"{stage}.safetensors"
 
 
-def _by_slot(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, torch.Tensor]]:
-    groups: dict[str, dict[str, Tensor]] = {"weights": {}}
-    for key, tensor in tensors.items():
-        slot, _, name = key.partition("/")
-        groups.setdefault(slot, {})[name] = tensor
-    return groups
+@dataclass(frozen=True)
+class ClientStates:
+    """What clients keep from one turn to the next, on disk, a file for each client and round.
+
+    The file before the newest stays: a round that a crash cut short is trained again from what was kept before it.
+    """
+
+    folder: Path
+
+    def load(self, client: str, round_num: int) -> Slots:
+        """What a client kept from its last turn before a round (counted from 0); empty at its first.
+
+        Raises:
+            RunError: if the file is damaged.
+        """
+        before = [number for number in self._rounds(client) if number < round_num]
+        if not before:
+            return {}
+        return _unpacked(self._file(client, before[-1]), "start the run anew in another folder")[0]
+
+    def save(self, client: str, round_num: int, slots: Slots) -> None:
+        """Keep what a client's turn in a round came to."""
+        before = [number for number in self._rounds(client) if number < round_num]
+        write_atomically(self._file(client, round_num), _packed(slots, round_num))
+        for number in before[:-1]:
+            self._file(client, number).unlink()
+
+    def _rounds(self, client: str) -> list[int]:
+        return sorted(int(path.stem) for path in (self.folder / client).glob("*.safetensors") if path.stem.isdigit())
+
+    def _file(self, client: str, round_num: int) -> Path:
+        return self.folder / client / f"{round_num}.safetensors"
+
+
+def _packed(groups: Slots, round_num: int) -> bytes:
+    """Groups of tensors as one file in safetensors, under ``group/name``."""
+    tensors = {f"{group}/{name}": t.contiguous() for group, weights in groups.items() for name, t in weights.items()}
+    return bytes(save(tensors, {"round_num": str(round_num)}))
+
+
+def _unpacked(path: Path, remedy: str) -> tuple[dict[str, Weights], int]:
+    """The groups of a file, and its round."""
+    groups: dict[str, Weights] = {}
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            round_num = int(file.metadata()["round_num"])
+            for key in file.keys():  # noqa: SIM118
+                group, _, name = key.partition("/")
+                groups.setdefault(group, {})[name] = file.get_tensor(key)
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise RunError(f"{path}: damaged checkpoint ({error}); {remedy}") from error
+    return groups, round_num

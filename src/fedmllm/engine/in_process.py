@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from fedmllm import factors
 from fedmllm import weights as W
+from fedmllm.algorithms import Algorithm, Client
+from fedmllm.data.modalities import profile
+from fedmllm.engine.checkpoint import ClientStates
 from fedmllm.models.load import VisionLanguageModel
+from fedmllm.models.lora import write_base
 from fedmllm.training.batches import Encoder
 from fedmllm.training.local import LocalRule, LocalTask, TrainingConfig, train_locally
 from fedmllm.types import Broadcast, ClientUpdate, Sample
@@ -14,12 +19,23 @@ from fedmllm.types import Broadcast, ClientUpdate, Sample
 
 @dataclass(frozen=True)
 class Assignment:
-    """One round's work: what the cohort received, the rule it follows, the round's learning rate."""
+    """One round's work.
+
+    Attributes:
+        broadcast: what the cohort received.
+        algorithm: the method, for its client rule.
+        learning_rate: this round's.
+        seed: the experiment's.
+        states: what clients keep for themselves.
+        ranks: clients' own LoRA ranks, where they differ from the server's.
+    """
 
     broadcast: Broadcast
-    rule: LocalRule
+    algorithm: Algorithm
     learning_rate: float
     seed: int
+    states: ClientStates
+    ranks: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -38,18 +54,32 @@ class InProcessEngine:
 
     def map_clients(self, assignment: Assignment, clients: Mapping[str, Sequence[Sample]]) -> Iterator[ClientUpdate]:
         """Updates in the order of the clients, each made when it is asked for."""
+        write_base(self.vlm, assignment.broadcast.base)
         for client, samples in clients.items():
-            yield self._train(assignment, client, samples)
+            yield self._turn(assignment, client, samples)
 
-    def _train(self, assignment: Assignment, client: str, samples: Sequence[Sample]) -> ClientUpdate:
-        start = assignment.broadcast.weights
-        task = LocalTask(
-            client,
-            assignment.broadcast.round_num,
-            assignment.seed,
-            [self.encoder(sample) for sample in samples],
-            start,
-            assignment.learning_rate,
-        )
-        result = train_locally(self.vlm, task, assignment.rule, self.training)
-        return ClientUpdate(client, W.subtract(result.weights, start), len(samples), result.metrics)
+    def _turn(self, assignment: Assignment, name: str, samples: Sequence[Sample]) -> ClientUpdate:
+        """A client's turn: train, keep what is its own, send the rest at its own rank."""
+        broadcast, algorithm = assignment.broadcast, assignment.algorithm
+        client = Client(name, assignment.states.load(name, broadcast.round_num), profile(samples))
+        rule, rank = algorithm.local_rule(broadcast, client), assignment.ranks.get(name)
+        task = self._task(assignment, name, samples, rule)
+        result = train_locally(self.vlm, task, rule, self.training)
+        upload = rule.finish(result)
+        keeps = dict(upload.keeps)
+        if rule.personal is not None:
+            keeps["personal"] = train_locally(self.vlm, task, rule.personal, self.training).weights
+        if keeps:
+            assignment.states.save(name, broadcast.round_num, keeps)
+        sent = {tensor: value for tensor, value in upload.weights.items() if algorithm.uploads(broadcast.round_num, tensor)}
+        update = factors.cut(W.subtract(sent, task.received), rank)
+        extras = {kind: factors.cut(tensors, rank) for kind, tensors in upload.extras.items()}
+        return ClientUpdate(name, update, len(samples), result.metrics, extras, client.profile, rank)
+
+    def _task(self, assignment: Assignment, name: str, samples: Sequence[Sample], rule: LocalRule) -> LocalTask:
+        """What a client works on. Ranks beyond its own are zeros, in A and in B, which no gradient ever moves."""
+        weights, rank = assignment.broadcast.weights, assignment.ranks.get(name)
+        received = weights if rank is None else factors.padded(factors.cut(weights, rank), weights)
+        encode = self.encoder.with_reduced if rule.alignment else self.encoder
+        encoded = [encode(sample) for sample in samples]
+        return LocalTask(name, assignment.broadcast.round_num, assignment.seed, encoded, received, assignment.learning_rate)

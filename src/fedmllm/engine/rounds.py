@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from statistics import mean, stdev
 from typing import Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
+from fedmllm import factors
 from fedmllm import weights as W
-from fedmllm.algorithms import Algorithm, ServerState
+from fedmllm.algorithms import Aggregate, Aggregator, Algorithm, ServerState
+from fedmllm.data.modalities import profile
 from fedmllm.engine.checkpoint import RunStore
 from fedmllm.engine.in_process import Assignment
 from fedmllm.errors import FederationError, listing
 from fedmllm.models.lora import describe_mismatch
 from fedmllm.randomness import generator
 from fedmllm.training.local import TrainingConfig, round_learning_rate
-from fedmllm.types import ClientUpdate, Metrics, Record, Sample, Weights
+from fedmllm.types import Broadcast, ClientUpdate, Metrics, Population, Record, Sample, Weights
 
 
 class EngineConfig(BaseModel):
@@ -49,6 +52,7 @@ class Stage:
         num_rounds: rounds to train.
         clients_per_round: size of a cohort.
         evaluate_every: rounds between evaluations, 0 for the last only.
+        ranks: clients' own LoRA ranks, where they differ from the server's.
     """
 
     name: str
@@ -56,6 +60,12 @@ class Stage:
     num_rounds: int
     clients_per_round: int
     evaluate_every: int = 0
+    ranks: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def population(self) -> Population:
+        """What the server knows of all clients: each has told how many samples it holds of which modalities."""
+        return Population(len(self.clients), profile(sample for samples in self.clients.values() for sample in samples))
 
     def cohort(self, seed: int, round_num: int) -> list[str]:
         """The clients of a round, drawn without replacement, sorted."""
@@ -76,7 +86,7 @@ class Loop:
         algorithm: the method.
         engine: runs the clients.
         training: for the schedule of the learning rate.
-        evaluate: scores given weights.
+        evaluate: scores given weights, together with what has been merged into the frozen ones.
         store: where rounds are kept.
         seed: the experiment's.
         on_round: told each round's record.
@@ -85,19 +95,24 @@ class Loop:
     algorithm: Algorithm
     engine: Engine
     training: TrainingConfig
-    evaluate: Callable[[Weights], Metrics]
+    evaluate: Callable[[Weights, Weights], Metrics]
     store: RunStore
     seed: int
     on_round: Callable[[Record], None] = field(default=lambda record: None)
 
 
-def run_stage(loop: Loop, stage: Stage, initial: Weights) -> ServerState:
+def run_stage(loop: Loop, stage: Stage, initial: ServerState) -> ServerState:
     """Train a stage to its last round, from its checkpoint if it has one.
+
+    Args:
+        loop: what to work with.
+        stage: whom to train.
+        initial: the method's state before the first round.
 
     Raises:
         FederationError: if in some round no client's update can be used.
     """
-    state = loop.store.load_state(stage.name) or loop.algorithm.init(initial)
+    state = replace(loop.store.load_state(stage.name) or initial, population=stage.population)
     loop.store.rewind(stage.name, state.round_num)
     watch = _Watch()
     while state.round_num < stage.num_rounds:
@@ -107,15 +122,16 @@ def run_stage(loop: Loop, stage: Stage, initial: Weights) -> ServerState:
 
 def _round(loop: Loop, stage: Stage, state: ServerState, watch: _Watch) -> ServerState:
     """One round, from the cohort to the checkpoint."""
-    cohort = stage.cohort(loop.seed, state.round_num)
+    cohort, before = stage.cohort(loop.seed, state.round_num), state
     broadcast = loop.algorithm.broadcast(state)
     learning_rate = round_learning_rate(loop.training, state.round_num, stage.num_rounds)
-    assignment = Assignment(broadcast, loop.algorithm.local_rule(broadcast), learning_rate, loop.seed)
+    states = loop.store.client_states(stage.name)
+    assignment = Assignment(broadcast, loop.algorithm, learning_rate, loop.seed, states, stage.ranks)
     updates = loop.engine.map_clients(assignment, {name: stage.clients[name] for name in cohort})
-    intake = _take_in(updates, state.weights, loop.algorithm.weight, watch)
-    state = loop.algorithm.server_step(state, intake.aggregate(stage.name, state.round_num))
+    intake = _take_in(updates, Intake(loop.algorithm, state, stage.ranks), watch)
+    state = loop.algorithm.server_step(state, intake.aggregate(stage.name))
     watch.lap("aggregate")
-    scores = loop.evaluate(state.weights) if stage.evaluates(state.round_num) else None
+    scores = evaluate_state(loop, stage, state) if stage.evaluates(state.round_num) else None
     watch.lap("evaluate")
     record = {
         "stage": stage.name,
@@ -125,7 +141,7 @@ def _round(loop: Loop, stage: Stage, state: ServerState, watch: _Watch) -> Serve
         **intake.record(),
         "score": scores["score"] if scores else None,
         "scores": scores,
-        "bytes_down": len(cohort) * (W.num_bytes(broadcast.weights) + W.num_bytes(broadcast.extras)),
+        "bytes_down": _bytes_down(loop.algorithm, stage, before, broadcast, cohort),
     }
     record["seconds"] = watch.reset()
     # The line first, then the state: a line whose state is missing is rewound, a state whose line is missing would stay a gap.
@@ -134,6 +150,35 @@ def _round(loop: Loop, stage: Stage, state: ServerState, watch: _Watch) -> Serve
     watch.lap("checkpoint")
     loop.on_round(record | {"num_rounds": stage.num_rounds})
     return state
+
+
+def _bytes_down(algorithm: Algorithm, stage: Stage, state: ServerState, broadcast: Broadcast, cohort: Sequence[str]) -> int:
+    """What the cohort is sent, and what all clients must be sent of the last round's change to the frozen weights."""
+    sent = {name: tensor for name, tensor in broadcast.weights.items() if algorithm.downloads(name)}
+    extras = {f"{kind}/{n}": tensor for kind, tensors in broadcast.extras.items() for n, tensor in tensors.items()}
+    further = {name: tensor for name, tensor in extras.items() if algorithm.downloads(name)}
+    own = sum(W.num_bytes(factors.cut(sent, stage.ranks.get(name)), further) for name in cohort)
+    return own + len(stage.clients) * W.num_bytes(state.slots.get("base_step", {}))
+
+
+def personal_models(loop: Loop, stage: Stage, state: ServerState) -> dict[str, Weights]:
+    """The weights each client ends with, by client."""
+    states = loop.store.client_states(stage.name)
+    return {client: loop.algorithm.personal(state, states.load(client, state.round_num)) for client in sorted(stage.clients)}
+
+
+def evaluate_state(loop: Loop, stage: Stage, state: ServerState) -> Metrics:
+    """The scores of the global model; of a personalized method, those of the clients' own models, averaged.
+
+    The standard error of an average is that over clients.
+    """
+    if not loop.algorithm.personalized:
+        return loop.evaluate(state.weights, state.base)
+    rows = [loop.evaluate(weights, state.base) for weights in personal_models(loop, stage, state).values()]
+    scores = [row["score"] for row in rows]
+    summed = {key: sum(row[key] for row in rows) for key in ("num_samples", "failures") if key in rows[0]}
+    error = stdev(scores) / len(scores) ** 0.5 if len(scores) > 1 else 0.0
+    return {key: mean(row[key] for row in rows) for key in rows[0]} | summed | {"standard_error": error}
 
 
 class _Watch:
@@ -155,59 +200,83 @@ class _Watch:
         self._last = now
 
 
-@dataclass
-class _Intake:
-    """Updates taken in so far: their running mean, and what is told about them."""
+class Intake:
+    """Updates taken in so far, and what is told about them.
 
-    mean: W.WeightedMean
-    num_samples: int = 0
-    bytes_up: int = 0
-    losses: list[tuple[int, float]] = field(default_factory=list)
-    refused: list[Record] = field(default_factory=list)
+    Args:
+        algorithm: how updates are aggregated.
+        state: the server's, at the start of the round.
+        ranks: clients' own LoRA ranks.
+    """
 
-    def take(self, update: ClientUpdate, expected: Weights, weight: Callable[[int], float]) -> None:
-        """Add an update to the mean with its weight by number of samples, or refuse it."""
-        self.bytes_up += W.num_bytes(update.update)
-        if reason := refusal(update, expected):
-            self.refused.append({"client": update.client, "reason": reason})
+    def __init__(self, algorithm: Algorithm, state: ServerState, ranks: Mapping[str, int]) -> None:
+        self._algorithm, self._state, self._ranks = algorithm, state, ranks
+        self._aggregator = Aggregator(algorithm, state)
+        self._num_samples = self._bytes_up = 0
+        self._losses: list[tuple[int, float]] = []
+        self._refused: list[Record] = []
+
+    def take(self, update: ClientUpdate) -> None:
+        """Add an update to the aggregate, or refuse it."""
+        self._bytes_up += W.num_bytes(update.update, *update.extras.values())
+        if reason := self._refusal(update):
+            self._refused.append({"client": update.client, "reason": reason})
             return
-        self.mean.add(update.update, weight(update.num_samples))
-        self.num_samples += update.num_samples
+        self._aggregator.add(update)
+        self._num_samples += update.num_samples
         if "loss" in update.metrics:
-            self.losses.append((update.num_samples, update.metrics["loss"]))
+            self._losses.append((update.num_samples, update.metrics["loss"]))
 
-    def aggregate(self, stage: str, round_num: int) -> Weights:
-        """The mean of the updates."""
-        if self.num_samples == 0:
-            reasons = listing(f"{row['client']}: {row['reason']}" for row in self.refused)
+    def _refusal(self, update: ClientUpdate) -> str | None:
+        rank = self._ranks.get(update.client)
+        if update.rank != rank:
+            return f"the update is of rank {update.rank}, the client's rank is {rank}"
+        sent = {n: tensor for n, tensor in self._state.weights.items() if self._algorithm.uploads(self._state.round_num, n)}
+        return refusal(update, factors.cut(sent, rank), self._algorithm.client_sends)
+
+    def aggregate(self, stage: str) -> Aggregate:
+        """What the updates come to.
+
+        Raises:
+            FederationError: if none can be used.
+        """
+        if self._num_samples == 0:
+            reasons = listing(f"{row['client']}: {row['reason']}" for row in self._refused)
             raise FederationError(
-                f"stage {stage}, round {round_num + 1}: no update can be used:\n{reasons}\ntry a lower training.learning_rate"
+                f"stage {stage}, round {self._state.round_num + 1}: no update can be used:\n{reasons}\ntry a lower training.learning_rate"
             )
-        return self.mean.value()
+        return self._aggregator.value()
 
     def record(self) -> Record:
         """The round's numbers about its clients; the loss is None where none of them took a step."""
-        weight = sum(count for count, _ in self.losses)
-        loss = sum(count * loss for count, loss in self.losses) / weight if weight else None
-        return {"num_samples": self.num_samples, "loss": loss, "bytes_up": self.bytes_up, "refused": self.refused}
+        weight = sum(count for count, _ in self._losses)
+        return {
+            "num_samples": self._num_samples,
+            "loss": sum(count * loss for count, loss in self._losses) / weight if weight else None,
+            "bytes_up": self._bytes_up,
+            "bytes_held": self._aggregator.num_bytes,
+            "refused": self._refused,
+        }
 
 
-def _take_in(updates: Iterable[ClientUpdate], expected: Weights, weight: Callable[[int], float], watch: _Watch) -> _Intake:
-    """Aggregate updates as they come, refusing those that would spoil the average."""
-    intake = _Intake(W.WeightedMean())
+def _take_in(updates: Iterable[ClientUpdate], intake: Intake, watch: _Watch) -> Intake:
+    """Aggregate updates as they come, refusing those that would spoil the aggregate."""
     for update in updates:
         watch.lap("train")
-        intake.take(update, expected, weight)
+        intake.take(update)
         watch.lap("aggregate")
     return intake
 
 
-def refusal(update: ClientUpdate, expected: Weights) -> str | None:
+def refusal(update: ClientUpdate, expected: Weights, extras: Sequence[str] = ()) -> str | None:
     """Why an update cannot be used: wrong names or shapes, NaN or infinity, no samples. None if it can."""
-    if mismatch := describe_mismatch(update.update, expected):
-        return mismatch
-    if not W.is_finite(update.update):
-        return "the update holds NaN or infinity"
+    if sorted(update.extras) != sorted(extras):
+        return f"besides the update it holds {sorted(update.extras) or 'nothing'}, expected {sorted(extras) or 'nothing'}"
+    for kind, tensors in {"update": update.update, **update.extras}.items():
+        if mismatch := describe_mismatch(tensors, expected):
+            return mismatch if kind == "update" else f"{kind}: {mismatch}"
+        if not W.is_finite(tensors):
+            return f"the {kind} holds NaN or infinity"
     if update.num_samples <= 0:
         return f"num_samples is {update.num_samples}"
     return None

@@ -14,7 +14,7 @@ from fedmllm.models.encoding import Encoded
 from fedmllm.models.load import VisionLanguageModel
 from fedmllm.types import Metrics, Prediction, Sample
 
-Baseline = Literal["zero_shot", "local", "centralized"]
+Baseline = Literal["zero_shot", "local", "centralized", "fine_tuned"]
 
 
 class EvaluationConfig(BaseModel):
@@ -25,9 +25,11 @@ class EvaluationConfig(BaseModel):
     every: int = Field(5, ge=0)
     """Rounds between evaluations of the global model; 0 for the last round only, which is always evaluated."""
     baselines: tuple[Baseline, ...] = ("zero_shot", "local", "centralized")
-    """What to compare with: the untrained model, each client alone, all data in one place."""
+    """What to compare with: the untrained model, each client alone, all data in one place, the final model trained on by each client."""
     tested: tuple[str, ...] = ()
     """Copies of the test split that the final model is also asked, e.g. ``[image, text, blur-1]``; the complete one always is."""
+    client_samples: int = Field(0, ge=0)
+    """Test samples of each client's own kind (its labels and modalities) that its models are also asked; 0 for none."""
     max_new_tokens: int = Field(16, gt=0)
     """Longest free answer in tokens."""
     batch_size: int = Field(50, gt=0)

@@ -26,11 +26,13 @@ class Encoded:
         input_ids: prompt then answer, shape (length,).
         answer_length: how many of the last tokens are the answer, its end token included.
         extras: the processor's further tensors (``pixel_values`` and the like), stacked along their first axis.
+        reduced: the same sample with a modality less, one for each that it can lose; only where training asks for them.
     """
 
     input_ids: Tensor
     answer_length: int
     extras: dict[str, Tensor]
+    reduced: tuple[Encoded, ...] = ()
 
     @property
     def prompt_ids(self) -> Tensor:
@@ -96,8 +98,13 @@ def answer_nll(vlm: VisionLanguageModel, batch: Batch) -> Tensor:
 
     ``nll[i, t] = -log p(token t of answer i | its prompt, the tokens before t)``, in nats and float32.
     """
-    columns = batch.answer_mask.shape[1]
-    logits = vlm.model(**batch.inputs, logits_to_keep=columns + 1, use_cache=False).logits[:, :-1]
-    targets = batch.inputs["input_ids"][:, -columns:]
-    nll = F.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none")
+    logits = answer_logits(vlm, batch)
+    nll = F.cross_entropy(logits.transpose(1, 2), batch.inputs["input_ids"][:, -logits.shape[1] :], reduction="none")
     return nll * batch.answer_mask
+
+
+def answer_logits(vlm: VisionLanguageModel, batch: Batch) -> Tensor:
+    """What the model expects at each column of the answers, shape (samples, answer columns, vocabulary), float32."""
+    columns = batch.answer_mask.shape[1]
+    logits: Tensor = vlm.model(**batch.inputs, logits_to_keep=columns + 1, use_cache=False).logits[:, :-1]
+    return logits.float()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,6 +47,7 @@ class VisionLanguageModel:
         family: what is particular to this kind of model.
         device: where the model stands.
         max_length: longest sequence in tokens.
+        originals: frozen matrices as loaded, by module, of those that a method has changed.
     """
 
     name: str
@@ -56,6 +57,7 @@ class VisionLanguageModel:
     device: torch.device
     max_length: int
     dtype: torch.dtype = torch.float32
+    originals: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def tokenizer(self) -> Any:

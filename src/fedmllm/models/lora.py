@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from fedmllm import factors
 from fedmllm.errors import ModelError
 from fedmllm.models.load import VisionLanguageModel
 from fedmllm.randomness import torch_randomness
@@ -34,6 +37,20 @@ class LoraConfig(BaseModel):
     """Probability with which an input of the adapter is zeroed in training."""
     targets: Literal["attention", "all-linear"] = "attention"
     """Which linear layers of the decoder: q, k, v, o, or the feed-forward layers too."""
+    client_ranks: tuple[int, ...] = ()
+    """Ranks of the clients in turn, e.g. ``[2, 4, 8]``, none above r; empty for r everywhere. The scale stays alpha / r."""
+
+    @field_validator("client_ranks")
+    @classmethod
+    def _within(cls, ranks: tuple[int, ...], info: ValidationInfo) -> tuple[int, ...]:
+        r = info.data.get("r", 0)
+        if wrong := [rank for rank in ranks if not 1 <= rank <= r]:
+            raise ValueError(f"a client's rank must lie between 1 and r = {r}, is {wrong[0]}; raise lora.r")
+        return ranks
+
+    def rank_of(self, position: int) -> int | None:
+        """The rank of the client at a position; None for r."""
+        return self.client_ranks[position % len(self.client_ranks)] if self.client_ranks else None
 
 
 def attach_lora(vlm: VisionLanguageModel, config: LoraConfig, seed: int) -> VisionLanguageModel:
@@ -89,6 +106,19 @@ def trainable(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name.replace(".default.", "."), parameter
 
 
+@contextmanager
+def training_only(model: nn.Module, chosen: Callable[[str], bool] | None) -> Iterator[None]:
+    """In this block only the chosen trainable parameters train; all of them for None."""
+    paused = [parameter for name, parameter in trainable(model) if chosen is not None and not chosen(name)]
+    for parameter in paused:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in paused:
+            parameter.requires_grad_(True)
+
+
 def read_weights(model: nn.Module) -> Weights:
     """A float32 copy of the trainable parameters, on the CPU."""
     return {name: parameter.detach().to("cpu", torch.float32, copy=True) for name, parameter in trainable(model)}
@@ -120,13 +150,72 @@ def describe_mismatch(weights: Weights, expected: Weights) -> str | None:
     return None
 
 
-def save_adapter(vlm: VisionLanguageModel, weights: Weights, folder: Path) -> None:
-    """Save as a folder that ``PeftModel.from_pretrained`` loads; a folder of that name is replaced as a whole."""
+def adapted_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """PEFT's layers by the names that their factors begin with."""
+    from peft.tuners.lora import LoraLayer
+
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer))
+
+
+def lora_scale(model: nn.Module) -> float:
+    """LoRA's factor alpha / r."""
+    return float(next(layer for _, layer in adapted_layers(model)).scaling["default"])
+
+
+def frozen_weights(vlm: VisionLanguageModel) -> Weights:
+    """The frozen matrices under the adapters, by module, as they were loaded; views, not copies."""
+    layers = adapted_layers(vlm.model)
+    return {name: vlm.originals.get(name, layer.get_base_layer().weight.detach()) for name, layer in layers}
+
+
+@torch.no_grad()
+def write_base(vlm: VisionLanguageModel, base: Mapping[str, Tensor]) -> None:
+    """Set the frozen matrices to what they were when loaded plus ``(alpha / r) base``, always from a kept original.
+
+    Args:
+        vlm: the model; modules that ``base`` does not name get their original back.
+        base: by module, shape (outputs, inputs).
+
+    Raises:
+        ModelError: if a matrix is held in a quantized format, to which nothing can be added.
+    """
+    if not base and not vlm.originals:
+        return
+    for name, layer in adapted_layers(vlm.model):
+        weight = layer.get_base_layer().weight
+        if name in base:
+            if not weight.is_floating_point():
+                raise ModelError(f"the method changes frozen weights, but {name} is held as {weight.dtype}; load the model in bfloat16")
+            original = vlm.originals.setdefault(name, weight.detach().clone())
+            weight.copy_(original.float() + lora_scale(vlm.model) * base[name].to(weight.device, torch.float32))
+        elif name in vlm.originals:
+            weight.copy_(vlm.originals.pop(name))
+
+
+def save_adapter(vlm: VisionLanguageModel, weights: Weights, folder: Path, base: Mapping[str, Tensor] | None = None) -> None:
+    """Save as a folder that ``PeftModel.from_pretrained`` loads; a folder of that name is replaced as a whole.
+
+    What was merged into the frozen weights becomes part of the adapter, which grows in rank to hold it.
+    """
     model: Any = vlm.model
     write_weights(model, weights)
     draft = folder.with_name(f".{folder.name}.draft")
     shutil.rmtree(draft, ignore_errors=True)
     # "auto" would ask a hub whether the vocabulary was resized.
     model.save_pretrained(str(draft), save_embedding_layers=False)
+    if base:
+        _save_merged(draft, weights, base)
     shutil.rmtree(folder, ignore_errors=True)
     draft.rename(folder)
+
+
+def _save_merged(folder: Path, weights: Weights, base: Mapping[str, Tensor]) -> None:
+    """Replace an adapter's tensors by factors of ``base + B A`` at the rank that holds it, and the rank in its settings."""
+    merged = {module: tensor.double() + base[module].double().to(tensor.device) for module, tensor in factors.products(weights).items()}
+    rank = max(int(torch.linalg.matrix_rank(tensor.float())) for tensor in merged.values()) or 1
+    whole = {module: factors.Pair(torch.eye(t.shape[1], dtype=t.dtype), t) for module, t in merged.items()}
+    save_file(factors.to_float((m, factors.compress(pair, rank)) for m, pair in whole.items()), str(folder / "adapter_model.safetensors"))
+    path = folder / "adapter_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    settings |= {"lora_alpha": settings["lora_alpha"] / settings["r"] * rank, "r": rank}
+    path.write_text(json.dumps(settings, indent=2), encoding="utf-8")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fedmllm.data.modalities import keep_only
 from fedmllm.data.prompts import PromptStyle, target, to_messages
 from fedmllm.models.encoding import Batch, Encoded, collate, encode
 from fedmllm.models.load import VisionLanguageModel
@@ -29,6 +30,13 @@ class Encoder:
         self._vlm, self._style, self._max_bytes = vlm, style, max_bytes
         self._kept: OrderedDict[tuple[str, tuple[str, ...]], Encoded] = OrderedDict()
         self._bytes = 0
+
+    def with_reduced(self, sample: Sample) -> Encoded:
+        """The sample, and itself with each modality left out in turn if it holds several."""
+        if len(sample.content) < 2:
+            return self(sample)
+        copies = (keep_only(sample, [m for m in sample.modalities if m != lost]) for lost in sample.modalities)
+        return replace(self(sample), reduced=tuple(map(self, copies)))
 
     def __call__(self, sample: Sample) -> Encoded:
         """The sample's prompt and target as tensors."""
@@ -54,6 +62,11 @@ class Step:
 
     micro_batches: tuple[tuple[Encoded, ...], ...]
 
+    @property
+    def samples(self) -> list[Encoded]:
+        """All samples in order."""
+        return [sample for micro in self.micro_batches for sample in micro]
+
 
 def steps(samples: Sequence[Encoded], batch_size: int, accumulation: int, rng: np.random.Generator) -> Iterator[Step]:
     """One epoch in random order: ``accumulation`` micro-batches of ``batch_size`` samples a step, the last one shorter."""
@@ -75,7 +88,7 @@ def loss_weights(step: Step) -> list[float]:
 
 def passes(vlm: VisionLanguageModel, step: Step, max_tokens: int) -> Iterator[tuple[Batch, Tensor]]:
     """The step as few padded batches as fit into ``max_tokens``, each with its samples' loss weights, shape (samples, 1)."""
-    samples = [sample for micro in step.micro_batches for sample in micro]
+    samples = step.samples
     weights = loss_weights(step)
     for group in pack([len(sample.input_ids) for sample in samples], max_tokens):
         batch = collate(vlm, [samples[i] for i in group])

@@ -1,0 +1,40 @@
+"""Ditto: Fair and Robust Federated Learning Through Personalization. Li et al., ICML 2021."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fedmllm.algorithms.base import Client, ServerState, require_not_negative
+from fedmllm.algorithms.fedavg import FedAvg
+from fedmllm.algorithms.fedprox import proximal
+from fedmllm.training.local import LocalRule
+from fedmllm.types import Broadcast, Slots, Weights
+
+
+@dataclass(frozen=True)
+class Ditto(FedAvg):
+    """FedAvg, and beside it every client trains a model of its own that is held near the global one.
+
+        v_k <- local training of  loss(v) + (personal_mu / 2) ||v - w||^2,   from its last v_k, at first from w
+
+    The personal pass takes as long as the other one, and sends nothing. ``personal_mu = 0`` leaves v_k to the client's data alone.
+
+    Attributes:
+        personal_mu: how strongly v_k is held.
+    """
+
+    personal_mu: float = 0.1
+    kind = "personalized"
+    personalized = True
+
+    def __post_init__(self) -> None:
+        require_not_negative(personal_mu=self.personal_mu)
+
+    def local_rule(self, broadcast: Broadcast, client: Client) -> LocalRule:
+        """Plain training, then the client's own model."""
+        penalty = proximal(self.personal_mu) if self.personal_mu else None
+        return LocalRule(personal=LocalRule(penalty=penalty, start=client.state.get("personal", {})))
+
+    def personal(self, state: ServerState, client_state: Slots) -> Weights:
+        """v_k; the global weights for a client that never took part."""
+        return client_state.get("personal", state.weights)

@@ -1,0 +1,40 @@
+"""FLoRA: Federated Fine-Tuning Large Language Models with Heterogeneous Low-Rank Adaptations. Wang et al., NeurIPS 2024."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fedmllm import factors
+from fedmllm.algorithms.base import Aggregate, ServerState, client_weights, merge
+from fedmllm.algorithms.fedavg import FedAvg
+from fedmllm.types import ClientUpdate, Slots
+
+
+@dataclass(frozen=True)
+class FLoRA(FedAvg):
+    """Factors are stacked, their product is merged into the frozen weights, and LoRA begins anew.
+
+        A = [p_1 A_1; ...; p_K A_K],   B = [B_1 | ... | B_K],   W <- W + (alpha / r) B A,   then A <- A_0, B <- 0
+
+    Exact, for clients of any ranks. What travels down is the stack, whose rank is the sum of the cohort's, to every client:
+    each must keep its frozen weights up to date.
+    """
+
+    kind = "lora"
+    exact = True
+    heterogeneous_ranks = True
+    needs_individual_updates = True
+
+    def downloads(self, name: str) -> bool:
+        """Nothing: LoRA begins anew from the seed, and the stack is counted by itself."""
+        return False
+
+    def fold(self, state: ServerState, update: ClientUpdate) -> tuple[Slots, float]:
+        """The client's factors at its own rank."""
+        return {"weights": client_weights(state, update)}, float(update.num_samples)
+
+    def server_step(self, state: ServerState, aggregate: Aggregate) -> ServerState:
+        """The rule above."""
+        members = aggregate.members
+        stacked = factors.stack([m.slots["weights"] for m in members], [m.share for m in members])
+        return state.after(state.weights, **merge(state, stacked))

@@ -1,0 +1,67 @@
+"""SCAFFOLD: Stochastic Controlled Averaging for Federated Learning. Karimireddy et al., ICML 2020."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from fedmllm import weights as W
+from fedmllm.algorithms.base import Adapted, Aggregate, Client, ServerState, require_positive
+from fedmllm.algorithms.fedavg import FedAvg
+from fedmllm.training.local import LocalResult, LocalRule, Upload
+from fedmllm.types import Broadcast, ClientUpdate, Slots, Weights
+
+
+@dataclass(frozen=True)
+class Scaffold(FedAvg):
+    """Clients correct every gradient by the difference of two controls, which keeps them from drifting apart.
+
+        client:  g <- g + c - c_k  at every step;    c_k' = mean over its steps of g before the correction
+        server:  w <- w + server_learning_rate mean(D_k);    c <- c + |S| / N mean(c_k' - c_k)
+
+    Means over clients are plain. Controls are gradients, and start at zero.
+
+    **Under AdamW.** The paper's option II, ``c_k' = c_k - c + (w_global - w_k) / (K lr)``, reads the mean gradient off the way a
+    client has come. That holds for SGD only, where it equals the mean of the uncorrected gradients, term by term. AdamW's steps have
+    the size of the learning rate whatever the gradient's, so that the same formula gives controls of order 1 beside gradients of order
+    1e-3, and training diverges. Here the mean of the gradients is taken itself: the same rule under SGD, and in the right
+    units under any optimizer. The correction comes before clipping and before AdamW's moments.
+
+    Attributes:
+        server_learning_rate: the step's size, above 0.
+    """
+
+    server_learning_rate: float = 1.0
+    client_sends = ("control",)
+
+    def __post_init__(self) -> None:
+        require_positive(server_learning_rate=self.server_learning_rate)
+
+    def init(self, weights: Weights, adapted: Adapted) -> ServerState:
+        """Control 0."""
+        return ServerState(weights, slots={"control": W.zeros_like(weights)})
+
+    def broadcast(self, state: ServerState) -> Broadcast:
+        """The server's control besides."""
+        return replace(super().broadcast(state), extras={"control": state.slots["control"]})
+
+    def local_rule(self, broadcast: Broadcast, client: Client) -> LocalRule:
+        """The corrected gradient; then the client's next control."""
+        server = broadcast.extras["control"]
+        own = client.state.get("control") or W.zeros_like(server)
+        correction = W.subtract(server, own)
+
+        def finish(result: LocalResult) -> Upload:
+            control = {name: result.gradient.get(name, tensor) for name, tensor in own.items()}
+            return Upload(result.weights, {"control": W.subtract(control, own)}, {"control": control})
+
+        return LocalRule(edit_gradient=lambda name, g: g + correction[name].to(g), records_gradient=True, finish=finish)
+
+    def fold(self, state: ServerState, update: ClientUpdate) -> tuple[Slots, float]:
+        """Every client counts alike."""
+        return super().fold(state, update)[0], 1.0
+
+    def server_step(self, state: ServerState, aggregate: Aggregate) -> ServerState:
+        """The rule above."""
+        share = aggregate.num_clients / max(state.population.num_clients, aggregate.num_clients)
+        control = W.add(state.slots["control"], aggregate.mean["control"], share)
+        return state.after(W.add(state.weights, aggregate.mean["update"], self.server_learning_rate), control=control)

@@ -1,0 +1,20 @@
+"""The index of strategies, which compose with any method: one file each, found by the name in ``algorithm.strategies``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fedmllm.algorithms.strategies.adaptive_regularization import AdaptiveRegularization
+from fedmllm.algorithms.strategies.agnostic_prompt import AgnosticPrompt
+from fedmllm.algorithms.strategies.base import Composed, Strategy
+from fedmllm.algorithms.strategies.feature_alignment import FeatureAlignment
+from fedmllm.algorithms.strategies.modality_coverage import ModalityCoverage
+
+__all__ = ["STRATEGIES", "Composed", "Strategy"]
+
+STRATEGIES: dict[str, type[Any]] = {
+    "adaptive_regularization": AdaptiveRegularization,
+    "agnostic_prompt": AgnosticPrompt,
+    "feature_alignment": FeatureAlignment,
+    "modality_coverage": ModalityCoverage,
+}

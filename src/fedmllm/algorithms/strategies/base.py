@@ -1,0 +1,50 @@
+"""What a strategy is: something that is added to any method."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fedmllm.algorithms.base import Algorithm, Client, ServerState
+from fedmllm.training.local import LocalRule
+from fedmllm.types import Broadcast, ClientUpdate, Slots
+
+
+class Strategy:
+    """Changes a method's client rule, the weight of an update, or both. This one changes nothing."""
+
+    def rule(self, rule: LocalRule, broadcast: Broadcast, client: Client) -> LocalRule:
+        """The client's rule, from the method's."""
+        return rule
+
+    def reweigh(self, weight: float, state: ServerState, update: ClientUpdate) -> float:
+        """What an update weighs, from what the method gives it."""
+        return weight
+
+
+class Composed:
+    """A method with strategies, applied in their order; everything they do not touch is the method's own.
+
+    Args:
+        method: any method.
+        strategies: what is added to it.
+    """
+
+    def __init__(self, method: Algorithm, strategies: tuple[Strategy, ...]) -> None:
+        self._method, self._strategies = method, strategies
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._method, name)
+
+    def local_rule(self, broadcast: Broadcast, client: Client) -> LocalRule:
+        """The method's rule with what the strategies add."""
+        rule = self._method.local_rule(broadcast, client)
+        for strategy in self._strategies:
+            rule = strategy.rule(rule, broadcast, client)
+        return rule
+
+    def fold(self, state: ServerState, update: ClientUpdate) -> tuple[Slots, float]:
+        """The method's terms under the strategies' weight."""
+        slots, weight = self._method.fold(state, update)
+        for strategy in self._strategies:
+            weight = strategy.reweigh(weight, state, update)
+        return slots, weight

@@ -1,0 +1,125 @@
+"""You Only Communicate Once: One-shot Federated Low-Rank Adaptation of MLLM. Xu et al., NeurIPS 2025 (YOCO)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fedmllm import factors
+from fedmllm import weights as W
+from fedmllm.algorithms.base import Adapted, Aggregate, Client, Member, ServerState, require_not_negative, require_within
+from fedmllm.algorithms.fedavg import FedAvg
+from fedmllm.algorithms.trimmed_mean import stacked
+from fedmllm.training.local import LocalRule, Parameters
+from fedmllm.types import Broadcast, Weights
+
+
+@dataclass(frozen=True)
+class YOCO(FedAvg):
+    """The directions of the pretrained weights supervise local training, so that clients agree after a single exchange.
+
+        start:   W = U S V',   A_0 = sqrt(S_r) V_r',   B_0 = U_r sqrt(S_r),   W <- W - (alpha / r) B_0 A_0
+        client:  loss + sum_B sign_weight ||tanh(g B) - sign(B_0)|| / (||sign(B_0)|| + 1e-6) + sparse_weight sum |A|
+        server:  B <- sum_k p_k B_k;   A <- sum_k p_k A_k P P',   P the leading principal directions of the clients' A
+
+    g goes from 1 to ``gamma`` over a client's steps on half a cosine. P holds as few directions as keep ``energy`` of the clients'
+    squared length, tensor by tensor, without centering; with all of them A is the mean. The text of the paper leaves the number of
+    directions and the centering open. Norms are Frobenius norms, per tensor.
+
+    It is meant for one round of all clients with ten local epochs (``experiments/one_shot.yaml``); more rounds work, and keep
+    the signs of the start as the reference.
+
+    Attributes:
+        sign_weight: of the loss on the signs of B.
+        gamma: the last g; the paper tunes it between 5 and 300.
+        sparse_weight: of the 1-norm of A; the paper tunes it between 1e-4 and 0.1.
+        energy: share of squared length that the directions keep, in (0, 1].
+        reference: the variant of the released code: the SVD sets B alone and is not taken off W; instead of the 1-norm a term
+            ``o ||A'A - I||^2`` with o falling from 0.1 to 0.01 as g rises; plain means of A and B.
+    """
+
+    sign_weight: float = 1.0
+    gamma: float = 200.0
+    sparse_weight: float = 1e-4
+    energy: float = 0.95
+    reference: bool = False
+    kind = "one-shot"
+    needs_individual_updates = True
+
+    def __post_init__(self) -> None:
+        require_not_negative(sign_weight=self.sign_weight, sparse_weight=self.sparse_weight)
+        require_within("gamma", self.gamma, 1, math.inf)
+        require_within("energy", self.energy, 1e-9, 1 + 1e-9)
+
+    def init(self, weights: Weights, adapted: Adapted) -> ServerState:
+        """Factors from the frozen weights, which the product is taken off."""
+        pairs = {module: self._split(adapted.weights[module], pair) for module, pair in factors.pairs(weights)}
+        start = {**weights, **factors.named(pairs)}
+        signs = {"signs": {name: tensor.sign() for name, tensor in start.items() if factors.is_b(name)}}
+        base = {} if self.reference else {"base": {module: -pair.product().float() for module, pair in pairs.items()}}
+        return ServerState(start, slots={**signs, **base})
+
+    def _split(self, weight: Tensor, pair: factors.Pair) -> factors.Pair:
+        """The leading singular directions of a frozen matrix, half of each singular value on either side."""
+        rank = len(pair.a)
+        u, s, vt = torch.linalg.svd(weight.detach().double().cpu(), full_matrices=False)
+        half = s[:rank].sqrt()
+        return factors.Pair(pair.a if self.reference else (half[:, None] * vt[:rank]).float(), (u[:, :rank] * half).float())
+
+    def broadcast(self, state: ServerState) -> Broadcast:
+        """The signs besides."""
+        return replace(super().broadcast(state), extras={"signs": state.slots["signs"]})
+
+    def downloads(self, name: str) -> bool:
+        """Not the signs: they follow from the frozen weights, which every client has."""
+        return not name.startswith("signs/")
+
+    def local_rule(self, broadcast: Broadcast, client: Client) -> LocalRule:
+        """The rule above."""
+        signs = broadcast.extras["signs"]
+        return LocalRule(penalty=lambda now, received, progress: self.penalty(now, signs, progress))
+
+    def penalty(self, now: Parameters, signs: Parameters, progress: float) -> Tensor:
+        """The terms beside the loss."""
+        gamma = self.gamma - 0.5 * (self.gamma - 1) * (1 + math.cos(math.pi * progress))
+        terms = [self.sign_weight * self._sign_loss(now[name], gamma, sign.to(now[name])) for name, sign in signs.items()]
+        spread = self._orthogonality(gamma) if self.reference else self.sparse_weight
+        terms += [spread * (self._unorthogonal(a) if self.reference else a.abs().sum()) for n, a in now.items() if factors.is_a(n)]
+        return torch.stack(terms).sum()
+
+    def _sign_loss(self, b: Tensor, gamma: float, sign: Tensor) -> Tensor:
+        # A norm has no gradient at 0; the smallest float keeps the square root's finite there.
+        distance = ((gamma * b).tanh() - sign).square().sum().clamp(min=torch.finfo(b.dtype).tiny).sqrt()
+        loss: Tensor = distance / (sign.norm() + 1e-6)
+        return loss
+
+    def _orthogonality(self, gamma: float) -> float:
+        """From 0.1 at g = 1 to 0.01 at g = ``gamma``, on a line."""
+        return 0.1 - 0.09 * (gamma - 1) / max(self.gamma - 1, 1e-9)
+
+    def _unorthogonal(self, a: Tensor) -> Tensor:
+        """``||A'A - I||^2`` through the small Gram matrix: ``||A A'||^2 - 2 ||A||^2 + inputs``."""
+        loss: Tensor = (a @ a.T).square().sum() - 2 * a.square().sum() + a.shape[1]
+        return loss
+
+    def server_step(self, state: ServerState, aggregate: Aggregate) -> ServerState:
+        """The rule above."""
+        mean = W.WeightedMean()
+        for member in aggregate.members:
+            mean.add(member.slots["update"], member.share)
+        update = mean.value()
+        if not self.reference:
+            update |= {name: self._principal(aggregate.members, name, state.weights[name]) for name in update if factors.is_a(name)}
+        return state.after(W.add(state.weights, update))
+
+    def _principal(self, members: tuple[Member, ...], name: str, old: Tensor) -> Tensor:
+        """Where the mean of the clients' A lies within their leading directions, less where it was."""
+        own = (stacked(members, name) + old.double()).flatten(1)
+        shares = torch.tensor([member.share for member in members], dtype=torch.float64)
+        _, s, vt = torch.linalg.svd(own, full_matrices=False)
+        kept = s.square().cumsum(0) / s.square().sum().clamp(min=torch.finfo(s.dtype).tiny)
+        directions = vt[: 1 + int((kept < self.energy - 1e-12).sum())]
+        return (shares @ own @ directions.T @ directions).reshape(old.shape) - old.double()

@@ -1,0 +1,110 @@
+"""Arithmetic on LoRA's two factors: ``dW = (alpha / r) B A`` with A of shape (r, inputs) and B of shape (outputs, r).
+
+Everything here leaves the factor ``alpha / r`` out. Products of full size are formed only where the result is one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedmllm.types import Weights
+
+_A, _B = ".lora_A.weight", ".lora_B.weight"
+
+
+def is_a(name: str) -> bool:
+    """Whether a tensor is a factor A."""
+    return name.endswith(_A)
+
+
+def is_b(name: str) -> bool:
+    """Whether a tensor is a factor B."""
+    return name.endswith(_B)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One module's factors: ``a`` of shape (rank, inputs), ``b`` of shape (outputs, rank)."""
+
+    a: Tensor
+    b: Tensor
+
+    def product(self) -> Tensor:
+        """``B A`` in float64, shape (outputs, inputs)."""
+        return self.b.double() @ self.a.double()
+
+
+def pairs(weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Pair]]:
+    """Factors by module, in the order of the tensors."""
+    for name, a in weights.items():
+        if is_a(name):
+            module = name.removesuffix(_A)
+            yield module, Pair(a, weights[module + _B])
+
+
+def named(modules: Mapping[str, Pair]) -> Weights:
+    """The opposite of ``pairs``."""
+    return {name: tensor for module, pair in modules.items() for name, tensor in ((module + _A, pair.a), (module + _B, pair.b))}
+
+
+def products(weights: Mapping[str, Tensor]) -> Weights:
+    """``B A`` by module, float64."""
+    return {module: pair.product() for module, pair in pairs(weights)}
+
+
+def product_norm(weights: Mapping[str, Tensor]) -> float:
+    """Frobenius norm of all products together, from the factors' Gram matrices: ``||B A||^2 = <B'B, A A'>``."""
+    squares = [((p.b.double().T @ p.b.double()) * (p.a.double() @ p.a.double().T)).sum() for _, p in pairs(weights)]
+    return float(torch.stack(squares).sum().clamp(min=0).sqrt())
+
+
+def cut(weights: Mapping[str, Tensor], rank: int | None) -> Weights:
+    """The first ``rank`` rows of every A and columns of every B; all of them for None."""
+    if rank is None:
+        return dict(weights)
+    return {n: t[:rank].contiguous() if is_a(n) else t[:, :rank].contiguous() if is_b(n) else t for n, t in weights.items()}
+
+
+def padded(weights: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> Weights:
+    """Zeros behind the rows of A and columns of B, up to the shapes of ``like``; the opposite of ``cut``."""
+    return {name: tensor if tensor.shape == like[name].shape else _grown(tensor, like[name].shape) for name, tensor in weights.items()}
+
+
+def _grown(tensor: Tensor, shape: torch.Size) -> Tensor:
+    grown = tensor.new_zeros(shape)
+    grown[: tensor.shape[0], : tensor.shape[1]] = tensor
+    return grown
+
+
+def stack(members: Sequence[Weights], shares: Sequence[float]) -> dict[str, Pair]:
+    """Factors of ``sum_k share_k B_k A_k``, by module: ``[B_1 | B_2 | ...]`` and ``[share_1 A_1; share_2 A_2; ...]``, float64."""
+    return {
+        module: Pair(
+            torch.cat([share * m[module + _A].double() for share, m in zip(shares, members, strict=True)]),
+            torch.cat([m[module + _B].double() for m in members], dim=1),
+        )
+        for module, _ in pairs(members[0])
+    }
+
+
+def compress(pair: Pair, rank: int) -> Pair:
+    """The best approximation of ``B A`` of a lower rank, in the Frobenius norm: ``B = U_r S_r``, ``A = V_r'``.
+
+    QR of both factors, then the SVD of the small product of their triangles; nothing of size (outputs, inputs) is formed.
+    Signs are fixed (the largest entry of every row of A is positive), so that equal inputs give equal factors.
+    """
+    q_b, r_b = torch.linalg.qr(pair.b.double())
+    q_a, r_a = torch.linalg.qr(pair.a.double().T)
+    u, s, vt = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
+    b, a = q_b @ (u[:, :rank] * s[:rank]), vt[:rank] @ q_a.T
+    sign = a.gather(1, a.abs().argmax(1, keepdim=True)).sign()
+    return Pair(_grown(a * sign, torch.Size((rank, a.shape[1]))), _grown(b * sign.T, torch.Size((b.shape[0], rank))))
+
+
+def to_float(modules: Iterable[tuple[str, Pair]]) -> Weights:
+    """Named factors in float32."""
+    return named({module: Pair(pair.a.float(), pair.b.float()) for module, pair in modules})
