@@ -122,4 +122,5 @@ class YOCO(FedAvg):
         _, s, vt = torch.linalg.svd(own, full_matrices=False)
         kept = s.square().cumsum(0) / s.square().sum().clamp(min=torch.finfo(s.dtype).tiny)
         directions = vt[: 1 + int((kept < self.energy - 1e-12).sum())]
-        return (shares @ own @ directions.T @ directions).reshape(old.shape) - old.double()
+        mean: Tensor = (shares @ own @ directions.T @ directions).reshape(old.shape)
+        return mean - old.double()
