@@ -1,0 +1,182 @@
+"""Every method in four scenarios on two embedded tasks, three seeds: one line of JSON per cell, resumable.
+
+    python benchmarks/methods.py [--seeds 0 1 2] [--shard 0/2] [--only fedavg yoco] [--output benchmarks/results/methods.jsonl]
+
+Cells that are in the file already are skipped. The cell of ``fedavg`` also trains the baselines. ``--table`` prints mean and standard
+error over seeds instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fedmllm import Experiment, train
+
+SCENARIOS = ("aligned-0.5", "missing-0.4", "cross-5:5", "hybrid-0.7")
+TASKS: dict[str, dict[str, Any]] = {
+    "digits-claims": {"num_train": 300, "num_test": 400, "num_rounds": 10},
+    "digits-triage": {"num_train": 400, "num_test": 300, "num_rounds": 8},
+}
+BASELINES = ("zero_shot", "local", "centralized")
+COHORT, CLIENTS, ONE_SHOT_EPOCHS = 5, 10, 10
+
+ROWS: dict[str, dict[str, Any]] = {
+    "fedavg": {},
+    "fedprox": {"algorithm": {"name": "fedprox"}},
+    "scaffold": {"algorithm": {"name": "scaffold"}},
+    "fednova": {"algorithm": {"name": "fednova"}},
+    "fedavgm": {"algorithm": {"name": "fedavgm"}},
+    "fedavgm, rate 0.1": {"algorithm": {"name": "fedavgm", "parameters": {"server_learning_rate": 0.1}}},
+    "fedadagrad": {"algorithm": {"name": "fedadagrad"}},
+    "fedadagrad, rate 0.01": {"algorithm": {"name": "fedadagrad", "parameters": {"server_learning_rate": 0.01}}},
+    "fedadam": {"algorithm": {"name": "fedadam"}},
+    "fedadam, rate 0.01": {"algorithm": {"name": "fedadam", "parameters": {"server_learning_rate": 0.01}}},
+    "fedyogi": {"algorithm": {"name": "fedyogi"}},
+    "fedyogi, rate 0.01": {"algorithm": {"name": "fedyogi", "parameters": {"server_learning_rate": 0.01}}},
+    "median": {"algorithm": {"name": "median"}},
+    "trimmed_mean": {"algorithm": {"name": "trimmed_mean"}},
+    "krum": {"algorithm": {"name": "krum"}},
+    "ffa_lora": {"algorithm": {"name": "ffa_lora"}},
+    "rolora": {"algorithm": {"name": "rolora"}},
+    "flora": {"algorithm": {"name": "flora"}},
+    "fedex_lora": {"algorithm": {"name": "fedex_lora"}},
+    "flexlora": {"algorithm": {"name": "flexlora"}},
+    "hetlora": {"algorithm": {"name": "hetlora"}},
+    "fedilora": {"algorithm": {"name": "fedilora"}},
+    "fedsa_lora": {"algorithm": {"name": "fedsa_lora"}},
+    "ditto": {"algorithm": {"name": "ditto"}},
+    "FedMLLM(fedavg)": {"algorithm": {"name": "FedMLLM(fedavg)"}},
+    "FedMLLM(fedyogi), rate 0.01": {"algorithm": {"name": "FedMLLM(fedyogi)", "parameters": {"server_learning_rate": 0.01}}},
+    "fedavg, specific prompt": {"data": {"prompt": "specific"}},
+    "fedavg + feature_alignment": {"algorithm": {"strategies": ["feature_alignment"]}},
+    "fedavg + modality_coverage": {"algorithm": {"strategies": ["modality_coverage"]}},
+    "fedavg, one shot": {"one_shot": True},
+    "yoco": {"one_shot": True, "algorithm": {"name": "yoco"}},
+    "yoco, reference": {"one_shot": True, "algorithm": {"name": "yoco", "parameters": {"reference": True}}},
+}
+
+
+def cells(seeds: list[int], only: list[str]) -> Iterator[tuple[str, str, str, int]]:
+    """(task, scenario, row, seed), seed by seed."""
+    for seed in seeds:
+        for row in only or ROWS:
+            for task in TASKS:
+                for scenario in SCENARIOS:
+                    yield task, scenario, row, seed
+
+
+def experiment(task: str, scenario: str, row: str, seed: int) -> Experiment:
+    """A cell's settings."""
+    extra, size = dict(ROWS[row]), TASKS[task]
+    one_shot = extra.pop("one_shot", False)
+    sections: dict[str, dict[str, Any]] = {
+        "data": {"dataset": task, "num_train": size["num_train"], "num_test": size["num_test"]},
+        "federation": {
+            "num_clients": CLIENTS,
+            "clients_per_round": CLIENTS if one_shot else COHORT,
+            "num_rounds": 1 if one_shot else size["num_rounds"],
+            "scenario": scenario,
+        },
+        "algorithm": {},
+        "training": {"batch_size": 8, "learning_rate": 3e-3, "local_epochs": ONE_SHOT_EPOCHS if one_shot else 1},
+        "evaluation": {"every": 0, "baselines": list(BASELINES) if row == "fedavg" else []},
+        "engine": {"device": "cpu"},
+    }
+    for name, values in extra.items():
+        sections[name] |= values
+    return Experiment.parse({**sections, "seed": seed})
+
+
+def measure(task: str, scenario: str, row: str, seed: int) -> dict[str, Any]:
+    """Train one cell in a folder that is thrown away."""
+    with tempfile.TemporaryDirectory() as folder:
+        result = train(experiment(task, scenario, row, seed), Path(folder) / "run")
+        rounds = [json.loads(line) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()]
+    own = [line for line in rounds if line["stage"] == "federated"]
+    return {
+        "task": task,
+        "scenario": scenario,
+        "row": row,
+        "seed": seed,
+        "metric": result.metric,
+        "scores": {name: score for name, score in result.scores.items() if score is not None},
+        "standard_error": result.standard_errors["federated"],
+        "bytes_up": result.bytes_up,
+        "bytes_down": result.bytes_down,
+        "bytes_held": max(line["bytes_held"] for line in own),
+        "server_seconds": sum(line["seconds"]["aggregate"] for line in own),
+        "seconds": result.seconds_by_stage["federated"],
+        "machine": f"{platform.machine()}, CPU",
+        "versions": result.versions,
+    }
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The cells measured so far."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measure what is missing of this shard."""
+    index, count = map(int, options.shard.split("/"))
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    for position, cell in enumerate(cells(options.seeds, options.only)):
+        done = {(line["task"], line["scenario"], line["row"], line["seed"]) for line in read(options.output)}
+        if position % count != index or cell in done:
+            continue
+        line = measure(*cell)
+        with options.output.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        print(*cell, f"{line['scores']['federated']:.3f}", f"{line['seconds']:.0f} s", flush=True)
+
+
+def table(lines: list[dict[str, Any]]) -> str:
+    """Mean and standard error over seeds by row, task and scenario, in percent; the last column is the mean of all cells."""
+    columns = [(task, scenario) for task in TASKS for scenario in SCENARIOS]
+    names = [*({"zero_shot": "zero-shot", "local_mean": "local", "centralized": "centralized", "ceiling": "ceiling"}), *ROWS]
+    titles = [f"{task.removeprefix('digits-')} {scenario}" for task, scenario in columns]
+    rows = [f"| method | {' | '.join(titles)} | mean |"]
+    rows.append("|---" * (len(columns) + 2) + "|")
+    for name in names:
+        key, row = ("federated", name) if name in ROWS else (name, "fedavg")
+        groups = [
+            [
+                line["scores"][key]
+                for line in lines
+                if (line["task"], line["scenario"], line["row"]) == (*column, row) and key in line["scores"]
+            ]
+            for column in columns
+        ]
+        if any(groups):
+            whole = statistics.mean(map(statistics.mean, groups)) if all(groups) else None
+            rows.append(f"| {name} | {' | '.join(map(cell_text, groups))} | {'' if whole is None else f'{100 * whole:.1f}'} |")
+    return "\n".join(rows)
+
+
+def cell_text(scores: list[float]) -> str:
+    """``81.2 (0.9)``: mean and standard error over seeds."""
+    if not scores:
+        return ""
+    error = f" ({100 * statistics.stdev(scores) / len(scores) ** 0.5:.1f})" if len(scores) > 1 else ""
+    return f"{100 * statistics.mean(scores):.1f}{error}"
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--shard", default="0/1")
+    parser.add_argument("--only", nargs="+", choices=list(ROWS), default=[])
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "methods.jsonl")
+    parser.add_argument("--table", action="store_true")
+    chosen = parser.parse_args()
+    if chosen.table:
+        print(table(read(chosen.output)))
+    else:
+        run(chosen)
