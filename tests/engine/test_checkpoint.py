@@ -76,3 +76,39 @@ def test_broken_metrics_are_named(tmp_path: Path) -> None:
     store.metrics_file.write_text("{}}\n")
     with pytest.raises(RunError, match=r"metrics\.jsonl: a line is not JSON"):
         store.records("s")
+
+
+def kept(value: float) -> dict[str, dict[str, torch.Tensor]]:
+    return {"control": {"w": torch.full((2,), value)}}
+
+
+def test_a_client_finds_what_it_kept_before_the_round(tmp_path: Path) -> None:
+    """A round that was cut short leaves a file of its own behind, which the round's second run must not see."""
+    states = RunStore(tmp_path).client_states("federated")
+    assert states.load("a", 3) == {}
+    for round_num in (1, 4, 6):
+        states.save("a", round_num, kept(round_num))
+    assert states.load("b", 9) == {}
+    assert [float(states.load("a", r)["control"]["w"][0]) for r in (5, 6, 7, 100)] == [4, 4, 6, 6]
+    states.save("a", 6, kept(60))
+    assert float(states.load("a", 7)["control"]["w"][0]) == 60
+    assert float(states.load("a", 6)["control"]["w"][0]) == 4
+
+
+def test_clients_files_do_not_pile_up(tmp_path: Path) -> None:
+    states = RunStore(tmp_path).client_states("federated")
+    for round_num in range(12):
+        states.save("a", round_num, kept(round_num))
+    assert sorted(path.name for path in (tmp_path / "checkpoints" / "federated-clients" / "a").iterdir()) == [
+        "10.safetensors",
+        "11.safetensors",
+    ]
+
+
+def test_a_damaged_client_state_is_named(tmp_path: Path) -> None:
+    states = RunStore(tmp_path).client_states("federated")
+    states.save("a", 0, kept(1.0))
+    (path,) = (tmp_path / "checkpoints" / "federated-clients" / "a").iterdir()
+    path.write_bytes(path.read_bytes()[:20])
+    with pytest.raises(RunError, match=r"a/0\.safetensors: damaged checkpoint .*start the run anew"):
+        states.load("a", 1)

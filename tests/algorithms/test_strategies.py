@@ -1,0 +1,176 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import fedmllm.algorithms.strategies as package
+from fedmllm.algorithms import STRATEGIES, AlgorithmConfig, Client, ServerState, StrategyConfig, build_algorithm
+from fedmllm.algorithms.strategies.adaptive_regularization import AdaptiveRegularization, depth, profile_distance
+from fedmllm.algorithms.strategies.modality_coverage import ModalityCoverage, coverage
+from fedmllm.config import Experiment
+from fedmllm.errors import ConfigError
+from fedmllm.training.local import LocalRule
+from fedmllm.types import Broadcast, ClientUpdate, Population, Weights
+
+NAMES = [f"base.layers.{i}.q_proj.lora_{factor}.weight" for i in range(28) for factor in "AB"]
+
+
+def weights(value: float = 0.0) -> Weights:
+    return {name: torch.full((2, 2), value) for name in NAMES}
+
+
+def broadcast(profile: dict[str, int] | None = None) -> Broadcast:
+    return Broadcast(0, weights(), population=Population(10, profile or {}))
+
+
+def penalty(strategy: AdaptiveRegularization, own: dict[str, int], everyone: dict[str, int]) -> float:
+    rule = strategy.rule(LocalRule(), broadcast(everyone), Client(profile=own))
+    return 0.0 if rule.penalty is None else float(rule.penalty(weights(1.0), weights(), 0.0))
+
+
+def test_every_strategy_has_a_file() -> None:
+    files = {path.stem for path in Path(package.__file__).parent.glob("*.py")} - {"__init__", "base"}
+    assert set(STRATEGIES) == files
+
+
+def test_the_published_window_of_28_layers_is_4_to_23() -> None:
+    """Mu = 0.01, weight 0.1, layers s..L-1-s with s = 4: 20 layers of two tensors of four entries at distance 1."""
+    assert AdaptiveRegularization().window(28) == range(4, 24)
+    assert penalty(AdaptiveRegularization(), {"image": 1}, {"image": 9}) == pytest.approx(0.5 * 0.01 * 0.1 * 20 * 2 * 4, rel=1e-5)
+
+
+@pytest.mark.parametrize(("layers", "window"), [(1, range(1)), (6, range(6)), (7, range(1, 6)), (32, range(4, 28)), (80, range(11, 69))])
+def test_the_window_is_a_fraction_of_any_decoder(layers: int, window: range) -> None:
+    assert AdaptiveRegularization().window(layers) == window
+
+
+def test_layers_can_be_given_and_must_leave_some() -> None:
+    assert AdaptiveRegularization(skip_layers=2).window(6) == range(2, 4)
+    with pytest.raises(ConfigError, match="leaving out 3 layers at each end leaves none of 6"):
+        AdaptiveRegularization(skip_layers=3).window(6)
+
+
+def test_the_pull_grows_with_the_distance_of_the_profiles() -> None:
+    strategy, everyone = AdaptiveRegularization(adaptivity=4.0), {"image": 50, "text": 50}
+    same, half, other = (penalty(strategy, own, everyone) for own in ({"image": 3, "text": 3}, {"image": 4}, {"audio": 1}))
+    plain = penalty(AdaptiveRegularization(), {"image": 1}, everyone)
+    assert same == pytest.approx(plain)
+    assert half == pytest.approx(3 * plain)
+    assert other == pytest.approx(5 * plain)
+
+
+def test_full_weight_on_all_layers_is_fedprox() -> None:
+    strategy = AdaptiveRegularization(mu=0.3, weight=1.0, skip_fraction=0.0)
+    prox = build_algorithm(AlgorithmConfig(name="fedprox", parameters={"proximal_mu": 0.3}))
+    rules = [strategy.rule(LocalRule(), broadcast(), Client()), prox.local_rule(broadcast(), Client())]
+    now = {name: torch.randn(2, 2) for name in NAMES}
+    a, b = (rule.penalty(now, weights(), 0.0) for rule in rules if rule.penalty is not None)
+    assert torch.equal(a, b)
+
+
+def test_penalties_add_up() -> None:
+    method = build_algorithm(AlgorithmConfig(name="fedprox", parameters={"proximal_mu": 0.2}, strategies=("adaptive_regularization",)))  # type: ignore[arg-type]
+    rule = method.local_rule(broadcast(), Client())
+    assert rule.penalty is not None
+    expected = 0.5 * 0.2 * 56 * 4 + 0.5 * 0.001 * 40 * 4
+    assert float(rule.penalty(weights(1.0), weights(), 0.0)) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "distance"),
+    [({"x": 1}, {"x": 7}, 0.0), ({"x": 1}, {"y": 1}, 1.0), ({"x": 1, "y": 1}, {"x": 3, "y": 1}, 0.25), ({}, {"x": 1}, 0.0)],
+)
+def test_profile_distance_is_total_variation(a: dict[str, int], b: dict[str, int], distance: float) -> None:
+    assert profile_distance(a, b) == profile_distance(b, a) == pytest.approx(distance)
+
+
+NEUTRAL = {
+    "adaptive_regularization": {"mu": 0.0},
+    "agnostic_prompt": {},
+    "feature_alignment": {"weight": 0.0},
+    "modality_coverage": {"power": 0.0},
+}
+
+
+@pytest.mark.parametrize("name", sorted(STRATEGIES))
+def test_neutral_parameters_change_nothing(name: str) -> None:
+    plain = build_algorithm(AlgorithmConfig())
+    method = build_algorithm(AlgorithmConfig(strategies=(StrategyConfig(name=name, parameters=NEUTRAL[name]),)))
+    assert method.local_rule(broadcast({"image": 1}), Client()) == plain.local_rule(broadcast(), Client())
+    update = ClientUpdate("c", weights(1.0), 7, profile={"image": 7})
+    state = ServerState(weights(), population=Population(2, {"image": 7, "text": 50}))
+    assert method.fold(state, update)[1] == plain.fold(state, update)[1] == 7.0
+
+
+def test_coverage_gives_each_modality_the_same_say() -> None:
+    """100 pictures and 50 texts on 3 clients: one with 100 pictures, two with 25 texts each. c_k: 1/2, 1/4, 1/4 of the say."""
+    everyone = {"image": 100, "text": 50}
+    pictures, texts = ({"image": 100}, {"text": 25})
+    weighed = [n * float(coverage(own, everyone)) for n, own in ((100, pictures), (25, texts), (25, texts))]
+    np.testing.assert_allclose(np.array(weighed) / sum(weighed), [0.5, 0.25, 0.25])
+
+
+def test_samples_that_hold_several_modalities_count_for_more() -> None:
+    everyone = {"image": 40, "text": 40, "image+text": 20}
+    assert coverage({"image+text": 10}, everyone) == 2 * coverage({"image": 10}, everyone)
+
+
+def test_complete_clients_keep_their_weight_bit_for_bit() -> None:
+    state = ServerState(weights(), population=Population(3, {"image+text": 333}))
+    assert ModalityCoverage().reweigh(37.0, state, ClientUpdate("c", {}, 37, profile={"image+text": 37})) == 37.0
+    assert ModalityCoverage().reweigh(37.0, state, ClientUpdate("c", {}, 37)) == 37.0
+
+
+def test_fedmllm_is_one_word() -> None:
+    config = AlgorithmConfig(name="FedMLLM(fedyogi)", parameters={"server_learning_rate": 0.01})
+    assert config.method == "fedyogi"
+    assert config.strategy_names == ("agnostic_prompt", "adaptive_regularization")
+    method = build_algorithm(config)
+    assert "momentum" in method.init(weights(), None).slots  # type: ignore[arg-type]
+    assert method.local_rule(broadcast(), Client()).penalty is not None
+    assert AlgorithmConfig.model_validate(config.model_dump(mode="json")) == config
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "part"),
+    [
+        ({"name": "FedMLLM(fedyoga)"}, "'fedyoga' is no method"),
+        ({"strategies": ["prompt"]}, "'prompt' is no strategy; known: adaptive_regularization"),
+        ({"strategies": [{"name": "feature_alignment", "parameters": {"mu": 1}}]}, "feature_alignment has no 'mu'; it takes weight"),
+        ({"strategies": [{"name": "feature_alignment", "parameters": {"weight": -1}}]}, "weight must not be negative"),
+        ({"strategies": ["feature_alignment", "feature_alignment"]}, "feature_alignment is there twice"),
+        ({"name": "FedMLLM(fedavg)", "strategies": ["adaptive_regularization"]}, "adaptive_regularization is there twice"),
+        ({"strategies": [{"name": "adaptive_regularization", "parameters": {"skip_fraction": 0.5}}]}, "must lie in [0, 0.5)"),
+    ],
+)
+def test_wrong_strategies_are_refused(algorithm: dict[str, object], part: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Experiment.parse({"algorithm": algorithm})
+    assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "part"),
+    [
+        (
+            {"algorithm": {"name": "FedMLLM(fedavg)"}, "data": {"prompt": "specific"}},
+            "data.prompt: algorithm.strategies has agnostic_prompt",
+        ),
+        ({"algorithm": {"name": "krum"}, "federation": {"clients_per_round": 4}}, "krum with these parameters needs 5 clients"),
+        ({"lora": {"client_ranks": [4, 8]}}, "fedavg needs one rank everywhere; leave it out, or use fedilora, flexlora, flora, hetlora"),
+        ({"lora": {"client_ranks": [4, 16]}, "algorithm": {"name": "hetlora"}}, "must lie between 1 and r = 8, is 16"),
+        ({"lora": {"client_ranks": [0]}, "algorithm": {"name": "hetlora"}}, "must lie between 1 and r = 8, is 0"),
+    ],
+)
+def test_methods_that_do_not_fit_the_experiment_are_refused(values: dict[str, object], part: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Experiment.parse(values)
+    assert part in str(caught.value)
+
+
+def test_a_model_without_numbered_layers_is_refused_by_the_window() -> None:
+    with pytest.raises(ConfigError, match="names no decoder layer"):
+        depth(("base.encoder.q_proj.lora_A.weight",))

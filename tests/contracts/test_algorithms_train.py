@@ -1,0 +1,107 @@
+"""Every method trains the embedded model: real clients, ten rounds, with all strategies and, where it can, ranks that differ."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+
+from fedmllm import weights as W
+from fedmllm.algorithms import ALGORITHMS, STRATEGIES, Adapted, AlgorithmConfig, ServerState, StrategyConfig, build_algorithm
+from fedmllm.data.federated import FederatedData
+from fedmllm.engine.checkpoint import RunStore
+from fedmllm.engine.in_process import InProcessEngine
+from fedmllm.engine.rounds import Loop, Stage, run_stage
+from fedmllm.models.load import VisionLanguageModel
+from fedmllm.models.lora import frozen_weights, lora_scale, read_weights, write_weights
+from fedmllm.training.batches import Encoder
+from fedmllm.training.local import TrainingConfig
+from fedmllm.types import Record, Sample
+
+STEADY = {"fedadagrad": {"server_learning_rate": 0.01}, "fedavgm": {"server_learning_rate": 0.2}}
+"""Where the published rate needs more than ten rounds, or makes too large a step."""
+
+
+@pytest.fixture
+def clients(federation: FederatedData) -> dict[str, list[Sample]]:
+    """Five clients of two samples."""
+    samples = itertools.chain.from_iterable(zip(*federation.clients.values(), strict=False))
+    return {f"c{k}": list(itertools.islice(samples, 2)) for k in range(5)}
+
+
+def trained(
+    name: str, clients: dict[str, list[Sample]], vlm: VisionLanguageModel, encoder: Encoder, folder: Path, rounds: int, *strategies: str
+) -> tuple[ServerState, list[Record]]:
+    config = AlgorithmConfig(
+        name=name, parameters=STEADY.get(name, {}), strategies=tuple(StrategyConfig(name=strategy) for strategy in strategies)
+    )
+    algorithm, training = build_algorithm(config), TrainingConfig(schedule="constant", learning_rate=3e-3)
+    loop = Loop(algorithm, InProcessEngine(vlm, encoder, training), training, lambda weights, base: {"score": 0.0}, RunStore(folder), 0)
+    ranks = dict(zip(clients, (2, 8, 4, 8, 1), strict=True)) if algorithm.heterogeneous_ranks else {}
+    start = algorithm.init(read_weights(vlm.model), Adapted(frozen_weights(vlm), lora_scale(vlm.model)))
+    state = run_stage(loop, Stage("federated", clients, rounds, 5, ranks=ranks), start)
+    return state, RunStore(folder).records("federated")
+
+
+@pytest.mark.parametrize("name", sorted(ALGORITHMS))
+def test_ten_rounds_lower_the_loss(
+    name: str, clients: dict[str, list[Sample]], vlm: VisionLanguageModel, encoder: Encoder, tmp_path: Path
+) -> None:
+    state, records = trained(name, clients, vlm, encoder, tmp_path, 10)
+    losses = [record["loss"] for record in records]
+    assert losses[-1] < 0.9 * losses[0], losses
+    assert W.is_finite(state.weights)
+    assert not any(record["refused"] for record in records)
+
+
+@pytest.mark.parametrize("name", sorted(ALGORITHMS))
+def test_every_strategy_composes_with_every_method(
+    name: str, clients: dict[str, list[Sample]], vlm: VisionLanguageModel, encoder: Encoder, tmp_path: Path
+) -> None:
+    state, records = trained(name, clients, vlm, encoder, tmp_path, 1, *STRATEGIES)
+    assert W.is_finite(state.weights)
+    assert not records[0]["refused"]
+
+
+def test_clients_send_at_their_own_rank(
+    clients: dict[str, list[Sample]], vlm: VisionLanguageModel, encoder: Encoder, tmp_path: Path
+) -> None:
+    """Ranks 2, 8, 4, 8 and 1 of 8: 23 eighths of an adapter in both directions."""
+    _, records = trained("hetlora", clients, vlm, encoder, tmp_path, 1)
+    adapter = W.num_bytes(read_weights(vlm.model))
+    assert records[0]["bytes_up"] == records[0]["bytes_down"] == adapter * 23 // 8
+
+
+def test_a_client_of_lower_rank_trains_as_a_model_of_that_rank(
+    clients: dict[str, list[Sample]], vlm: VisionLanguageModel, encoder: Encoder, tmp_path: Path
+) -> None:
+    """Zeros beyond its rank stay zeros: the single client's update, padded, is what the server ends with."""
+    only = {"c4": clients["c4"]}
+    algorithm, training = build_algorithm(AlgorithmConfig(name="hetlora")), TrainingConfig(learning_rate=3e-3)
+    loop = Loop(algorithm, InProcessEngine(vlm, encoder, training), training, lambda w, b: {"score": 0.0}, RunStore(tmp_path), 0)
+    state = run_stage(loop, Stage("federated", only, 3, 1, ranks={"c4": 2}), algorithm.init(read_weights(vlm.model), Adapted()))
+    for name, tensor in state.weights.items():
+        beyond = tensor[2:] if name.endswith("lora_A.weight") else tensor[:, 2:]
+        assert float(beyond.abs().max()) == 0
+        assert float(tensor.abs().max()) > 0
+
+
+def changed(a: ServerState, b: ServerState) -> set[str]:
+    """Which factors differ: A, B or both."""
+    return {name.split(".")[-2] for name in a.weights if not torch.equal(a.weights[name], b.weights[name])}
+
+
+@pytest.mark.parametrize(("name", "moves"), [("ffa_lora", ["lora_B", "lora_B"]), ("rolora", ["lora_B", "lora_A"])])
+def test_what_rests_does_not_move(
+    name: str, moves: list[str], clients: dict[str, list[Sample]], vlm: VisionLanguageModel, encoder: Encoder, tmp_path: Path
+) -> None:
+    """FFA-LoRA never moves A; RoLoRA moves B in the first round and A in the second. Afterwards everything trains again."""
+    initial = read_weights(vlm.model)
+    states = [ServerState(initial)]
+    for rounds in (1, 2):
+        write_weights(vlm.model, initial)
+        states.append(trained(name, clients, vlm, encoder, tmp_path / str(rounds), rounds)[0])
+    assert [changed(a, b) for a, b in itertools.pairwise(states)] == [{move} for move in moves]
+    assert all(parameter.requires_grad for name, parameter in vlm.model.named_parameters() if "lora_" in name)

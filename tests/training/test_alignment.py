@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from fedmllm import weights as W
+from fedmllm.data.federated import FederatedData
+from fedmllm.models.encoding import answer_logits, collate
+from fedmllm.models.load import VisionLanguageModel
+from fedmllm.models.lora import read_weights, trainable
+from fedmllm.training.alignment import backward_alignment, divergence
+from fedmllm.training.batches import Encoder, Step
+from fedmllm.training.local import LocalRule, LocalTask, TrainingConfig, train_locally
+
+
+def test_divergence_is_the_sum_of_kl_over_the_masked_columns() -> None:
+    teacher, student = torch.randn(2, 3, 5), torch.randn(2, 3, 5)
+    mask = torch.tensor([[True, True, False], [False, True, False]])
+    p, q = (np.exp(t.double().numpy()) / np.exp(t.double().numpy()).sum(-1, keepdims=True) for t in (teacher, student))
+    expected = (p * np.log(p / q)).sum(-1)[mask.numpy()].sum()
+    assert float(divergence(teacher, student, mask)) == pytest.approx(expected, rel=1e-4)
+    assert float(divergence(teacher, teacher, mask)) == pytest.approx(0, abs=1e-6)
+
+
+@pytest.fixture
+def step(federation: FederatedData, encoder: Encoder) -> Step:
+    """Four complete samples and two that lost something."""
+    samples = [sample for client in federation.clients.values() for sample in client]
+    complete = [s for s in samples if len(s.content) == 2][:4]
+    incomplete = [s for s in samples if len(s.content) == 1][:2]
+    return Step((tuple(map(encoder.with_reduced, complete + incomplete)),))
+
+
+def test_complete_samples_carry_a_copy_for_each_modality_they_can_lose(step: Step, encoder: Encoder) -> None:
+    assert [len(sample.reduced) for sample in step.samples] == [2, 2, 2, 2, 0, 0]
+    without_image, without_text = step.samples[0].reduced
+    assert "pixel_values" not in without_image.extras
+    assert "pixel_values" in without_text.extras
+    assert all(torch.equal(copy.answer_ids, step.samples[0].answer_ids) for copy in step.samples[0].reduced)
+
+
+def gradients(vlm: VisionLanguageModel, step: Step, max_tokens: int) -> dict[str, torch.Tensor]:
+    vlm.model.zero_grad()
+    backward_alignment(vlm, step, 1.0, np.random.default_rng(0), max_tokens)
+    return {name: p.grad.clone() for name, p in trainable(vlm.model) if p.grad is not None}
+
+
+def test_the_gradient_does_not_depend_on_how_the_samples_are_packed(vlm: VisionLanguageModel, step: Step) -> None:
+    together, singly = gradients(vlm, step, 8192), gradients(vlm, step, 1)
+    assert together.keys() == singly.keys() != set()
+    assert W.norm(W.subtract(together, singly)) < 1e-4 * W.norm(together)
+
+
+def test_without_complete_samples_nothing_is_added(vlm: VisionLanguageModel, step: Step) -> None:
+    assert gradients(vlm, Step((tuple(step.samples[4:]),)), 8192) == {}
+
+
+def test_alignment_brings_the_answers_together(vlm: VisionLanguageModel, step: Step) -> None:
+    """Trained on the same samples, the copies answer more like the complete samples than without the term."""
+    task = LocalTask("c", 0, 0, step.samples, read_weights(vlm.model), 3e-3)
+    config = TrainingConfig(local_epochs=6)
+
+    def apart(weight: float) -> float:
+        train_locally(vlm, task, LocalRule(alignment=weight), config)
+        vlm.model.zero_grad()
+        pairs = [(s, replace(copy, reduced=())) for s in step.samples for copy in s.reduced]
+        with torch.no_grad():
+            sides = [collate(vlm, [pair[side] for pair in pairs]) for side in (0, 1)]
+            return float(divergence(answer_logits(vlm, sides[0]), answer_logits(vlm, sides[1]), sides[0].answer_mask))
+
+    assert apart(2.0) < 0.7 * apart(0.0)
