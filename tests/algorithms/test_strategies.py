@@ -91,6 +91,7 @@ NEUTRAL = {
     "adaptive_regularization": {"mu": 0.0},
     "agnostic_prompt": {},
     "feature_alignment": {"weight": 0.0},
+    "label_calibration": {"strength": 0.0},
     "modality_coverage": {"power": 0.0},
 }
 

@@ -13,6 +13,7 @@ from fedmllm.engine.checkpoint import ClientStates
 from fedmllm.models.load import VisionLanguageModel
 from fedmllm.models.lora import write_base
 from fedmllm.training.batches import Encoder
+from fedmllm.training.calibration import calibrated
 from fedmllm.training.local import LocalRule, LocalTask, TrainingConfig, train_locally
 from fedmllm.types import Broadcast, ClientUpdate, Sample
 
@@ -82,4 +83,6 @@ class InProcessEngine:
         received = weights if rank is None else factors.padded(factors.cut(weights, rank), weights)
         encode = self.encoder.with_reduced if rule.alignment else self.encoder
         encoded = [encode(sample) for sample in samples]
+        if rule.calibration:
+            encoded = calibrated(self.vlm, samples, encoded, rule.calibration)
         return LocalTask(name, assignment.broadcast.round_num, assignment.seed, encoded, received, assignment.learning_rate)

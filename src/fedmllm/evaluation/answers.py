@@ -7,9 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fedmllm.data.prompts import letters
-from fedmllm.errors import ModelError
-from fedmllm.models.encoding import Encoded, collate
+from fedmllm.models.encoding import Encoded, collate, option_tokens
 from fedmllm.models.load import VisionLanguageModel
 from fedmllm.types import Prediction, Sample
 
@@ -24,7 +22,7 @@ def choose(vlm: VisionLanguageModel, samples: Sequence[Sample], encoded: Sequenc
     batch = collate(vlm, encoded, with_answers=False)
     with vlm.autocast():
         logits = vlm.model(**batch.inputs, logits_to_keep=1, use_cache=False).logits[:, -1].float().cpu()
-    return [_choice(sample, row, _letter_tokens(vlm, sample)) for sample, row in zip(samples, logits, strict=True)]
+    return [_choice(sample, row, option_tokens(vlm, sample)) for sample, row in zip(samples, logits, strict=True)]
 
 
 def _choice(sample: Sample, logits: Tensor, tokens: list[int]) -> Prediction:
@@ -32,15 +30,6 @@ def _choice(sample: Sample, logits: Tensor, tokens: list[int]) -> Prediction:
     if not torch.isfinite(probabilities).all():
         return Prediction(sample, None)
     return Prediction(sample, sample.options[int(probabilities.argmax())], tuple(probabilities.tolist()))
-
-
-def _letter_tokens(vlm: VisionLanguageModel, sample: Sample) -> list[int]:
-    """The first token of each option's letter."""
-    rows = vlm.tokenizer(list(letters(sample.options)), add_special_tokens=False)["input_ids"]
-    tokens = [row[0] for row in rows]
-    if len(set(tokens)) < len(tokens):
-        raise ModelError(f"the tokenizer of {vlm.name!r} does not tell the options' letters apart by their first token")
-    return tokens
 
 
 @torch.inference_mode()

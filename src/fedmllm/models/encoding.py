@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fedmllm.data.prompts import letters
 from fedmllm.errors import ModelError
 from fedmllm.models.load import VisionLanguageModel
-from fedmllm.types import Message
+from fedmllm.types import Message, Sample
 
 
 @dataclass(frozen=True)
@@ -27,12 +28,14 @@ class Encoded:
         answer_length: how many of the last tokens are the answer, its end token included.
         extras: the processor's further tensors (``pixel_values`` and the like), stacked along their first axis.
         reduced: the same sample with a modality less, one for each that it can lose; only where training asks for them.
+        option_bias: (tokens, values) added to the logits of the options' letters in training; None for nothing.
     """
 
     input_ids: Tensor
     answer_length: int
     extras: dict[str, Tensor]
     reduced: tuple[Encoded, ...] = ()
+    option_bias: tuple[Tensor, Tensor] | None = None
 
     @property
     def prompt_ids(self) -> Tensor:
@@ -52,10 +55,12 @@ class Batch:
     Attributes:
         inputs: what the model's ``forward`` takes: ``input_ids`` and ``attention_mask`` of shape (samples, length), extras.
         answer_mask: which of the last ``answer_mask.shape[1]`` columns belong to each sample's answer.
+        bias: what training adds to the logits, as (rows, answer columns, tokens) and values; None for nothing.
     """
 
     inputs: dict[str, Tensor]
     answer_mask: Tensor
+    bias: tuple[tuple[Tensor, Tensor, Tensor], Tensor] | None = None
 
 
 def encode(vlm: VisionLanguageModel, messages: Sequence[Message], answer: str) -> Encoded:
@@ -90,7 +95,30 @@ def collate(vlm: VisionLanguageModel, samples: Sequence[Encoded], with_answers: 
     names = sorted({name for sample in samples for name in sample.extras})
     inputs = {name: torch.cat([s.extras[name] for s in samples if name in s.extras]) for name in names}
     inputs |= {"input_ids": input_ids, "attention_mask": attention_mask}
-    return Batch({k: v.to(vlm.device) for k, v in inputs.items()}, answer_mask.to(vlm.device))
+    return Batch({k: v.to(vlm.device) for k, v in inputs.items()}, answer_mask.to(vlm.device), _bias(samples, answers, vlm.device))
+
+
+def _bias(samples: Sequence[Encoded], columns: int, device: torch.device) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor] | None:
+    """The samples' biases, each at the first column of its answer."""
+    held = [(i, columns - sample.answer_length, sample.option_bias) for i, sample in enumerate(samples) if sample.option_bias]
+    if not held:
+        return None
+    places = torch.tensor([[i, column] for i, column, (tokens, _) in held for _ in tokens], device=device)
+    tokens, values = (torch.cat([bias[k] for _, _, bias in held]).to(device) for k in (0, 1))
+    return (places[:, 0], places[:, 1], tokens), values
+
+
+def option_tokens(vlm: VisionLanguageModel, sample: Sample) -> list[int]:
+    """The first token of each option's letter.
+
+    Raises:
+        ModelError: if the tokenizer does not give each letter a first token of its own.
+    """
+    rows = vlm.tokenizer(list(letters(sample.options)), add_special_tokens=False)["input_ids"]
+    tokens = [row[0] for row in rows]
+    if len(set(tokens)) < len(tokens):
+        raise ModelError(f"the tokenizer of {vlm.name!r} does not tell the options' letters apart by their first token")
+    return tokens
 
 
 def answer_nll(vlm: VisionLanguageModel, batch: Batch) -> Tensor:
@@ -99,6 +127,8 @@ def answer_nll(vlm: VisionLanguageModel, batch: Batch) -> Tensor:
     ``nll[i, t] = -log p(token t of answer i | its prompt, the tokens before t)``, in nats and float32.
     """
     logits = answer_logits(vlm, batch)
+    if batch.bias is not None:
+        logits = logits.index_put(batch.bias[0], batch.bias[1], accumulate=True)
     nll = F.cross_entropy(logits.transpose(1, 2), batch.inputs["input_ids"][:, -logits.shape[1] :], reduction="none")
     return nll * batch.answer_mask
 

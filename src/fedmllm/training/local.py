@@ -101,6 +101,7 @@ class LocalRule:
         start: tensors that begin elsewhere than at what the client received.
         records_gradient: whether ``LocalResult.gradient`` is wanted.
         alignment: weight of the loss that makes a complete sample and its copy with a modality less answer alike.
+        calibration: strength of the calibration to the client's own labels (``training.calibration``).
         finish: result -> what is sent and kept.
         personal: a second pass over the same samples, whose weights the client keeps under ``personal``.
     """
@@ -111,6 +112,7 @@ class LocalRule:
     start: Weights = field(default_factory=dict)
     records_gradient: bool = False
     alignment: float = 0.0
+    calibration: float = 0.0
     finish: Callable[[LocalResult], Upload] = plain_upload
     personal: LocalRule | None = None
 

@@ -8,6 +8,7 @@ from fedmllm.algorithms.strategies.adaptive_regularization import AdaptiveRegula
 from fedmllm.algorithms.strategies.agnostic_prompt import AgnosticPrompt
 from fedmllm.algorithms.strategies.base import Composed, Strategy
 from fedmllm.algorithms.strategies.feature_alignment import FeatureAlignment
+from fedmllm.algorithms.strategies.label_calibration import LabelCalibration
 from fedmllm.algorithms.strategies.modality_coverage import ModalityCoverage
 
 __all__ = ["STRATEGIES", "Composed", "Strategy"]
@@ -16,5 +17,6 @@ STRATEGIES: dict[str, type[Any]] = {
     "adaptive_regularization": AdaptiveRegularization,
     "agnostic_prompt": AgnosticPrompt,
     "feature_alignment": FeatureAlignment,
+    "label_calibration": LabelCalibration,
     "modality_coverage": ModalityCoverage,
 }

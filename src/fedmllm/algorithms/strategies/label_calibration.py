@@ -1,0 +1,32 @@
+"""Federated Learning with Label Distribution Skew via Logits Calibration. Zhang et al., ICML 2022; our form is logit adjustment."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from fedmllm.algorithms.base import Client, require_not_negative
+from fedmllm.algorithms.strategies.base import Strategy
+from fedmllm.training.local import LocalRule
+from fedmllm.types import Broadcast
+
+
+@dataclass(frozen=True)
+class LabelCalibration(Strategy):
+    """Clients train on logits to which ``strength log p_k(option)`` is added, p_k the client's own frequencies of answers.
+
+    What a client's skew explains need not be learnt, so that its update carries less of it; in testing nothing is added
+    (logit adjustment, Menon et al., ICLR 2021, client by client; the paper subtracts ``strength n_k(option)^(-1/4)`` instead).
+    Frequencies stay with the client. Questions without options are trained plainly; ``strength = 0`` changes nothing.
+
+    Attributes:
+        strength: of the calibration.
+    """
+
+    strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        require_not_negative(strength=self.strength)
+
+    def rule(self, rule: LocalRule, broadcast: Broadcast, client: Client) -> LocalRule:
+        """The rule with the calibration's strength."""
+        return replace(rule, calibration=self.strength)
