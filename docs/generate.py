@@ -1,7 +1,6 @@
-"""Write ``docs/configuration.md`` from the code it describes: ``python docs/generate.py``."""
+"""Write ``docs/configuration.md``, and the tables of ``docs/methods.md``, from the code they describe: ``python docs/generate.py``."""
 
 import ast
-import dataclasses
 import inspect
 import json
 from collections.abc import Iterable, Iterator
@@ -11,7 +10,8 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
 
-from fedmllm.algorithms import ALGORITHMS
+from fedmllm.benchmark.methods_view import catalog
+from fedmllm.benchmark.methods_view import first_paragraph as _text
 from fedmllm.config import Experiment
 from fedmllm.data.datasets import DATASETS, columns
 from fedmllm.data.datasets.mixture import MixedPart
@@ -21,6 +21,11 @@ from fedmllm.models.families import FAMILIES, GENERIC
 
 SIGNS = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
 WORDS = {type(None): "null", str: "text", Path: "path", tuple: "list of {}", dict: "mapping of {} to {}", Any: "anything"}
+HERE = Path(__file__).parent
+CATALOG = catalog()
+BEGIN, END = "<!-- Written by `python docs/generate.py`, from here -->", "<!-- to here -->"
+FLAGS = {"exact": "Exact", "heterogeneous_ranks": "Ranks may differ", "personalized": "A model per client", "streams": "Streams"}
+CHANGES = {"client": "training", "weight": "weights in the average"}
 INTRO = """<!-- Written by `python docs/generate.py`; change the code and run it again. -->
 # Configuration
 
@@ -59,10 +64,7 @@ def _type(kind: Any) -> str:
 
 def _indexes() -> Iterator[str]:
     """A section for every index behind a setting that is a name."""
-    settings = {
-        n: ", ".join(f"`{f.name}: {json.dumps(f.default)}`" for f in dataclasses.fields(cls)) or "none" for n, cls in ALGORITHMS.items()
-    }
-    methods = ((f"`{n}`", settings[n], _text(inspect.getmodule(cls).__doc__)) for n, cls in ALGORITHMS.items())
+    methods = ((f"`{n}`", _parameters(row), row["reference"]) for n, row in CATALOG["methods"].items())
     yield _table("Methods: algorithm.name", ("Name", "Parameters and defaults", "Publication"), methods)
     datasets = ((f"`{n}`", row.summary, "required" if row.needs_root else "none") for n, row in DATASETS.items())
     yield _table("Datasets: data.dataset", ("Name", "Content", "data.root"), datasets)
@@ -80,13 +82,62 @@ def _indexes() -> Iterator[str]:
     yield _table("Model families: model_type in the model's config.json", ("Type", "What it is"), families)
 
 
-def _text(doc: str | None) -> str:
-    return " ".join((doc or "").strip().split("\n\n")[0].split()).replace("``", "`")
+def methods_page(page: str) -> str:
+    """The page about methods with the tables between its two marks written anew."""
+    head, rest = page.split(BEGIN)
+    _, tail = rest.split(END)
+    tables = (_methods_table(CATALOG["methods"]), _strategies_table(CATALOG["strategies"]))
+    return "\n\n".join([head + BEGIN, *tables, END + tail])
+
+
+def _methods_table(methods: dict[str, Any]) -> str:
+    """What each method sends and keeps, and what it can."""
+    columns = ("Name", "Kind", "Up", "Down", "Each client keeps", "The server keeps", *FLAGS.values(), "Paper")
+    rows = (
+        (
+            f"`{name}`",
+            row["kind"],
+            row["up"],
+            row["down"],
+            ", ".join(f"{size:g} (`{slot}`)" for slot, size in row["client_state"].items()),
+            ", ".join(f"`{slot}`" for slot in row["server_state"]),
+            *("yes" if row[flag] else "" for flag in FLAGS),
+            row["reference"],
+        )
+        for name, row in methods.items()
+    )
+    return _table("The methods", columns, rows)
+
+
+def _strategies_table(strategies: dict[str, Any]) -> str:
+    columns = ("Name", "Parameters and defaults", "Changes", "In FedMLLM(method)", "What it does", "Source")
+    rows = (
+        (
+            f"`{name}`",
+            _parameters(row),
+            ", ".join(CHANGES[change] for change in row["changes"]),
+            "yes" if row["published"] else "",
+            row["summary"].replace("|", "\\|"),
+            row["reference"],
+        )
+        for name, row in strategies.items()
+    )
+    return _table("The strategies", columns, rows)
+
+
+def _parameters(row: dict[str, Any]) -> str:
+    return ", ".join(f"`{name}: {json.dumps(default)}`" for name, default in row["parameters"].items()) or "none"
 
 
 def _table(title: str, columns: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
     return f"## {title}\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in (columns, ("---",) * len(columns), *rows))
 
 
+def pages() -> dict[str, str]:
+    """What each page that is written here, in part or as a whole, should hold."""
+    return {"configuration.md": page(), "methods.md": methods_page((HERE / "methods.md").read_text(encoding="utf-8"))}
+
+
 if __name__ == "__main__":
-    Path(__file__).with_name("configuration.md").write_text(page(), encoding="utf-8")
+    for name, content in pages().items():
+        (HERE / name).write_text(content, encoding="utf-8")

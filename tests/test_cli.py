@@ -76,7 +76,7 @@ def test_help_and_names_do_not_load_torch() -> None:
 def test_help_lists_the_commands(tmp_path: Path) -> None:
     done = run(tmp_path, "--help")
     assert done.returncode == 0
-    for command in ("train", "evaluate", "report", "pretrain-nano"):
+    for command in ("train", "evaluate", "report", "methods", "pretrain-nano"):
         assert command in done.stdout
 
 

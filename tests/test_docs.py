@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 import shlex
+from functools import cache
 from pathlib import Path
 from runpy import run_path
+from typing import Any
 
 import pytest
+import yaml
 from typer.main import get_command
 
 from fedmllm.cli import app
@@ -18,14 +21,16 @@ ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 EXPERIMENTS = sorted((ROOT / "experiments").glob("*.yaml"))
 BLOCK = re.compile(r"^( *)```.*?^\1```", re.DOTALL | re.MULTILINE)
+YAML = re.compile(r"^```yaml\n(.*?)^```", re.DOTALL | re.MULTILINE)
 CODE = re.compile(r"`[^`\n]*`")
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 COMMAND = re.compile(r"^[ #$]*(?:\S*/|\S*python3? -m )?fedmllm (.+)$")
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 
 
-def generated() -> str:
-    return str(run_path(str(ROOT / "docs" / "generate.py"))["page"]())
+@cache
+def generator() -> dict[str, Any]:
+    return run_path(str(ROOT / "docs" / "generate.py"))
 
 
 def headings(page: Path) -> set[str]:
@@ -57,9 +62,27 @@ def check_command(arguments: list[str]) -> None:
         Experiment.load(ROOT / rest[0], [word for word in rest[1:] if not word.startswith("-") and "=" in word])
 
 
-def test_the_configuration_page_is_what_the_generator_writes() -> None:
-    page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
-    assert page == generated(), "run: python docs/generate.py"
+@pytest.mark.parametrize("name", ["configuration.md", "methods.md"])
+def test_a_page_is_what_the_generator_writes(name: str) -> None:
+    page = (ROOT / "docs" / name).read_text(encoding="utf-8")
+    assert page == generator()["pages"]()[name], "run: python docs/generate.py"
+
+
+def test_tables_within_a_page_are_written_anew_and_the_rest_is_kept() -> None:
+    begin, end, write = (generator()[name] for name in ("BEGIN", "END", "methods_page"))
+    page = write(f"above\n\n{begin}\n\nstale\n\n{end}\n\nbelow\n")
+    assert page.startswith(f"above\n\n{begin}\n\n## The methods\n")
+    assert page.endswith(f" |\n\n{end}\n\nbelow\n")
+    assert "stale" not in page
+    assert "| `scaffold` | classic | 2 | 2 | 1 (`control`) | `control` |  |  |  | yes | SCAFFOLD: " in page
+    assert "| `flora` | lora | 1 | 0, then K |  | `base`, `base_step` | yes | yes |  |  | FLoRA: " in page
+    assert "| `modality_coverage` | `power: 1.0` | weights in the average |  | Multiplies " in page
+
+
+@each_page
+def test_settings_in_yaml_are_valid(page: Path) -> None:
+    for block in YAML.finditer(page.read_text(encoding="utf-8")):
+        Experiment.parse(yaml.safe_load(block[1]))
 
 
 @each_page

@@ -79,6 +79,22 @@ def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
 
 
 @app.command()
+def methods(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
+    """Describe every federated method and strategy: what it does, takes, sends and keeps."""
+    from fedmllm.benchmark.methods_view import catalog
+
+    rows = catalog()
+    if as_json:
+        typer.echo(json.dumps(rows, indent=1, ensure_ascii=False))
+        return
+    from rich.console import Console
+
+    from fedmllm.display import methods_view
+
+    Console().print(methods_view(rows))
+
+
+@app.command()
 def pretrain_nano(
     output: Annotated[Path, typer.Option(help="Folder for the model; it must not exist.")],
     seed: Annotated[int, typer.Option(help="All random numbers derive from it.")] = 0,

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from fedmllm import weights as W
 from fedmllm.algorithms.base import Aggregate, ServerState, require_not_negative, require_positive
-from fedmllm.algorithms.trimmed_mean import TrimmedMean, stacked
+from fedmllm.algorithms.median import Median, stacked
 from fedmllm.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class Krum(TrimmedMean):
+class Krum(Median):
     """The update nearest to its neighbors is taken, or the mean of the ``num_selected`` nearest (Multi-Krum).
 
         score_k = sum of ||D_k - D_j||^2 over the K - num_byzantine - 2 nearest j;    w <- w + mean of the D_k of lowest score
@@ -27,12 +27,10 @@ class Krum(TrimmedMean):
         num_selected: how many updates are averaged.
     """
 
-    trim: float = 0.0
     num_byzantine: int = 1
     num_selected: int = 1
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         require_not_negative(num_byzantine=self.num_byzantine)
         require_positive(num_selected=self.num_selected)
         for name in ("num_byzantine", "num_selected"):

@@ -12,7 +12,7 @@ from fedmllm import factors
 from fedmllm import weights as W
 from fedmllm.algorithms.base import Adapted, Aggregate, Client, Member, ServerState, require_not_negative, require_within
 from fedmllm.algorithms.fedavg import FedAvg
-from fedmllm.algorithms.trimmed_mean import stacked
+from fedmllm.algorithms.median import stacked
 from fedmllm.training.local import LocalRule, Parameters
 from fedmllm.types import Broadcast, Weights
 
