@@ -24,7 +24,7 @@ TINY = {
 }
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny() -> Experiment:
     """An experiment of seconds."""
     return Experiment.parse(TINY)

@@ -5,7 +5,8 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from fedmllm.display import Display
+from fedmllm.benchmark.results import SCORES, RunResult
+from fedmllm.display import Display, result_table
 from fedmllm.engine.rounds import Stage
 from fedmllm.types import Record, Sample
 
@@ -55,3 +56,34 @@ def test_time_left_counts_from_where_the_run_was_resumed(monkeypatch: pytest.Mon
 def test_refused_updates_are_counted() -> None:
     refused = record("federated", 1, 4) | {"refused": [{"client": "client-01", "reason": "NaN"}]}
     assert "(1 refused)" in shown(False, [refused])
+
+
+def result(clients: dict[str, dict[str, float]]) -> RunResult:
+    """A finished run of four clients."""
+    scores: dict[str, float | None] = dict.fromkeys(SCORES, 0.5)
+    errors: dict[str, float | None] = dict.fromkeys(SCORES, None)
+    return RunResult(
+        experiment="demo", metric="auc", scores=scores, standard_errors=errors, details={}, local={}, majority=0.5, bytes_up=1, bytes_down=1,
+        seconds=1.0, seconds_by_stage={}, seed=0, versions={}, num_rounds=1, num_clients=4, clients_per_round=2, trainable_parameters=1,
+        algorithm="fedavg", strategies=[], model="nano", clients=clients,
+    )  # fmt: skip
+
+
+def table_text(clients: dict[str, dict[str, float]]) -> str:
+    out = StringIO()
+    Console(file=out, width=100).print(result_table(result(clients)))
+    return " ".join(out.getvalue().split())
+
+
+def test_the_clients_own_scores_stand_below_the_others() -> None:
+    # 0, 0.25, 0.5, 0.75: mean 0.375, standard deviation sqrt(0.3125 / 3) = 0.3227, half of it over four clients.
+    text = table_text({"federated": {f"client-0{i}": i / 4 for i in range(4)}, "local": {"client-00": 0.125}})
+    assert "federated, clients' own kind, accuracy │ 0.375 │ 0.161" in text
+    assert "federated, worst decile of clients │ 0.000 │" in text
+    assert "local, clients' own kind, accuracy │ 0.125 │ │" in text
+    assert "fine-tuned" not in text
+
+
+def test_no_rows_for_clients_that_were_not_asked() -> None:
+    assert "own kind" not in table_text({})
+    assert "own kind" not in table_text({"federated": {}})

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
+from statistics import mean
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.markup import escape
+from rich.padding import Padding
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
+from rich.text import Text
 
-from fedmllm.benchmark.drawing import LOOKS, duration, human_bytes
-from fedmllm.benchmark.results import SCORES, RunResult
+from fedmllm.benchmark.drawing import LOOKS, MODELS, duration, human_bytes
+from fedmllm.benchmark.results import SCORES, RunResult, standard_error, worst_decile
 from fedmllm.benchmark.run import Observer
 from fedmllm.types import Record
 
@@ -134,7 +138,7 @@ def _rounds_table(records: Sequence[Record], sent: int) -> Table:
 
 
 def result_table(result: RunResult) -> Table:
-    """The scores, each with its standard error."""
+    """The scores, each with its standard error; below them the clients' on samples of their own kind."""
     title = f"{result.experiment}: {result.metric} of {result.algorithm}, {result.num_clients} clients, {result.num_rounds} rounds, seed {result.seed}"
     table = Table("", result.metric, "standard error", title=title, title_justify="left")
     for name in SCORES:
@@ -147,11 +151,23 @@ def result_table(result: RunResult) -> Table:
         table.add_row("majority answer", f"{result.majority:.3f}", "")
     for copy, scores in result.tested.items():
         table.add_row(f"federated, tested on {copy}", f"{scores['score']:.3f}", f"{scores['standard_error']:.3f}")
+    _add_clients(table, result)
     table.caption = (
         f"{human_bytes(result.bytes_up)} up, {human_bytes(result.bytes_down)} down, {duration(result.seconds)} of training and evaluation"
     )
     table.caption_justify = "left"
     return table
+
+
+def _add_clients(table: Table, result: RunResult) -> None:
+    """What the models are worth to each client by itself."""
+    if result.clients:
+        table.add_section()
+    for model, look in MODELS.items():
+        if scores := result.clients.get(model, {}).values():
+            error = standard_error(scores)
+            table.add_row(f"{look.name}, clients' own kind, accuracy", f"{mean(scores):.3f}", "" if error is None else f"{error:.3f}")
+            table.add_row(f"{look.name}, worst decile of clients", f"{worst_decile(scores):.3f}", "")
 
 
 MAX_CLIENTS = 50
@@ -186,3 +202,43 @@ def _example_lines(example: Record) -> list[str]:
     ]
     asked = [f"\n{style} wording\n{example[style]}\n=> {example['target']}" for style in ("specific", "agnostic")]
     return [escape(line) for line in (*stored, *asked)]
+
+
+WORDS = {
+    "exact": "exact",
+    "heterogeneous_ranks": "ranks may differ",
+    "personalized": "a model per client",
+    "streams": "streams",
+    "client": "changes how clients train",
+    "weight": "changes what updates weigh",
+}
+"""How the properties of methods, and what strategies change, are put."""
+
+NOTES = (
+    "up, down, keeps: LoRA adapters per client and round, with K clients in the round",
+    "streams: no update is needed by itself, so that the server's memory does not grow with the cohort",
+)
+
+
+def methods_view(record: Record) -> Group:
+    """Every method, then every strategy: its name and traits, what it does, where it comes from, and its parameters."""
+    parts: list[RenderableType] = []
+    for group, traits in (("methods", _method_traits), ("strategies", _strategy_traits)):
+        for name, row in record[group].items():
+            parameters = ", ".join(f"{key}: {json.dumps(value)}" for key, value in row["parameters"].items())
+            lines = [row["summary"], row["reference"], *([f"parameters  {parameters}"] if parameters else [])]
+            parts += [Text(name, style="bold"), Padding(Text("\n".join(["; ".join(traits(row)), *lines])), (0, 0, 1, 2))]
+    return Group(*parts, *NOTES)
+
+
+def _method_traits(row: Record) -> list[str]:
+    """A method's kind and properties, what it sends and keeps, and how many clients it needs."""
+    traits = [row["kind"], *(WORDS[key] for key, value in row.items() if value is True), f"up {row['up']}", f"down {row['down']}"]
+    traits += [f"each client keeps {size:g} ({name})" for name, size in row["client_state"].items()]
+    return [*traits, *([f"{row['smallest_cohort']} clients per round or more"] if row["smallest_cohort"] > 1 else [])]
+
+
+def _strategy_traits(row: Record) -> list[str]:
+    """What a strategy changes, and whether FedMLLM(method) brings it."""
+    published = ["part of FedMLLM(method)"] if row["published"] else []
+    return [row["kind"], *(WORDS[change] for change in row["changes"]), *published]

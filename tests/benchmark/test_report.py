@@ -15,6 +15,7 @@ import pytest
 from fedmllm.benchmark.drawing import duration, human_bytes, short
 from fedmllm.benchmark.figures import _groups, _spread
 from fedmllm.benchmark.report import MAX_REFUSED, write_report
+from fedmllm.benchmark.results import standard_error, worst_decile
 from fedmllm.errors import RunError
 
 HOSTILE = "<script>alert('x')</script> \"&amp; $x^{$ _é日本"
@@ -92,6 +93,17 @@ def html(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture
 def folder(tmp_path: Path) -> Folder:
     return Folder(tmp_path / "run")
+
+
+def with_models_per_client(folder: Folder, personalized: bool = False) -> Folder:
+    """The run with fine-tuned models and every client's own scores besides: 0, 0.25, 0.5, ... over, and the same turned around."""
+    assert folder.result is not None
+    scores = {name: i % 5 / 4 for i, name in enumerate(folder.names)}
+    turned = dict(zip(scores, reversed(scores.values()), strict=True))
+    folder.lines += [round_line(f"fine_tuned-{name}", 1, 0.4 + i / 1000) for i, name in enumerate(folder.names)]
+    folder.result["seconds_by_stage"] |= {f"fine_tuned-{name}": 2.0 for name in folder.names}
+    folder.result |= {"clients": {"federated": scores, "local": turned, "fine_tuned": scores}, "personalized": personalized}
+    return folder
 
 
 class Page(HTMLParser):
@@ -200,7 +212,7 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
     folder.lines[1]["refused"] = [{"client": HOSTILE, "reason": HOSTILE}]
     assert folder.result is not None
     folder.result |= dict.fromkeys(("experiment", "algorithm", "model"), HOSTILE)
-    folder.result |= {"versions": {HOSTILE: HOSTILE}, "local": {HOSTILE: 0.5, "b": 0.6}}
+    folder.result |= {"versions": {HOSTILE: HOSTILE}, "local": {HOSTILE: 0.5, "b": 0.6}, "clients": {"local": {HOSTILE: 0.5, "b": 0.6}}}
     html = folder.report()
     page = Page(html)
     assert "script" not in page.tags
@@ -251,6 +263,11 @@ def test_nothing_evaluated_yet(folder: Folder) -> None:
     assert "no round has been evaluated yet" in folder.report()
 
 
+def test_rounds_in_which_nobody_took_a_step_have_no_loss(folder: Folder) -> None:
+    folder.lines[1]["loss"] = None
+    assert table_rows(folder.report())["1"][3] == NONE
+
+
 def test_null_scores_were_not_asked_for(folder: Folder) -> None:
     assert folder.result is not None
     nothing = dict.fromkeys(("zero_shot", "local_mean", "centralized", "ceiling"))
@@ -271,6 +288,106 @@ def test_chance_stands_in_for_the_majority_under_auc(folder: Folder) -> None:
     folder.manifest["metric"] = folder.result["metric"] = "auc"
     folder.result["majority"] = 0.5
     assert table_rows(folder.report())["chance"][0] == "0.500"
+
+
+def test_costs_are_the_inputs(html: str, folder: Folder) -> None:
+    rows = table_rows(html)
+    assert rows["sent by the clients (up)"] == ["1.00 MB", "1.00 MB", "6.00 MB"]
+    assert rows["received by the clients (down)"] == ["2.00 MB", "2.00 MB", "12.0 MB"]
+    assert rows["the server&#39;s time to take in and aggregate"] == ["0.25 s", "0.25 s", "1.5 s"]
+    # Lines of an older run do not tell what was held.
+    assert "held by the aggregation" not in rows
+    for line in folder.lines[1:7]:
+        line |= {"bytes_held": 1000 * line["round"], "bytes_up": 100 * line["round"]}
+    rows = table_rows(folder.report())
+    # The mean of 1 ... 6 is 3.5.
+    assert rows["held by the aggregation"] == ["3.50 kB", "6.00 kB", ""]
+    assert rows["sent by the clients (up)"] == ["350 B", "600 B", "2.10 kB"]
+
+
+def test_scores_by_client(html: str, folder: Folder) -> None:
+    assert "own kind" not in Page(html).text
+    page = with_models_per_client(folder).report()
+    rows = table_rows(page[page.index("Each client on its own kind") :])
+    # Four clients at 0, 0.25, 0.5 and 0.75: standard deviation sqrt(0.3125 / 3).
+    assert rows["federated"] == ["4", "0.375", "0.000", "0.323", "0.000", "0.750", "client-00"]
+    assert rows["local"] == ["4", "0.375", "0.000", "0.323", "0.000", "0.750", "client-03"]
+    assert rows["fine-tuned"] == rows["federated"]
+    assert Page(page).tags.count("svg") == 6
+    assert "mean 0.375, worst decile 0.000" in Page(page).text
+    assert "Federated: the one model of all." in Page(page).text
+    assert "could not be asked" not in page
+
+
+def test_clients_without_samples_of_their_kind_are_counted(folder: Folder) -> None:
+    assert with_models_per_client(folder).result is not None
+    folder.result["clients"] = {"federated": {"client-02": 0.5}}
+    page = folder.report()
+    assert "3 clients could not be asked: the test split holds none of their labels." in Page(page).text
+    assert table_rows(page[page.index("Each client on its own kind") :])["federated"][:4] == ["1", "0.500", "0.500", NONE]
+
+
+def test_no_client_could_be_asked(folder: Folder) -> None:
+    assert folder.result is not None
+    folder.result["clients"] = {}
+    assert "own kind" not in folder.report()
+
+
+def test_fine_tuned_models_stand_beside_the_local_ones(folder: Folder) -> None:
+    page = with_models_per_client(folder).report()
+    row = table_rows(page[: page.index("Each client on its own kind")])["fine-tuned mean"]
+    # 0.400 ... 0.403: mean 0.4015, standard deviation sqrt(5 / 3) / 1000, error half of it; 3 of 400 failed with each.
+    assert row == [
+        *("0.402", "0.001", "0.346", "0.789", "12 of 1,600"),
+        "4 clients: standard deviation 0.001, worst 0.400 (client-00)",
+    ]  # fmt: skip
+    text = Page(page).text
+    # Four stages of 2 s.
+    assert "fine-tuned clients" in text
+    assert "8.0 s" in text
+    assert "fine_tuned-client" not in text
+
+
+def test_fine_tuned_models_have_no_row_where_none_were_asked_for(html: str, folder: Folder) -> None:
+    assert "fine-tuned mean" not in html
+    assert "fine-tuned clients" not in html
+    folder = with_models_per_client(folder)
+    folder.result = None
+    unfinished = folder.report()
+    assert "fine-tuned mean" not in unfinished
+    assert "fine-tuned clients" in unfinished
+
+
+def test_a_personalized_method_is_scored_by_the_clients_own_models(html: str, folder: Folder) -> None:
+    page = with_models_per_client(folder, personalized=True).report()
+    text = Page(page).text
+    assert table_rows(page[: page.index("Each client on its own kind")])["federated"][-1] == "the mean of the clients&#39; own models"
+    assert "own models reached a mean score (accuracy) of 0.568 ± 0.034" in text
+    assert "Federated: the one model of all." not in text
+    assert "own model" not in Page(html).text
+
+
+def test_many_clients_with_their_scores(tmp_path: Path) -> None:
+    page = with_models_per_client(Folder(tmp_path / "run", 200, 3)).report()
+    # 40 of 200 clients at 0: the worst 20 are among them.
+    assert table_rows(page[page.index("Each client on its own kind") :])["local"][:3] == ["200", "0.500", "0.000"]
+    assert len(page) < 1_000_000
+
+
+@pytest.mark.parametrize(
+    ("scores", "expected"),
+    [([0.5], 0.5), ([0.9, 0.2, 0.4], 0.2), ([i / 10 for i in range(10)], 0.0), ([i / 10 for i in range(11)], 0.05), ([0.3] * 40, 0.3)],
+)
+def test_worst_decile(scores: list[float], expected: float) -> None:
+    """Ten clients: the lowest; eleven: the mean of the lowest two, (0 + 0.1) / 2."""
+    assert worst_decile(scores) == pytest.approx(expected)
+
+
+def test_standard_error_over_clients() -> None:
+    # Of 0, 1: standard deviation sqrt(1 / 2), divided by sqrt(2).
+    assert standard_error([0.0, 1.0]) == pytest.approx(0.5)
+    assert standard_error([0.3]) is None
+    assert standard_error([]) is None
 
 
 def test_refused_updates_are_listed_and_counted(html: str, folder: Folder) -> None:

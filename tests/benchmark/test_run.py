@@ -9,23 +9,28 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from fedmllm.benchmark.folder import read_run
+from fedmllm.algorithms import ServerState
+from fedmllm.benchmark.folder import Round, read_run
 from fedmllm.benchmark.results import SCORES, RunResult
 from fedmllm.benchmark.run import Observer, pooled, train
 from fedmllm.benchmark.scoring import score_adapter
 from fedmllm.config import Experiment
 from fedmllm.data.federated import FederatedData, federate
 from fedmllm.data.prompts import to_messages
+from fedmllm.engine.checkpoint import RunStore
 from fedmllm.errors import DataError, ModelError, RunError
-from fedmllm.models.load import model_source
-from fedmllm.types import Record
+from fedmllm.models.load import VisionLanguageModel, model_source
+from fedmllm.models.lora import write_base, write_weights
+from fedmllm.types import Record, Sample
 
 
 def change(experiment: Experiment, **sections: dict[str, Any]) -> Experiment:
@@ -107,30 +112,114 @@ def test_the_result_says_everything(finished: Path) -> None:
     assert outcome(finished).to_record() == record
 
 
-def test_the_adapter_gives_the_same_predictions_in_plain_peft(finished: Path) -> None:
-    """No code of ours but the prompt's wording: Transformers and PEFT load, render, tokenize and score."""
-    from peft import PeftModel
-    from sklearn.metrics import roc_auc_score
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+def plain(model: Any, source: str | Path, samples: Sequence[Sample]) -> torch.Tensor:
+    """Logits of the letters A and B right after the prompt, one row per sample. No code of ours but the prompt's wording."""
+    from transformers import AutoProcessor
 
-    source = model_source("nano")
     processor = AutoProcessor.from_pretrained(source)
-    model = AutoModelForImageTextToText.from_pretrained(source, dtype=torch.float32)
-    model = PeftModel.from_pretrained(model, str(finished / "adapter")).eval()
-    experiment = Experiment.load(finished / "config.yaml")
-    test = federate(experiment.data, experiment.federation, 0).dataset.test
     letters = processor.tokenizer.convert_tokens_to_ids(["A", "B"])
-    scores = []
-    for sample in test:
+    rows = []
+    for sample in samples:
         text = str(to_messages(sample, "agnostic")[0].parts[-1].value)
         chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
         prompt = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
         inputs = processor(text=[prompt], images=[sample.content["image"]], return_tensors="pt")
         with torch.no_grad():
-            logits = model(**inputs).logits[0, -1, letters]
-        scores.append(float(torch.softmax(logits.double(), 0)[1]))
-    expected = json.loads((finished / "result.json").read_text())["scores"]["federated"]
-    assert roc_auc_score([sample.label for sample in test], scores) == pytest.approx(expected, abs=1e-9)
+            rows.append(model(**inputs).logits[0, -1, letters].double())
+    return torch.stack(rows)
+
+
+def in_plain_peft(folder: Path) -> tuple[torch.Tensor, float]:
+    """Logits and AUC of a run's adapter where only Transformers and PEFT load, render, tokenize and score."""
+    from peft import PeftModel
+    from sklearn.metrics import roc_auc_score
+    from transformers import AutoModelForImageTextToText
+
+    source, test = model_source("nano"), split_of(folder)
+    base = AutoModelForImageTextToText.from_pretrained(source, dtype=torch.float32)
+    logits = plain(PeftModel.from_pretrained(base, str(folder / "adapter")).eval(), source, test)
+    return logits, float(roc_auc_score([sample.label for sample in test], logits.softmax(1)[:, 1].numpy()))
+
+
+def split_of(folder: Path) -> Sequence[Sample]:
+    experiment = Experiment.load(folder / "config.yaml")
+    return federate(experiment.data, experiment.federation, 0).dataset.test
+
+
+def test_the_adapter_gives_the_same_predictions_in_plain_peft(finished: Path) -> None:
+    assert in_plain_peft(finished)[1] == pytest.approx(outcome(finished).scores["federated"], abs=1e-9)
+
+
+@pytest.mark.parametrize("method", ["flora", "fedex_lora"])
+def test_the_adapter_holds_what_was_merged_into_the_frozen_weights(
+    tiny: Experiment, tmp_path: Path, vlm: VisionLanguageModel, method: str
+) -> None:
+    """The run's last model is the base model with changed frozen weights; the adapter says the same on the published ones."""
+    experiment = change(tiny, algorithm={"name": method}, evaluation={"every": 0})
+    expected = train(experiment, tmp_path / "run").scores["federated"]
+    state = RunStore(tmp_path / "run").load_state("federated")
+    assert state is not None
+    assert state.base
+    write_base(vlm, state.base)
+    write_weights(vlm.model, state.weights)
+    logits, score = in_plain_peft(tmp_path / "run")
+    torch.testing.assert_close(logits, plain(vlm.model.eval(), model_source("nano"), split_of(tmp_path / "run")), atol=1e-4, rtol=1e-4)
+    assert score == pytest.approx(expected, abs=1e-9)
+    assert score_adapter(tmp_path / "run")[1]["score"] == pytest.approx(expected, abs=1e-9)
+    settings = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
+    assert settings["r"] > 8
+    assert settings["lora_alpha"] / settings["r"] == 2
+
+
+@pytest.fixture(scope="module")
+def personalized(tiny: Experiment, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of a personalized method, with every client's models scored by themselves."""
+    folder = tmp_path_factory.mktemp("runs") / "own"
+    sections = {"algorithm": {"name": "ditto"}, "evaluation": {"every": 1, "baselines": ["local", "fine_tuned"], "client_samples": 10}}
+    train(change(tiny, **sections), folder)
+    return folder
+
+
+CLIENTS = ["client-00", "client-01", "client-02"]
+
+
+def test_a_personalized_run_has_each_client_s_models(personalized: Path) -> None:
+    assert sorted(path.name for path in (personalized / "adapters").iterdir()) == CLIENTS
+    stages = {path.stem for path in (personalized / "checkpoints").glob("*.safetensors")}
+    assert stages == {"federated", *(f"{kind}-{client}" for kind in ("local", "fine_tuned") for client in CLIENTS)}
+    rounds = [line for line in read_run(personalized).lines if isinstance(line, Round)]
+    took_part = {client for line in rounds if line.stage == "federated" for client in line.clients}
+    kept = list((personalized / "checkpoints" / "federated-clients").glob("*/*.safetensors"))
+    assert {path.parent.name for path in kept} == took_part
+    assert {path.stem for path in kept} <= {"0", "1"}
+    assert [line.stage for line in rounds].count("fine_tuned-client-00") == 1
+
+
+def test_a_personalized_run_scores_each_client_s_own_model(personalized: Path) -> None:
+    result = outcome(personalized)
+    assert result.personalized
+    scores = [score_adapter(personalized / "adapters" / client)[1]["score"] for client in CLIENTS]
+    assert result.scores["federated"] == pytest.approx(mean(scores), abs=1e-9)
+    assert result.standard_errors["federated"] == pytest.approx(stdev(scores) / 3**0.5, abs=1e-9)
+    assert result.details["federated"]["num_samples"] == 3 * 24
+    assert list(result.details) == ["federated"]
+    assert {f"fine_tuned-{client}" for client in CLIENTS} < set(result.seconds_by_stage)
+
+
+def test_each_client_s_models_are_asked_its_own_kind_of_samples(personalized: Path) -> None:
+    clients = outcome(personalized).clients
+    assert {model: list(scores) for model, scores in clients.items()} == dict.fromkeys(("federated", "local", "fine_tuned"), CLIENTS)
+    assert all(0 <= score <= 1 for scores in clients.values() for score in scores.values())
+    report = (personalized / "report.html").read_text()
+    assert "Each client on its own kind of samples" in report
+    assert "fine-tuned mean" in report
+
+
+def test_the_bytes_that_the_aggregation_holds_are_told(finished: Path, personalized: Path) -> None:
+    for folder in (finished, personalized):
+        rounds, weights = read_run(folder).rounds, load_file(folder / "adapter" / "adapter_model.safetensors")
+        # A running mean in float64, however many clients: twice the bytes of an adapter.
+        assert {line.bytes_held for line in rounds} == {2 * sum(tensor.nbytes for tensor in weights.values())}
 
 
 def test_evaluate_gives_the_run_s_own_score(finished: Path) -> None:
@@ -208,8 +297,38 @@ def comparable(folder: Path) -> tuple[Any, ...]:
     for record in [result, *lines]:
         for key in ("seconds", "seconds_by_stage"):
             record.pop(key, None)
-    files = [folder / "adapter" / "adapter_model.safetensors", *sorted((folder / "checkpoints").iterdir()), folder / "manifest.json"]
-    return result, lines, [(path.name, path.read_bytes()) for path in files]
+    kept = [
+        path for pattern in ("adapter*/**/*.safetensors", "checkpoints/**/*.safetensors", "manifest.json") for path in folder.glob(pattern)
+    ]
+    return result, lines, [(str(path.relative_to(folder)), path.read_bytes()) for path in sorted(kept)]
+
+
+@pytest.mark.parametrize("method", ["scaffold", "ditto"])
+def test_interrupted_after_a_round_and_within_one_the_end_is_bit_identical(
+    tiny: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """Methods whose clients keep something: stopped between rounds, then between a round's line and its checkpoint."""
+    experiment = change(tiny, algorithm={"name": method}, federation={"num_rounds": 3}, evaluation={"every": 0, "client_samples": 5})
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(experiment, whole, name="x")
+
+    def stop(record: Record) -> None:
+        raise KeyboardInterrupt
+
+    def fail(store: RunStore, stage: str, state: ServerState) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(experiment, parts, name="x", observer=Observer(round_done=stop))
+    with monkeypatch.context() as patched:
+        patched.setattr(RunStore, "save_state", fail)
+        with pytest.raises(KeyboardInterrupt):
+            train(experiment, parts, name="x", resume=True)
+    assert count_lines(parts) == 2
+    assert list((parts / "checkpoints" / "federated-clients").glob("*/1.safetensors"))
+    train(experiment, parts, name="x", resume=True)
+    assert count_lines(parts) == 3
+    assert comparable(parts) == comparable(whole)
 
 
 RESUMED = """

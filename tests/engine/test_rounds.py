@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ from fedmllm.algorithms import AlgorithmConfig, ServerState, build_algorithm
 from fedmllm.data.federated import FederatedData
 from fedmllm.engine.checkpoint import RunStore
 from fedmllm.engine.in_process import Assignment, InProcessEngine
-from fedmllm.engine.rounds import Loop, Stage, refusal, run_stage
+from fedmllm.engine.rounds import Loop, Stage, evaluate_state, refusal, run_stage
 from fedmllm.errors import FederationError
 from fedmllm.models.load import VisionLanguageModel
 from fedmllm.models.lora import read_weights
@@ -161,3 +161,18 @@ def test_resume_in_the_middle_repeats_nothing_and_skips_nothing(tmp_path: Path) 
     assert torch.equal(whole.weights["w"], resumed.weights["w"])
     rounds = [record["clients"] for record in store.records("federated")]
     assert rounds == [record["clients"] for record in RunStore(tmp_path / "whole").records("federated")]
+
+
+def test_a_personalized_method_is_scored_by_the_mean_of_the_clients_own_models(tmp_path: Path) -> None:
+    def scored(weights: Weights, base: Weights) -> Metrics:
+        return {"score": float(weights["w"].mean()), "standard_error": 0.5, "num_samples": 8, "failures": 1}
+
+    own = replace(loop(tmp_path), algorithm=build_algorithm(AlgorithmConfig(name="ditto")), evaluate=scored)
+    for client, value in (("c0", 0.25), ("c1", 0.75)):
+        own.store.client_states("federated").save(client, 0, {"personal": {"w": torch.full((2,), value)}})
+    # 0.25, 0.75 and, of a client that never took part, the global 0.5: standard deviation 0.25.
+    several = evaluate_state(own, stage(3), ServerState({"w": torch.full((2,), 0.5)}, round_num=1))
+    assert several == {"score": 0.5, "standard_error": pytest.approx(0.25 / 3**0.5), "num_samples": 24, "failures": 3}
+    # One client has no error over clients: it keeps that over the test samples.
+    alone = evaluate_state(own, stage(1), ServerState({"w": torch.full((2,), 0.5)}, round_num=1))
+    assert alone == {"score": 0.25, "standard_error": 0.5, "num_samples": 8, "failures": 1}

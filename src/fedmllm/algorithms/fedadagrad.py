@@ -21,6 +21,7 @@ class FedAdagrad(FedAvg):
         w <- w + server_learning_rate m / (sqrt(v) + tau)
 
     D is the plain mean of the updates; there is no bias correction. All element by element, in float64.
+    Flower's adaptive servers weight D by numbers of samples and start at v_0 = 0; its ``FedAdagrad`` has no momentum, beta1 = 0.
 
     Attributes:
         server_learning_rate: the step's size, above 0.

@@ -14,6 +14,9 @@ from fedmllm.algorithms.fedadagrad import FedAdagrad
 class FedAdam(FedAdagrad):
     """FedAdagrad with ``second(v, s) = beta2 v + (1 - beta2) s``.
 
+    Flower's ``FedAdam`` weights D by numbers of samples, starts at v_0 = 0 and multiplies the rate of round t = 1, 2, ... by a
+    bias correction that is one step late, ``sqrt(1 - beta2^(t + 1)) / (1 - beta1^(t + 1))``.
+
     Attributes:
         beta2: how much of the second moment stays, in [0, 1).
     """

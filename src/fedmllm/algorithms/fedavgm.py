@@ -14,6 +14,8 @@ from fedmllm.types import Weights
 class FedAvgM(FedAvg):
     """FedAvg with momentum: ``m <- beta1 m + D``, ``w <- w + server_learning_rate m``; ``beta1 = 0`` at rate 1 is FedAvg.
 
+    Flower's ``FedAvgM`` is the same rule, but its momentum is 0 unless set.
+
     Attributes:
         beta1: how much of the momentum stays, in [0, 1).
         server_learning_rate: the step's size, above 0.

@@ -17,6 +17,8 @@ from fedmllm.types import Broadcast
 class FedProx(ServerAverage):
     """FedAvg whose clients minimize ``loss + (mu / 2) ||w - w_global||^2``; ``proximal_mu = 0`` is FedAvg.
 
+    Flower's ``FedProx`` has the same server, but sends only mu: its clients must add the term themselves.
+
     Attributes:
         proximal_mu: mu, the pull towards the global weights.
     """

@@ -11,7 +11,10 @@ from fedmllm.algorithms.fedadam import FedAdam
 
 @dataclass(frozen=True)
 class FedYogi(FedAdam):
-    """FedAdam with ``second(v, s) = v - (1 - beta2) s sign(v - s)``."""
+    """FedAdam with ``second(v, s) = v - (1 - beta2) s sign(v - s)``.
+
+    Flower's ``FedYogi`` weights D by numbers of samples and starts at v_0 = 0; the rest is the same.
+    """
 
     def second(self, previous: Tensor, square: Tensor) -> Tensor:
         """The next second moment."""

@@ -20,7 +20,8 @@ class Krum(Median):
         score_k = sum of ||D_k - D_j||^2 over the K - num_byzantine - 2 nearest j;    w <- w + mean of the D_k of lowest score
 
     Ties go to the client first by name. The rule needs 2 num_byzantine + 3 clients per round; should some fail, at least one
-    neighbor is looked at. Flower's ``Krum`` compares weights instead of updates, which is the same.
+    neighbor is looked at. Flower's ``Krum`` is the same rule, but takes distances from the weights' inner products in the dtype sent,
+    where rounding can hide small updates; its ``MultiKrum`` weights the chosen by numbers of samples.
 
     Attributes:
         num_byzantine: how many clients of a round may send anything at all.

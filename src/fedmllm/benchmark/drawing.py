@@ -54,9 +54,17 @@ LOOKS = {
     "zero_shot": Look("zero-shot", GRAY, "o", (0, (1, 2))),
     "local_mean": Look("local mean", VERMILION, "s", (0, (5, 2))),
     "federated": Look("federated", BLUE, "D", "-"),
+    "fine_tuned_mean": Look("fine-tuned mean", PURPLE, "P", (0, (3, 1, 1, 1, 1, 1))),
     "centralized": Look("centralized", GREEN, "^", (0, (6, 2, 1, 2))),
     "ceiling": Look("ceiling", INK, "v", (0, (10, 3))),
 }
+
+MODELS = {
+    "local": LOOKS["local_mean"]._replace(name="local"),
+    "federated": LOOKS["federated"],
+    "fine_tuned": LOOKS["fine_tuned_mean"]._replace(name="fine-tuned"),
+}
+"""The models that each client is scored by on its own kind of samples, by the keys of ``RunResult.clients``."""
 
 
 class Group(NamedTuple):

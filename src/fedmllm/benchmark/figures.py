@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, cycle
+from statistics import mean
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -19,9 +20,9 @@ from fedmllm.benchmark.drawing import (
     HATCHES,
     INK,
     LOOKS,
+    MODELS,
     ORANGE,
     PALE,
-    VERMILION,
     WIDTH,
     Group,
     bars,
@@ -33,9 +34,12 @@ from fedmllm.benchmark.drawing import (
     svg,
 )
 from fedmllm.benchmark.folder import Client, Round
+from fedmllm.benchmark.results import worst_decile
 
 MAX_GROUPS = 12
 """Labels told apart in one figure; the rarest beyond share 'other'."""
+DOT, LARGEST_DOT = 36.0, 420.0
+"""Areas in square points: of one client's dot, and of the largest that fits its row."""
 MAX_NAMED = 40
 """Clients whose names still fit beside their bars; more go without, the largest first."""
 
@@ -44,21 +48,19 @@ MAX_NAMED = 40
 def final_scores(
     scores: Mapping[str, float | None],
     errors: Mapping[str, float | None],
-    local: Sequence[float],
+    clients: Mapping[str, Sequence[float]],
     baseline: tuple[str, float] | None,
     metric: str,
 ) -> Figure:
-    """One marker per way of training, whiskers of one standard error, and a tick per client that trained alone."""
+    """One marker per way of training, whiskers of one standard error, and a tick per client where each has a model."""
     shown = {stage: score for stage in LOOKS if (score := scores.get(stage)) is not None}
     figure = Figure((WIDTH, 0.85 + 0.34 * len(shown)))
     axes = panel(figure, 1.1, 0.5, 1.05, 0.3)
     rows(axes, [LOOKS[stage].name for stage in shown])
     axes.grid()
-    if "local_mean" in shown:
-        at = [list(shown).index("local_mean")] * len(local)
-        axes.plot(local, at, "|", color=VERMILION, markersize=10, alpha=0.6 if len(local) <= MAX_NAMED else 0.25)
     for row, (stage, score) in enumerate(shown.items()):
-        look, error = LOOKS[stage], errors.get(stage)
+        look, error, ticks = LOOKS[stage], errors.get(stage), clients.get(stage, ())
+        axes.plot(ticks, [row] * len(ticks), "|", color=look.color, markersize=10, alpha=0.6 if len(ticks) <= MAX_NAMED else 0.25)
         axes.errorbar(score, row, xerr=error, fmt=look.marker, color=look.color, markersize=6.5, capsize=4, elinewidth=1.4, capthick=1.4)
         text = f"{score:.3f}" + ("" if error is None else f" ± {error:.3f}")
         axes.annotate(text, (1, row), (10, 0), axes.get_yaxis_transform(), "offset points", va="center")
@@ -66,6 +68,28 @@ def final_scores(
         axes.axvline(baseline[1], color=GRAY, linewidth=1, linestyle=":")
         axes.annotate(baseline[0], (baseline[1], 1), (0, 4), axes.get_xaxis_transform(), "offset points", ha="center", fontsize=8.5)
     axes.set_xlabel(metric)
+    return figure
+
+
+@svg
+def client_scores(scores: Mapping[str, Mapping[str, float]]) -> Figure:
+    """A row per kind of model: dots at the clients' scores, larger where several share one; lines at the mean and the worst decile."""
+    shown = {model: list(scores[model].values()) for model in MODELS if scores.get(model)}
+    dots = {model: Counter(values) for model, values in shown.items()}
+    area = min(DOT, LARGEST_DOT / max(max(count.values()) for count in dots.values()))
+    figure = Figure((WIDTH, 0.7 + 0.42 * len(shown)))
+    axes = panel(figure, 1.1, 0.5, 2.45, 0.1)
+    rows(axes, [MODELS[model].name for model in shown])
+    axes.grid()
+    for row, (model, values) in enumerate(shown.items()):
+        look, average, worst = MODELS[model], mean(values), worst_decile(values)
+        areas = [area * number for number in dots[model].values()]
+        axes.scatter(list(dots[model]), [row] * len(areas), s=areas, color=look.color, marker=look.marker, alpha=0.6, linewidths=0)
+        for level, dash in ((average, "-"), (worst, (0, (1.5, 1.2)))):
+            axes.plot([level] * 2, [row - 0.38, row + 0.38], color=INK, linewidth=1.4, linestyle=dash)
+        text = f"mean {average:.3f}, worst decile {worst:.3f}"
+        axes.annotate(text, (1, row), (10, 0), axes.get_yaxis_transform(), "offset points", va="center")
+    axes.set_xlabel("accuracy on test samples of the client's own kind")
     return figure
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import platform
+from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
+from statistics import stdev
 from typing import ClassVar
 
 from pydantic import ConfigDict
@@ -26,7 +29,7 @@ class RunResult:
         experiment: its name, from the file's.
         metric: what ``scores`` measure.
         scores: by ``SCORES``, each in [0, 1]; None where not asked for or not known.
-        standard_errors: of the same, over the test samples; for ``local_mean`` over the clients.
+        standard_errors: of the same, over the test samples; for ``local_mean``, and a personalized method's ``federated``, over the clients.
         details: all metrics by stage.
         local: each client's score when it trains alone.
         majority: score of always giving the most frequent training answer.
@@ -36,6 +39,7 @@ class RunResult:
         tested: all metrics of the federated model by copy of the test split (``evaluation.tested``).
         clients: accuracy by model (``federated``, ``local``, ``fine_tuned``) and client on test samples of the client's own kind
             (``evaluation.client_samples``).
+        personalized: whether each client ended with a model of its own, whose mean is the score ``federated``.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = CHECKED
@@ -62,10 +66,29 @@ class RunResult:
     model: str
     tested: dict[str, Metrics] = field(default_factory=dict)
     clients: dict[str, dict[str, float]] = field(default_factory=dict)
+    personalized: bool = False
 
     def to_record(self) -> Record:
         """The JSON object."""
         return asdict(self)
+
+
+def worst_decile(scores: Iterable[float]) -> float:
+    """How the clients fare for whom a model works least: ``mean of the ceil(K / 10) lowest of K scores``.
+
+    With ten clients or fewer it is the lowest score.
+
+    Args:
+        scores: one per client, at least one.
+    """
+    ranked = sorted(scores)
+    lowest = ranked[: math.ceil(len(ranked) / 10)]
+    return sum(lowest) / len(lowest)
+
+
+def standard_error(scores: Collection[float]) -> float | None:
+    """Of a mean over K clients: their standard deviation divided by ``sqrt(K)``. None for fewer than two."""
+    return stdev(scores) / math.sqrt(len(scores)) if len(scores) > 1 else None
 
 
 def versions() -> dict[str, str]:

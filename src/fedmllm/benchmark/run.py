@@ -10,7 +10,7 @@ from pathlib import Path
 from fedmllm.algorithms import Adapted, ServerState, build_algorithm
 from fedmllm.algorithms.fedavg import FedAvg
 from fedmllm.benchmark.report import write_report
-from fedmllm.benchmark.results import RunResult, versions
+from fedmllm.benchmark.results import RunResult, standard_error, versions
 from fedmllm.config import Experiment, differences
 from fedmllm.data.federated import FederatedData, federate, manifest
 from fedmllm.data.tested import own_kind, reduced_copy
@@ -150,9 +150,10 @@ class _Run:
         federated, *baselines = stages
         adapted = Adapted(frozen_weights(self.vlm), lora_scale(self.vlm.model))
         trained = run_stage(loop, federated, loop.algorithm.init(initial, adapted))
+        models = personal_models(loop, federated, trained)
+        ended = {f"fine_tuned-{client}": ServerState(weights, slots={"base": trained.base}) for client, weights in models.items()}
         for stage in baselines:
-            tuned = stage.name.startswith("fine_tuned-")
-            run_stage(plain, stage, ServerState(trained.weights, slots={"base": trained.base}) if tuned else ServerState(initial))
+            run_stage(plain, stage, ended[stage.name] if stage.name in ended else ServerState(initial))
         self._save_adapters(loop, federated, trained)
         result = replace(
             self._result(loop.store, stages),
@@ -271,8 +272,9 @@ class _Run:
             clients_per_round=e.federation.clients_per_round,
             trainable_parameters=sum(tensor.numel() for _, tensor in trainable(self.vlm.model)),
             algorithm=e.algorithm.name,
-            strategies=[*(["agnostic_prompt"] if e.data.prompt == "agnostic" else []), *e.algorithm.strategy_names],
+            strategies=list(dict.fromkeys([*(["agnostic_prompt"] if e.data.prompt == "agnostic" else []), *e.algorithm.strategy_names])),
             model=e.model.name,
+            personalized=build_algorithm(e.algorithm).personalized,
         )
 
 
@@ -298,12 +300,10 @@ def _scores(final: Mapping[str, Metrics], local: Mapping[str, float], ceilings: 
 
 
 def _errors(final: Mapping[str, Metrics], local: Mapping[str, float]) -> dict[str, float | None]:
-    """Bootstrap over test samples for one model; for the local mean, standard deviation over clients / sqrt(clients)."""
+    """Bootstrap over test samples for one model; for means over clients, ``standard_error``."""
     errors: dict[str, float | None] = {
         name: final[name]["standard_error"] if name in final else None for name in ("zero_shot", "federated", "centralized")
     }
-    mean = sum(local.values()) / len(local) if local else 0.0
-    variance = sum((score - mean) ** 2 for score in local.values()) / (len(local) - 1) if len(local) > 1 else None
-    errors["local_mean"] = (variance / len(local)) ** 0.5 if variance is not None else None
+    errors["local_mean"] = standard_error(list(local.values()))
     errors["ceiling"] = None
     return errors

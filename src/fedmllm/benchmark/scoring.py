@@ -35,8 +35,8 @@ def score_adapter(path: Path, experiment_file: Path | None = None, overrides: Se
 
 
 def _own_config(path: Path, adapter: Path) -> Path:
-    """The ``config.yaml`` of the run that the folder is, or lies in."""
-    for folder in (path, adapter.resolve().parent):
+    """The ``config.yaml`` of the run that the folder is, or lies in; a client's own adapter lies one folder deeper."""
+    for folder in (path, *adapter.resolve().parents[:2]):
         if (folder / "config.yaml").is_file():
             return folder / "config.yaml"
     raise RunError(f"{path}: no config.yaml here or beside it; name the experiment with --experiment FILE.yaml")

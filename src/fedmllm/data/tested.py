@@ -52,11 +52,11 @@ def own_kind(test: Sequence[Sample], held: Sequence[Sample], client: str, count:
         test: the shared test split.
         held: the client's training samples; none of them is asked.
         client: names the draw.
-        count: samples to draw, without replacement; fewer where the split has fewer of a category.
+        count: samples to draw, without replacement; more where rounding gives each category at least one, fewer where the split has fewer.
         seed: the experiment's.
 
     Returns:
-        The samples under ids of their own, sorted; empty if the test split holds none of the client's categories.
+        The samples under ids of their own, category by category; empty if the test split holds none of the client's categories.
     """
     rng = generator(seed, "own-kind", client)
     shares = Counter(sample.category for sample in held)

@@ -170,15 +170,15 @@ def personal_models(loop: Loop, stage: Stage, state: ServerState) -> dict[str, W
 def evaluate_state(loop: Loop, stage: Stage, state: ServerState) -> Metrics:
     """The scores of the global model; of a personalized method, those of the clients' own models, averaged.
 
-    The standard error of an average is that over clients.
+    The standard error of an average over several clients is that over the clients.
     """
     if not loop.algorithm.personalized:
         return loop.evaluate(state.weights, state.base)
     rows = [loop.evaluate(weights, state.base) for weights in personal_models(loop, stage, state).values()]
     scores = [row["score"] for row in rows]
     summed = {key: sum(row[key] for row in rows) for key in ("num_samples", "failures") if key in rows[0]}
-    error = stdev(scores) / len(scores) ** 0.5 if len(scores) > 1 else 0.0
-    return {key: mean(row[key] for row in rows) for key in rows[0]} | summed | {"standard_error": error}
+    error = {"standard_error": stdev(scores) / len(scores) ** 0.5} if len(scores) > 1 else {}
+    return {key: mean(row[key] for row in rows) for key in rows[0]} | summed | error
 
 
 class _Watch:

@@ -1,0 +1,172 @@
+"""The report's tables as rows of numbers: scores, clients, costs and times."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import mean, stdev
+
+from fedmllm.benchmark.drawing import LOOKS, MODELS, duration, human_bytes
+from fedmllm.benchmark.folder import Line, Round, Run
+from fedmllm.benchmark.results import standard_error, worst_decile
+from fedmllm.types import Metrics
+
+SOLO = {"local_mean": "local-", "fine_tuned_mean": "fine_tuned-"}
+"""How the stages of one client each begin, by the key of ``LOOKS`` under which they are taken together."""
+SOLO_TIMES = {"local-": "local, all clients", "fine_tuned-": "fine-tuned clients"}
+"""Under which name their times are summed up."""
+
+
+@dataclass(frozen=True)
+class ScoreRow:
+    """A line of the table of scores. None is a number that was not asked for, or does not exist.
+
+    Attributes:
+        stage: key of ``LOOKS``, or ``majority``.
+        name: as printed.
+        score, error: the score and its standard error.
+        details: failures, samples asked and partial scores.
+        note: what else there is to say.
+    """
+
+    stage: str
+    name: str
+    score: float | None
+    error: float | None
+    details: Metrics
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class ClientRow:
+    """A kind of model as each client finds it, on test samples of the client's own kind.
+
+    Attributes:
+        model: key of ``MODELS``.
+        name: as printed.
+        num_clients: clients that were asked.
+        mean, worst_decile: over them.
+        spread: their standard deviation; None for a single client.
+        lowest, highest: the ends.
+        lowest_at: the client at the lower end.
+    """
+
+    model: str
+    name: str
+    num_clients: int
+    mean: float
+    worst_decile: float
+    spread: float | None
+    lowest: float
+    highest: float
+    lowest_at: str
+
+
+@dataclass(frozen=True)
+class CostRow:
+    """A cost of the federated rounds, in words. ``total`` is empty where a sum means nothing."""
+
+    name: str
+    per_round: str
+    largest: str
+    total: str
+
+
+def score_rows(run: Run) -> list[ScoreRow]:
+    """The scores, from the result or, while there is none, from the last evaluations."""
+    last = {line.stage: line for line in run.lines if line.score is not None}
+    details: dict[str, Metrics] = {stage: line.scores or {} for stage, line in last.items()}
+    details |= {key: _shared_details(details, prefix) for key, prefix in SOLO.items()} | (run.result.details if run.result else {})
+    scores = dict(run.result.scores) if run.result else {stage: line.score for stage, line in last.items()}
+    errors = dict(run.result.standard_errors) if run.result else {stage: details[stage].get("standard_error") for stage in last}
+    if tuned := solo_scores(run)["fine_tuned_mean"]:
+        scores["fine_tuned_mean"], errors["fine_tuned_mean"] = mean(tuned.values()), standard_error(tuned.values())
+    notes = _notes(run, last)
+    rows = [
+        ScoreRow(stage, look.name, scores.get(stage), errors.get(stage), details.get(stage, {}), notes.get(stage, ""))
+        for stage, look in LOOKS.items()
+        if stage != "fine_tuned_mean" or tuned
+    ]
+    return [*rows, _majority_row(run.manifest.metric, run.result.majority)] if run.result else rows
+
+
+def solo_scores(run: Run) -> dict[str, dict[str, float]]:
+    """Scores on the test split of the models that one client trained each, by key of ``SOLO`` and client; none while a run is unfinished."""
+    if run.result is None:
+        return {key: {} for key in SOLO}
+    prefix = SOLO["fine_tuned_mean"]
+    last = {line.stage: line.score for line in run.lines if line.score is not None and line.stage.startswith(prefix)}
+    return {"local_mean": run.result.local, "fine_tuned_mean": {stage.removeprefix(prefix): score for stage, score in last.items()}}
+
+
+def _majority_row(metric: str, score: float | None) -> ScoreRow:
+    if metric == "auc":
+        return ScoreRow("majority", "chance", score, None, {})
+    return ScoreRow("majority", "majority answer", score, None, {}, "the most frequent training answer, always")
+
+
+def _notes(run: Run, last: dict[str, Line]) -> dict[str, str]:
+    """What the table says beside a score."""
+    notes = {"ceiling": "population optimum"} if run.result and run.result.scores.get("ceiling") is not None else {}
+    if run.result is None and "federated" in last:
+        notes["federated"] = f"after round {last['federated'].round}"
+    if run.result and run.result.personalized:
+        notes["federated"] = "the mean of the clients' own models"
+    for key, scores in solo_scores(run).items():
+        if len(scores) > 1:
+            worst = _lowest(scores)
+            notes[key] = f"{len(scores)} clients: standard deviation {stdev(scores.values()):.3f}, worst {scores[worst]:.3f} ({worst})"
+    return notes
+
+
+def _lowest(scores: dict[str, float]) -> str:
+    """The client with the lowest score, the first by name of several."""
+    return min(scores, key=lambda client: (scores[client], client))
+
+
+def _shared_details(details: dict[str, Metrics], prefix: str) -> Metrics:
+    """Of all models that one client trained: failures and questions summed up, partial scores averaged."""
+    rows = [row for stage, row in details.items() if stage.startswith(prefix)]
+    shared = set.intersection(*map(set, rows)) if rows else set()
+    return {key: (sum if key in ("failures", "num_samples") else mean)(row[key] for row in rows) for key in sorted(shared)}
+
+
+def client_rows(run: Run) -> list[ClientRow]:
+    """The kinds of models that clients were asked with; none where ``evaluation.client_samples`` asked for none."""
+    clients = run.result.clients if run.result else {}
+    return [_client_row(model, clients[model]) for model in MODELS if clients.get(model)]
+
+
+def _client_row(model: str, scores: dict[str, float]) -> ClientRow:
+    values = list(scores.values())
+    spread = stdev(values) if len(values) > 1 else None
+    ends = min(values), max(values), _lowest(scores)
+    return ClientRow(model, MODELS[model].name, len(values), mean(values), worst_decile(values), spread, *ends)
+
+
+def cost_rows(rounds: Sequence[Round]) -> list[CostRow]:
+    """What the rounds cost the network and the server. Runs whose lines do not tell the bytes held have no row for them."""
+    if not rounds:
+        return []
+    held = [float(line.bytes_held) for line in rounds]
+    return [
+        _cost_row("sent by the clients (up)", [line.bytes_up for line in rounds], human_bytes),
+        _cost_row("received by the clients (down)", [line.bytes_down for line in rounds], human_bytes),
+        _cost_row("the server's time to take in and aggregate", [line.seconds.get("aggregate", 0.0) for line in rounds], duration),
+        *([_cost_row("held by the aggregation", held, human_bytes, summed=False)] if any(held) else []),
+    ]
+
+
+def _cost_row(name: str, values: Sequence[float], wording: Callable[[float], str], summed: bool = True) -> CostRow:
+    return CostRow(name, wording(mean(values)), wording(max(values)), wording(sum(values)) if summed else "")
+
+
+def stage_seconds(run: Run) -> dict[str, float]:
+    """Wall time by stage, the stages of one client each taken together."""
+    seconds: dict[str, float] = {}
+    parts = [(line.stage, sum(line.seconds.values())) for line in run.lines]
+    for stage, part in run.result.seconds_by_stage.items() if run.result else parts:
+        solo = next((name for prefix, name in SOLO_TIMES.items() if stage.startswith(prefix)), stage)
+        name = LOOKS[stage].name if stage in LOOKS else solo
+        seconds[name] = seconds.get(name, 0.0) + part
+    return seconds
