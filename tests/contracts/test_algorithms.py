@@ -16,7 +16,7 @@ from fedmllm import factors
 from fedmllm import weights as W
 from fedmllm.algorithms import ALGORITHMS, Adapted, Aggregator, Algorithm, AlgorithmConfig, Client, ServerState, build_algorithm
 from fedmllm.engine.checkpoint import RunStore
-from fedmllm.engine.rounds import Intake, refusal
+from fedmllm.engine.intake import Intake, refusal
 from fedmllm.training.local import LocalResult
 from fedmllm.types import ClientUpdate, Population, Weights
 

@@ -7,10 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fedmllm.algorithms import Adapted, ServerState, build_algorithm
+from fedmllm.algorithms import Adapted, Client, ServerState, build_algorithm
 from fedmllm.algorithms.fedavg import FedAvg
 from fedmllm.benchmark.report import write_report
-from fedmllm.benchmark.results import RunResult, standard_error, versions
+from fedmllm.benchmark.results import RunResult
+from fedmllm.benchmark.summary import summarize
 from fedmllm.config import Experiment, differences
 from fedmllm.data.federated import FederatedData, federate, manifest
 from fedmllm.data.tested import own_kind, reduced_copy
@@ -19,7 +20,6 @@ from fedmllm.engine.in_process import InProcessEngine
 from fedmllm.engine.rounds import Loop, Stage, evaluate_state, personal_models, run_stage
 from fedmllm.errors import RunError, listing
 from fedmllm.evaluation.evaluate import evaluate
-from fedmllm.evaluation.metrics import majority_score
 from fedmllm.models.load import VisionLanguageModel, choose_device, load_model
 from fedmllm.models.lora import (
     attach_lora,
@@ -27,7 +27,6 @@ from fedmllm.models.lora import (
     lora_scale,
     read_weights,
     save_adapter,
-    trainable,
     write_base,
     write_weights,
 )
@@ -76,8 +75,9 @@ def train(
     copies = {spec: reduced_copy(data.dataset.test, spec, experiment.seed) for spec in experiment.evaluation.tested}
     vlm = _load(experiment)
     vlm.family.require(data.dataset.modalities)
+    start = _start(experiment, vlm)
     _open_folder(folder, experiment, data)
-    return _Run(experiment, folder, name, data, copies, vlm, observer or Observer()).finish()
+    return _Run(experiment, folder, name, data, copies, vlm, start, observer or Observer()).finish()
 
 
 def default_folder(name: str) -> Path:
@@ -117,6 +117,14 @@ def _load(experiment: Experiment) -> VisionLanguageModel:
     return attach_lora(vlm, experiment.lora, experiment.seed)
 
 
+def _start(experiment: Experiment, vlm: VisionLanguageModel) -> ServerState:
+    """The method's state before the first round. Its rule for clients is made once, so that what does not suit the model shows now."""
+    algorithm = build_algorithm(experiment.algorithm)
+    state = algorithm.init(read_weights(vlm.model), Adapted(frozen_weights(vlm), lora_scale(vlm.model)))
+    algorithm.local_rule(algorithm.broadcast(state), Client())
+    return state
+
+
 def _open_folder(folder: Path, experiment: Experiment, data: FederatedData) -> None:
     """The folder with what is known before training. Both files are functions of the experiment: a resume rewrites them alike."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -134,6 +142,7 @@ class _Run:
     data: FederatedData
     copies: Mapping[str, Sequence[Sample]]
     vlm: VisionLanguageModel
+    start: ServerState
     observer: Observer
 
     def finish(self) -> RunResult:
@@ -148,15 +157,14 @@ class _Run:
         # The baselines ask what plain training would give, whatever the method under test adds to it.
         plain = replace(loop, algorithm=FedAvg())
         federated, *baselines = stages
-        adapted = Adapted(frozen_weights(self.vlm), lora_scale(self.vlm.model))
-        trained = run_stage(loop, federated, loop.algorithm.init(initial, adapted))
+        trained = run_stage(loop, federated, self.start)
         models = personal_models(loop, federated, trained)
         ended = {f"fine_tuned-{client}": ServerState(weights, slots={"base": trained.base}) for client, weights in models.items()}
         for stage in baselines:
             run_stage(plain, stage, ended[stage.name] if stage.name in ended else ServerState(initial))
         self._save_adapters(loop, federated, trained)
         result = replace(
-            self._result(loop.store, stages),
+            summarize(self.experiment, self.name, self.data, loop.store, stages, sum(tensor.numel() for tensor in initial.values())),
             tested=self._tested(encoder, loop, federated, trained),
             clients=self._by_client(encoder, loop, federated, trained),
         )
@@ -185,7 +193,6 @@ class _Run:
 
     def _loop(self, encoder: Encoder) -> Loop:
         e, dataset = self.experiment, self.data.dataset
-
         engine, score = InProcessEngine(self.vlm, encoder, e.training), self._scorer(encoder, dataset.test, dataset.metric)
         return Loop(build_algorithm(e.algorithm), engine, e.training, score, RunStore(self.folder), e.seed, self.observer.round_done)
 
@@ -245,38 +252,6 @@ class _Run:
         loop.store.append(record)
         loop.on_round(record | {"num_rounds": 0})
 
-    def _result(self, store: RunStore, stages: Sequence[Stage]) -> RunResult:
-        """Everything from the lines of metrics, so that it does not matter in how many sittings they came about."""
-        e, dataset = self.experiment, self.data.dataset
-        records = {name: store.records(name) for name in ["zero_shot", *(stage.name for stage in stages)]}
-        final = {name: rows[-1]["scores"] for name, rows in records.items() if rows}
-        local = {name.removeprefix("local-"): scores["score"] for name, scores in final.items() if name.startswith("local-")}
-        seconds = {name: sum(sum(row["seconds"].values()) for row in rows) for name, rows in records.items() if rows}
-        majority = majority_score(dataset.metric, [s for samples in self.data.clients.values() for s in samples], dataset.test)
-        return RunResult(
-            experiment=self.name,
-            metric=dataset.metric,
-            scores=_scores(final, local, dataset.ceilings),
-            standard_errors=_errors(final, local),
-            details={name: scores for name, scores in final.items() if not name.startswith(("local-", "fine_tuned-"))},
-            local=local,
-            majority=majority,
-            bytes_up=sum(row["bytes_up"] for row in records["federated"]),
-            bytes_down=sum(row["bytes_down"] for row in records["federated"]),
-            seconds=sum(seconds.values()),
-            seconds_by_stage=seconds,
-            seed=e.seed,
-            versions=versions(),
-            num_rounds=e.federation.num_rounds,
-            num_clients=e.federation.num_clients,
-            clients_per_round=e.federation.clients_per_round,
-            trainable_parameters=sum(tensor.numel() for _, tensor in trainable(self.vlm.model)),
-            algorithm=e.algorithm.name,
-            strategies=list(dict.fromkeys([*(["agnostic_prompt"] if e.data.prompt == "agnostic" else []), *e.algorithm.strategy_names])),
-            model=e.model.name,
-            personalized=build_algorithm(e.algorithm).personalized,
-        )
-
 
 def pooled(clients: Mapping[str, Sequence[Sample]]) -> dict[str, tuple[Sample, ...]]:
     """All samples at one client, in the order of their ids, under the first client's name.
@@ -285,25 +260,3 @@ def pooled(clients: Mapping[str, Sequence[Sample]]) -> dict[str, tuple[Sample, .
     """
     everything = sorted((sample for samples in clients.values() for sample in samples), key=lambda sample: sample.id)
     return {min(clients): tuple(everything)}
-
-
-def _scores(final: Mapping[str, Metrics], local: Mapping[str, float], ceilings: Mapping[str, float]) -> dict[str, float | None]:
-    single = {name: final[name]["score"] if name in final else None for name in ("zero_shot", "federated", "centralized")}
-    mean = sum(local.values()) / len(local) if local else None
-    return {
-        "zero_shot": single["zero_shot"],
-        "local_mean": mean,
-        "federated": single["federated"],
-        "centralized": single["centralized"],
-        "ceiling": ceilings.get("both"),
-    }
-
-
-def _errors(final: Mapping[str, Metrics], local: Mapping[str, float]) -> dict[str, float | None]:
-    """Bootstrap over test samples for one model; for means over clients, ``standard_error``."""
-    errors: dict[str, float | None] = {
-        name: final[name]["standard_error"] if name in final else None for name in ("zero_shot", "federated", "centralized")
-    }
-    errors["local_mean"] = standard_error(list(local.values()))
-    errors["ceiling"] = None
-    return errors

@@ -59,14 +59,14 @@ def own_kind(test: Sequence[Sample], held: Sequence[Sample], client: str, count:
         The samples under ids of their own, category by category; empty if the test split holds none of the client's categories.
     """
     rng = generator(seed, "own-kind", client)
-    shares = Counter(sample.category for sample in held)
+    shares = Counter((sample.domain, sample.category) for sample in held)
     drawn = []
-    for category, number in sorted(shares.items()):
-        found = [sample for sample in test if sample.category == category]
+    for kind, number in sorted(shares.items()):
+        found = [sample for sample in test if (sample.domain, sample.category) == kind]
         wanted = min(len(found), max(1, round(count * number / len(held))))
         drawn += [found[i] for i in sorted(rng.choice(len(found), size=wanted, replace=False))]
-    kinds = [held[i].modalities for i in rng.integers(len(held), size=len(drawn))]
-    kept = (keep_only(sample, kind) for sample, kind in zip(drawn, kinds, strict=True))
+    held_by = [held[i].modalities for i in rng.integers(len(held), size=len(drawn))]
+    kept = (keep_only(sample, modalities) for sample, modalities in zip(drawn, held_by, strict=True))
     return tuple(replace(sample, id=f"{sample.id}@{client}") for sample in kept if sample.content)
 
 

@@ -12,12 +12,11 @@ from pydantic import BaseModel, ConfigDict
 
 from fedmllm import factors
 from fedmllm import weights as W
-from fedmllm.algorithms import Aggregate, Aggregator, Algorithm, ServerState
+from fedmllm.algorithms import Algorithm, ServerState
 from fedmllm.data.modalities import profile
 from fedmllm.engine.checkpoint import RunStore
 from fedmllm.engine.in_process import Assignment
-from fedmllm.errors import FederationError, listing
-from fedmllm.models.lora import describe_mismatch
+from fedmllm.engine.intake import Intake
 from fedmllm.randomness import generator
 from fedmllm.training.local import TrainingConfig, round_learning_rate
 from fedmllm.types import Broadcast, ClientUpdate, Metrics, Population, Record, Sample, Weights
@@ -200,65 +199,6 @@ class _Watch:
         self._last = now
 
 
-class Intake:
-    """Updates taken in so far, and what is told about them.
-
-    Args:
-        algorithm: how updates are aggregated.
-        state: the server's, at the start of the round.
-        ranks: clients' own LoRA ranks.
-    """
-
-    def __init__(self, algorithm: Algorithm, state: ServerState, ranks: Mapping[str, int]) -> None:
-        self._algorithm, self._state, self._ranks = algorithm, state, ranks
-        self._aggregator = Aggregator(algorithm, state)
-        self._num_samples = self._bytes_up = 0
-        self._losses: list[tuple[int, float]] = []
-        self._refused: list[Record] = []
-
-    def take(self, update: ClientUpdate) -> None:
-        """Add an update to the aggregate, or refuse it."""
-        self._bytes_up += W.num_bytes(update.update, *update.extras.values())
-        if reason := self._refusal(update):
-            self._refused.append({"client": update.client, "reason": reason})
-            return
-        self._aggregator.add(update)
-        self._num_samples += update.num_samples
-        if "loss" in update.metrics:
-            self._losses.append((update.num_samples, update.metrics["loss"]))
-
-    def _refusal(self, update: ClientUpdate) -> str | None:
-        rank = self._ranks.get(update.client)
-        if update.rank != rank:
-            return f"the update is of rank {update.rank}, the client's rank is {rank}"
-        sent = {n: tensor for n, tensor in self._state.weights.items() if self._algorithm.uploads(self._state.round_num, n)}
-        return refusal(update, factors.cut(sent, rank), self._algorithm.client_sends)
-
-    def aggregate(self, stage: str) -> Aggregate:
-        """What the updates come to.
-
-        Raises:
-            FederationError: if none can be used.
-        """
-        if self._num_samples == 0:
-            reasons = listing(f"{row['client']}: {row['reason']}" for row in self._refused)
-            raise FederationError(
-                f"stage {stage}, round {self._state.round_num + 1}: no update can be used:\n{reasons}\ntry a lower training.learning_rate"
-            )
-        return self._aggregator.value()
-
-    def record(self) -> Record:
-        """The round's numbers about its clients; the loss is None where none of them took a step."""
-        weight = sum(count for count, _ in self._losses)
-        return {
-            "num_samples": self._num_samples,
-            "loss": sum(count * loss for count, loss in self._losses) / weight if weight else None,
-            "bytes_up": self._bytes_up,
-            "bytes_held": self._aggregator.num_bytes,
-            "refused": self._refused,
-        }
-
-
 def _take_in(updates: Iterable[ClientUpdate], intake: Intake, watch: _Watch) -> Intake:
     """Aggregate updates as they come, refusing those that would spoil the aggregate."""
     for update in updates:
@@ -266,17 +206,3 @@ def _take_in(updates: Iterable[ClientUpdate], intake: Intake, watch: _Watch) -> 
         intake.take(update)
         watch.lap("aggregate")
     return intake
-
-
-def refusal(update: ClientUpdate, expected: Weights, extras: Sequence[str] = ()) -> str | None:
-    """Why an update cannot be used: wrong names or shapes, NaN or infinity, no samples. None if it can."""
-    if sorted(update.extras) != sorted(extras):
-        return f"besides the update it holds {sorted(update.extras) or 'nothing'}, expected {sorted(extras) or 'nothing'}"
-    for kind, tensors in {"update": update.update, **update.extras}.items():
-        if mismatch := describe_mismatch(tensors, expected):
-            return mismatch if kind == "update" else f"{kind}: {mismatch}"
-        if not W.is_finite(tensors):
-            return f"the {kind} holds NaN or infinity"
-    if update.num_samples <= 0:
-        return f"num_samples is {update.num_samples}"
-    return None

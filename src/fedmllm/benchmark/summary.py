@@ -1,0 +1,71 @@
+"""What a run's lines of metrics add up to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from fedmllm.algorithms import build_algorithm
+from fedmllm.benchmark.results import RunResult, standard_error, versions
+from fedmllm.config import Experiment
+from fedmllm.data.federated import FederatedData
+from fedmllm.engine.checkpoint import RunStore
+from fedmllm.engine.rounds import Stage
+from fedmllm.evaluation.metrics import majority_score
+from fedmllm.types import Metrics
+
+
+def summarize(
+    experiment: Experiment, name: str, data: FederatedData, store: RunStore, stages: Sequence[Stage], trainable_parameters: int
+) -> RunResult:
+    """Everything from the lines of metrics, so that it does not matter in how many sittings they came about."""
+    e, dataset, clients = experiment, data.dataset, data.clients
+    records = {name: store.records(name) for name in ["zero_shot", *(stage.name for stage in stages)]}
+    final = {name: rows[-1]["scores"] for name, rows in records.items() if rows}
+    local = {name.removeprefix("local-"): scores["score"] for name, scores in final.items() if name.startswith("local-")}
+    seconds = {name: sum(sum(row["seconds"].values()) for row in rows) for name, rows in records.items() if rows}
+    majority = majority_score(dataset.metric, [s for samples in clients.values() for s in samples], dataset.test)
+    return RunResult(
+        experiment=name,
+        metric=dataset.metric,
+        scores=_scores(final, local, dataset.ceilings),
+        standard_errors=_errors(final, local),
+        details={name: scores for name, scores in final.items() if not name.startswith(("local-", "fine_tuned-"))},
+        local=local,
+        majority=majority,
+        bytes_up=sum(row["bytes_up"] for row in records["federated"]),
+        bytes_down=sum(row["bytes_down"] for row in records["federated"]),
+        seconds=sum(seconds.values()),
+        seconds_by_stage=seconds,
+        seed=e.seed,
+        versions=versions(),
+        num_rounds=e.federation.num_rounds,
+        num_clients=e.federation.num_clients,
+        clients_per_round=e.federation.clients_per_round,
+        trainable_parameters=trainable_parameters,
+        algorithm=e.algorithm.name,
+        strategies=list(dict.fromkeys([*(["agnostic_prompt"] if e.data.prompt == "agnostic" else []), *e.algorithm.strategy_names])),
+        model=e.model.name,
+        personalized=build_algorithm(e.algorithm).personalized,
+    )
+
+
+def _scores(final: Mapping[str, Metrics], local: Mapping[str, float], ceilings: Mapping[str, float]) -> dict[str, float | None]:
+    single = {name: final[name]["score"] if name in final else None for name in ("zero_shot", "federated", "centralized")}
+    mean = sum(local.values()) / len(local) if local else None
+    return {
+        "zero_shot": single["zero_shot"],
+        "local_mean": mean,
+        "federated": single["federated"],
+        "centralized": single["centralized"],
+        "ceiling": ceilings.get("both"),
+    }
+
+
+def _errors(final: Mapping[str, Metrics], local: Mapping[str, float]) -> dict[str, float | None]:
+    """Bootstrap over test samples for one model; for means over clients, ``standard_error``."""
+    errors: dict[str, float | None] = {
+        name: final[name]["standard_error"] if name in final else None for name in ("zero_shot", "federated", "centralized")
+    }
+    errors["local_mean"] = standard_error(list(local.values()))
+    errors["ceiling"] = None
+    return errors
