@@ -105,3 +105,15 @@ def test_what_rests_does_not_move(
         states.append(trained(name, clients, vlm, encoder, tmp_path / str(rounds), rounds)[0])
     assert [changed(a, b) for a, b in itertools.pairwise(states)] == [{move} for move in moves]
     assert all(parameter.requires_grad for name, parameter in vlm.model.named_parameters() if "lora_" in name)
+
+
+def test_strategies_leave_the_clients_own_model_alone(
+    clients: dict[str, list[Sample]], vlm: VisionLanguageModel, encoder: Encoder, tmp_path: Path
+) -> None:
+    """Ditto's personal pass is the same with and without calibration in the first round, where both start at the same weights."""
+    initial, kept = read_weights(vlm.model), []
+    for strategies in ((), ("label_calibration", "feature_alignment")):
+        write_weights(vlm.model, initial)
+        trained("ditto", clients, vlm, encoder, tmp_path / str(len(strategies)), 1, *strategies)
+        kept.append(RunStore(tmp_path / str(len(strategies))).client_states("federated").load("c0", 1)["personal"])
+    assert all(torch.equal(kept[0][name], kept[1][name]) for name in initial)

@@ -69,7 +69,9 @@ class InProcessEngine:
         upload = rule.finish(result)
         keeps = dict(upload.keeps)
         if rule.personal is not None:
-            keeps["personal"] = train_locally(self.vlm, task, rule.personal, self.training).weights
+            # What a strategy adds is for the federation's sake: the client's own model trains on its samples as they are.
+            alone = self._task(assignment, name, samples, rule.personal)
+            keeps["personal"] = train_locally(self.vlm, alone, rule.personal, self.training).weights
         if keeps:
             assignment.states.save(name, broadcast.round_num, keeps)
         sent = {tensor: value for tensor, value in upload.weights.items() if algorithm.uploads(broadcast.round_num, tensor)}
