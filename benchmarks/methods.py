@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from fedmllm import Experiment, train
+from fedmllm.algorithms import ALGORITHMS
+from fedmllm.evaluation.metrics import error_over_models
 
 SCENARIOS = ("aligned-0.5", "missing-0.4", "cross-5:5", "hybrid-0.7")
 TASKS: dict[str, dict[str, Any]] = {
@@ -27,41 +29,29 @@ TASKS: dict[str, dict[str, Any]] = {
 BASELINES = ("zero_shot", "local", "centralized")
 COHORT, CLIENTS, ONE_SHOT_EPOCHS = 5, 10, 10
 
+
+def method(name: str = "fedavg", *strategies: str, **parameters: float) -> dict[str, Any]:
+    """A row's section ``algorithm``."""
+    return {"algorithm": {"name": name, "parameters": parameters, "strategies": strategies}}
+
+
 ROWS: dict[str, dict[str, Any]] = {
-    "fedavg": {},
-    "fedprox": {"algorithm": {"name": "fedprox"}},
-    "scaffold": {"algorithm": {"name": "scaffold"}},
-    "fednova": {"algorithm": {"name": "fednova"}},
-    "fedavgm": {"algorithm": {"name": "fedavgm"}},
-    "fedavgm, rate 0.3": {"algorithm": {"name": "fedavgm", "parameters": {"server_learning_rate": 0.3}}},
-    "fedadagrad": {"algorithm": {"name": "fedadagrad"}},
-    "fedadagrad, rate 0.03": {"algorithm": {"name": "fedadagrad", "parameters": {"server_learning_rate": 0.03}}},
-    "fedadam": {"algorithm": {"name": "fedadam"}},
-    "fedadam, rate 0.01": {"algorithm": {"name": "fedadam", "parameters": {"server_learning_rate": 0.01}}},
-    "fedyogi": {"algorithm": {"name": "fedyogi"}},
-    "fedyogi, rate 0.01": {"algorithm": {"name": "fedyogi", "parameters": {"server_learning_rate": 0.01}}},
-    "median": {"algorithm": {"name": "median"}},
-    "trimmed_mean": {"algorithm": {"name": "trimmed_mean"}},
-    "krum": {"algorithm": {"name": "krum"}},
-    "ffa_lora": {"algorithm": {"name": "ffa_lora"}},
-    "rolora": {"algorithm": {"name": "rolora"}},
-    "flora": {"algorithm": {"name": "flora"}},
-    "fedex_lora": {"algorithm": {"name": "fedex_lora"}},
-    "flexlora": {"algorithm": {"name": "flexlora"}},
-    "hetlora": {"algorithm": {"name": "hetlora"}},
-    "fedilora": {"algorithm": {"name": "fedilora"}},
-    "fedsa_lora": {"algorithm": {"name": "fedsa_lora"}},
-    "ditto": {"algorithm": {"name": "ditto"}},
-    "FedMLLM(fedavg)": {"algorithm": {"name": "FedMLLM(fedavg)"}},
-    "FedMLLM(fedyogi), rate 0.01": {"algorithm": {"name": "FedMLLM(fedyogi)", "parameters": {"server_learning_rate": 0.01}}},
+    **{name: method(name) for name in ("fedavg", *sorted(ALGORITHMS.keys() - {"fedavg", "fedit", "yoco"}))},
+    "fedavgm, rate 0.3": method("fedavgm", server_learning_rate=0.3),
+    "fedadagrad, rate 0.03": method("fedadagrad", server_learning_rate=0.03),
+    "fedadam, rate 0.01": method("fedadam", server_learning_rate=0.01),
+    "fedyogi, rate 0.01": method("fedyogi", server_learning_rate=0.01),
+    "FedMLLM(fedavg)": method("FedMLLM(fedavg)"),
+    "FedMLLM(fedyogi), rate 0.01": method("FedMLLM(fedyogi)", server_learning_rate=0.01),
     "fedavg, specific prompt": {"data": {"prompt": "specific"}},
-    "fedavg + feature_alignment": {"algorithm": {"strategies": ["feature_alignment"]}},
-    "fedavg + modality_coverage": {"algorithm": {"strategies": ["modality_coverage"]}},
-    "fedavg + label_calibration": {"algorithm": {"strategies": ["label_calibration"]}},
+    "fedavg + feature_alignment": method("fedavg", "feature_alignment"),
+    "fedavg + modality_coverage": method("fedavg", "modality_coverage"),
+    "fedavg + label_calibration": method("fedavg", "label_calibration"),
     "fedavg, one shot": {"one_shot": True},
-    "yoco": {"one_shot": True, "algorithm": {"name": "yoco"}},
-    "yoco, reference": {"one_shot": True, "algorithm": {"name": "yoco", "parameters": {"reference": True}}},
+    "yoco": {"one_shot": True, **method("yoco")},
+    "yoco, reference": {"one_shot": True, **method("yoco", reference=True)},
 }
+"""Under ``fedit`` stands ``fedavg``: with adapters they are one."""
 
 
 def cells(seeds: list[int], only: list[str]) -> Iterator[tuple[str, str, str, int]]:
@@ -128,8 +118,8 @@ def run(options: argparse.Namespace) -> None:
     """Measure what is missing of this shard."""
     index, count = map(int, options.shard.split("/"))
     options.output.parent.mkdir(parents=True, exist_ok=True)
+    done = {(line["task"], line["scenario"], line["row"], line["seed"]) for line in read(options.output)}
     for position, cell in enumerate(cells(options.seeds, options.only)):
-        done = {(line["task"], line["scenario"], line["row"], line["seed"]) for line in read(options.output)}
         if position % count != index or cell in done:
             continue
         line = measure(*cell)
@@ -141,7 +131,7 @@ def run(options: argparse.Namespace) -> None:
 def table(lines: list[dict[str, Any]]) -> str:
     """Mean and standard error over seeds by row, task and scenario, in percent; the last column is the mean of all cells."""
     columns = [(task, scenario) for task in TASKS for scenario in SCENARIOS]
-    names = [*({"zero_shot": "zero-shot", "local_mean": "local", "centralized": "centralized", "ceiling": "ceiling"}), *ROWS]
+    names = ["zero_shot", "local_mean", "centralized", "ceiling", *ROWS]
     titles = [f"{task.removeprefix('digits-')} {scenario}" for task, scenario in columns]
     rows = [f"| method | {' | '.join(titles)} | mean |"]
     rows.append("|---" * (len(columns) + 2) + "|")
@@ -165,8 +155,8 @@ def cell_text(scores: list[float]) -> str:
     """``81.2 (0.9)``: mean and standard error over seeds."""
     if not scores:
         return ""
-    error = f" ({100 * statistics.stdev(scores) / len(scores) ** 0.5:.1f})" if len(scores) > 1 else ""
-    return f"{100 * statistics.mean(scores):.1f}{error}"
+    error = error_over_models(scores)
+    return f"{100 * statistics.mean(scores):.1f}" + ("" if error is None else f" ({100 * error:.1f})")
 
 
 if __name__ == "__main__":

@@ -18,8 +18,9 @@ from rich.table import Table
 from rich.text import Text
 
 from fedmllm.benchmark.drawing import LOOKS, MODELS, duration, human_bytes
-from fedmllm.benchmark.results import SCORES, RunResult, standard_error, worst_decile
+from fedmllm.benchmark.results import SCORES, RunResult, worst_decile
 from fedmllm.benchmark.run import Observer
+from fedmllm.evaluation.metrics import error_over_models
 from fedmllm.types import Record
 
 if TYPE_CHECKING:
@@ -165,7 +166,7 @@ def _add_clients(table: Table, result: RunResult) -> None:
         table.add_section()
     for model, look in MODELS.items():
         if scores := result.clients.get(model, {}).values():
-            error = standard_error(scores)
+            error = error_over_models(scores)
             table.add_row(f"{look.name}, clients' own kind, accuracy", f"{mean(scores):.3f}", "" if error is None else f"{error:.3f}")
             table.add_row(f"{look.name}, worst decile of clients", f"{worst_decile(scores):.3f}", "")
 

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from fedmllm import weights as W
-from fedmllm.algorithms import ALGORITHMS, STRATEGIES, Adapted
+from fedmllm.algorithms import ALGORITHMS, STRATEGIES
 from fedmllm.benchmark.methods_view import catalog, costs
 from fedmllm.data.federated import FederatedData
 from fedmllm.display import methods_view
@@ -19,7 +19,7 @@ from fedmllm.engine.checkpoint import RunStore
 from fedmllm.engine.in_process import InProcessEngine
 from fedmllm.engine.rounds import Loop, Stage, run_stage
 from fedmllm.models.load import VisionLanguageModel
-from fedmllm.models.lora import frozen_weights, lora_scale, read_weights
+from fedmllm.models.lora import frozen_weights, read_weights
 from fedmllm.training.batches import Encoder
 from fedmllm.training.local import TrainingConfig
 from fedmllm.types import Record
@@ -115,7 +115,7 @@ def test_a_run_on_the_embedded_model_counts_the_same(
     clients = {client: samples[:1] for client, samples in federation.clients.items()}
     weights, store = read_weights(vlm.model), RunStore(tmp_path)
     loop = Loop(method, InProcessEngine(vlm, encoder, training), training, lambda weights, base: {"score": 0.0}, store, 0)
-    start = method.init(weights, Adapted(frozen_weights(vlm), lora_scale(vlm.model)))
+    start = method.init(weights, frozen_weights(vlm))
     end = run_stage(loop, Stage("federated", clients, 3, cohort), start)
     adapter, row = W.num_bytes(weights), costs(method)
     for round_num, line in enumerate(store.records("federated")):

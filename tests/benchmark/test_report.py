@@ -15,8 +15,9 @@ import pytest
 from fedmllm.benchmark.drawing import duration, human_bytes, short
 from fedmllm.benchmark.figures import _groups, _spread
 from fedmllm.benchmark.report import MAX_REFUSED, write_report
-from fedmllm.benchmark.results import standard_error, worst_decile
+from fedmllm.benchmark.results import worst_decile
 from fedmllm.errors import RunError
+from fedmllm.evaluation.metrics import error_over_models
 
 HOSTILE = "<script>alert('x')</script> \"&amp; $x^{$ _é日本"
 NONE = "\N{EN DASH}"
@@ -385,9 +386,9 @@ def test_worst_decile(scores: list[float], expected: float) -> None:
 
 def test_standard_error_over_clients() -> None:
     # Of 0, 1: standard deviation sqrt(1 / 2), divided by sqrt(2).
-    assert standard_error([0.0, 1.0]) == pytest.approx(0.5)
-    assert standard_error([0.3]) is None
-    assert standard_error([]) is None
+    assert error_over_models([0.0, 1.0]) == pytest.approx(0.5)
+    assert error_over_models([0.3]) is None
+    assert error_over_models([]) is None
 
 
 def test_refused_updates_are_listed_and_counted(html: str, folder: Folder) -> None:

@@ -14,7 +14,7 @@ import torch
 import fedmllm.algorithms as package
 from fedmllm import factors
 from fedmllm import weights as W
-from fedmllm.algorithms import ALGORITHMS, Adapted, Aggregator, Algorithm, AlgorithmConfig, Client, ServerState, build_algorithm
+from fedmllm.algorithms import ALGORITHMS, Aggregator, Algorithm, AlgorithmConfig, Client, ServerState, build_algorithm
 from fedmllm.engine.checkpoint import RunStore
 from fedmllm.engine.intake import Intake, refusal
 from fedmllm.training.local import LocalResult
@@ -212,7 +212,7 @@ def build(name: str, **parameters: float) -> Algorithm:
 
 
 def begin(algorithm: Algorithm) -> ServerState:
-    frozen = Adapted({"m": torch.randn(5, 6, generator=torch.Generator().manual_seed(9))}, 2.0)
+    frozen = {"m": torch.randn(5, 6, generator=torch.Generator().manual_seed(9))}
     return dataclasses.replace(algorithm.init(start(), frozen), population=Population(7))
 
 
@@ -295,7 +295,7 @@ def test_flora_starts_anew() -> None:
     """It merges what clients hold, the same A and B every round: nothing new is added only where B is 0, as when a run starts."""
     algorithm = build("flora")
     zero = {A: start()[A], B: torch.zeros_like(start()[B])}
-    state = algorithm.init(zero, Adapted())
+    state = algorithm.init(zero, {})
     for _ in range(2):
         state = server_round(algorithm, state, updates(algorithm, state, size=0.0))
     assert float(effective(state)["m"].abs().max()) == 0

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from fedmllm import weights as W
-from fedmllm.algorithms import ALGORITHMS, STRATEGIES, Adapted, AlgorithmConfig, ServerState, StrategyConfig, build_algorithm
+from fedmllm.algorithms import ALGORITHMS, STRATEGIES, AlgorithmConfig, ServerState, StrategyConfig, build_algorithm
 from fedmllm.data.federated import FederatedData
 from fedmllm.engine.checkpoint import RunStore
 from fedmllm.engine.in_process import InProcessEngine
 from fedmllm.engine.rounds import Loop, Stage, run_stage
 from fedmllm.models.load import VisionLanguageModel
-from fedmllm.models.lora import frozen_weights, lora_scale, read_weights, write_weights
+from fedmllm.models.lora import frozen_weights, read_weights, write_weights
 from fedmllm.training.batches import Encoder
 from fedmllm.training.local import TrainingConfig
 from fedmllm.types import Record, Sample
@@ -40,7 +40,7 @@ def trained(
     algorithm, training = build_algorithm(config), TrainingConfig(schedule="constant", learning_rate=3e-3)
     loop = Loop(algorithm, InProcessEngine(vlm, encoder, training), training, lambda weights, base: {"score": 0.0}, RunStore(folder), 0)
     ranks = dict(zip(clients, (2, 8, 4, 8, 1), strict=True)) if algorithm.heterogeneous_ranks else {}
-    start = algorithm.init(read_weights(vlm.model), Adapted(frozen_weights(vlm), lora_scale(vlm.model)))
+    start = algorithm.init(read_weights(vlm.model), frozen_weights(vlm))
     state = run_stage(loop, Stage("federated", clients, rounds, 5, ranks=ranks), start)
     return state, RunStore(folder).records("federated")
 
@@ -81,7 +81,7 @@ def test_a_client_of_lower_rank_trains_as_a_model_of_that_rank(
     only = {"c4": clients["c4"]}
     algorithm, training = build_algorithm(AlgorithmConfig(name="hetlora")), TrainingConfig(learning_rate=3e-3)
     loop = Loop(algorithm, InProcessEngine(vlm, encoder, training), training, lambda w, b: {"score": 0.0}, RunStore(tmp_path), 0)
-    state = run_stage(loop, Stage("federated", only, 3, 1, ranks={"c4": 2}), algorithm.init(read_weights(vlm.model), Adapted()))
+    state = run_stage(loop, Stage("federated", only, 3, 1, ranks={"c4": 2}), algorithm.init(read_weights(vlm.model), {}))
     for name, tensor in state.weights.items():
         beyond = tensor[2:] if name.endswith("lora_A.weight") else tensor[:, 2:]
         assert float(beyond.abs().max()) == 0

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from fedmllm.algorithms.base import Adapted, Aggregate, Aggregator, Algorithm, Client, ServerState
+from fedmllm.algorithms.base import Aggregate, Aggregator, Algorithm, Client, ServerState
 from fedmllm.algorithms.ditto import Ditto
 from fedmllm.algorithms.fedadagrad import FedAdagrad
 from fedmllm.algorithms.fedadam import FedAdam
@@ -39,7 +39,6 @@ from fedmllm.errors import ConfigError
 __all__ = [
     "ALGORITHMS",
     "STRATEGIES",
-    "Adapted",
     "Aggregate",
     "Aggregator",
     "Algorithm",

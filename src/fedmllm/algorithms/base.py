@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal, Protocol
 
 import torch
-from torch import Tensor
 
 from fedmllm import factors
 from fedmllm import weights as W
@@ -43,19 +42,6 @@ class ServerState:
     def after(self, weights: Weights, **slots: Weights) -> ServerState:
         """The state one round later; slots that are not given stay."""
         return replace(self, weights=weights, round_num=self.round_num + 1, slots={**self.slots, **slots})
-
-
-@dataclass(frozen=True)
-class Adapted:
-    """The frozen weights under the adapters.
-
-    Attributes:
-        weights: by module of the adapter, shape (outputs, inputs).
-        scale: LoRA's factor alpha / r.
-    """
-
-    weights: Mapping[str, Tensor] = field(default_factory=dict)
-    scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -95,6 +81,13 @@ class Aggregate:
     num_clients: int
     members: tuple[Member, ...] = ()
 
+    def mean_over_members(self, kind: str) -> Weights:
+        """The weighted mean of what the members sent under a name, float64."""
+        mean = W.WeightedMean()
+        for member in self.members:
+            mean.add(member.slots[kind], member.share)
+        return mean.value()
+
 
 class Algorithm(Protocol):
     """One method. Instances hold hyper-parameters only; all that changes is in the state."""
@@ -116,8 +109,8 @@ class Algorithm(Protocol):
         """Clients per round without which the rule has no meaning."""
         ...
 
-    def init(self, weights: Weights, adapted: Adapted) -> ServerState:
-        """The state before the first round."""
+    def init(self, weights: Weights, frozen: Weights) -> ServerState:
+        """The state before the first round, from the adapter and the frozen matrices under it, by module, shape (outputs, inputs)."""
         ...
 
     def broadcast(self, state: ServerState) -> Broadcast:
@@ -158,13 +151,15 @@ class ServerAverage:
     personalized: ClassVar[bool] = False
     needs_individual_updates: ClassVar[bool] = False
     client_sends: ClassVar[tuple[str, ...]] = ()
+    by_head: ClassVar[bool] = False
+    """Whether every client counts alike, rather than by its number of samples."""
 
     @property
     def smallest_cohort(self) -> int:
         """One."""
         return 1
 
-    def init(self, weights: Weights, adapted: Adapted) -> ServerState:
+    def init(self, weights: Weights, frozen: Weights) -> ServerState:
         """The weights alone."""
         return ServerState(weights)
 
@@ -181,12 +176,12 @@ class ServerAverage:
         return True
 
     def local_rule(self, broadcast: Broadcast, client: Client) -> LocalRule:
-        """Nothing beside the loss; tensors that are not sent do not train."""
+        """Nothing beside the loss."""
         return LocalRule()
 
     def fold(self, state: ServerState, update: ClientUpdate) -> tuple[Slots, float]:
-        """The update and what came with it, by number of samples."""
-        return {"update": update.update, **update.extras}, float(update.num_samples)
+        """The update and what came with it, by number of samples or by head."""
+        return {"update": update.update, **update.extras}, 1.0 if self.by_head else float(update.num_samples)
 
     def server_step(self, state: ServerState, aggregate: Aggregate) -> ServerState:
         """Add the mean update, in float64, rounded once to float32."""

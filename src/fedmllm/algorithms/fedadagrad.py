@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fedmllm import weights as W
-from fedmllm.algorithms.base import Adapted, Aggregate, ServerState, require_positive, require_within, zeros
+from fedmllm.algorithms.base import Aggregate, ServerState, require_positive, require_within, zeros
 from fedmllm.algorithms.fedavg import FedAvg
-from fedmllm.types import ClientUpdate, Slots, Weights
+from fedmllm.types import Weights
 
 
 @dataclass(frozen=True)
@@ -34,19 +34,16 @@ class FedAdagrad(FedAvg):
     beta1: float = 0.9
     tau: float = 1e-3
     reference: bool = False
+    by_head = True
 
     def __post_init__(self) -> None:
         require_within("beta1", self.beta1, 0, 1)
         require_positive(tau=self.tau, server_learning_rate=self.server_learning_rate)
 
-    def init(self, weights: Weights, adapted: Adapted) -> ServerState:
+    def init(self, weights: Weights, frozen: Weights) -> ServerState:
         """Momentum 0 and second moment tau^2."""
         second = {name: tensor + self.tau**2 for name, tensor in zeros(weights).items()}
         return ServerState(weights, slots={"momentum": zeros(weights), "second_moment": second})
-
-    def fold(self, state: ServerState, update: ClientUpdate) -> tuple[Slots, float]:
-        """Every client counts alike."""
-        return super().fold(state, update)[0], 1.0
 
     def server_step(self, state: ServerState, aggregate: Aggregate) -> ServerState:
         """The rule above."""

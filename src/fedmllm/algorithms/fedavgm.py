@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fedmllm import weights as W
-from fedmllm.algorithms.base import Adapted, Aggregate, ServerState, require_positive, require_within, zeros
+from fedmllm.algorithms.base import Aggregate, ServerState, require_positive, require_within, zeros
 from fedmllm.algorithms.fedavg import FedAvg
 from fedmllm.types import Weights
 
@@ -30,7 +30,7 @@ class FedAvgM(FedAvg):
         require_within("beta1", self.beta1, 0, 1)
         require_positive(server_learning_rate=self.server_learning_rate)
 
-    def init(self, weights: Weights, adapted: Adapted) -> ServerState:
+    def init(self, weights: Weights, frozen: Weights) -> ServerState:
         """Momentum 0, kept in float64."""
         return ServerState(weights, slots={"momentum": zeros(weights)})
 

@@ -30,10 +30,7 @@ class FedExLoRA(FedAvg):
 
     def server_step(self, state: ServerState, aggregate: Aggregate) -> ServerState:
         """The rule above; the residual is taken to the factors as rounded."""
-        mean = W.WeightedMean()
-        for member in aggregate.members:
-            mean.add(member.slots["weights"], member.share)
-        weights = W.add(W.zeros_like(state.weights), mean.value())
+        weights = W.add(W.zeros_like(state.weights), aggregate.mean_over_members("weights"))
         members = [self._without(member.slots["weights"], weights) for member in aggregate.members]
         return state.after(weights, **merge(state, factors.stack(members, [m.share for m in aggregate.members])))
 

@@ -11,7 +11,6 @@ from torch import Tensor
 from fedmllm import weights as W
 from fedmllm.algorithms.base import Aggregate, Member, ServerState
 from fedmllm.algorithms.fedavg import FedAvg
-from fedmllm.types import ClientUpdate, Slots
 
 
 @dataclass(frozen=True)
@@ -24,10 +23,7 @@ class Median(FedAvg):
 
     kind = "robust"
     needs_individual_updates = True
-
-    def fold(self, state: ServerState, update: ClientUpdate) -> tuple[Slots, float]:
-        """Every client counts alike."""
-        return super().fold(state, update)[0], 1.0
+    by_head = True
 
     def server_step(self, state: ServerState, aggregate: Aggregate) -> ServerState:
         """Add the robust mean of each tensor."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from fedmllm import weights as W
-from fedmllm.algorithms.base import Adapted, Aggregate, Client, ServerState, require_positive
+from fedmllm.algorithms.base import Aggregate, Client, ServerState, require_positive
 from fedmllm.algorithms.fedavg import FedAvg
 from fedmllm.training.local import LocalResult, LocalRule, Upload
-from fedmllm.types import Broadcast, ClientUpdate, Slots, Weights
+from fedmllm.types import Broadcast, Weights
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,12 @@ class Scaffold(FedAvg):
 
     server_learning_rate: float = 1.0
     client_sends = ("control",)
+    by_head = True
 
     def __post_init__(self) -> None:
         require_positive(server_learning_rate=self.server_learning_rate)
 
-    def init(self, weights: Weights, adapted: Adapted) -> ServerState:
+    def init(self, weights: Weights, frozen: Weights) -> ServerState:
         """Control 0."""
         return ServerState(weights, slots={"control": W.zeros_like(weights)})
 
@@ -55,10 +56,6 @@ class Scaffold(FedAvg):
             return Upload(result.weights, {"control": W.subtract(control, own)}, {"control": control})
 
         return LocalRule(edit_gradient=lambda name, g: g + correction[name].to(g), records_gradient=True, finish=finish)
-
-    def fold(self, state: ServerState, update: ClientUpdate) -> tuple[Slots, float]:
-        """Every client counts alike."""
-        return super().fold(state, update)[0], 1.0
 
     def server_step(self, state: ServerState, aggregate: Aggregate) -> ServerState:
         """The rule above."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedmllm import factors
 from fedmllm import weights as W
-from fedmllm.algorithms.base import Adapted, Aggregate, Client, Member, ServerState, require_not_negative, require_within
+from fedmllm.algorithms.base import Aggregate, Client, Member, ServerState, require_not_negative, require_within
 from fedmllm.algorithms.fedavg import FedAvg
 from fedmllm.algorithms.median import stacked
 from fedmllm.training.local import LocalRule, Parameters
@@ -54,9 +54,9 @@ class YOCO(FedAvg):
         require_within("gamma", self.gamma, 1, math.inf)
         require_within("energy", self.energy, 1e-9, 1 + 1e-9)
 
-    def init(self, weights: Weights, adapted: Adapted) -> ServerState:
+    def init(self, weights: Weights, frozen: Weights) -> ServerState:
         """Factors from the frozen weights, which the product is taken off."""
-        pairs = {module: self._split(adapted.weights[module], pair) for module, pair in factors.pairs(weights)}
+        pairs = {module: self._split(frozen[module], pair) for module, pair in factors.pairs(weights)}
         start = {**weights, **factors.named(pairs)}
         signs = {"signs": {name: tensor.sign() for name, tensor in start.items() if factors.is_b(name)}}
         base = {} if self.reference else {"base": {module: -pair.product().float() for module, pair in pairs.items()}}
@@ -107,10 +107,7 @@ class YOCO(FedAvg):
 
     def server_step(self, state: ServerState, aggregate: Aggregate) -> ServerState:
         """The rule above."""
-        mean = W.WeightedMean()
-        for member in aggregate.members:
-            mean.add(member.slots["update"], member.share)
-        update = mean.value()
+        update = aggregate.mean_over_members("update")
         if not self.reference:
             update |= {name: self._principal(aggregate.members, name, state.weights[name]) for name in update if factors.is_a(name)}
         return state.after(W.add(state.weights, update))

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from fedmllm import weights as W
-from fedmllm.algorithms import ALGORITHMS, PUBLISHED, STRATEGIES, Adapted, Algorithm, Client
+from fedmllm.algorithms import ALGORITHMS, PUBLISHED, STRATEGIES, Algorithm, Client
 from fedmllm.algorithms.strategies import Strategy
 from fedmllm.engine.checkpoint import RunStore
 from fedmllm.engine.in_process import Assignment
@@ -111,7 +111,7 @@ def _trial(method: Algorithm, cohort: int) -> _Trial:
     with TemporaryDirectory() as folder:
         store = RunStore(Path(folder))
         loop = Loop(method, _Stirring(), TrainingConfig(), lambda weights, base: {"score": 0.0}, store, 0)
-        state = run_stage(loop, stage, method.init(tensors, Adapted(frozen)))
+        state = run_stage(loop, stage, method.init(tensors, frozen))
         rounds = store.records(stage.name)
         kept = store.client_states(stage.name).load("client-0", ROUNDS)
     adapter = W.num_bytes(tensors)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
-from statistics import stdev
 from typing import ClassVar
 
 from pydantic import ConfigDict
@@ -84,11 +83,6 @@ def worst_decile(scores: Iterable[float]) -> float:
     ranked = sorted(scores)
     lowest = ranked[: math.ceil(len(ranked) / 10)]
     return sum(lowest) / len(lowest)
-
-
-def standard_error(scores: Collection[float]) -> float | None:
-    """Of a mean over K clients: their standard deviation divided by ``sqrt(K)``. None for fewer than two."""
-    return stdev(scores) / math.sqrt(len(scores)) if len(scores) > 1 else None
 
 
 def versions() -> dict[str, str]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fedmllm.algorithms import Adapted, Client, ServerState, build_algorithm
+from fedmllm.algorithms import Client, ServerState, build_algorithm
 from fedmllm.algorithms.fedavg import FedAvg
 from fedmllm.benchmark.report import write_report
 from fedmllm.benchmark.results import RunResult
@@ -24,7 +24,6 @@ from fedmllm.models.load import VisionLanguageModel, choose_device, load_model
 from fedmllm.models.lora import (
     attach_lora,
     frozen_weights,
-    lora_scale,
     read_weights,
     save_adapter,
     write_base,
@@ -120,7 +119,7 @@ def _load(experiment: Experiment) -> VisionLanguageModel:
 def _start(experiment: Experiment, vlm: VisionLanguageModel) -> ServerState:
     """The method's state before the first round. Its rule for clients is made once, so that what does not suit the model shows now."""
     algorithm = build_algorithm(experiment.algorithm)
-    state = algorithm.init(read_weights(vlm.model), Adapted(frozen_weights(vlm), lora_scale(vlm.model)))
+    state = algorithm.init(read_weights(vlm.model), frozen_weights(vlm))
     algorithm.local_rule(algorithm.broadcast(state), Client())
     return state
 
@@ -162,11 +161,11 @@ class _Run:
         ended = {f"fine_tuned-{client}": ServerState(weights, slots={"base": trained.base}) for client, weights in models.items()}
         for stage in baselines:
             run_stage(plain, stage, ended[stage.name] if stage.name in ended else ServerState(initial))
-        self._save_adapters(loop, federated, trained)
+        self._save_adapters(trained, models if loop.algorithm.personalized else {})
         result = replace(
             summarize(self.experiment, self.name, self.data, loop.store, stages, sum(tensor.numel() for tensor in initial.values())),
             tested=self._tested(encoder, loop, federated, trained),
-            clients=self._by_client(encoder, loop, federated, trained),
+            clients=self._by_client(encoder, loop.store, models, trained.base),
         )
         write_json(self.folder / "result.json", result.to_record())
         write_report(self.folder)
@@ -211,29 +210,30 @@ class _Run:
         scorers = {spec: self._scorer(encoder, copy, self.data.dataset.metric) for spec, copy in self.copies.items()}
         return {spec: evaluate_state(replace(loop, evaluate=score), stage, trained) for spec, score in scorers.items()}
 
-    def _by_client(self, encoder: Encoder, loop: Loop, stage: Stage, trained: ServerState) -> dict[str, dict[str, float]]:
+    def _by_client(
+        self, encoder: Encoder, store: RunStore, models: Mapping[str, Weights], trained_base: Weights
+    ) -> dict[str, dict[str, float]]:
         """Accuracy of each client's models on test samples of its own kind, by model and client."""
-        count, seed, models = self.experiment.evaluation.client_samples, self.experiment.seed, personal_models(loop, stage, trained)
+        count, seed = self.experiment.evaluation.client_samples, self.experiment.seed
         scores: dict[str, dict[str, float]] = {}
         for client, held in self.data.clients.items() if count else ():
             asked = own_kind(self.data.dataset.test, held, client, count, seed)
             if not asked:
                 continue
             score = self._scorer(encoder, asked, "accuracy")
-            scores.setdefault("federated", {})[client] = score(models[client], trained.base)["score"]
-            for kind, base in (("local", {}), ("fine_tuned", trained.base)):
-                state = loop.store.load_state(f"{kind}-{client}")
+            scores.setdefault("federated", {})[client] = score(models[client], trained_base)["score"]
+            for kind, base in (("local", {}), ("fine_tuned", trained_base)):
+                state = store.load_state(f"{kind}-{client}")
                 if state is not None:
                     scores.setdefault(kind, {})[client] = score(state.weights, base)["score"]
         return scores
 
-    def _save_adapters(self, loop: Loop, stage: Stage, trained: ServerState) -> None:
+    def _save_adapters(self, trained: ServerState, own: Mapping[str, Weights]) -> None:
         """The global adapter and, of a personalized method, each client's own."""
         save_adapter(self.vlm, trained.weights, self.folder / "adapter", trained.base)
-        if loop.algorithm.personalized:
+        for client, weights in own.items():
             (self.folder / "adapters").mkdir(exist_ok=True)
-            for client, weights in personal_models(loop, stage, trained).items():
-                save_adapter(self.vlm, weights, self.folder / "adapters" / client, trained.base)
+            save_adapter(self.vlm, weights, self.folder / "adapters" / client, trained.base)
 
     def _zero_shot(self, loop: Loop, initial: Weights) -> None:
         """The model before training, as a stage of no rounds."""

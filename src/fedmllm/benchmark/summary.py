@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from fedmllm.algorithms import build_algorithm
-from fedmllm.benchmark.results import RunResult, standard_error, versions
+from fedmllm.benchmark.results import RunResult, versions
 from fedmllm.config import Experiment
 from fedmllm.data.federated import FederatedData
 from fedmllm.engine.checkpoint import RunStore
 from fedmllm.engine.rounds import Stage
-from fedmllm.evaluation.metrics import majority_score
+from fedmllm.evaluation.metrics import error_over_models, majority_score
 from fedmllm.types import Metrics
 
 
@@ -66,6 +66,6 @@ def _errors(final: Mapping[str, Metrics], local: Mapping[str, float]) -> dict[st
     errors: dict[str, float | None] = {
         name: final[name]["standard_error"] if name in final else None for name in ("zero_shot", "federated", "centralized")
     }
-    errors["local_mean"] = standard_error(list(local.values()))
+    errors["local_mean"] = error_over_models(list(local.values()))
     errors["ceiling"] = None
     return errors

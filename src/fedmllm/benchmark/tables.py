@@ -8,7 +8,8 @@ from statistics import mean, stdev
 
 from fedmllm.benchmark.drawing import LOOKS, MODELS, duration, human_bytes
 from fedmllm.benchmark.folder import Line, Round, Run
-from fedmllm.benchmark.results import standard_error, worst_decile
+from fedmllm.benchmark.results import worst_decile
+from fedmllm.evaluation.metrics import error_over_models, over_models
 from fedmllm.types import Metrics
 
 SOLO = {"local_mean": "local-", "fine_tuned_mean": "fine_tuned-"}
@@ -76,11 +77,13 @@ def score_rows(run: Run) -> list[ScoreRow]:
     """The scores, from the result or, while there is none, from the last evaluations."""
     last = {line.stage: line for line in run.lines if line.score is not None}
     details: dict[str, Metrics] = {stage: line.scores or {} for stage, line in last.items()}
-    details |= {key: _shared_details(details, prefix) for key, prefix in SOLO.items()} | (run.result.details if run.result else {})
+    details |= {key: over_models([row for stage, row in details.items() if stage.startswith(prefix)]) for key, prefix in SOLO.items()} | (
+        run.result.details if run.result else {}
+    )
     scores = dict(run.result.scores) if run.result else {stage: line.score for stage, line in last.items()}
     errors = dict(run.result.standard_errors) if run.result else {stage: details[stage].get("standard_error") for stage in last}
     if tuned := solo_scores(run)["fine_tuned_mean"]:
-        scores["fine_tuned_mean"], errors["fine_tuned_mean"] = mean(tuned.values()), standard_error(tuned.values())
+        scores["fine_tuned_mean"], errors["fine_tuned_mean"] = mean(tuned.values()), error_over_models(tuned.values())
     notes = _notes(run, last)
     rows = [
         ScoreRow(stage, look.name, scores.get(stage), errors.get(stage), details.get(stage, {}), notes.get(stage, ""))
@@ -122,13 +125,6 @@ def _notes(run: Run, last: dict[str, Line]) -> dict[str, str]:
 def _lowest(scores: dict[str, float]) -> str:
     """The client with the lowest score, the first by name of several."""
     return min(scores, key=lambda client: (scores[client], client))
-
-
-def _shared_details(details: dict[str, Metrics], prefix: str) -> Metrics:
-    """Of all models that one client trained: failures and questions summed up, partial scores averaged."""
-    rows = [row for stage, row in details.items() if stage.startswith(prefix)]
-    shared = set.intersection(*map(set, rows)) if rows else set()
-    return {key: (sum if key in ("failures", "num_samples") else mean)(row[key] for row in rows) for key in sorted(shared)}
 
 
 def client_rows(run: Run) -> list[ClientRow]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from statistics import mean, stdev
 from typing import Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict
@@ -17,6 +16,7 @@ from fedmllm.data.modalities import profile
 from fedmllm.engine.checkpoint import RunStore
 from fedmllm.engine.in_process import Assignment
 from fedmllm.engine.intake import Intake
+from fedmllm.evaluation.metrics import error_over_models, over_models
 from fedmllm.randomness import generator
 from fedmllm.training.local import TrainingConfig, round_learning_rate
 from fedmllm.types import Broadcast, ClientUpdate, Metrics, Population, Record, Sample, Weights
@@ -161,7 +161,9 @@ def _bytes_down(algorithm: Algorithm, stage: Stage, state: ServerState, broadcas
 
 
 def personal_models(loop: Loop, stage: Stage, state: ServerState) -> dict[str, Weights]:
-    """The weights each client ends with, by client."""
+    """The weights each client ends with, by client: the global ones, unless the method gives it its own from what it keeps."""
+    if not loop.algorithm.personalized:
+        return dict.fromkeys(sorted(stage.clients), state.weights)
     states = loop.store.client_states(stage.name)
     return {client: loop.algorithm.personal(state, states.load(client, state.round_num)) for client in sorted(stage.clients)}
 
@@ -174,10 +176,8 @@ def evaluate_state(loop: Loop, stage: Stage, state: ServerState) -> Metrics:
     if not loop.algorithm.personalized:
         return loop.evaluate(state.weights, state.base)
     rows = [loop.evaluate(weights, state.base) for weights in personal_models(loop, stage, state).values()]
-    scores = [row["score"] for row in rows]
-    summed = {key: sum(row[key] for row in rows) for key in ("num_samples", "failures") if key in rows[0]}
-    error = {"standard_error": stdev(scores) / len(scores) ** 0.5} if len(scores) > 1 else {}
-    return {key: mean(row[key] for row in rows) for key in rows[0]} | summed | error
+    error = error_over_models([row["score"] for row in rows])
+    return over_models(rows) | ({} if error is None else {"standard_error": error})
 
 
 class _Watch:

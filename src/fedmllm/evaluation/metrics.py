@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import string
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
+from statistics import mean, stdev
 
 import numpy as np
 from numpy.typing import NDArray
@@ -117,6 +118,17 @@ def standard_error(metric: str, predictions: Sequence[Prediction], seed: int) ->
         with suppress(DataError):
             scores.append(score(metric, [predictions[i] for i in chosen]))
     return float(np.std(scores))
+
+
+def over_models(rows: Sequence[Metrics]) -> Metrics:
+    """What several models' metrics come to: questions and failures summed up, the rest averaged, as far as all have it."""
+    shared = [key for key in (rows[0] if rows else ()) if all(key in row for row in rows)]
+    return {key: (sum if key in ("failures", "num_samples") else mean)(row[key] for row in rows) for key in shared}
+
+
+def error_over_models(scores: Collection[float]) -> float | None:
+    """Of a mean over K models: their standard deviation divided by ``sqrt(K)``. None for fewer than two."""
+    return stdev(scores) / len(scores) ** 0.5 if len(scores) > 1 else None
 
 
 def majority_score(metric: str, train: Sequence[Sample], test: Sequence[Sample]) -> float:

@@ -161,36 +161,32 @@ def train_locally(vlm: VisionLanguageModel, task: LocalTask, rule: LocalRule, co
         return LocalResult(start, task.received, {})
     vlm.model.train()
     with torch_randomness(vlm.device, task.seed, "dropout", task.round_num, task.client), training_only(vlm.model, rule.trains):
-        turn = _Turn(vlm, task, rule, config)
-        losses = [turn.step(step, position) for step, position in _positions(task, config)]
+        plan = list(_plan(task, config))
+        turn = _Turn(vlm, task, rule, config, len(plan))
+        losses = [turn.step(step, position) for position, step in enumerate(plan)]
     vlm.model.eval()
     gradient = {name: (total / len(losses)).float().cpu() for name, total in turn.gradient.items()}
     metrics = {"loss": sum(losses) / len(losses), "steps": float(len(losses))}
     return LocalResult(read_weights(vlm.model), task.received, metrics, gradient)
 
 
-def _positions(task: LocalTask, config: TrainingConfig) -> Iterator[tuple[Step, int]]:
-    """The steps of all epochs, numbered through."""
-    position = 0
+def _plan(task: LocalTask, config: TrainingConfig) -> Iterator[Step]:
+    """The steps of all epochs."""
     for epoch in range(config.local_epochs):
         rng = generator(task.seed, "order", task.round_num, task.client, epoch)
-        for step in steps(task.samples, config.batch_size, config.accumulation, rng):
-            yield step, position
-            position += 1
+        yield from steps(task.samples, config.batch_size, config.accumulation, rng)
 
 
 class _Turn:
     """What lives as long as one client's training: its parameters, optimizer and the sum of its gradients."""
 
-    def __init__(self, vlm: VisionLanguageModel, task: LocalTask, rule: LocalRule, config: TrainingConfig) -> None:
-        self._vlm, self._task, self._rule, self._config = vlm, task, rule, config
+    def __init__(self, vlm: VisionLanguageModel, task: LocalTask, rule: LocalRule, config: TrainingConfig, num_steps: int) -> None:
+        self._vlm, self._task, self._rule, self._config, self._num_steps = vlm, task, rule, config, num_steps
         self._parameters = dict(trainable(vlm.model))
         self._received = {name: tensor.to(vlm.device) for name, tensor in task.received.items()}
         self._optimizer = torch.optim.AdamW(
             self._parameters.values(), lr=task.learning_rate, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay
         )
-        per_epoch = math.ceil(math.ceil(len(task.samples) / config.batch_size) / config.accumulation)
-        self._num_steps = config.local_epochs * per_epoch
         self.gradient: Weights = {}
 
     def step(self, step: Step, position: int) -> float:
