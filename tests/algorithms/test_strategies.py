@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import fedmllm.algorithms.strategies as package
-from fedmllm.algorithms import STRATEGIES, AlgorithmConfig, Client, ServerState, StrategyConfig, build_algorithm
+from fedmllm.algorithms import STRATEGIES, Aggregate, AlgorithmConfig, Client, ServerState, StrategyConfig, build_algorithm
 from fedmllm.algorithms.strategies.adaptive_regularization import AdaptiveRegularization, depth, profile_distance
 from fedmllm.algorithms.strategies.modality_coverage import ModalityCoverage, coverage
 from fedmllm.config import Experiment
@@ -133,6 +133,20 @@ def test_fedmllm_is_one_word() -> None:
     assert "momentum" in method.init(weights(), None).slots  # type: ignore[arg-type]
     assert method.local_rule(broadcast(), Client()).penalty is not None
     assert AlgorithmConfig.model_validate(config.model_dump(mode="json")) == config
+
+
+def test_the_recommended_method_is_its_two_parts() -> None:
+    parts = AlgorithmConfig(name="fedavgm", parameters={"beta1": 0.5}, strategies=(StrategyConfig(name="label_calibration"),))
+    whole, composed = build_algorithm(AlgorithmConfig(name="fedmllm")), build_algorithm(parts)
+    assert whole.local_rule(broadcast(), Client()) == composed.local_rule(broadcast(), Client()) != LocalRule()
+    states = [method.init(weights(), {}) for method in (whole, composed)]
+    for value in (1.0, 2.0):
+        states = [
+            method.server_step(state, Aggregate({"update": weights(value)}, 1))
+            for method, state in zip((whole, composed), states, strict=True)
+        ]
+    assert float(states[0].weights[NAMES[0]][0, 0]) == 1 + 2.5
+    assert all(torch.equal(states[0].weights[name], states[1].weights[name]) for name in NAMES)
 
 
 @pytest.mark.parametrize(

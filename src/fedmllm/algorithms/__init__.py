@@ -19,6 +19,7 @@ from fedmllm.algorithms.fedavgm import FedAvgM
 from fedmllm.algorithms.fedex_lora import FedExLoRA
 from fedmllm.algorithms.fedilora import FediLoRA
 from fedmllm.algorithms.fedit import FedIT
+from fedmllm.algorithms.fedmllm import FedMLLM
 from fedmllm.algorithms.fednova import FedNova
 from fedmllm.algorithms.fedprox import FedProx
 from fedmllm.algorithms.fedsa_lora import FedSALoRA
@@ -58,6 +59,7 @@ ALGORITHMS: dict[str, type[Any]] = {
     "fedex_lora": FedExLoRA,
     "fedilora": FediLoRA,
     "fedit": FedIT,
+    "fedmllm": FedMLLM,
     "fednova": FedNova,
     "fedprox": FedProx,
     "fedsa_lora": FedSALoRA,
@@ -107,7 +109,8 @@ class AlgorithmConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str = "fedavg"
-    """A name of the index of methods, or ``FedMLLM(NAME)`` for that method with the two published strategies."""
+    """A name of the index of methods, ``fedmllm`` being the one we recommend, or ``FedMLLM(NAME)`` for a method with the two published
+    strategies."""
     parameters: dict[str, Value] = Field(default_factory=dict)
     """The method's own hyper-parameters by name; left out for its defaults."""
     strategies: tuple[StrategyConfig, ...] = ()

@@ -14,7 +14,7 @@ from fedmllm.errors import ConfigError, FederationError
 from fedmllm.training.local import LocalRule
 from fedmllm.types import Broadcast, ClientUpdate, Population, Profile, Slots, Weights
 
-Kind = Literal["classic", "robust", "lora", "one-shot", "personalized"]
+Kind = Literal["recommended", "classic", "robust", "lora", "one-shot", "personalized"]
 
 
 @dataclass(frozen=True)
