@@ -22,7 +22,8 @@ from fedmllm.evaluation.evaluate import evaluate
 from fedmllm.models.load import load_model
 from fedmllm.models.lora import attach_lora, read_weights
 from fedmllm.training.batches import Encoder
-from fedmllm.training.local import LocalRule, LocalTask, TrainingConfig, train_locally
+from fedmllm.training.local import LocalTask, TrainingConfig, train_locally
+from fedmllm.training.rules import LocalRule
 
 RUNS = 5
 OUTPUT = Path(__file__).parent / "results" / "latest.json"

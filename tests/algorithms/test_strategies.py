@@ -12,7 +12,7 @@ from fedmllm.algorithms.strategies.adaptive_regularization import AdaptiveRegula
 from fedmllm.algorithms.strategies.modality_coverage import ModalityCoverage, coverage
 from fedmllm.config import Experiment
 from fedmllm.errors import ConfigError
-from fedmllm.training.local import LocalRule
+from fedmllm.training.rules import LocalRule
 from fedmllm.types import Broadcast, ClientUpdate, Population, Weights
 
 NAMES = [f"base.layers.{i}.q_proj.lora_{factor}.weight" for i in range(28) for factor in "AB"]

@@ -17,7 +17,7 @@ from fedmllm import weights as W
 from fedmllm.algorithms import ALGORITHMS, Aggregator, Algorithm, AlgorithmConfig, Client, ServerState, build_algorithm
 from fedmllm.engine.checkpoint import RunStore
 from fedmllm.engine.intake import Intake, refusal
-from fedmllm.training.local import LocalResult
+from fedmllm.training.rules import LocalResult
 from fedmllm.types import ClientUpdate, Population, Weights
 
 Array = np.ndarray

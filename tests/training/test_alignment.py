@@ -13,7 +13,8 @@ from fedmllm.models.load import VisionLanguageModel
 from fedmllm.models.lora import read_weights, trainable
 from fedmllm.training.alignment import backward_alignment, divergence
 from fedmllm.training.batches import Encoder, Step
-from fedmllm.training.local import LocalRule, LocalTask, TrainingConfig, train_locally
+from fedmllm.training.local import LocalTask, TrainingConfig, train_locally
+from fedmllm.training.rules import LocalRule
 
 
 def test_divergence_is_the_sum_of_kl_over_the_masked_columns() -> None:

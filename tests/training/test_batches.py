@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -25,11 +27,43 @@ def test_an_epoch_visits_every_sample_once(count: int, batch_size: int, accumula
     assert sum(len(step.micro_batches) for step in epoch) == -(-count // batch_size)
 
 
-@given(st.lists(st.integers(1, 50), min_size=1, max_size=30), st.integers(1, 200))
-def test_groups_stay_within_the_limit(lengths: list[int], limit: int) -> None:
-    groups = pack(lengths, limit)
-    assert [i for group in groups for i in group] == list(range(len(lengths)))
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=30), st.integers(1, 200), st.integers(0, 100))
+def test_groups_stay_within_the_limit(lengths: list[int], limit: int, pass_cost: int) -> None:
+    groups = pack(lengths, limit, pass_cost)
+    assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
+    assert all(group == sorted(group) for group in groups)
     assert all(len(group) == 1 or max(lengths[i] for i in group) * len(group) <= limit for group in groups)
+
+
+def divisions(items: list[int]) -> Iterator[list[list[int]]]:
+    """Every way to divide a list into groups."""
+    if not items:
+        yield []
+        return
+    for rest in divisions(items[1:]):
+        yield [[items[0]], *rest]
+        for i, group in enumerate(rest):
+            yield [*rest[:i], [items[0], *group], *rest[i + 1 :]]
+
+
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=6), st.integers(1, 60), st.integers(0, 20))
+def test_no_division_is_cheaper(lengths: list[int], limit: int, pass_cost: int) -> None:
+    def cost(groups: list[list[int]]) -> int:
+        return sum(pass_cost + len(group) * max(lengths[i] for i in group) for group in groups)
+
+    def allowed(groups: list[list[int]]) -> bool:
+        return all(len(group) == 1 or len(group) * max(lengths[i] for i in group) <= limit for group in groups)
+
+    least = min(cost(groups) for groups in divisions(list(range(len(lengths)))) if allowed(groups))
+    assert cost(pack(lengths, limit, pass_cost)) == least
+
+
+def test_a_pass_that_costs_nothing_or_much() -> None:
+    """Pictures of 60 tokens among texts of 20: apart where that is free, together where a pass costs more than the padding."""
+    lengths = [60, 20, 61, 20]
+    assert pack(lengths, 1000, 0) == [[1, 3], [0], [2]]
+    assert pack(lengths, 1000, 10) == [[1, 3], [0, 2]]
+    assert pack(lengths, 1000, 500) == [[0, 1, 2, 3]]
 
 
 def test_weights_are_those_of_accumulation() -> None:

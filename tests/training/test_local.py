@@ -15,7 +15,8 @@ from fedmllm.models.load import ModelConfig, VisionLanguageModel, load_model
 from fedmllm.models.lora import LoraConfig, attach_lora, read_weights, write_weights
 from fedmllm.randomness import generator
 from fedmllm.training.batches import Encoder
-from fedmllm.training.local import LocalRule, LocalTask, TrainingConfig, round_learning_rate, train_locally
+from fedmllm.training.local import LocalTask, TrainingConfig, round_learning_rate, train_locally
+from fedmllm.training.rules import LocalRule
 from fedmllm.types import Weights
 
 PLAIN = LocalRule()

@@ -11,7 +11,7 @@ import torch
 from fedmllm import factors
 from fedmllm import weights as W
 from fedmllm.errors import ConfigError, FederationError
-from fedmllm.training.local import LocalRule
+from fedmllm.training.rules import LocalRule
 from fedmllm.types import Broadcast, ClientUpdate, Population, Profile, Slots, Weights
 
 Kind = Literal["recommended", "classic", "robust", "lora", "one-shot", "personalized"]

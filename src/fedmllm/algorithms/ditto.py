@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fedmllm.algorithms.base import Client, ServerState, require_not_negative
 from fedmllm.algorithms.fedavg import FedAvg
 from fedmllm.algorithms.fedprox import proximal
-from fedmllm.training.local import LocalRule
+from fedmllm.training.rules import LocalRule
 from fedmllm.types import Broadcast, Slots, Weights
 
 

@@ -11,7 +11,7 @@ from fedmllm import factors
 from fedmllm import weights as W
 from fedmllm.algorithms.base import Aggregate, Client, ServerState, require_within
 from fedmllm.algorithms.fedavg import FedAvg
-from fedmllm.training.local import LocalResult, LocalRule, Upload
+from fedmllm.training.rules import LocalResult, LocalRule, Upload
 from fedmllm.types import Broadcast, ClientUpdate, Slots, Weights
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fedmllm.algorithms.base import Client, require_not_negative
 from fedmllm.algorithms.fedavgm import FedAvgM
 from fedmllm.algorithms.strategies.label_calibration import LabelCalibration
-from fedmllm.training.local import LocalRule
+from fedmllm.training.rules import LocalRule
 from fedmllm.types import Broadcast
 
 

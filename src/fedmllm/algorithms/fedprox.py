@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fedmllm.algorithms.base import Client, ServerAverage, require_not_negative
-from fedmllm.training.local import LocalRule, Parameters, Penalty
+from fedmllm.training.rules import LocalRule, Parameters, Penalty
 from fedmllm.types import Broadcast
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fedmllm import factors
 from fedmllm.algorithms.base import Client, ServerState
 from fedmllm.algorithms.fedavg import FedAvg
-from fedmllm.training.local import LocalResult, LocalRule, Upload
+from fedmllm.training.rules import LocalResult, LocalRule, Upload
 from fedmllm.types import Broadcast, Slots, Weights
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fedmllm import factors
 from fedmllm.algorithms.base import Client
 from fedmllm.algorithms.fedavg import FedAvg
-from fedmllm.training.local import LocalRule
+from fedmllm.training.rules import LocalRule
 from fedmllm.types import Broadcast
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from fedmllm import weights as W
 from fedmllm.algorithms.base import Aggregate, Client, ServerState, require_positive
 from fedmllm.algorithms.fedavg import FedAvg
-from fedmllm.training.local import LocalResult, LocalRule, Upload
+from fedmllm.training.rules import LocalResult, LocalRule, Upload
 from fedmllm.types import Broadcast, Weights
 
 

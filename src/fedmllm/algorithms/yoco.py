@@ -13,7 +13,7 @@ from fedmllm import weights as W
 from fedmllm.algorithms.base import Aggregate, Client, Member, ServerState, require_not_negative, require_within
 from fedmllm.algorithms.fedavg import FedAvg
 from fedmllm.algorithms.median import stacked
-from fedmllm.training.local import LocalRule, Parameters
+from fedmllm.training.rules import LocalRule, Parameters
 from fedmllm.types import Broadcast, Weights
 
 

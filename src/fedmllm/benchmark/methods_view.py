@@ -20,7 +20,8 @@ from fedmllm.engine.checkpoint import RunStore
 from fedmllm.engine.in_process import Assignment
 from fedmllm.engine.rounds import Loop, Stage, run_stage
 from fedmllm.randomness import generator
-from fedmllm.training.local import LocalResult, TrainingConfig
+from fedmllm.training.local import TrainingConfig
+from fedmllm.training.rules import LocalResult
 from fedmllm.types import ClientUpdate, Record, Sample, Weights
 
 ROUNDS = 2

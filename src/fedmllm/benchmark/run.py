@@ -192,7 +192,10 @@ class _Run:
 
     def _loop(self, encoder: Encoder) -> Loop:
         e, dataset = self.experiment, self.data.dataset
-        engine, score = InProcessEngine(self.vlm, encoder, e.training), self._scorer(encoder, dataset.test, dataset.metric)
+        engine, score = (
+            InProcessEngine(self.vlm, encoder, e.training, e.engine.together),
+            self._scorer(encoder, dataset.test, dataset.metric),
+        )
         return Loop(build_algorithm(e.algorithm), engine, e.training, score, RunStore(self.folder), e.seed, self.observer.round_done)
 
     def _scorer(self, encoder: Encoder, samples: Sequence[Sample], metric: str) -> Callable[[Weights, Weights], Metrics]:

@@ -1,9 +1,10 @@
-"""Clients run here, one after another, on one resident base model whose adapters are swapped."""
+"""Clients run here, on one resident base model: side by side through stacked adapters, or one after another."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 from fedmllm import factors
 from fedmllm import weights as W
@@ -11,10 +12,11 @@ from fedmllm.algorithms import Algorithm, Client
 from fedmllm.data.modalities import profile
 from fedmllm.engine.checkpoint import ClientStates
 from fedmllm.models.load import VisionLanguageModel
-from fedmllm.models.lora import write_base
+from fedmllm.models.lora import has_dropout, write_base
 from fedmllm.training.batches import Encoder
 from fedmllm.training.calibration import calibrated
-from fedmllm.training.local import LocalRule, LocalTask, TrainingConfig, train_locally
+from fedmllm.training.local import LocalTask, TrainingConfig, train_locally, train_together
+from fedmllm.training.rules import LocalResult, LocalRule, Upload
 from fedmllm.types import Broadcast, ClientUpdate, Sample
 
 
@@ -40,51 +42,78 @@ class Assignment:
 
 
 @dataclass(frozen=True)
+class _Turn:
+    """A client's part of a round."""
+
+    client: Client
+    samples: Sequence[Sample]
+    rule: LocalRule
+    rank: int | None
+
+
+@dataclass(frozen=True)
 class InProcessEngine:
-    """Trains the clients of a cohort one by one.
+    """Trains the clients of a cohort here, side by side in waves.
 
     Attributes:
         vlm: the one model, adapters attached.
         encoder: turns samples into tensors and keeps them.
         training: how each client trains.
+        together: clients of a wave; 1 for one after another.
     """
 
     vlm: VisionLanguageModel
     encoder: Encoder
     training: TrainingConfig
+    together: int = 1
 
     def map_clients(self, assignment: Assignment, clients: Mapping[str, Sequence[Sample]]) -> Iterator[ClientUpdate]:
-        """Updates in the order of the clients, each made when it is asked for."""
+        """Updates in the order of the clients, those of a wave made when its first is asked for."""
         write_base(self.vlm, assignment.broadcast.base)
-        for client, samples in clients.items():
-            yield self._turn(assignment, client, samples)
+        size = 1 if has_dropout(self.vlm.model) else self.together
+        turns = (self._turn(assignment, name, samples) for name, samples in clients.items())
+        while wave := list(islice(turns, size)):
+            yield from self._wave(assignment, wave)
 
-    def _turn(self, assignment: Assignment, name: str, samples: Sequence[Sample]) -> ClientUpdate:
-        """A client's turn: train, keep what is its own, send the rest at its own rank."""
-        broadcast, algorithm = assignment.broadcast, assignment.algorithm
+    def _turn(self, assignment: Assignment, name: str, samples: Sequence[Sample]) -> _Turn:
+        broadcast = assignment.broadcast
         client = Client(name, assignment.states.load(name, broadcast.round_num), profile(samples))
-        rule, rank = algorithm.local_rule(broadcast, client), assignment.ranks.get(name)
-        task = self._task(assignment, name, samples, rule)
-        result = train_locally(self.vlm, task, rule, self.training)
-        upload = rule.finish(result)
-        keeps = dict(upload.keeps)
-        if rule.personal is not None:
-            # What a strategy adds is for the federation's sake: the client's own model trains on its samples as they are.
-            alone = self._task(assignment, name, samples, rule.personal)
-            keeps["personal"] = train_locally(self.vlm, alone, rule.personal, self.training).weights
-        if keeps:
-            assignment.states.save(name, broadcast.round_num, keeps)
-        sent = {tensor: value for tensor, value in upload.weights.items() if algorithm.uploads(broadcast.round_num, tensor)}
-        update = factors.cut(W.subtract(sent, task.received), rank)
-        extras = {kind: factors.cut(tensors, rank) for kind, tensors in upload.extras.items()}
-        return ClientUpdate(name, update, len(samples), result.metrics, extras, client.profile, rank)
+        return _Turn(client, samples, assignment.algorithm.local_rule(broadcast, client), assignment.ranks.get(name))
 
-    def _task(self, assignment: Assignment, name: str, samples: Sequence[Sample], rule: LocalRule) -> LocalTask:
+    def _wave(self, assignment: Assignment, turns: Sequence[_Turn]) -> Iterator[ClientUpdate]:
+        """Train, keep what is the clients' own, send the rest."""
+        results = self._train(assignment, [(turn, turn.rule) for turn in turns])
+        # What a strategy adds is for the federation's sake: the client's own model trains on its samples as they are.
+        alone = [(turn, turn.rule.personal) for turn in turns if turn.rule.personal is not None]
+        personal = {turn.client.name: result.weights for (turn, _), result in zip(alone, self._train(assignment, alone), strict=True)}
+        for turn, result in zip(turns, results, strict=True):
+            upload = turn.rule.finish(result)
+            keeps = {**upload.keeps, **({"personal": personal[turn.client.name]} if turn.client.name in personal else {})}
+            if keeps:
+                assignment.states.save(turn.client.name, assignment.broadcast.round_num, keeps)
+            yield _update(assignment, turn, result, upload)
+
+    def _train(self, assignment: Assignment, turns: Sequence[tuple[_Turn, LocalRule]]) -> list[LocalResult]:
+        tasks = [(self._task(assignment, turn, rule), rule) for turn, rule in turns]
+        if len(tasks) > 1:
+            return train_together(self.vlm, tasks, self.training)
+        return [train_locally(self.vlm, task, rule, self.training) for task, rule in tasks]
+
+    def _task(self, assignment: Assignment, turn: _Turn, rule: LocalRule) -> LocalTask:
         """What a client works on. Ranks beyond its own are zeros, in A and in B, which no gradient ever moves."""
-        weights, rank = assignment.broadcast.weights, assignment.ranks.get(name)
-        received = weights if rank is None else factors.padded(factors.cut(weights, rank), weights)
+        weights, broadcast = assignment.broadcast.weights, assignment.broadcast
+        received = weights if turn.rank is None else factors.padded(factors.cut(weights, turn.rank), weights)
         encode = self.encoder.with_reduced if rule.alignment else self.encoder
-        encoded = [encode(sample) for sample in samples]
+        encoded = [encode(sample) for sample in turn.samples]
         if rule.calibration:
-            encoded = calibrated(self.vlm, samples, encoded, rule.calibration)
-        return LocalTask(name, assignment.broadcast.round_num, assignment.seed, encoded, received, assignment.learning_rate)
+            encoded = calibrated(self.vlm, turn.samples, encoded, rule.calibration)
+        return LocalTask(turn.client.name, broadcast.round_num, assignment.seed, encoded, received, assignment.learning_rate)
+
+
+def _update(assignment: Assignment, turn: _Turn, result: LocalResult, upload: Upload) -> ClientUpdate:
+    """What a client sends, at its own rank."""
+    round_num = assignment.broadcast.round_num
+    sent = {name: tensor for name, tensor in upload.weights.items() if assignment.algorithm.uploads(round_num, name)}
+    update = factors.cut(W.subtract(sent, result.received), turn.rank)
+    extras = {kind: factors.cut(tensors, turn.rank) for kind, tensors in upload.extras.items()}
+    return ClientUpdate(turn.client.name, update, len(turn.samples), result.metrics, extras, turn.client.profile, turn.rank)

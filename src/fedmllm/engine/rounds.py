@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from fedmllm import factors
 from fedmllm import weights as W
@@ -31,6 +31,8 @@ class EngineConfig(BaseModel):
     """``in_process``: all clients in this process."""
     device: str = "auto"
     """``auto`` (a GPU if there is one), ``cpu``, ``cuda``, ``cuda:1``, ..."""
+    together: int = Field(16, gt=0)
+    """Clients of a cohort that train side by side in the same passes of the model; 1 for one after another. With LoRA dropout, always 1."""
 
 
 class Engine(Protocol):

@@ -124,6 +124,12 @@ def read_weights(model: nn.Module) -> Weights:
     return {name: parameter.detach().to("cpu", torch.float32, copy=True) for name, parameter in trainable(model)}
 
 
+def copied(vlm: VisionLanguageModel, tensor: Tensor) -> Tensor:
+    """A copy of a tensor as the model would hold it: on its device, in the number format of its adapters."""
+    _, own = next(trainable(vlm.model))
+    return tensor.to(own.device, own.dtype, copy=True)
+
+
 @torch.no_grad()
 def write_weights(model: nn.Module, weights: Weights) -> None:
     """Set the trainable parameters.
@@ -160,6 +166,12 @@ def adapted_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
 def lora_scale(model: nn.Module) -> float:
     """LoRA's factor alpha / r."""
     return float(next(layer for _, layer in adapted_layers(model)).scaling["default"])
+
+
+def has_dropout(model: nn.Module) -> bool:
+    """Whether any part of the model draws random numbers in training."""
+    rates = [module.p if isinstance(module, nn.Dropout) else getattr(module, "attention_dropout", None) for module in model.modules()]
+    return any(isinstance(rate, float) and rate > 0 for rate in rates)
 
 
 def frozen_weights(vlm: VisionLanguageModel) -> Weights:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fedmllm.models.encoding import answer_logits, collate
 from fedmllm.models.load import VisionLanguageModel
-from fedmllm.training.batches import Step, pack
+from fedmllm.training.batches import Step, batched
 
 
 def backward_alignment(vlm: VisionLanguageModel, step: Step, weight: float, rng: np.random.Generator, max_tokens: int) -> None:
@@ -30,7 +30,7 @@ def backward_alignment(vlm: VisionLanguageModel, step: Step, weight: float, rng:
     complete = [sample for sample in step.samples if sample.reduced]
     reduced = [sample.reduced[rng.integers(len(sample.reduced))] for sample in complete]
     tokens = sum(sample.answer_length for sample in step.samples)
-    for group in pack([len(sample.input_ids) for sample in complete], max_tokens):
+    for group in batched(vlm, complete, max_tokens):
         batches = [collate(vlm, [side[i] for i in group]) for side in (complete, reduced)]
         with vlm.autocast():
             with torch.no_grad():

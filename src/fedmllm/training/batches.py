@@ -86,24 +86,48 @@ def loss_weights(step: Step) -> list[float]:
     return [1 / (len(tokens) * count) for count, micro in zip(tokens, step.micro_batches, strict=True) for _ in micro]
 
 
-def passes(vlm: VisionLanguageModel, step: Step, max_tokens: int) -> Iterator[tuple[Batch, Tensor]]:
-    """The step as few padded batches as fit into ``max_tokens``, each with its samples' loss weights, shape (samples, 1)."""
-    samples = step.samples
-    weights = loss_weights(step)
-    for group in pack([len(sample.input_ids) for sample in samples], max_tokens):
+PASS_COST = {"cpu": 128}
+"""What a pass of the model costs beside its tokens, in tokens, by kind of device; elsewhere as much as the largest batch."""
+
+
+def passes(vlm: VisionLanguageModel, parts: Sequence[Step], max_tokens: int) -> Iterator[tuple[Batch, Tensor, list[int]]]:
+    """Steps of several clients as few padded batches as fit into ``max_tokens``, or more if that saves padding.
+
+    Returns:
+        each batch, its samples' loss weights, shape (samples, 1), and to which part each sample belongs, in ascending order.
+    """
+    samples = [sample for part in parts for sample in part.samples]
+    weights = [weight for part in parts for weight in loss_weights(part)]
+    owners = [k for k, part in enumerate(parts) for _ in part.samples]
+    for group in batched(vlm, samples, max_tokens):
         batch = collate(vlm, [samples[i] for i in group])
-        yield batch, torch.tensor([[weights[i]] for i in group], device=vlm.device)
+        yield batch, torch.tensor([[weights[i]] for i in group], device=vlm.device), [owners[i] for i in group]
 
 
-def pack(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Consecutive groups whose padded size (items x longest) stays within ``max_tokens``; a longer item stands alone."""
-    groups: list[list[int]] = []
-    longest = 0
-    for i, length in enumerate(lengths):
-        longest = max(longest, length)
-        if groups and longest * (len(groups[-1]) + 1) <= max_tokens:
-            groups[-1].append(i)
-        else:
-            groups.append([i])
-            longest = length
-    return groups
+def batched(vlm: VisionLanguageModel, samples: Sequence[Encoded], max_tokens: int) -> list[list[int]]:
+    """Positions of samples that go through the model together, cheapest for its device."""
+    return pack([len(sample.input_ids) for sample in samples], max_tokens, PASS_COST.get(vlm.device.type, max_tokens))
+
+
+def pack(lengths: Sequence[int], max_tokens: int, pass_cost: int) -> list[list[int]]:
+    """The cheapest groups whose padded size (items x longest) stays within ``max_tokens``; a longer item stands alone.
+
+    A group costs its padded size and ``pass_cost``. In an optimal division items of like length stand together, so that only
+    cuts of the sorted list need be tried.
+
+    Returns:
+        positions, ascending within each group.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    best, cut = [0], [0]
+    for end in range(1, len(order) + 1):
+        longest = lengths[order[end - 1]]
+        starts = range(end - 1, max(-1, end - 1 - max(1, max_tokens // longest)), -1)
+        cost, start = min((best[start] + pass_cost + (end - start) * longest, start) for start in starts)
+        best.append(cost)
+        cut.append(start)
+    groups, end = [], len(order)
+    while end:
+        groups.append(sorted(order[cut[end] : end]))
+        end = cut[end]
+    return groups[::-1]

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor
 
 from fedmllm.models.encoding import Encoded, answer_nll
 from fedmllm.models.load import VisionLanguageModel
-from fedmllm.models.lora import read_weights, trainable, training_only, write_weights
+from fedmllm.models.lora import copied, read_weights, trainable, training_only, write_weights
+from fedmllm.models.stacked import stacked
 from fedmllm.randomness import generator, torch_randomness
 from fedmllm.training.alignment import backward_alignment
 from fedmllm.training.batches import Step, passes, steps
-from fedmllm.types import Metrics, Slots, Weights
+from fedmllm.training.rules import LocalResult, LocalRule
+from fedmllm.types import Weights
 
 
 class TrainingConfig(BaseModel):
@@ -45,83 +47,6 @@ class TrainingConfig(BaseModel):
     """Largest norm of a step's gradient over all tensors; null for none."""
     max_batch_tokens: int = Field(8192, gt=0)
     """Padded tokens of one forward pass; the micro-batches of a step run as one batch as far as they fit."""
-
-
-Parameters = Mapping[str, Tensor]
-
-Penalty = Callable[[Parameters, Parameters, float], Tensor]
-"""(current parameters, what the client received, progress through its turn in [0, 1)) -> scalar."""
-
-
-@dataclass(frozen=True)
-class LocalResult:
-    """What local training came to.
-
-    Attributes:
-        weights: all tensors, those that did not train included.
-        received: what the client was sent.
-        metrics: ``loss``, the mean over steps in nats per token, and ``steps``; empty where no step was taken.
-        gradient: mean over steps of the gradient before any edit or clipping; empty unless the rule asks for it.
-    """
-
-    weights: Weights
-    received: Weights
-    metrics: Metrics
-    gradient: Weights = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Upload:
-    """What a client makes of its result.
-
-    Attributes:
-        weights: what it calls its weights; the update is their difference to what it received.
-        extras: further tensors for the server, named and shaped like the update.
-        keeps: what it keeps for its next turn.
-    """
-
-    weights: Weights
-    extras: Slots = field(default_factory=dict)
-    keeps: Slots = field(default_factory=dict)
-
-
-def plain_upload(result: LocalResult) -> Upload:
-    """The result itself."""
-    return Upload(result.weights)
-
-
-@dataclass(frozen=True)
-class LocalRule:
-    """How a method departs from plain local training. The neutral values are FedAvg.
-
-    Attributes:
-        penalty: added to every step's loss.
-        edit_gradient: replaces a gradient before clipping: (name, gradient) -> gradient.
-        trains: which tensors train; all for None.
-        start: tensors that begin elsewhere than at what the client received.
-        records_gradient: whether ``LocalResult.gradient`` is wanted.
-        alignment: weight of the loss that makes a complete sample and its copy with a modality less answer alike.
-        calibration: strength of the calibration to the client's own labels (``training.calibration``).
-        finish: result -> what is sent and kept.
-        personal: a second pass over the same samples, whose weights the client keeps under ``personal``.
-    """
-
-    penalty: Penalty | None = None
-    edit_gradient: Callable[[str, Tensor], Tensor] | None = None
-    trains: Callable[[str], bool] | None = None
-    start: Weights = field(default_factory=dict)
-    records_gradient: bool = False
-    alignment: float = 0.0
-    calibration: float = 0.0
-    finish: Callable[[LocalResult], Upload] = plain_upload
-    personal: LocalRule | None = None
-
-    def with_penalty(self, penalty: Penalty) -> LocalRule:
-        """The same rule with one more penalty."""
-        first = self.penalty
-        if first is None:
-            return replace(self, penalty=penalty)
-        return replace(self, penalty=lambda now, received, progress: first(now, received, progress) + penalty(now, received, progress))
 
 
 @dataclass(frozen=True)
@@ -155,63 +80,90 @@ def train_locally(vlm: VisionLanguageModel, task: LocalTask, rule: LocalRule, co
 
     A step minimizes the accumulated mean negative log-likelihood of the answer tokens plus the rule's further terms.
     """
-    start = {**task.received, **rule.start}
-    write_weights(vlm.model, start)
-    if config.local_epochs == 0:
-        return LocalResult(start, task.received, {})
+    write_weights(vlm.model, _start(task, rule))
+    with training_only(vlm.model, rule.trains), torch_randomness(vlm.device, task.seed, "dropout", task.round_num, task.client):
+        turn = _Turn(vlm, task, rule, config, dict(trainable(vlm.model)))
+        _train(vlm, [turn], config, lambda turns, counts: nullcontext())
+    return turn.result(read_weights(vlm.model))
+
+
+def train_together(vlm: VisionLanguageModel, turns: Sequence[tuple[LocalTask, LocalRule]], config: TrainingConfig) -> list[LocalResult]:
+    """Train several clients side by side: the samples of all go through the model in common, each through its own client's adapter.
+
+    For every client the same arithmetic as ``train_locally``, summed in another order: its own data order, gradient, penalty, clipping and
+    AdamW. One that has fewer steps than others drops out. Without dropout only, whose random numbers would be shared.
+    """
+    starts = [{n: copied(vlm, t) for n, t in _start(task, rule).items()} for task, rule in turns]
+    for start, (_, rule) in zip(starts, turns, strict=True):
+        for name, tensor in start.items():
+            tensor.requires_grad_(rule.trains is None or rule.trains(name))
+    running = [_Turn(vlm, task, rule, config, start) for start, (task, rule) in zip(starts, turns, strict=True)]
+    _train(vlm, running, config, lambda some, counts: stacked(vlm.model, [turn.weights for turn in some], counts))
+    return [turn.result({name: tensor.detach().to("cpu", torch.float32) for name, tensor in turn.weights.items()}) for turn in running]
+
+
+def _start(task: LocalTask, rule: LocalRule) -> Weights:
+    return {**task.received, **rule.start}
+
+
+Adapters = Callable[[Sequence["_Turn"], Sequence[int]], AbstractContextManager[None]]
+"""(clients, rows of each) -> the context in which a batch of so many rows goes through their adapters."""
+
+
+def _train(vlm: VisionLanguageModel, turns: Sequence[_Turn], config: TrainingConfig, adapters: Adapters) -> None:
+    """Every client's turn from its first step to its last, step by step."""
     vlm.model.train()
-    with torch_randomness(vlm.device, task.seed, "dropout", task.round_num, task.client), training_only(vlm.model, rule.trains):
-        plan = list(_plan(task, config))
-        turn = _Turn(vlm, task, rule, config, len(plan))
-        losses = [turn.step(step, position) for position, step in enumerate(plan)]
+    for position in range(max(len(turn.plan) for turn in turns)):
+        active = [turn for turn in turns if position < len(turn.plan)]
+        _backward(vlm, active, position, config, adapters)
+        for turn in active:
+            with adapters([turn], [1]):
+                turn.update(position)
     vlm.model.eval()
-    gradient = {name: (total / len(losses)).float().cpu() for name, total in turn.gradient.items()}
-    metrics = {"loss": sum(losses) / len(losses), "steps": float(len(losses))}
-    return LocalResult(read_weights(vlm.model), task.received, metrics, gradient)
 
 
-def _plan(task: LocalTask, config: TrainingConfig) -> Iterator[Step]:
-    """The steps of all epochs."""
-    for epoch in range(config.local_epochs):
-        rng = generator(task.seed, "order", task.round_num, task.client, epoch)
-        yield from steps(task.samples, config.batch_size, config.accumulation, rng)
+def _backward(vlm: VisionLanguageModel, turns: Sequence[_Turn], position: int, config: TrainingConfig, adapters: Adapters) -> None:
+    """Add the gradients of a step of each client."""
+    for batch, weights, owners in passes(vlm, [turn.plan[position] for turn in turns], config.max_batch_tokens):
+        present = sorted(set(owners))
+        with adapters([turns[k] for k in present], [owners.count(k) for k in present]):
+            with vlm.autocast():
+                losses = (answer_nll(vlm, batch) * weights).sum(1)
+            losses.sum().backward()  # type: ignore[no-untyped-call]
+        for k, loss in zip(owners, losses.tolist(), strict=True):
+            turns[k].loss += loss
 
 
 class _Turn:
-    """What lives as long as one client's training: its parameters, optimizer and the sum of its gradients."""
+    """What lives as long as one client's training: its plan, parameters, optimizer, and the sums of its losses and gradients.
 
-    def __init__(self, vlm: VisionLanguageModel, task: LocalTask, rule: LocalRule, config: TrainingConfig, num_steps: int) -> None:
-        self._vlm, self._task, self._rule, self._config, self._num_steps = vlm, task, rule, config, num_steps
-        self._parameters = dict(trainable(vlm.model))
+    Args:
+        weights: its tensors; those that train require gradients.
+    """
+
+    def __init__(self, vlm: VisionLanguageModel, task: LocalTask, rule: LocalRule, config: TrainingConfig, weights: Weights) -> None:
+        self._vlm, self._task, self._rule, self._config, self.weights = vlm, task, rule, config, weights
+        self.plan = list(_plan(task, config))
+        self.loss = 0.0
+        self._parameters = {name: tensor for name, tensor in weights.items() if tensor.requires_grad}
         self._received = {name: tensor.to(vlm.device) for name, tensor in task.received.items()}
         self._optimizer = torch.optim.AdamW(
             self._parameters.values(), lr=task.learning_rate, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay
         )
-        self.gradient: Weights = {}
+        self._gradient: Weights = {}
 
-    def step(self, step: Step, position: int) -> float:
-        """One optimizer step; its loss without the rule's further terms."""
-        loss = self._backward(step)
+    def update(self, position: int) -> None:
+        """The rule's further terms, and the optimizer's step."""
         if self._rule.alignment:
             rng = generator(self._task.seed, "alignment", self._task.round_num, self._task.client, position)
-            backward_alignment(self._vlm, step, self._rule.alignment, rng, self._config.max_batch_tokens)
+            backward_alignment(self._vlm, self.plan[position], self._rule.alignment, rng, self._config.max_batch_tokens)
         if self._rule.penalty is not None:
-            self._rule.penalty(self._parameters, self._received, position / self._num_steps).backward()  # type: ignore[no-untyped-call]
+            self._rule.penalty(self._parameters, self._received, position / len(self.plan)).backward()  # type: ignore[no-untyped-call]
         self._edit_gradients()
         if self._config.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(list(self._parameters.values()), self._config.clip_norm)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        return loss
-
-    def _backward(self, step: Step) -> float:
-        total = 0.0
-        for batch, weights in passes(self._vlm, step, self._config.max_batch_tokens):
-            with self._vlm.autocast():
-                loss = (answer_nll(self._vlm, batch) * weights).sum()
-            loss.backward()  # type: ignore[no-untyped-call]
-            total += loss.item()
-        return total
 
     def _edit_gradients(self) -> None:
         for name, parameter in self._parameters.items():
@@ -219,6 +171,21 @@ class _Turn:
                 continue
             if self._rule.records_gradient:
                 gradient = parameter.grad.double()
-                self.gradient[name] = self.gradient[name].add_(gradient) if name in self.gradient else gradient
+                self._gradient[name] = self._gradient[name].add_(gradient) if name in self._gradient else gradient
             if self._rule.edit_gradient is not None:
                 parameter.grad = self._rule.edit_gradient(name, parameter.grad)
+
+    def result(self, weights: Weights) -> LocalResult:
+        """What it came to, with the weights it ended with."""
+        if not self.plan:
+            return LocalResult(weights, self._task.received, {})
+        gradient = {name: (total / len(self.plan)).float().cpu() for name, total in self._gradient.items()}
+        metrics = {"loss": self.loss / len(self.plan), "steps": float(len(self.plan))}
+        return LocalResult(weights, self._task.received, metrics, gradient)
+
+
+def _plan(task: LocalTask, config: TrainingConfig) -> Iterator[Step]:
+    """The steps of all epochs."""
+    for epoch in range(config.local_epochs):
+        rng = generator(task.seed, "order", task.round_num, task.client, epoch)
+        yield from steps(task.samples, config.batch_size, config.accumulation, rng)

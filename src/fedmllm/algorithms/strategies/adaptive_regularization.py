@@ -10,7 +10,7 @@ from fedmllm.algorithms.base import Client, require_not_negative, require_within
 from fedmllm.algorithms.fedprox import proximal
 from fedmllm.algorithms.strategies.base import Strategy
 from fedmllm.errors import ConfigError
-from fedmllm.training.local import LocalRule
+from fedmllm.training.rules import LocalRule
 from fedmllm.types import Broadcast, Profile
 
 _LAYER = re.compile(r"\.layers\.(\d+)\.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fedmllm.algorithms.base import Algorithm, Client, ServerState
-from fedmllm.training.local import LocalRule
+from fedmllm.training.rules import LocalRule
 from fedmllm.types import Broadcast, ClientUpdate, Slots
 
 

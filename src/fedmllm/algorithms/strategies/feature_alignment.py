@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from fedmllm.algorithms.base import Client, require_not_negative
 from fedmllm.algorithms.strategies.base import Strategy
-from fedmllm.training.local import LocalRule
+from fedmllm.training.rules import LocalRule
 from fedmllm.types import Broadcast
 
 
