@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from fedmllm.data.images import open_image
 from fedmllm.errors import ModelError
 from fedmllm.models.encoding import Encoded, answer_nll, collate, encode
 from fedmllm.models.families import FAMILIES
+from fedmllm.models.features import VisionFeatures, serves
 from fedmllm.models.load import ModelConfig, VisionLanguageModel, load_model
 from fedmllm.models.lora import LoraConfig, attach_lora, read_weights
 from fedmllm.types import Message, Part
@@ -56,6 +58,19 @@ def test_prompt_tokens_carry_no_loss(model: VisionLanguageModel, samples: list[E
     assert batch.answer_mask.sum(dim=1).tolist() == [sample.answer_length for sample in samples]
     with torch.no_grad():
         assert not answer_nll(model, batch)[~batch.answer_mask].any()
+
+
+def test_kept_features_stand_for_pictures(model: VisionLanguageModel, samples: list[Encoded]) -> None:
+    """The first time they are computed, then read; in any mixture, and where the store is too small for two."""
+    assert serves(model)
+    with torch.no_grad():
+        plain = answer_nll(model, collate(model, samples))
+        for room in (1 << 24, 1 << 16, 0):
+            keeping = replace(model, features=VisionFeatures(model, room))
+            for _ in range(2):
+                torch.testing.assert_close(answer_nll(keeping, collate(keeping, samples)), plain, atol=1e-4, rtol=0)
+                alone = answer_nll(keeping, collate(keeping, samples[2:3]))
+                torch.testing.assert_close(alone.sum(1), plain[2:3].sum(1), atol=1e-4, rtol=0)
 
 
 def test_gradients_reach_the_decoder_s_adapters_only(model: VisionLanguageModel, samples: list[Encoded]) -> None:

@@ -20,6 +20,7 @@ from fedmllm.engine.in_process import InProcessEngine
 from fedmllm.engine.rounds import Loop, Stage, evaluate_state, personal_models, run_stage
 from fedmllm.errors import RunError, listing
 from fedmllm.evaluation.evaluate import evaluate
+from fedmllm.models.features import VisionFeatures, serves
 from fedmllm.models.load import VisionLanguageModel, choose_device, load_model
 from fedmllm.models.lora import (
     attach_lora,
@@ -113,6 +114,8 @@ def _check_folder(folder: Path, experiment: Experiment, resume: bool) -> None:
 def _load(experiment: Experiment) -> VisionLanguageModel:
     """The model with fresh adapters."""
     vlm = load_model(experiment.model, choose_device(experiment.engine.device))
+    if experiment.engine.feature_bytes and serves(vlm):
+        vlm = replace(vlm, features=VisionFeatures(vlm, experiment.engine.feature_bytes))
     return attach_lora(vlm, experiment.lora, experiment.seed)
 
 

@@ -32,7 +32,9 @@ class EngineConfig(BaseModel):
     device: str = "auto"
     """``auto`` (a GPU if there is one), ``cpu``, ``cuda``, ``cuda:1``, ..."""
     together: int = Field(16, gt=0)
-    """Clients of a cohort that train side by side in the same passes of the model; 1 for one after another. With LoRA dropout, always 1."""
+    """Clients of a cohort that train side by side in the same passes of the model; 1 for one after another. With dropout, always 1."""
+    feature_bytes: int = Field(4 << 30, ge=0)
+    """Room on disk for what the frozen vision part makes of pictures, each once; 0 to compute it anew in every pass."""
 
 
 class Engine(Protocol):

@@ -6,8 +6,11 @@ columns are all that training and scoring ever compute, whatever the vocabulary.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -47,18 +50,28 @@ class Encoded:
         """The answer alone."""
         return self.input_ids[len(self.input_ids) - self.answer_length :]
 
+    @cached_property
+    def picture(self) -> bytes:
+        """A key of what it holds of pictures, as the processor made it."""
+        digest = hashlib.blake2b(digest_size=16)
+        for name, tensor in sorted(self.extras.items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return digest.digest()
+
 
 @dataclass(frozen=True)
 class Batch:
     """Padded samples on the model's device.
 
     Attributes:
-        inputs: what the model's ``forward`` takes: ``input_ids`` and ``attention_mask`` of shape (samples, length), extras.
+        inputs: what the model's ``forward`` takes: ``input_ids`` and ``attention_mask`` of shape (samples, length), and what stands
+            for pictures.
         answer_mask: which of the last ``answer_mask.shape[1]`` columns belong to each sample's answer.
         bias: what training adds to the logits, as (rows, answer columns, tokens) and values; None for nothing.
     """
 
-    inputs: dict[str, Tensor]
+    inputs: dict[str, Any]
     answer_mask: Tensor
     bias: tuple[tuple[Tensor, Tensor, Tensor], Tensor] | None = None
 
@@ -92,10 +105,18 @@ def collate(vlm: VisionLanguageModel, samples: Sequence[Encoded], with_answers: 
         input_ids[i, length - len(row) :] = row
         attention_mask[i, length - len(row) :] = 1
         answer_mask[i, answers - sample.answer_length :] = True
-    names = sorted({name for sample in samples for name in sample.extras})
-    inputs = {name: torch.cat([s.extras[name] for s in samples if name in s.extras]) for name in names}
-    inputs |= {"input_ids": input_ids, "attention_mask": attention_mask}
-    return Batch({k: v.to(vlm.device) for k, v in inputs.items()}, answer_mask.to(vlm.device), _bias(samples, answers, vlm.device))
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **_stacked_extras(samples, without_pixels=vlm.features is not None)}
+    on_device: dict[str, Any] = {name: tensor.to(vlm.device) for name, tensor in inputs.items()}
+    pictured = [(sample.picture, sample.extras) for sample in samples if sample.extras]
+    if vlm.features is not None and pictured:
+        on_device |= vlm.features.inputs(pictured)
+    return Batch(on_device, answer_mask.to(vlm.device), _bias(samples, answers, vlm.device))
+
+
+def _stacked_extras(samples: Sequence[Encoded], without_pixels: bool) -> dict[str, Tensor]:
+    """The processor's further tensors of all samples; those of pixels are not read where features stand for them."""
+    names = sorted({name for sample in samples for name in sample.extras if not (without_pixels and name.startswith("pixel_"))})
+    return {name: torch.cat([sample.extras[name] for sample in samples if name in sample.extras]) for name in names}
 
 
 def _bias(samples: Sequence[Encoded], columns: int, device: torch.device) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor] | None:

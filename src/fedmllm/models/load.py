@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -14,6 +14,9 @@ from safetensors import SafetensorError
 from fedmllm.errors import ModelError
 from fedmllm.models.families import family_of
 from fedmllm.models.families.generic import ModelFamily
+
+if TYPE_CHECKING:
+    from fedmllm.models.features import VisionFeatures
 
 NANO_FOLDER = Path(__file__).parent / "nano" / "folder"
 """The embedded model, an ordinary Transformers folder."""
@@ -48,6 +51,7 @@ class VisionLanguageModel:
         device: where the model stands.
         max_length: longest sequence in tokens.
         originals: frozen matrices as loaded, by module, of those that a method has changed.
+        features: keeps what the frozen vision part makes of pictures; None to compute it every time.
     """
 
     name: str
@@ -58,6 +62,7 @@ class VisionLanguageModel:
     max_length: int
     dtype: torch.dtype = torch.float32
     originals: dict[str, torch.Tensor] = field(default_factory=dict)
+    features: VisionFeatures | None = None
 
     @property
     def tokenizer(self) -> Any:

@@ -1,0 +1,89 @@
+"""What the frozen vision part makes of pictures, computed once for each."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedmllm.models.load import VisionLanguageModel
+from fedmllm.models.store import TensorStore
+
+_FIELDS = ("pooler_output", "deepstack_features")
+"""What decoders read of an output of ``get_image_features``: features by picture, and by inner layer and picture."""
+
+
+class VisionFeatures:
+    """Outputs of a model's ``get_image_features``, kept up to a limit and fed in place of pictures.
+
+    Between pictures and decoder nothing trains, so that the features never change. They are kept by the tensors that the processor
+    made, so that a blurred copy of a picture is another picture.
+
+    Args:
+        vlm: a model that ``serves``, before or after adapters were attached to its decoder.
+        max_bytes: how much to keep.
+    """
+
+    def __init__(self, vlm: VisionLanguageModel, max_bytes: int) -> None:
+        self._vlm, self._store = vlm, TensorStore(max_bytes)
+        self._taken = frozenset(inspect.signature(vlm.model.get_image_features).parameters)
+        self._kind: Any = None
+
+    def inputs(self, pictures: Sequence[tuple[bytes, Mapping[str, Tensor]]]) -> dict[str, Any]:
+        """What ``forward`` takes in place of the pixels of some samples, given a key and the processor's tensors of each."""
+        rows = [self._features(key, tensors) for key, tensors in pictures]
+        merged = {field: _merged([_grown(row, field) for row in rows]) for field in _FIELDS if any(n.startswith(field) for n in rows[0])}
+        return {"mm_encoder_outputs": {"image": self._kind(**merged)}}
+
+    @torch.no_grad()
+    def _features(self, key: bytes, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        found = self._store.get(key)
+        if found is None:
+            found = self._computed({name: tensor for name, tensor in tensors.items() if name in self._taken})
+            self._store.put(key, found)
+        return {name: tensor.to(self._vlm.device) for name, tensor in found.items()}
+
+    def _computed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        model = self._vlm.model
+        training = model.training
+        model.eval()
+        with self._vlm.autocast():
+            output = model.get_image_features(**{name: tensor.to(self._vlm.device) for name, tensor in tensors.items()}, return_dict=True)
+        model.train(training)
+        self._kind = type(output)
+        return dict(leaf for field in _FIELDS for leaf in _leaves(field, getattr(output, field, None)))
+
+
+def serves(vlm: VisionLanguageModel) -> bool:
+    """Whether a model can be fed features in place of pictures."""
+    model = vlm.model.get_base_model() if hasattr(vlm.model, "get_base_model") else vlm.model
+    return hasattr(model, "get_image_features") and "mm_encoder_outputs" in inspect.signature(model.forward).parameters
+
+
+def _leaves(name: str, tree: Any) -> Iterable[tuple[str, Tensor]]:
+    """``pooler_output/0``, ``pooler_output/1``: the tensors of nested lists by their paths."""
+    if isinstance(tree, Tensor):
+        yield name, tree
+    elif tree is not None:
+        for i, branch in enumerate(tree):
+            yield from _leaves(f"{name}/{i}", branch)
+
+
+def _grown(leaves: Mapping[str, Tensor], name: str) -> Any:
+    """The opposite of ``_leaves``."""
+    if name in leaves:
+        return leaves[name]
+    branches = dict.fromkeys(path[len(name) + 1 :].split("/")[0] for path in leaves if path.startswith(f"{name}/"))
+    return [_grown(leaves, f"{name}/{branch}") for branch in branches]
+
+
+def _merged(trees: Sequence[Any]) -> Any:
+    """The samples' pictures behind one another: tensors along their first axis, lists of pictures as one list, by layer where there are."""
+    if isinstance(trees[0], Tensor):
+        return torch.cat(list(trees))
+    if isinstance(trees[0][0], Tensor):
+        return [picture for tree in trees for picture in tree]
+    return [_merged([tree[layer] for tree in trees]) for layer in range(len(trees[0]))]
