@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from fedmllm.algorithms import ALGORITHMS, AlgorithmConfig, build_algorithm
 from fedmllm.data.settings import DataConfig, FederationConfig
+from fedmllm.engine.compression import CompressionConfig
 from fedmllm.engine.rounds import EngineConfig
 from fedmllm.errors import ConfigError, listing
 from fedmllm.evaluation.evaluate import EvaluationConfig
@@ -35,6 +36,7 @@ class Experiment(BaseModel):
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     engine: EngineConfig = EngineConfig()
+    compression: CompressionConfig = CompressionConfig()
     seed: int = Field(0, ge=0)
     """All random numbers derive from it."""
 

@@ -148,6 +148,7 @@ class ClientUpdate:
         extras: further tensors that the method's server needs.
         profile: the client's samples by modalities.
         rank: LoRA rank of the client's tensors; None for the server's own.
+        num_bytes: size on the way up, where it is not that of the tensors.
     """
 
     client: str
@@ -157,6 +158,7 @@ class ClientUpdate:
     extras: Slots = field(default_factory=dict)
     profile: Profile = field(default_factory=dict)
     rank: int | None = None
+    num_bytes: int | None = None
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from fedmllm.config import Experiment, differences
 from fedmllm.data.federated import FederatedData, federate, manifest
 from fedmllm.data.tested import own_kind, reduced_copy
 from fedmllm.engine.checkpoint import RunStore, write_atomically, write_json
+from fedmllm.engine.compression import UNCOMPRESSED
 from fedmllm.engine.in_process import InProcessEngine
 from fedmllm.engine.rounds import Loop, Stage, evaluate_state, personal_models, run_stage
 from fedmllm.errors import RunError, listing
@@ -157,7 +158,7 @@ class _Run:
         if "zero_shot" in self.experiment.evaluation.baselines:
             self._zero_shot(loop, initial)
         # The baselines ask what plain training would give, whatever the method under test adds to it.
-        plain = replace(loop, algorithm=FedAvg())
+        plain = replace(loop, algorithm=FedAvg(), compression=UNCOMPRESSED)
         federated, *baselines = stages
         trained = run_stage(loop, federated, self.start)
         models = personal_models(loop, federated, trained)
@@ -195,11 +196,10 @@ class _Run:
 
     def _loop(self, encoder: Encoder) -> Loop:
         e, dataset = self.experiment, self.data.dataset
-        engine, score = (
-            InProcessEngine(self.vlm, encoder, e.training, e.engine.together),
-            self._scorer(encoder, dataset.test, dataset.metric),
-        )
-        return Loop(build_algorithm(e.algorithm), engine, e.training, score, RunStore(self.folder), e.seed, self.observer.round_done)
+        engine = InProcessEngine(self.vlm, encoder, e.training, e.engine.together)
+        score = self._scorer(encoder, dataset.test, dataset.metric)
+        store, told = RunStore(self.folder), self.observer.round_done
+        return Loop(build_algorithm(e.algorithm), engine, e.training, score, store, e.seed, told, e.compression)
 
     def _scorer(self, encoder: Encoder, samples: Sequence[Sample], metric: str) -> Callable[[Weights, Weights], Metrics]:
         """Scores given weights, and what was merged into the frozen ones, on some samples."""

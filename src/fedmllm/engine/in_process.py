@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 
 from fedmllm import factors
@@ -11,13 +11,14 @@ from fedmllm import weights as W
 from fedmllm.algorithms import Algorithm, Client
 from fedmllm.data.modalities import profile
 from fedmllm.engine.checkpoint import ClientStates
+from fedmllm.engine.compression import UNCOMPRESSED, CompressionConfig, build_codec, sent_through
 from fedmllm.models.load import VisionLanguageModel
 from fedmllm.models.lora import has_dropout, write_base
 from fedmllm.training.batches import Encoder
 from fedmllm.training.calibration import calibrated
 from fedmllm.training.local import LocalTask, TrainingConfig, train_locally, train_together
 from fedmllm.training.rules import LocalResult, LocalRule, Upload
-from fedmllm.types import Broadcast, ClientUpdate, Sample
+from fedmllm.types import Broadcast, ClientUpdate, Sample, Slots
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Assignment:
         seed: the experiment's.
         states: what clients keep for themselves.
         ranks: clients' own LoRA ranks, where they differ from the server's.
+        compression: how updates are written for the way up.
     """
 
     broadcast: Broadcast
@@ -39,6 +41,7 @@ class Assignment:
     seed: int
     states: ClientStates
     ranks: Mapping[str, int] = field(default_factory=dict)
+    compression: CompressionConfig = UNCOMPRESSED
 
 
 @dataclass(frozen=True)
@@ -88,10 +91,11 @@ class InProcessEngine:
         personal = {turn.client.name: result.weights for (turn, _), result in zip(alone, self._train(assignment, alone), strict=True)}
         for turn, result in zip(turns, results, strict=True):
             upload = turn.rule.finish(result)
-            keeps = {**upload.keeps, **({"personal": personal[turn.client.name]} if turn.client.name in personal else {})}
-            if keeps:
+            own = {"personal": personal[turn.client.name]} if turn.client.name in personal else {}
+            update, lost = _compressed(assignment.compression, _update(assignment, turn, result, upload), turn.client.state)
+            if keeps := {**upload.keeps, **own, **lost}:
                 assignment.states.save(turn.client.name, assignment.broadcast.round_num, keeps)
-            yield _update(assignment, turn, result, upload)
+            yield update
 
     def _train(self, assignment: Assignment, turns: Sequence[tuple[_Turn, LocalRule]]) -> list[LocalResult]:
         tasks = [(self._task(assignment, turn, rule), rule) for turn, rule in turns]
@@ -117,3 +121,19 @@ def _update(assignment: Assignment, turn: _Turn, result: LocalResult, upload: Up
     update = factors.cut(W.subtract(sent, result.received), turn.rank)
     extras = {kind: factors.cut(tensors, turn.rank) for kind, tensors in upload.extras.items()}
     return ClientUpdate(turn.client.name, update, len(turn.samples), result.metrics, extras, turn.client.profile, turn.rank)
+
+
+def _compressed(config: CompressionConfig, update: ClientUpdate, kept: Slots) -> tuple[ClientUpdate, Slots]:
+    """An update as it arrives, and what the client keeps of what was lost on the way."""
+    codec = build_codec(config)
+    if codec is None:
+        return update, {}
+    arrived, lost, size = {}, {}, 0
+    for kind, tensors in {"update": update.update, **update.extras}.items():
+        before = kept.get(f"lost_{kind}", {})
+        arrived[kind], left, sent = sent_through(codec, tensors, before)
+        size += sent
+        # What is not finite is refused; kept, it would spoil all of the client's later updates.
+        if config.error_feedback and W.is_finite(left):
+            lost[f"lost_{kind}"] = {**before, **left}
+    return replace(update, update=arrived.pop("update"), extras=arrived, num_bytes=size), lost

@@ -30,7 +30,8 @@ class Intake:
 
     def take(self, update: ClientUpdate) -> None:
         """Add an update to the aggregate, or refuse it."""
-        self._bytes_up += W.num_bytes(update.update, *update.extras.values())
+        sent = W.num_bytes(update.update, *update.extras.values()) if update.num_bytes is None else update.num_bytes
+        self._bytes_up += sent
         if reason := self._refusal(update):
             self._refused.append({"client": update.client, "reason": reason})
             return

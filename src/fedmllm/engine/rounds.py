@@ -14,6 +14,7 @@ from fedmllm import weights as W
 from fedmllm.algorithms import Algorithm, ServerState
 from fedmllm.data.modalities import profile
 from fedmllm.engine.checkpoint import RunStore
+from fedmllm.engine.compression import UNCOMPRESSED, CompressionConfig
 from fedmllm.engine.in_process import Assignment
 from fedmllm.engine.intake import Intake
 from fedmllm.evaluation.metrics import error_over_models, over_models
@@ -93,6 +94,7 @@ class Loop:
         store: where rounds are kept.
         seed: the experiment's.
         on_round: told each round's record.
+        compression: how clients write their updates.
     """
 
     algorithm: Algorithm
@@ -102,6 +104,7 @@ class Loop:
     store: RunStore
     seed: int
     on_round: Callable[[Record], None] = field(default=lambda record: None)
+    compression: CompressionConfig = UNCOMPRESSED
 
 
 def run_stage(loop: Loop, stage: Stage, initial: ServerState) -> ServerState:
@@ -129,7 +132,7 @@ def _round(loop: Loop, stage: Stage, state: ServerState, watch: _Watch) -> Serve
     broadcast = loop.algorithm.broadcast(state)
     learning_rate = round_learning_rate(loop.training, state.round_num, stage.num_rounds)
     states = loop.store.client_states(stage.name)
-    assignment = Assignment(broadcast, loop.algorithm, learning_rate, loop.seed, states, stage.ranks)
+    assignment = Assignment(broadcast, loop.algorithm, learning_rate, loop.seed, states, stage.ranks, loop.compression)
     updates = loop.engine.map_clients(assignment, {name: stage.clients[name] for name in cohort})
     intake = _take_in(updates, Intake(loop.algorithm, state, stage.ranks), watch)
     state = loop.algorithm.server_step(state, intake.aggregate(stage.name))

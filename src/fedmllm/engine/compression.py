@@ -1,0 +1,155 @@
+"""Updates in fewer bytes: other number formats, blocks of small integers, the largest entries only; with error feedback."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Literal, Protocol
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from fedmllm.types import Weights
+
+Packed = Sequence[Tensor]
+"""A tensor as it is sent: its shape is the receiver's to know."""
+
+
+class CompressionConfig(BaseModel):
+    """How clients' updates are written for the way up."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: Literal["none", "bfloat16", "int8", "int4", "top_k"] = "none"
+    """``none`` (float32), ``bfloat16``, blocks of 8 or 4 bit integers with a scale each, or the largest entries only."""
+    block: int = Field(128, ge=2)
+    """Entries that share a scale, of ``int8`` and ``int4``."""
+    fraction: float = Field(0.05, gt=0, le=1)
+    """Which part of the entries ``top_k`` sends."""
+    error_feedback: bool = True
+    """Clients keep what was lost on the way and add it to their next update (Seide et al., Interspeech 2014; Karimireddy et al., ICML 2019)."""
+
+
+UNCOMPRESSED = CompressionConfig()
+"""Updates as they are."""
+
+
+class Codec(Protocol):
+    """One way to write a tensor."""
+
+    def pack(self, tensor: Tensor) -> Packed:
+        """What is sent of a float32 tensor. Entries that are not finite stay so, to be refused by the server."""
+        ...
+
+    def unpack(self, packed: Packed, shape: torch.Size) -> Tensor:
+        """The float32 tensor that the server reads."""
+        ...
+
+
+class BFloat16:
+    """Half the bytes: 8 bits of precision, the range of float32."""
+
+    def pack(self, tensor: Tensor) -> Packed:
+        """Rounded to the nearest."""
+        return (tensor.to(torch.bfloat16),)
+
+    def unpack(self, packed: Packed, shape: torch.Size) -> Tensor:
+        """Exactly what was sent."""
+        return packed[0].float().reshape(shape)
+
+
+class Blocks:
+    """Integers of 8 or 4 bits, ``block`` of them under one scale:
+
+        q_i = round(x_i / s),   s = max_i |x_i| / (2^(bits - 1) - 1) in bfloat16,   x_i ~ s q_i
+
+    bits + 16 / block bits per entry. The error of an entry is at most s / 2 and, where rounding made s smaller, what was cut off at
+    the largest integer.
+
+    Args:
+        bits: 8 or 4.
+        block: entries under one scale.
+    """
+
+    def __init__(self, bits: int, block: int) -> None:
+        self._bits, self._block, self._largest = bits, block, 2 ** (bits - 1) - 1
+
+    def pack(self, tensor: Tensor) -> Packed:
+        """The integers, two to a byte where they have 4 bits, and the scales."""
+        flat = tensor.reshape(-1)
+        padded = torch.nn.functional.pad(flat, (0, -len(flat) % self._block)).reshape(-1, self._block)
+        scales = (padded.abs().amax(1) / self._largest).to(torch.bfloat16)
+        steps = padded / scales.float().clamp(min=torch.finfo(torch.float32).tiny)[:, None]
+        whole = steps.nan_to_num(0, 0, 0).round().clamp(-self._largest, self._largest).to(torch.int8).reshape(-1)[: len(flat)]
+        return (_paired(whole) if self._bits == 4 else whole), scales
+
+    def unpack(self, packed: Packed, shape: torch.Size) -> Tensor:
+        """Integers times scales."""
+        whole, scales = packed
+        count = math.prod(shape)
+        flat = (_unpaired(whole)[:count] if self._bits == 4 else whole).float()
+        return (flat * scales.float().repeat_interleave(self._block)[:count]).reshape(shape)
+
+
+class TopK:
+    """The entries of largest size, each as its position (32 bits) and its value in bfloat16; the others count as 0.
+
+    Args:
+        fraction: which part of the entries, at least one.
+    """
+
+    def __init__(self, fraction: float) -> None:
+        self._fraction = fraction
+
+    def pack(self, tensor: Tensor) -> Packed:
+        """Positions and values."""
+        flat = tensor.reshape(-1)
+        count = min(len(flat), max(1, math.ceil(self._fraction * len(flat))))
+        places = flat.abs().nan_to_num(math.inf).topk(count).indices.sort().values
+        return places.to(torch.int32), flat[places].to(torch.bfloat16)
+
+    def unpack(self, packed: Packed, shape: torch.Size) -> Tensor:
+        """Zeros but for what was sent."""
+        places, values = packed
+        return torch.zeros(math.prod(shape)).index_put((places.long(),), values.float()).reshape(shape)
+
+
+def _paired(whole: Tensor) -> Tensor:
+    """Two integers of 4 bits to a byte, the first in the lower half."""
+    shifted = torch.nn.functional.pad(whole, (0, len(whole) % 2)).to(torch.uint8) & 0xF
+    return shifted[::2] | shifted[1::2] << 4
+
+
+def _unpaired(pairs: Tensor) -> Tensor:
+    halves = torch.stack([pairs & 0xF, pairs >> 4], dim=1).reshape(-1).to(torch.int8)
+    return torch.where(halves > 7, halves - 16, halves)
+
+
+def build_codec(config: CompressionConfig) -> Codec | None:
+    """The codec a configuration names; None where updates go as they are."""
+    codecs: dict[str, Codec] = {
+        "bfloat16": BFloat16(),
+        "int8": Blocks(8, config.block),
+        "int4": Blocks(4, config.block),
+        "top_k": TopK(config.fraction),
+    }
+    return codecs.get(config.name)
+
+
+def sent_through(codec: Codec, tensors: Weights, kept: Mapping[str, Tensor]) -> tuple[Weights, Weights, int]:
+    """What arrives of tensors, what is lost, and the bytes on the way.
+
+    Args:
+        codec: how they are written.
+        tensors: what is to be sent.
+        kept: what was lost the last time, added to what is named alike; empty for no feedback.
+
+    Returns:
+        ``received_i``, ``tensors_i + kept_i - received_i``, bytes.
+    """
+    whole = {name: tensor + kept[name] if name in kept else tensor for name, tensor in tensors.items()}
+    packed = {name: codec.pack(tensor) for name, tensor in whole.items()}
+    received = {name: codec.unpack(packed[name], tensor.shape) for name, tensor in whole.items()}
+    lost = {name: tensor - received[name] for name, tensor in whole.items()}
+    return received, lost, sum(part.nbytes for parts in packed.values() for part in parts)
