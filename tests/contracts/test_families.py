@@ -16,6 +16,8 @@ from fedmllm.models.families import FAMILIES
 from fedmllm.models.features import VisionFeatures, serves
 from fedmllm.models.load import ModelConfig, VisionLanguageModel, load_model
 from fedmllm.models.lora import LoraConfig, attach_lora, read_weights
+from fedmllm.models.tail import shorten
+from fedmllm.training.batches import Encoder
 from fedmllm.types import Message, Part
 
 MODELS: dict[str, Callable[[], VisionLanguageModel]] = {
@@ -71,6 +73,28 @@ def test_kept_features_stand_for_pictures(model: VisionLanguageModel, samples: l
                 torch.testing.assert_close(answer_nll(keeping, collate(keeping, samples)), plain, atol=1e-4, rtol=0)
                 alone = answer_nll(keeping, collate(keeping, samples[2:3]))
                 torch.testing.assert_close(alone.sum(1), plain[2:3].sum(1), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+@pytest.mark.parametrize("targets", ["attention", "all-linear"])
+def test_the_last_layer_leaves_out_what_nobody_reads(name: str, targets: str, federation: FederatedData) -> None:
+    """Losses and gradients are the same, and its feed-forward part sees the answers' columns only."""
+    widths: list[int] = []
+    found = []
+    for short in (False, True):
+        base = MODELS[name]()
+        assert not short or shorten(base.model)
+        base.model.get_decoder().layers[-1].mlp.register_forward_pre_hook(lambda module, args: widths.append(args[0].shape[1]))
+        vlm = attach_lora(base, LoraConfig(targets=targets), 0)  # type: ignore[arg-type]
+        encoder = Encoder(vlm, "agnostic")
+        batch = collate(vlm, [encoder(sample) for sample in federation.clients["client-00"][:4]])
+        nll = answer_nll(vlm, batch)
+        nll.sum().backward()  # type: ignore[no-untyped-call]
+        found.append({"nll": nll.detach(), **{n: p.grad for n, p in vlm.model.named_parameters() if p.grad is not None}})
+    assert widths == [batch.inputs["input_ids"].shape[1], batch.answer_mask.shape[1] + 1]
+    assert found[0].keys() == found[1].keys()
+    for key, tensor in found[0].items():
+        torch.testing.assert_close(found[1][key], tensor, atol=1e-5, rtol=1e-4)
 
 
 def test_gradients_reach_the_decoder_s_adapters_only(model: VisionLanguageModel, samples: list[Encoded]) -> None:

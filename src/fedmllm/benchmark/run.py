@@ -31,6 +31,7 @@ from fedmllm.models.lora import (
     write_base,
     write_weights,
 )
+from fedmllm.models.tail import shorten
 from fedmllm.training.batches import Encoder
 from fedmllm.types import Metrics, Record, Sample, Weights
 
@@ -115,6 +116,8 @@ def _check_folder(folder: Path, experiment: Experiment, resume: bool) -> None:
 def _load(experiment: Experiment) -> VisionLanguageModel:
     """The model with fresh adapters."""
     vlm = load_model(experiment.model, choose_device(experiment.engine.device))
+    if experiment.engine.answers_only:
+        shorten(vlm.model)
     if experiment.engine.feature_bytes and serves(vlm):
         vlm = replace(vlm, features=VisionFeatures(vlm, experiment.engine.feature_bytes))
     return attach_lora(vlm, experiment.lora, experiment.seed)

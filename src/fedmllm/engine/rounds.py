@@ -34,6 +34,8 @@ class EngineConfig(BaseModel):
     """``auto`` (a GPU if there is one), ``cpu``, ``cuda``, ``cuda:1``, ..."""
     together: int = Field(16, gt=0)
     """Clients of a cohort that train side by side in the same passes of the model; 1 for one after another. With dropout, always 1."""
+    answers_only: bool = True
+    """Compute the last decoder layer where answers are, as far as it is known how."""
     feature_bytes: int = Field(4 << 30, ge=0)
     """Room on disk for what the frozen vision part makes of pictures, each once; 0 to compute it anew in every pass."""
 

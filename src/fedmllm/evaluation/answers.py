@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fedmllm.models.encoding import Encoded, collate, option_tokens
 from fedmllm.models.load import VisionLanguageModel
+from fedmllm.models.tail import reading
 from fedmllm.types import Prediction, Sample
 
 
@@ -20,7 +21,7 @@ def choose(vlm: VisionLanguageModel, samples: Sequence[Sample], encoded: Sequenc
         ModelError: if the tokenizer does not give each letter a first token of its own.
     """
     batch = collate(vlm, encoded, with_answers=False)
-    with vlm.autocast():
+    with vlm.autocast(), reading(1):
         logits = vlm.model(**batch.inputs, logits_to_keep=1, use_cache=False).logits[:, -1].float().cpu()
     return [_choice(sample, row, option_tokens(vlm, sample)) for sample, row in zip(samples, logits, strict=True)]
 

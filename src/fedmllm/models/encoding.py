@@ -19,6 +19,7 @@ from torch import Tensor
 from fedmllm.data.prompts import letters
 from fedmllm.errors import ModelError
 from fedmllm.models.load import VisionLanguageModel
+from fedmllm.models.tail import reading
 from fedmllm.types import Message, Sample
 
 
@@ -157,5 +158,6 @@ def answer_nll(vlm: VisionLanguageModel, batch: Batch) -> Tensor:
 def answer_logits(vlm: VisionLanguageModel, batch: Batch) -> Tensor:
     """What the model expects at each column of the answers, shape (samples, answer columns, vocabulary), float32."""
     columns = batch.answer_mask.shape[1]
-    logits: Tensor = vlm.model(**batch.inputs, logits_to_keep=columns + 1, use_cache=False).logits[:, :-1]
+    with reading(columns + 1):
+        logits: Tensor = vlm.model(**batch.inputs, logits_to_keep=columns + 1, use_cache=False).logits[:, :-1]
     return logits.float()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -31,6 +32,7 @@ class VisionFeatures:
         self._vlm, self._store = vlm, TensorStore(max_bytes)
         self._taken = frozenset(inspect.signature(vlm.model.get_image_features).parameters)
         self._kind: Any = None
+        self._lock = threading.Lock()
 
     def inputs(self, pictures: Sequence[tuple[bytes, Mapping[str, Tensor]]]) -> dict[str, Any]:
         """What ``forward`` takes in place of the pixels of some samples, given a key and the processor's tensors of each."""
@@ -40,10 +42,11 @@ class VisionFeatures:
 
     @torch.no_grad()
     def _features(self, key: bytes, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        found = self._store.get(key)
-        if found is None:
-            found = self._computed({name: tensor for name, tensor in tensors.items() if name in self._taken})
-            self._store.put(key, found)
+        with self._lock:
+            found = self._store.get(key)
+            if found is None:
+                found = self._computed({name: tensor for name, tensor in tensors.items() if name in self._taken})
+                self._store.put(key, found)
         return {name: tensor.to(self._vlm.device) for name, tensor in found.items()}
 
     def _computed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

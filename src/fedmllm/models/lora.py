@@ -124,10 +124,10 @@ def read_weights(model: nn.Module) -> Weights:
     return {name: parameter.detach().to("cpu", torch.float32, copy=True) for name, parameter in trainable(model)}
 
 
-def copied(vlm: VisionLanguageModel, tensor: Tensor) -> Tensor:
-    """A copy of a tensor as the model would hold it: on its device, in the number format of its adapters."""
+def copies(vlm: VisionLanguageModel, weights: Weights) -> Weights:
+    """Copies as the model would hold them: on its device, in the number format of its adapters."""
     _, own = next(trainable(vlm.model))
-    return tensor.to(own.device, own.dtype, copy=True)
+    return {name: tensor.to(own.device, own.dtype, copy=True) for name, tensor in weights.items()}
 
 
 @torch.no_grad()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,9 +13,37 @@ from torch import Tensor, nn
 from fedmllm.models.lora import adapted_layers
 
 
+class _Current(threading.local):
+    """The factors of this thread's pass by layer: A of shape (groups, r, inputs), B of shape (groups, outputs, r)."""
+
+    factors: Mapping[nn.Module, tuple[Tensor, Tensor]] | None = None
+
+
+_CURRENT = _Current()
+
+
 @contextmanager
-def stacked(model: nn.Module, members: Sequence[Mapping[str, Tensor]], counts: Sequence[int]) -> Iterator[None]:
-    """In this block the model computes, in every adapted layer and for a row x_i of client k,
+def side_by_side(model: nn.Module) -> Iterator[dict[str, Any]]:
+    """In this block the adapters of a PEFT model are off, and passes may be ``stacked``, in several threads at once.
+
+    Yields:
+        the adapted layers by name.
+    """
+    layers = dict(adapted_layers(model))
+    hooks = [layer.register_forward_hook(_add_low_rank) for layer in layers.values()]
+    for layer in layers.values():
+        layer.enable_adapters(False)
+    try:
+        yield layers
+    finally:
+        for layer, hook in zip(layers.values(), hooks, strict=True):
+            hook.remove()
+            layer.enable_adapters(True)
+
+
+@contextmanager
+def stacked(layers: Mapping[str, Any], members: Sequence[Mapping[str, Tensor]], counts: Sequence[int]) -> Iterator[None]:
+    """In this block every adapted layer computes for a row x_i of client k
 
         y_i = W x_i + (alpha / r) B_k A_k x_i
 
@@ -22,20 +51,20 @@ def stacked(model: nn.Module, members: Sequence[Mapping[str, Tensor]], counts: S
     are the same sums as when clients run one after another.
 
     Args:
-        model: a PEFT model; what its own adapter holds plays no part.
+        layers: from ``side_by_side``.
         members: each client's tensors, named as in a PEFT file, all of the same shapes.
         counts: how many rows of a batch are the first client's, the second's, and so on, in this order.
     """
-    layers = list(adapted_layers(model))
     rows = None if len(set(counts)) == 1 else torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
-    for name, layer in layers:
-        a, b = (_by_row([member[f"{name}.lora_{factor}.weight"] for member in members], rows) for factor in "AB")
-        layer.forward = _forward(layer, a, b)
+    before = _CURRENT.factors
+    _CURRENT.factors = {
+        layer: (_by_row([m[f"{name}.lora_A.weight"] for m in members], rows), _by_row([m[f"{name}.lora_B.weight"] for m in members], rows))
+        for name, layer in layers.items()
+    }
     try:
         yield
     finally:
-        for _, layer in layers:
-            del layer.forward
+        _CURRENT.factors = before
 
 
 def _by_row(tensors: Sequence[Tensor], rows: Tensor | None) -> Tensor:
@@ -44,14 +73,13 @@ def _by_row(tensors: Sequence[Tensor], rows: Tensor | None) -> Tensor:
     return whole if rows is None else whole[rows.to(whole.device)]
 
 
-def _forward(layer: Any, a: Tensor, b: Tensor) -> Callable[[Tensor], Tensor]:
-    """A layer's function; ``a`` of shape (groups, r, inputs), ``b`` of shape (groups, outputs, r), rows in equal groups."""
-    scale: float = layer.scaling["default"]
-
-    def forward(x: Tensor) -> Tensor:
-        frozen: Tensor = layer.get_base_layer()(x)
-        low = torch.bmm(x.to(a.dtype).reshape(len(a), -1, x.shape[-1]), a.mT)
-        added: Tensor = scale * torch.bmm(low, b.mT)
-        return frozen + added.reshape(frozen.shape).to(frozen.dtype)
-
-    return forward
+def _add_low_rank(layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+    """What a layer's adapters add to the product with its frozen matrix."""
+    if _CURRENT.factors is None:
+        return None
+    a, b = _CURRENT.factors[layer]
+    low = torch.bmm(inputs[0].to(a.dtype).reshape(len(a), -1, inputs[0].shape[-1]), a.mT)
+    frozen = output.reshape(len(b), -1, output.shape[-1])
+    return (
+        torch.baddbmm(frozen.to(low.dtype), low, b.to(low.dtype).mT, alpha=layer.scaling["default"]).reshape(output.shape).to(output.dtype)
+    )

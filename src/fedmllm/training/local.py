@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
@@ -13,8 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from fedmllm.models.encoding import Encoded, answer_nll
 from fedmllm.models.load import VisionLanguageModel
-from fedmllm.models.lora import copied, read_weights, trainable, training_only, write_weights
-from fedmllm.models.stacked import stacked
+from fedmllm.models.lora import copies, read_weights, trainable, training_only, write_weights
+from fedmllm.models.stacked import side_by_side, stacked
 from fedmllm.randomness import generator, torch_randomness
 from fedmllm.training.alignment import backward_alignment
 from fedmllm.training.batches import Step, passes, steps
@@ -83,7 +84,9 @@ def train_locally(vlm: VisionLanguageModel, task: LocalTask, rule: LocalRule, co
     write_weights(vlm.model, _start(task, rule))
     with training_only(vlm.model, rule.trains), torch_randomness(vlm.device, task.seed, "dropout", task.round_num, task.client):
         turn = _Turn(vlm, task, rule, config, dict(trainable(vlm.model)))
+        vlm.model.train()
         _train(vlm, [turn], config, lambda turns, counts: nullcontext())
+        vlm.model.eval()
     return turn.result(read_weights(vlm.model))
 
 
@@ -91,15 +94,46 @@ def train_together(vlm: VisionLanguageModel, turns: Sequence[tuple[LocalTask, Lo
     """Train several clients side by side: the samples of all go through the model in common, each through its own client's adapter.
 
     For every client the same arithmetic as ``train_locally``, summed in another order: its own data order, gradient, penalty, clipping and
-    AdamW. One that has fewer steps than others drops out. Without dropout only, whose random numbers would be shared.
+    AdamW. One that has fewer steps than others drops out. Without dropout only, whose random numbers would be shared. On a CPU
+    the clients are divided among as many threads as PyTorch has, each of which computes alone: small products gain little from two.
     """
-    starts = [{n: copied(vlm, t) for n, t in _start(task, rule).items()} for task, rule in turns]
-    for start, (_, rule) in zip(starts, turns, strict=True):
-        for name, tensor in start.items():
-            tensor.requires_grad_(rule.trains is None or rule.trains(name))
-    running = [_Turn(vlm, task, rule, config, start) for start, (task, rule) in zip(starts, turns, strict=True)]
-    _train(vlm, running, config, lambda some, counts: stacked(vlm.model, [turn.weights for turn in some], counts))
+    running = [_Turn(vlm, task, rule, config, _own_weights(vlm, task, rule)) for task, rule in turns]
+    threads = min(torch.get_num_threads(), len(turns)) if vlm.device.type == "cpu" else 1
+    vlm.model.train()
+    with side_by_side(vlm.model) as layers:
+        _in_threads(
+            lambda group: _train(vlm, group, config, lambda some, counts: stacked(layers, [turn.weights for turn in some], counts)),
+            _shared_out(running, threads),
+        )
+    vlm.model.eval()
     return [turn.result({name: tensor.detach().to("cpu", torch.float32) for name, tensor in turn.weights.items()}) for turn in running]
+
+
+def _own_weights(vlm: VisionLanguageModel, task: LocalTask, rule: LocalRule) -> Weights:
+    """What a client begins with, in tensors of its own; those that train require gradients."""
+    weights = copies(vlm, _start(task, rule))
+    return {name: tensor.requires_grad_(rule.trains is None or rule.trains(name)) for name, tensor in weights.items()}
+
+
+def _shared_out(turns: Sequence[_Turn], threads: int) -> list[list[_Turn]]:
+    """Turns by thread, the longest first, each to the thread that has least to do."""
+    groups: list[list[_Turn]] = [[] for _ in range(threads)]
+    for turn in sorted(turns, key=lambda turn: -turn.tokens):
+        min(groups, key=lambda group: sum(other.tokens for other in group)).append(turn)
+    return groups
+
+
+def _in_threads(work: Callable[[list[_Turn]], None], groups: Sequence[list[_Turn]]) -> None:
+    """Each group in a thread of its own, whose operations use no further threads."""
+    if len(groups) == 1:
+        work(groups[0])
+        return
+    before = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(len(groups), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            list(pool.map(work, groups))
+    finally:
+        torch.set_num_threads(before)
 
 
 def _start(task: LocalTask, rule: LocalRule) -> Weights:
@@ -112,14 +146,12 @@ Adapters = Callable[[Sequence["_Turn"], Sequence[int]], AbstractContextManager[N
 
 def _train(vlm: VisionLanguageModel, turns: Sequence[_Turn], config: TrainingConfig, adapters: Adapters) -> None:
     """Every client's turn from its first step to its last, step by step."""
-    vlm.model.train()
     for position in range(max(len(turn.plan) for turn in turns)):
         active = [turn for turn in turns if position < len(turn.plan)]
         _backward(vlm, active, position, config, adapters)
         for turn in active:
             with adapters([turn], [1]):
                 turn.update(position)
-    vlm.model.eval()
 
 
 def _backward(vlm: VisionLanguageModel, turns: Sequence[_Turn], position: int, config: TrainingConfig, adapters: Adapters) -> None:
@@ -147,10 +179,16 @@ class _Turn:
         self.loss = 0.0
         self._parameters = {name: tensor for name, tensor in weights.items() if tensor.requires_grad}
         self._received = {name: tensor.to(vlm.device) for name, tensor in task.received.items()}
+        betas = (config.beta1, config.beta2)
         self._optimizer = torch.optim.AdamW(
-            self._parameters.values(), lr=task.learning_rate, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay
+            self._parameters.values(), lr=task.learning_rate, betas=betas, weight_decay=config.weight_decay, fused=True
         )
         self._gradient: Weights = {}
+
+    @property
+    def tokens(self) -> int:
+        """How much it has to do."""
+        return sum(len(sample.input_ids) for step in self.plan for sample in step.samples)
 
     def update(self, position: int) -> None:
         """The rule's further terms, and the optimizer's step."""

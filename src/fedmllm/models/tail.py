@@ -1,0 +1,67 @@
+"""The last decoder layer where its output is read: nobody looks at what it makes of the prompt."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class _Current(threading.local):
+    """This thread's pass: how many columns are read at the end of each row, and how many there are."""
+
+    columns: int | None = None
+    length: int = 0
+
+
+_CURRENT = _Current()
+_PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj"}
+
+
+def shorten(model: Any) -> bool:
+    """Let a Transformers model's last layer work on the last columns only, in passes that say how many are read (``reading``).
+
+    The keys and values of all columns are needed; queries, what follows attention and the feed-forward part are not. Their modules
+    are handed the last columns, and zeros stand for the others.
+
+    Returns:
+        whether the last layer is one that this is known to be right for: softmax attention with separate projections.
+    """
+    layer: Any = model.get_decoder().layers[-1]
+    attention, feed_forward = getattr(layer, "self_attn", nn.Module()), getattr(layer, "mlp", nn.Module())
+    names = {name for name, _ in attention.named_children()}
+    if not _PROJECTIONS <= names <= _PROJECTIONS | {"q_norm", "k_norm", "rotary_emb"}:
+        return False
+    # Of a mixture of experts the router's numbers may be read too.
+    modules: list[Any] = [attention.q_proj, attention.o_proj, *([feed_forward] if type(feed_forward).__name__.endswith("MLP") else [])]
+    for module in modules:
+        module.register_forward_pre_hook(_cut)
+        module.register_forward_hook(_fill)
+    return True
+
+
+@contextmanager
+def reading(columns: int) -> Iterator[None]:
+    """In this block only the last columns of the model's output are read."""
+    before, _CURRENT.columns = _CURRENT.columns, columns
+    try:
+        yield
+    finally:
+        _CURRENT.columns = before
+
+
+def _cut(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    if _CURRENT.columns is None:
+        return None
+    _CURRENT.length = inputs[0].shape[1]
+    return (inputs[0][:, -_CURRENT.columns :], *inputs[1:])
+
+
+def _fill(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
+    if _CURRENT.columns is None:
+        return None
+    return F.pad(output, (0, 0, _CURRENT.length - output.shape[1], 0))

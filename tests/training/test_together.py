@@ -1,0 +1,99 @@
+"""Several clients side by side, in one thread and in two."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from fedmllm import weights as W
+from fedmllm.data.federated import FederatedData
+from fedmllm.models.load import VisionLanguageModel
+from fedmllm.models.lora import adapted_layers, has_dropout, read_weights
+from fedmllm.training.batches import Encoder
+from fedmllm.training.local import LocalTask, TrainingConfig, train_locally, train_together
+from fedmllm.training.rules import LocalResult, LocalRule
+from fedmllm.types import Weights
+
+Turns = list[tuple[LocalTask, LocalRule]]
+
+
+@pytest.fixture
+def turns(vlm: VisionLanguageModel, encoder: Encoder, federation: FederatedData) -> Turns:
+    """Three clients with 5, 2 and 3 samples."""
+    start = read_weights(vlm.model)
+    held = {
+        name: [encoder(sample) for sample in samples[:count]]
+        for (name, samples), count in zip(federation.clients.items(), (5, 2, 3), strict=True)
+    }
+    return [(LocalTask(name, 0, 0, samples, start, 1e-3), LocalRule()) for name, samples in held.items()]
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
+def apart(a: LocalResult, b: LocalResult, start: Weights) -> float:
+    return W.norm(W.subtract(a.weights, b.weights)) / W.norm(W.subtract(a.weights, start))
+
+
+CONFIG = TrainingConfig(batch_size=2)
+
+
+def test_in_float32_too_it_is_one_after_another(vlm: VisionLanguageModel, turns: Turns) -> None:
+    singly = [train_locally(vlm, task, rule, CONFIG) for task, rule in turns]
+    for alone, together in zip(singly, train_together(vlm, turns, CONFIG), strict=True):
+        assert apart(alone, together, turns[0][0].received) < 0.02
+        assert together.metrics["loss"] == pytest.approx(alone.metrics["loss"], rel=1e-4)
+        assert together.metrics["steps"] == alone.metrics["steps"]
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_threads_repeat_themselves_bit_for_bit(vlm: VisionLanguageModel, turns: Turns) -> None:
+    first, second = (train_together(vlm, turns, CONFIG) for _ in range(2))
+    for a, b, (task, rule) in zip(first, second, turns, strict=True):
+        assert all(torch.equal(a.weights[name], tensor) for name, tensor in b.weights.items())
+        assert apart(a, train_locally(vlm, task, rule, CONFIG), task.received) < 0.02
+    assert torch.get_num_threads() == 2
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_an_error_in_a_thread_is_told_and_leaves_the_model_as_it_was(vlm: VisionLanguageModel, turns: Turns) -> None:
+    def broken(name: str, gradient: torch.Tensor) -> torch.Tensor:
+        raise ValueError("a rule of its own")
+
+    before = read_weights(vlm.model)
+    with pytest.raises(ValueError, match="a rule of its own"):
+        train_together(vlm, [(task, LocalRule(edit_gradient=broken)) for task, _ in turns], CONFIG)
+    assert torch.get_num_threads() == 2
+    assert all(torch.equal(tensor, before[name]) for name, tensor in read_weights(vlm.model).items())
+    for _, layer in adapted_layers(vlm.model):
+        assert not layer.disable_adapters
+        assert not layer._forward_hooks
+    assert all(not parameter.requires_grad or parameter.grad is None for parameter in vlm.model.parameters())
+
+
+def test_what_the_model_s_own_adapter_holds_plays_no_part(vlm: VisionLanguageModel, turns: Turns) -> None:
+    first = train_together(vlm, turns, CONFIG)
+    with torch.no_grad():
+        for _, layer in adapted_layers(vlm.model):
+            layer.lora_B["default"].weight.fill_(1.0)
+    second = train_together(vlm, turns, CONFIG)
+    assert all(torch.equal(a.weights[name], b.weights[name]) for a, b in zip(first, second, strict=True) for name in a.weights)
+
+
+def test_a_tensor_that_rests_stays(vlm: VisionLanguageModel, turns: Turns) -> None:
+    rule = LocalRule(trains=lambda name: "lora_B" in name)
+    for result in train_together(vlm, [(task, rule) for task, _ in turns], CONFIG):
+        moved = {name.split(".")[-2] for name, tensor in result.weights.items() if not torch.equal(tensor, result.received[name])}
+        assert moved == {"lora_B"}
+
+
+def test_dropout_is_seen(base: VisionLanguageModel, vlm: VisionLanguageModel) -> None:
+    assert not has_dropout(vlm.model)
+    assert has_dropout(torch.nn.Sequential(torch.nn.Dropout(0.1)))
+    assert not has_dropout(torch.nn.Sequential(torch.nn.Dropout(0.0)))
