@@ -8,12 +8,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from loops.workload import Workload
-
 from fedmllm.algorithms import build_algorithm
 from fedmllm.engine.checkpoint import RunStore
 from fedmllm.engine.in_process import Assignment, InProcessEngine
 from fedmllm.models.features import VisionFeatures
+from loops.workload import Workload
 
 
 def rounds(work: Workload, features: bool = True, merged: bool = True, together: bool = True) -> Iterator[float]:

@@ -7,10 +7,10 @@ import time
 from collections.abc import Iterator
 from functools import partial
 
-from loops.workload import Workload, collate_with_labels
 from transformers import Trainer, TrainingArguments
 
 from fedmllm.models.lora import read_weights, write_weights
+from loops.workload import Workload, collate_with_labels
 
 
 def rounds(work: Workload) -> Iterator[float]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
 
 from fedmllm import weights as W
 from fedmllm.data.federated import FederatedData
+from fedmllm.errors import ModelError
 from fedmllm.models.load import VisionLanguageModel
 from fedmllm.models.lora import adapted_layers, has_dropout, read_weights
 from fedmllm.training.batches import Encoder
@@ -84,6 +86,21 @@ def test_what_the_model_s_own_adapter_holds_plays_no_part(vlm: VisionLanguageMod
             layer.lora_B["default"].weight.fill_(1.0)
     second = train_together(vlm, turns, CONFIG)
     assert all(torch.equal(a.weights[name], b.weights[name]) for a, b in zip(first, second, strict=True) for name in a.weights)
+
+
+def test_the_order_in_which_tensors_arrive_changes_nothing(vlm: VisionLanguageModel, turns: Turns) -> None:
+    """A checkpoint gives them back in another one; sums over tensors, as clipping's, must not follow it."""
+    first = train_together(vlm, turns, CONFIG)
+    turned = [(replace(task, received=dict(reversed(task.received.items()))), rule) for task, rule in turns]
+    for a, b in zip(first, train_together(vlm, turned, CONFIG), strict=True):
+        assert all(torch.equal(a.weights[name], b.weights[name]) for name in a.weights)
+
+
+def test_weights_that_do_not_fit_are_refused(vlm: VisionLanguageModel, turns: Turns) -> None:
+    (task, rule), other, _ = turns
+    missing = dict(list(task.received.items())[1:])
+    with pytest.raises(ModelError, match="1 tensors are missing"):
+        train_together(vlm, [(replace(task, received=missing), rule), other], CONFIG)
 
 
 def test_a_tensor_that_rests_stays(vlm: VisionLanguageModel, turns: Turns) -> None:

@@ -124,10 +124,13 @@ def read_weights(model: nn.Module) -> Weights:
     return {name: parameter.detach().to("cpu", torch.float32, copy=True) for name, parameter in trainable(model)}
 
 
-def copies(vlm: VisionLanguageModel, weights: Weights) -> Weights:
-    """Copies as the model would hold them: on its device, in the number format of its adapters."""
-    _, own = next(trainable(vlm.model))
-    return {name: tensor.to(own.device, own.dtype, copy=True) for name, tensor in weights.items()}
+def copies(model: nn.Module, weights: Weights) -> Weights:
+    """Weights as the model would hold them, apart from it: in its order, on its device, in its number format.
+
+    Raises:
+        ModelError: if names or shapes differ from the model's.
+    """
+    return {name: weights[name].to(own.device, own.dtype, copy=True) for name, own in _fitting(model, weights).items()}
 
 
 @torch.no_grad()
@@ -137,11 +140,16 @@ def write_weights(model: nn.Module, weights: Weights) -> None:
     Raises:
         ModelError: if names or shapes differ from the model's.
     """
+    for name, parameter in _fitting(model, weights).items():
+        parameter.copy_(weights[name])
+
+
+def _fitting(model: nn.Module, weights: Weights) -> Weights:
+    """The model's own tensors, for weights that fit them."""
     own = dict(trainable(model))
     if mismatch := describe_mismatch(weights, own):
         raise ModelError(f"the weights do not fit the model: {mismatch}")
-    for name, parameter in own.items():
-        parameter.copy_(weights[name])
+    return own
 
 
 def describe_mismatch(weights: Weights, expected: Weights) -> str | None:

@@ -111,7 +111,7 @@ def train_together(vlm: VisionLanguageModel, turns: Sequence[tuple[LocalTask, Lo
 
 def _own_weights(vlm: VisionLanguageModel, task: LocalTask, rule: LocalRule) -> Weights:
     """What a client begins with, in tensors of its own; those that train require gradients."""
-    weights = copies(vlm, _start(task, rule))
+    weights = copies(vlm.model, _start(task, rule))
     return {name: tensor.requires_grad_(rule.trains is None or rule.trains(name)) for name, tensor in weights.items()}
 
 
