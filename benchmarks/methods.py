@@ -164,11 +164,11 @@ Group = tuple[str, str]
 
 
 def table(lines: list[dict[str, Any]], scenarios: Sequence[str]) -> str:
-    """In percent, mean and standard error over seeds of the mean over a kind's scenarios; last all of them, and less FedAvg seed by seed."""
+    """In percent, mean and standard error over seeds of the mean over a kind's scenarios; last all of them, and above FedAvg seed by seed."""
     kinds = dict.fromkeys(scenario.split("-")[0] for scenario in scenarios)
     groups = [(task, kind) for task in TASKS for kind in kinds]
     titles = [f"{task.removeprefix('digits-')} {kind}" for task, kind in groups]
-    rows = [f"| method | {' | '.join(titles)} | mean | less fedavg |", "|---" * (len(groups) + 3) + "|"]
+    rows = [f"| method | {' | '.join(titles)} | mean | above fedavg |", "|---" * (len(groups) + 3) + "|"]
     everyone = _by_seed(lines, groups, scenarios, "fedavg", "federated")
     for name in (*BASELINE_SCORES, *ROWS, *CANDIDATES):
         key, row = (name, "fedavg") if name in BASELINE_SCORES else ("federated", name)
