@@ -176,7 +176,11 @@ def table(lines: list[dict[str, Any]], scenarios: Sequence[str]) -> str:
         if scores:
             texts = [cell_text([by_group[group] for by_group in scores.values() if group in by_group]) for group in groups]
             whole = {seed: statistics.mean(by_group.values()) for seed, by_group in scores.items() if len(by_group) == len(groups)}
-            less = [mean - statistics.mean(everyone[seed].values()) for seed, mean in whole.items() if len(everyone[seed]) == len(groups)]
+            less = [
+                mean - statistics.mean(everyone[seed].values())
+                for seed, mean in whole.items()
+                if len(everyone.get(seed, {})) == len(groups)
+            ]
             rows.append(
                 f"| {name} | {' | '.join(texts)} | {cell_text(list(whole.values()))} | {'' if row == name == 'fedavg' else cell_text(less)} |"
             )
