@@ -97,6 +97,24 @@ def test_the_last_layer_leaves_out_what_nobody_reads(name: str, targets: str, fe
         torch.testing.assert_close(found[1][key], tensor, atol=1e-5, rtol=1e-4)
 
 
+def test_a_decoder_that_is_not_known_stays_as_it_is() -> None:
+    """Without a list of layers, with an empty one, and with a layer whose attention mixes columns before its scores."""
+
+    class Decoder(torch.nn.Module):
+        def get_decoder(self) -> torch.nn.Module:
+            return self
+
+    empty, convolution = Decoder(), Decoder()
+    empty.layers = torch.nn.ModuleList()
+    convolution.layers = torch.nn.ModuleList([torch.nn.Module()])
+    convolution.layers[0].self_attn = torch.nn.ModuleDict({f"{name}_proj": torch.nn.Linear(2, 2) for name in "qkvo"})
+    assert shorten(convolution)
+    convolution.layers[0].self_attn["conv"] = torch.nn.Conv1d(2, 2, 1)
+    assert not shorten(convolution)
+    assert not shorten(empty)
+    assert not shorten(Decoder())
+
+
 def test_gradients_reach_the_decoder_s_adapters_only(model: VisionLanguageModel, samples: list[Encoded]) -> None:
     answer_nll(model, collate(model, samples)).sum().backward()  # type: ignore[no-untyped-call]
     with_gradient = {name for name, p in model.model.named_parameters() if p.grad is not None}

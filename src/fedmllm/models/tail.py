@@ -31,7 +31,7 @@ def shorten(model: Any) -> bool:
     Returns:
         whether the last layer is one that this is known to be right for: softmax attention with separate projections.
     """
-    layer: Any = model.get_decoder().layers[-1]
+    layer: Any = next(reversed(getattr(model.get_decoder(), "layers", ())), None)
     attention, feed_forward = getattr(layer, "self_attn", nn.Module()), getattr(layer, "mlp", nn.Module())
     names = {name for name, _ in attention.named_children()}
     if not _PROJECTIONS <= names <= _PROJECTIONS | {"q_norm", "k_norm", "rotary_emb"}:

@@ -118,8 +118,12 @@ def _own_weights(vlm: VisionLanguageModel, task: LocalTask, rule: LocalRule) -> 
 def _shared_out(turns: Sequence[_Turn], threads: int) -> list[list[_Turn]]:
     """Turns by thread, the longest first, each to the thread that has least to do."""
     groups: list[list[_Turn]] = [[] for _ in range(threads)]
-    for turn in sorted(turns, key=lambda turn: -turn.tokens):
-        min(groups, key=lambda group: sum(other.tokens for other in group)).append(turn)
+    tokens = [0] * threads
+    sizes = [sum(len(sample.input_ids) for step in turn.plan for sample in step.samples) for turn in turns]
+    for size, turn in sorted(zip(sizes, turns, strict=True), key=lambda row: -row[0]):
+        least = tokens.index(min(tokens))
+        groups[least].append(turn)
+        tokens[least] += size
     return groups
 
 
@@ -150,8 +154,7 @@ def _train(vlm: VisionLanguageModel, turns: Sequence[_Turn], config: TrainingCon
         active = [turn for turn in turns if position < len(turn.plan)]
         _backward(vlm, active, position, config, adapters)
         for turn in active:
-            with adapters([turn], [1]):
-                turn.update(position)
+            turn.update(position, adapters)
 
 
 def _backward(vlm: VisionLanguageModel, turns: Sequence[_Turn], position: int, config: TrainingConfig, adapters: Adapters) -> None:
@@ -185,16 +188,12 @@ class _Turn:
         )
         self._gradient: Weights = {}
 
-    @property
-    def tokens(self) -> int:
-        """How much it has to do."""
-        return sum(len(sample.input_ids) for step in self.plan for sample in step.samples)
-
-    def update(self, position: int) -> None:
+    def update(self, position: int, adapters: Adapters) -> None:
         """The rule's further terms, and the optimizer's step."""
         if self._rule.alignment:
             rng = generator(self._task.seed, "alignment", self._task.round_num, self._task.client, position)
-            backward_alignment(self._vlm, self.plan[position], self._rule.alignment, rng, self._config.max_batch_tokens)
+            with adapters([self], [1]):
+                backward_alignment(self._vlm, self.plan[position], self._rule.alignment, rng, self._config.max_batch_tokens)
         if self._rule.penalty is not None:
             self._rule.penalty(self._parameters, self._received, position / len(self.plan)).backward()  # type: ignore[no-untyped-call]
         self._edit_gradients()
