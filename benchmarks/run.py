@@ -11,21 +11,25 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
+from loops import ours, trainer
+from loops.workload import workload
 
 from fedmllm.benchmark.results import versions
-from fedmllm.config import Experiment
 from fedmllm.data.federated import federate
 from fedmllm.evaluation.evaluate import evaluate
-from fedmllm.models.load import load_model
-from fedmllm.models.lora import attach_lora, read_weights
 from fedmllm.training.batches import Encoder
-from fedmllm.training.local import LocalTask, TrainingConfig, train_locally
-from fedmllm.training.rules import LocalRule
 
 RUNS = 5
+SWITCHES = {
+    "features computed every time": "features",
+    "the whole last layer": "answers_only",
+    "micro-batches one by one": "merged",
+    "clients one after another": "together",
+}
 OUTPUT = Path(__file__).parent / "results" / "latest.json"
 
 
@@ -50,28 +54,28 @@ def _seconds(work: Callable[[], object]) -> float:
 
 
 def measure() -> dict[str, dict[str, float]]:
-    experiment = Experiment.parse({"data": {"num_train": 96, "num_test": 100}, "federation": {"num_clients": 1, "clients_per_round": 1}})
-    data = federate(experiment.data, experiment.federation, 0)
-    device = torch.device("cpu")
-    vlm = attach_lora(load_model(experiment.model, device), experiment.lora, 0)
-    kept = Encoder(vlm, "agnostic")
-    samples = [kept(sample) for sample in data.clients["client-00"]]
-    task = LocalTask("client-00", 0, 0, samples, read_weights(vlm.model), 1e-3)
+    rows: dict[str, dict[str, float]] = {}
+    # A workload for each side: how the model is prepared is part of it.
+    for sizes in ((2, 1, 4), (10, 1, 4), (5, 16, 1)):
+        name = "a round, {1} x {2}, {0} clients / a Trainer per client".format(*sizes)
+        rows[name] = paired(partial(next, ours.rounds(workload(*sizes))), partial(next, trainer.rounds(workload(*sizes))))
+    for off, switch in SWITCHES.items():
+        sides = (ours.rounds(workload(10, 1, 4), **switches) for switches in ({}, {switch: False}))
+        rows[f"a round, 1 x 4, 10 clients / {off}"] = paired(*(partial(next, side) for side in sides))
+    return rows | scoring()
 
-    def training(**settings: int) -> Callable[[], object]:
-        config = TrainingConfig(**settings)  # type: ignore[arg-type]
-        return lambda: train_locally(vlm, task, LocalRule(), config)
 
-    def scoring(cache: bool, size: int) -> Callable[[], object]:
-        config = experiment.evaluation.model_copy(update={"batch_size": size})
-        return lambda: evaluate(vlm, data.dataset.test, kept if cache else Encoder(vlm, "agnostic"), "auc", config, 0)
+def scoring() -> dict[str, dict[str, float]]:
+    work = workload(1, 1, 4)
+    data = federate(work.experiment.data, work.experiment.federation, 0)
+
+    def score(encoder: Encoder | None, size: int) -> Callable[[], object]:
+        config = work.experiment.evaluation.model_copy(update={"batch_size": size})
+        return lambda: evaluate(work.vlm, data.dataset.test, encoder or Encoder(work.vlm, "agnostic"), "auc", config, 0)
 
     return {
-        "micro-batches of a step as one batch (1 x 4) / one by one": paired(
-            training(batch_size=1, accumulation=4), training(batch_size=1, accumulation=4, max_batch_tokens=1)
-        ),
-        "encoded samples kept / encoded anew, scoring": paired(scoring(True, 50), scoring(False, 50)),
-        "scoring 50 at a time / one by one": paired(scoring(True, 50), scoring(True, 1)),
+        "encoded samples kept / encoded anew, scoring": paired(score(work.encoder, 50), score(None, 50)),
+        "scoring 50 at a time / one by one": paired(score(work.encoder, 50), score(work.encoder, 1)),
     }
 
 

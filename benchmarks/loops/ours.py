@@ -12,19 +12,23 @@ from fedmllm.algorithms import build_algorithm
 from fedmllm.engine.checkpoint import RunStore
 from fedmllm.engine.in_process import Assignment, InProcessEngine
 from fedmllm.models.features import VisionFeatures
+from fedmllm.models.tail import shorten
 from loops.workload import Workload
 
 
-def rounds(work: Workload, features: bool = True, merged: bool = True, together: bool = True) -> Iterator[float]:
+def rounds(work: Workload, features: bool = True, answers_only: bool = True, merged: bool = True, together: bool = True) -> Iterator[float]:
     """Seconds of one round after another.
 
     Args:
         work: what to train.
         features: compute the vision part once per picture.
+        answers_only: compute the last layer where answers are; changes the workload's model for good.
         merged: run the micro-batches of a step as one batch.
         together: train the cohort side by side.
     """
     algorithm = build_algorithm(work.experiment.algorithm)
+    if answers_only:
+        shorten(work.vlm.model)
     vlm = replace(work.vlm, features=VisionFeatures(work.vlm, 1 << 30)) if features else work.vlm
     training = work.experiment.training if merged else work.experiment.training.model_copy(update={"max_batch_tokens": 1})
     engine = InProcessEngine(vlm, work.encoder, training, len(work.clients) if together else 1)

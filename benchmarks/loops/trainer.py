@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from functools import partial
 
-from transformers import Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from fedmllm.models.lora import read_weights, write_weights
 from loops.workload import Workload, collate_with_labels
@@ -40,6 +40,8 @@ def rounds(work: Workload) -> Iterator[float]:
                 write_weights(work.vlm.model, work.start)
                 encoded = [work.encoder(sample) for sample in samples]
                 collator = partial(collate_with_labels, work.vlm)
-                Trainer(model=work.vlm.model, args=arguments, train_dataset=encoded, data_collator=collator).train()
+                loop = Trainer(model=work.vlm.model, args=arguments, train_dataset=encoded, data_collator=collator)
+                loop.remove_callback(PrinterCallback)
+                loop.train()
                 read_weights(work.vlm.model)
             yield time.perf_counter() - start

@@ -48,7 +48,7 @@ def workload(cohort: int, batch_size: int, accumulation: int) -> Workload:
     """Build it; everything is encoded once, so that no loop is charged for pictures."""
     experiment = Experiment.parse(
         {
-            "data": {"num_train": 1600, "num_test": 8},
+            "data": {"num_train": 1600, "num_test": 100},
             "federation": {"num_clients": 10, "clients_per_round": cohort, "partition": "iid"},
             "training": {"batch_size": batch_size, "accumulation": accumulation, "schedule": "constant"},
             "engine": {"device": "cpu"},

@@ -78,23 +78,25 @@ def test_kept_features_stand_for_pictures(model: VisionLanguageModel, samples: l
 @pytest.mark.parametrize("name", sorted(MODELS))
 @pytest.mark.parametrize("targets", ["attention", "all-linear"])
 def test_the_last_layer_leaves_out_what_nobody_reads(name: str, targets: str, federation: FederatedData) -> None:
-    """Losses and gradients are the same, and its feed-forward part sees the answers' columns only."""
+    """Losses and gradients are the same, and its feed-forward part sees the answers' columns only; adapters come before it or after."""
     widths: list[int] = []
     found = []
-    for short in (False, True):
+    for short in ("", "before", "after"):
         base = MODELS[name]()
-        assert not short or shorten(base.model)
-        base.model.get_decoder().layers[-1].mlp.register_forward_pre_hook(lambda module, args: widths.append(args[0].shape[1]))
+        assert short != "before" or shorten(base.model)
         vlm = attach_lora(base, LoraConfig(targets=targets), 0)  # type: ignore[arg-type]
+        assert short != "after" or shorten(vlm.model)
+        vlm.model.get_decoder().layers[-1].mlp.register_forward_pre_hook(lambda module, args: widths.append(args[0].shape[1]))
         encoder = Encoder(vlm, "agnostic")
         batch = collate(vlm, [encoder(sample) for sample in federation.clients["client-00"][:4]])
         nll = answer_nll(vlm, batch)
         nll.sum().backward()  # type: ignore[no-untyped-call]
         found.append({"nll": nll.detach(), **{n: p.grad for n, p in vlm.model.named_parameters() if p.grad is not None}})
-    assert widths == [batch.inputs["input_ids"].shape[1], batch.answer_mask.shape[1] + 1]
-    assert found[0].keys() == found[1].keys()
-    for key, tensor in found[0].items():
-        torch.testing.assert_close(found[1][key], tensor, atol=1e-5, rtol=1e-4)
+    assert widths == [batch.inputs["input_ids"].shape[1], *[batch.answer_mask.shape[1] + 1] * 2]
+    for short_of in found[1:]:
+        assert short_of.keys() == found[0].keys()
+        for key, tensor in found[0].items():
+            torch.testing.assert_close(short_of[key], tensor, atol=1e-5, rtol=1e-4)
 
 
 def test_a_decoder_that_is_not_known_stays_as_it_is() -> None:

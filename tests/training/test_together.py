@@ -13,6 +13,7 @@ from fedmllm.data.federated import FederatedData
 from fedmllm.errors import ModelError
 from fedmllm.models.load import VisionLanguageModel
 from fedmllm.models.lora import adapted_layers, has_dropout, read_weights
+from fedmllm.models.tail import shorten
 from fedmllm.training.batches import Encoder
 from fedmllm.training.local import LocalTask, TrainingConfig, train_locally, train_together
 from fedmllm.training.rules import LocalResult, LocalRule
@@ -54,6 +55,13 @@ def test_in_float32_too_it_is_one_after_another(vlm: VisionLanguageModel, turns:
         assert together.metrics["steps"] == alone.metrics["steps"]
 
 
+def test_it_is_so_too_where_the_last_layer_leaves_out_columns(vlm: VisionLanguageModel, turns: Turns) -> None:
+    whole = train_together(vlm, turns, CONFIG)
+    assert shorten(vlm.model)
+    for one, other in zip(whole, train_together(vlm, turns, CONFIG), strict=True):
+        assert apart(one, other, turns[0][0].received) < 0.02
+
+
 @pytest.mark.usefixtures("two_threads")
 def test_threads_repeat_themselves_bit_for_bit(vlm: VisionLanguageModel, turns: Turns) -> None:
     first, second = (train_together(vlm, turns, CONFIG) for _ in range(2))
@@ -61,6 +69,25 @@ def test_threads_repeat_themselves_bit_for_bit(vlm: VisionLanguageModel, turns: 
         assert all(torch.equal(a.weights[name], tensor) for name, tensor in b.weights.items())
         assert apart(a, train_locally(vlm, task, rule, CONFIG), task.received) < 0.02
     assert torch.get_num_threads() == 2
+
+
+@pytest.mark.parametrize(("sizes", "threads"), [((4, 4), 2), ((6, 2, 2, 2), 2), ((9, 1), 1), ((5, 2, 2, 2), 2), ((8, 1, 1), 1)])
+def test_work_is_divided_where_the_largest_part_is_not_nearly_all(
+    sizes: tuple[int, ...],
+    threads: int,
+    vlm: VisionLanguageModel,
+    encoder: Encoder,
+    federation: FederatedData,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two threads are faster while the larger has up to two thirds of the work: 1 / (2 * 0.75)."""
+    begun: list[int] = []
+    monkeypatch.setattr("fedmllm.training.local._train", lambda vlm, group, *rest: begun.append(len(group)))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    sample, start = encoder(federation.clients["client-00"][0]), read_weights(vlm.model)
+    train_together(vlm, [(LocalTask(str(k), 0, 0, [sample] * size, start, 1e-3), LocalRule()) for k, size in enumerate(sizes)], CONFIG)
+    assert len(begun) == threads
+    assert sum(begun) == len(sizes)
 
 
 @pytest.mark.usefixtures("two_threads")

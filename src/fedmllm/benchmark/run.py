@@ -116,11 +116,12 @@ def _check_folder(folder: Path, experiment: Experiment, resume: bool) -> None:
 def _load(experiment: Experiment) -> VisionLanguageModel:
     """The model with fresh adapters."""
     vlm = load_model(experiment.model, choose_device(experiment.engine.device))
-    if experiment.engine.answers_only:
-        shorten(vlm.model)
     if experiment.engine.feature_bytes and serves(vlm):
         vlm = replace(vlm, features=VisionFeatures(vlm, experiment.engine.feature_bytes))
-    return attach_lora(vlm, experiment.lora, experiment.seed)
+    vlm = attach_lora(vlm, experiment.lora, experiment.seed)
+    if experiment.engine.answers_only:
+        shorten(vlm.model)
+    return vlm
 
 
 def _start(experiment: Experiment, vlm: VisionLanguageModel) -> ServerState:

@@ -30,7 +30,8 @@ def side_by_side(model: nn.Module) -> Iterator[dict[str, Any]]:
         the adapted layers by name.
     """
     layers = dict(adapted_layers(model))
-    hooks = [layer.register_forward_hook(_add_low_rank) for layer in layers.values()]
+    # First of a layer's hooks: what others make of its output (``tail``) is to be of the whole of it.
+    hooks = [layer.register_forward_hook(_add_low_rank, prepend=True) for layer in layers.values()]
     for layer in layers.values():
         layer.enable_adapters(False)
     try:
