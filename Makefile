@@ -12,7 +12,7 @@ help:
 	@echo "make test    run the tests"
 	@echo "make check   lint, types, import direction"
 	@echo "make format  rewrite the code in the house style"
-	@echo "make bench   run the benchmarks"
+	@echo "make bench   compare with other loops (about fifteen minutes; installs Ray and NVFlare)"
 
 install: $(READY)
 
@@ -41,6 +41,7 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 bench: $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[bench]"
 	$(BIN)/python benchmarks/run.py
 
 clean:

@@ -1,42 +1,57 @@
-"""Ratios that matter, each measured side by side with its baseline in one process: ``make bench``.
+"""Ratios that matter, each measured side by side with its baseline: ``make bench``, or some rows by name: ``run.py --only trainer_b1x4_k2``.
 
-Every pair is run alternately, A B A B ..., after one warm-up of each; the table gives the median of the paired ratios.
+Every pair is run alternately, A B A B ..., after one warm-up of each; the table gives the median of the paired ratios. The two sides of a
+round are processes of their own, of which one waits while the other works.
 """
 
 from __future__ import annotations
 
+import argparse
+import importlib.util
 import json
 import os
 import platform
 import statistics
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import torch
-from loops import ours, trainer
-from loops.workload import workload
+from loops.workload import SAMPLES, workload
+from side import Side
 
+from fedmllm import weights as W
 from fedmllm.benchmark.results import versions
 from fedmllm.data.federated import federate
 from fedmllm.evaluation.evaluate import evaluate
 from fedmllm.training.batches import Encoder
 
 RUNS = 5
-SWITCHES = {
-    "features computed every time": "features",
-    "the whole last layer": "answers_only",
-    "micro-batches one by one": "merged",
-    "clients one after another": "together",
+Sizes = tuple[int, int, int]
+B1X4_K2, B1X4_K10, B16_K5 = (2, 1, 4), (10, 1, 4), (5, 16, 1)
+"""Clients of a round, batch size, accumulation."""
+ROUNDS: dict[str, tuple[str, Sizes, str]] = {
+    "trainer_b1x4_k2": ("trainer", B1X4_K2, ""),
+    "trainer_b1x4_k10": ("trainer", B1X4_K10, ""),
+    "trainer_b16": ("trainer", B16_K5, ""),
+    "flower_ray_b1x4_k2": ("flower_ray", B1X4_K2, ""),
+    "flower_ray_b1x4_k10": ("flower_ray", B1X4_K10, ""),
+    "nvflare_b1x4_k2": ("nvflare_simulator", B1X4_K2, ""),
+    "nvflare_b1x4_k10": ("nvflare_simulator", B1X4_K10, ""),
+    "without_features": ("ours", B1X4_K10, "features"),
+    "without_answers_only": ("ours", B1X4_K10, "answers_only"),
+    "without_merged_micro_batches": ("ours", B1X4_K10, "merged"),
+    "without_training_together": ("ours", B1X4_K10, "together"),
 }
+"""A round, ours divided by: a loop, the work, a switch that is off."""
+NEEDS = {"flower_ray": "ray", "nvflare_simulator": "nvflare"}
 OUTPUT = Path(__file__).parent / "results" / "latest.json"
 
 
-def paired(first: Callable[[], object], second: Callable[[], object]) -> dict[str, float]:
+def paired(first: Callable[[], float], second: Callable[[], float]) -> dict[str, float]:
     """Seconds of both (medians), and the median, least and greatest ratio second / first over the pairs."""
     first(), second()
-    seconds = [(_seconds(first), _seconds(second)) for _ in range(RUNS)]
+    seconds = [(first(), second()) for _ in range(RUNS)]
     ratios = [b / a for a, b in seconds]
     return {
         "seconds": statistics.median(a for a, _ in seconds),
@@ -47,47 +62,74 @@ def paired(first: Callable[[], object], second: Callable[[], object]) -> dict[st
     }
 
 
-def _seconds(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
-def measure() -> dict[str, dict[str, float]]:
-    rows: dict[str, dict[str, float]] = {}
-    # A workload for each side: how the model is prepared is part of it.
-    for sizes in ((2, 1, 4), (10, 1, 4), (5, 16, 1)):
-        name = "a round, {1} x {2}, {0} clients / a Trainer per client".format(*sizes)
-        rows[name] = paired(partial(next, ours.rounds(workload(*sizes))), partial(next, trainer.rounds(workload(*sizes))))
-    for off, switch in SWITCHES.items():
-        sides = (ours.rounds(workload(10, 1, 4), **switches) for switches in ({}, {switch: False}))
-        rows[f"a round, 1 x 4, 10 clients / {off}"] = paired(*(partial(next, side) for side in sides))
-    return rows | scoring()
+def a_round(loop: str, sizes: Sizes, off: str) -> dict[str, float]:
+    """Ours and another's: time, samples per second, memory in MiB, and how far apart the results are."""
+    with Side("ours", *sizes) as ours, Side(loop, *sizes, off) as other:
+        row = paired(ours.round, other.round)
+        samples = sizes[0] * SAMPLES
+        row |= {"samples_per_second": samples / row["seconds"], "baseline_samples_per_second": samples / row["baseline_seconds"]}
+        start = workload(*sizes).start
+        moved, baseline = (W.subtract(side.end(), start) for side in (ours, other))
+        row["relative_distance"] = W.norm(W.subtract(moved, baseline)) / W.norm(baseline)
+        return row | {"peak_mib": ours.peak_memory(), "baseline_peak_mib": other.peak_memory()}
 
 
 def scoring() -> dict[str, dict[str, float]]:
     work = workload(1, 1, 4)
     data = federate(work.experiment.data, work.experiment.federation, 0)
 
-    def score(encoder: Encoder | None, size: int) -> Callable[[], object]:
+    def score(encoder: Encoder | None, size: int) -> Callable[[], float]:
         config = work.experiment.evaluation.model_copy(update={"batch_size": size})
-        return lambda: evaluate(work.vlm, data.dataset.test, encoder or Encoder(work.vlm, "agnostic"), "auc", config, 0)
+
+        def seconds() -> float:
+            start = time.perf_counter()
+            evaluate(work.vlm, data.dataset.test, encoder or Encoder(work.vlm, "agnostic"), "auc", config, 0)
+            return time.perf_counter() - start
+
+        return seconds
 
     return {
-        "encoded samples kept / encoded anew, scoring": paired(score(work.encoder, 50), score(None, 50)),
-        "scoring 50 at a time / one by one": paired(score(work.encoder, 50), score(work.encoder, 1)),
+        "scoring_encoded_anew": paired(score(work.encoder, 50), score(None, 50)),
+        "scoring_one_by_one": paired(score(work.encoder, 50), score(work.encoder, 1)),
     }
 
 
+def measure(only: list[str]) -> dict[str, dict[str, float]]:
+    rows: dict[str, dict[str, float]] = {}
+    for name, (loop, sizes, off) in ROUNDS.items():
+        if only and name not in only:
+            continue
+        if not importlib.util.find_spec(NEEDS.get(loop, "fedmllm")):
+            print(f"{name}: left out, {NEEDS[loop]} is not installed; pip install -e .[bench]")
+            continue
+        rows[name] = a_round(loop, sizes, off)
+        show(name, rows[name])
+    if not only:
+        for name, row in scoring().items():
+            rows[name] = row
+            show(name, row)
+    return rows
+
+
+def show(name: str, row: dict[str, float]) -> None:
+    """A line of Markdown."""
+    rates = f"{row['samples_per_second']:.0f} | {row['baseline_samples_per_second']:.0f}" if "peak_mib" in row else " | "
+    memory = f"{row['peak_mib']:.0f} | {row['baseline_peak_mib']:.0f} | {row['relative_distance']:.0e}" if "peak_mib" in row else " | | "
+    ratio = f"{row['ratio']:.2f} ({row['ratio_min']:.2f} to {row['ratio_max']:.2f})"
+    print(f"| `{name}` | {ratio} | {row['seconds']:.2f} | {row['baseline_seconds']:.2f} | {rates} | {memory} |", flush=True)
+
+
 def main() -> None:
-    rows = measure()
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--only", nargs="+", choices=ROUNDS, default=[])
+    only = parser.parse_args().only
+    print("| | ratio: median (least to greatest) | seconds | baseline | samples/s | baseline | MiB | baseline | apart |")
+    print("|---" * 9 + "|")
+    rows = measure(only)
     machine = {"processor": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
-    OUTPUT.parent.mkdir(exist_ok=True)
-    OUTPUT.write_text(json.dumps({"ratios": rows, "runs": RUNS, "machine": machine, "versions": versions()}, indent=2) + "\n")
-    print(f"{'ours / baseline':<60} {'seconds':>8} {'baseline':>8} {'ratio (min to max)':>22}")
-    for name, row in rows.items():
-        spread = f"{row['ratio']:.2f} ({row['ratio_min']:.2f} to {row['ratio_max']:.2f})"
-        print(f"{name:<60} {row['seconds']:>8.2f} {row['baseline_seconds']:>8.2f} {spread:>22}")
+    report = {"ratios": {name: row["ratio"] for name, row in rows.items()}, "rows": rows, "runs": RUNS, "machine": machine}
+    if not only:
+        OUTPUT.write_text(json.dumps({**report, "versions": versions()}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

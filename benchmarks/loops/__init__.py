@@ -1,1 +1,1 @@
-"""One federated round of the same work, by us and by others: each module takes a workload and yields the seconds of a round."""
+"""One federated round of the same work, by us and by others: each module's ``run`` trains one whenever it is told to."""

@@ -4,18 +4,38 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
+from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from fedmllm.models.lora import read_weights, write_weights
-from loops.workload import Workload, collate_with_labels
+from fedmllm.types import Weights
+from loops.workload import Done, Go, Workload, collate_with_labels
 
 
-def rounds(work: Workload) -> Iterator[float]:
-    """Seconds of one round after another."""
+class InOrder(Trainer):
+    """Takes the samples as they come."""
+
+    def _get_train_sampler(self, dataset: Any = None) -> SequentialSampler:
+        return SequentialSampler(dataset or self.train_dataset)
+
+
+def run(work: Workload, go: Go, done: Done, off: str = "") -> None:
+    """Rounds of one client after another."""
+    while go():
+        start, mean = time.perf_counter(), dict.fromkeys(work.start, 0.0)
+        for client in work.clients:
+            after = train(work, client, work.start)
+            mean = {name: mean[name] + tensor / len(work.clients) for name, tensor in after.items()}
+        done(time.perf_counter() - start, mean)
+
+
+def train(work: Workload, client: str, received: Weights) -> Weights:
+    """A client's turn."""
     training = work.experiment.training
+    write_weights(work.vlm.model, received)
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder,
@@ -24,7 +44,9 @@ def rounds(work: Workload) -> Iterator[float]:
             num_train_epochs=1,
             learning_rate=training.learning_rate,
             lr_scheduler_type="constant",
+            adam_beta1=training.beta1,
             adam_beta2=training.beta2,
+            weight_decay=training.weight_decay,
             max_grad_norm=training.clip_norm or 0.0,
             save_strategy="no",
             logging_strategy="no",
@@ -34,14 +56,8 @@ def rounds(work: Workload) -> Iterator[float]:
             dataloader_pin_memory=False,
             remove_unused_columns=False,
         )
-        while True:
-            start = time.perf_counter()
-            for samples in work.clients.values():
-                write_weights(work.vlm.model, work.start)
-                encoded = [work.encoder(sample) for sample in samples]
-                collator = partial(collate_with_labels, work.vlm)
-                loop = Trainer(model=work.vlm.model, args=arguments, train_dataset=encoded, data_collator=collator)
-                loop.remove_callback(PrinterCallback)
-                loop.train()
-                read_weights(work.vlm.model)
-            yield time.perf_counter() - start
+        collator = partial(collate_with_labels, work.vlm)
+        loop = InOrder(model=work.vlm.model, args=arguments, train_dataset=work.in_order(client), data_collator=collator)
+        loop.remove_callback(PrinterCallback)
+        loop.train()
+    return read_weights(work.vlm.model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +14,17 @@ from fedmllm.data.federated import federate
 from fedmllm.models.encoding import Encoded, collate
 from fedmllm.models.load import VisionLanguageModel, load_model
 from fedmllm.models.lora import attach_lora, read_weights
-from fedmllm.training.batches import Encoder
+from fedmllm.randomness import generator
+from fedmllm.training.batches import Encoder, steps
 from fedmllm.types import Sample, Weights
 
 SAMPLES = 24
 """Of each client."""
+
+Go = Callable[[], bool]
+"""Waits until a round is wanted; false when none is any more."""
+Done = Callable[[float, Weights], None]
+"""Takes a round's seconds and the mean of the clients' weights after it."""
 
 
 @dataclass(frozen=True)
@@ -38,29 +45,29 @@ class Workload:
     start: Weights
     encoder: Encoder
 
-    @property
-    def num_samples(self) -> int:
-        """Trained in a round."""
-        return sum(map(len, self.clients.values()))
+    def in_order(self, client: str) -> list[Encoded]:
+        """A client's samples as our first round visits them."""
+        training, encoded = self.experiment.training, [self.encoder(sample) for sample in self.clients[client]]
+        rng = generator(self.experiment.seed, "order", 0, client, 0)
+        return [sample for step in steps(encoded, training.batch_size, training.accumulation, rng) for sample in step.samples]
 
 
 def workload(cohort: int, batch_size: int, accumulation: int) -> Workload:
     """Build it; everything is encoded once, so that no loop is charged for pictures."""
     experiment = Experiment.parse(
         {
-            "data": {"num_train": 1600, "num_test": 100},
-            "federation": {"num_clients": 10, "clients_per_round": cohort, "partition": "iid"},
+            "data": {"num_train": cohort * SAMPLES, "num_test": 100},
+            "federation": {"num_clients": cohort, "clients_per_round": cohort, "partition": "iid"},
             "training": {"batch_size": batch_size, "accumulation": accumulation, "schedule": "constant"},
             "engine": {"device": "cpu"},
         }
     )
     data = federate(experiment.data, experiment.federation, 0)
     vlm = attach_lora(load_model(experiment.model, torch.device("cpu")), experiment.lora, 0)
-    clients = {name: list(samples[:SAMPLES]) for name, samples in itertools.islice(data.clients.items(), cohort)}
     encoder = Encoder(vlm, "agnostic")
-    for sample in itertools.chain(*clients.values()):
+    for sample in itertools.chain(*data.clients.values()):
         encoder(sample)
-    return Workload(experiment, clients, vlm, read_weights(vlm.model), encoder)
+    return Workload(experiment, {name: list(samples) for name, samples in data.clients.items()}, vlm, read_weights(vlm.model), encoder)
 
 
 def collate_with_labels(vlm: VisionLanguageModel, samples: list[Encoded]) -> dict[str, Any]:

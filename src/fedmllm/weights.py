@@ -62,8 +62,9 @@ class WeightedMean:
         if weight < 0:
             raise FederationError(f"a weight in an average must not be negative, got {weight}")
         for name, tensor in term.items():
-            scaled = tensor.double() * weight
-            self._sum[name] = self._sum[name].add_(scaled) if name in self._sum else scaled
+            if name not in self._sum:
+                self._sum[name] = torch.zeros_like(tensor, dtype=torch.float64)
+            self._sum[name].add_(tensor, alpha=weight)
         self._weight += weight
 
     @property

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import dataclasses
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 
 from fedmllm.algorithms import ServerState
-from fedmllm.engine.checkpoint import RunStore, write_atomically, write_json
+from fedmllm.engine.checkpoint import BackgroundCheckpoint, RunStore, write_atomically, write_json
 from fedmllm.errors import RunError
 
 STATE = ServerState({"a.b/c": torch.randn(2, 3)}, 4, {"momentum": {"a.b/c": torch.randn(2, 3)}})
@@ -20,6 +22,38 @@ def test_a_state_comes_back_bit_for_bit(tmp_path: Path) -> None:
     assert loaded.round_num == 4
     assert torch.equal(loaded.weights["a.b/c"], STATE.weights["a.b/c"])
     assert torch.equal(loaded.slots["momentum"]["a.b/c"], STATE.slots["momentum"]["a.b/c"])
+
+
+def test_a_round_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next one waits for it, and so does the end of the block."""
+    store, next_round, written = RunStore(tmp_path), threading.Event(), []
+
+    def slow(store: RunStore, stage: str, state: ServerState) -> None:
+        assert next_round.wait(10)
+        written.append((stage, state.round_num))
+
+    monkeypatch.setattr(RunStore, "save_state", slow)
+    with BackgroundCheckpoint(store, "s") as checkpoint:
+        checkpoint.save(STATE)
+        assert written == []
+        next_round.set()
+        checkpoint.save(dataclasses.replace(STATE, round_num=5))
+        assert written[0] == ("s", 4)
+    assert written == [("s", 4), ("s", 5)]
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_a_checkpoint_that_cannot_be_written_ends_the_run(tmp_path: Path, rounds: int) -> None:
+    """At the next one, or at the end."""
+    (tmp_path / "checkpoints").write_text("in the way")
+
+    def save() -> None:
+        with BackgroundCheckpoint(RunStore(tmp_path), "s") as checkpoint:
+            for _ in range(rounds):
+                checkpoint.save(STATE)
+
+    with pytest.raises(FileExistsError):
+        save()
 
 
 def test_no_checkpoint_is_none(tmp_path: Path) -> None:
@@ -99,10 +133,8 @@ def test_clients_files_do_not_pile_up(tmp_path: Path) -> None:
     states = RunStore(tmp_path).client_states("federated")
     for round_num in range(12):
         states.save("a", round_num, kept(round_num))
-    assert sorted(path.name for path in (tmp_path / "checkpoints" / "federated-clients" / "a").iterdir()) == [
-        "10.safetensors",
-        "11.safetensors",
-    ]
+    files = {path.name for path in (tmp_path / "checkpoints" / "federated-clients" / "a").iterdir()}
+    assert files == {"9.safetensors", "10.safetensors", "11.safetensors"}
 
 
 def test_a_damaged_client_state_is_named(tmp_path: Path) -> None:

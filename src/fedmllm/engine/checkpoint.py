@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,11 +92,38 @@ class RunStore:
         return self.folder / "checkpoints" / f"{stage}.safetensors"
 
 
+class BackgroundCheckpoint:
+    """Writes a stage's states while its next round trains, one at a time. Leaving the block waits for the last.
+
+    Args:
+        store: of the run.
+        stage: whose states.
+    """
+
+    def __init__(self, store: RunStore, stage: str) -> None:
+        self._store, self._stage = store, stage
+        self._pool, self._writing = ThreadPoolExecutor(1, "checkpoint"), Future[None]()
+        self._writing.set_result(None)
+
+    def save(self, state: ServerState) -> None:
+        """Begin to replace the checkpoint, once the one before is written; an error of that one is raised here."""
+        self._writing.result()
+        self._writing = self._pool.submit(self._store.save_state, self._stage, state)
+
+    def __enter__(self) -> BackgroundCheckpoint:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
+        self._writing.result()
+
+
 @dataclass(frozen=True)
 class ClientStates:
     """What clients keep from one turn to the next, on disk, a file for each client and round.
 
-    The file before the newest stays: a round that a crash cut short is trained again from what was kept before it.
+    The two files before the newest stay: after a crash the last two rounds may be trained again, the one that it cut short and the one
+    whose checkpoint was still being written.
     """
 
     folder: Path
@@ -115,7 +143,7 @@ class ClientStates:
         """Keep what a client's turn in a round came to."""
         before = [number for number in self._rounds(client) if number < round_num]
         write_atomically(self._file(client, round_num), _packed(slots, round_num))
-        for number in before[:-1]:
+        for number in before[:-2]:
             self._file(client, number).unlink()
 
     def _rounds(self, client: str) -> list[int]:

@@ -13,7 +13,7 @@ from fedmllm import factors
 from fedmllm import weights as W
 from fedmllm.algorithms import Algorithm, ServerState
 from fedmllm.data.modalities import profile
-from fedmllm.engine.checkpoint import RunStore
+from fedmllm.engine.checkpoint import BackgroundCheckpoint, RunStore
 from fedmllm.engine.compression import UNCOMPRESSED, CompressionConfig
 from fedmllm.engine.in_process import Assignment
 from fedmllm.engine.intake import Intake
@@ -123,12 +123,13 @@ def run_stage(loop: Loop, stage: Stage, initial: ServerState) -> ServerState:
     state = replace(loop.store.load_state(stage.name) or initial, population=stage.population)
     loop.store.rewind(stage.name, state.round_num)
     watch = _Watch()
-    while state.round_num < stage.num_rounds:
-        state = _round(loop, stage, state, watch)
+    with BackgroundCheckpoint(loop.store, stage.name) as checkpoint:
+        while state.round_num < stage.num_rounds:
+            state = _round(loop, stage, state, watch, checkpoint)
     return state
 
 
-def _round(loop: Loop, stage: Stage, state: ServerState, watch: _Watch) -> ServerState:
+def _round(loop: Loop, stage: Stage, state: ServerState, watch: _Watch, checkpoint: BackgroundCheckpoint) -> ServerState:
     """One round, from the cohort to the checkpoint."""
     cohort, before = stage.cohort(loop.seed, state.round_num), state
     broadcast = loop.algorithm.broadcast(state)
@@ -154,7 +155,7 @@ def _round(loop: Loop, stage: Stage, state: ServerState, watch: _Watch) -> Serve
     record["seconds"] = watch.reset()
     # The line first, then the state: a line whose state is missing is rewound, a state whose line is missing would stay a gap.
     loop.store.append(record)
-    loop.store.save_state(stage.name, state)
+    checkpoint.save(state)
     watch.lap("checkpoint")
     loop.on_round(record | {"num_rounds": stage.num_rounds})
     return state

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakSet
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,6 +20,8 @@ class _Current(threading.local):
 
 
 _CURRENT = _Current()
+_SHORTENED: WeakSet[nn.Module] = WeakSet()
+"""Attentions of the layers that are: a second time would cut what is cut."""
 _PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj"}
 
 
@@ -33,6 +36,8 @@ def shorten(model: Any) -> bool:
     """
     layer: Any = next(reversed(getattr(model.get_decoder(), "layers", ())), None)
     attention, feed_forward = getattr(layer, "self_attn", nn.Module()), getattr(layer, "mlp", nn.Module())
+    if attention in _SHORTENED:
+        return True
     names = {name for name, _ in attention.named_children()}
     if not _PROJECTIONS <= names <= _PROJECTIONS | {"q_norm", "k_norm", "rotary_emb"}:
         return False
@@ -41,6 +46,7 @@ def shorten(model: Any) -> bool:
     for module in modules:
         module.register_forward_pre_hook(_cut)
         module.register_forward_hook(_fill)
+    _SHORTENED.add(attention)
     return True
 
 

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from fedmllm.models.encoding import Encoded, answer_nll
 from fedmllm.models.load import VisionLanguageModel
 from fedmllm.models.lora import copies, read_weights, trainable, training_only, write_weights
+from fedmllm.models.memory import token_budget
 from fedmllm.models.stacked import side_by_side, stacked
 from fedmllm.randomness import generator, torch_randomness
 from fedmllm.training.alignment import backward_alignment
@@ -46,8 +47,8 @@ class TrainingConfig(BaseModel):
     """AdamW's decay of the gradient's square."""
     clip_norm: float | None = Field(1.0, gt=0)
     """Largest norm of a step's gradient over all tensors; null for none."""
-    max_batch_tokens: int = Field(8192, gt=0)
-    """Padded tokens of one forward pass; the micro-batches of a step run as one batch as far as they fit."""
+    max_batch_tokens: int | None = Field(None, gt=0)
+    """Padded tokens of one forward pass; the micro-batches of a step run as one batch as far as they fit. Null for what suits the device."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def train_locally(vlm: VisionLanguageModel, task: LocalTask, rule: LocalRule, co
     with training_only(vlm.model, rule.trains), torch_randomness(vlm.device, task.seed, "dropout", task.round_num, task.client):
         turn = _Turn(vlm, task, rule, config, dict(trainable(vlm.model)))
         vlm.model.train()
-        _train(vlm, [turn], config, lambda turns, counts: nullcontext())
+        _train(vlm, [turn], _max_tokens(vlm, [turn], config), lambda turns, counts: nullcontext())
         vlm.model.eval()
     return turn.result(read_weights(vlm.model))
 
@@ -100,13 +101,22 @@ def train_together(vlm: VisionLanguageModel, turns: Sequence[tuple[LocalTask, Lo
     running = [_Turn(vlm, task, rule, config, _own_weights(vlm, task, rule)) for task, rule in turns]
     threads = min(torch.get_num_threads(), len(turns)) if vlm.device.type == "cpu" else 1
     vlm.model.train()
+    max_tokens = _max_tokens(vlm, running, config)
     with side_by_side(vlm.model) as layers:
         _in_threads(
-            lambda group: _train(vlm, group, config, lambda some, counts: stacked(layers, [turn.weights for turn in some], counts)),
+            lambda group: _train(vlm, group, max_tokens, lambda some, counts: stacked(layers, [turn.weights for turn in some], counts)),
             _shared_out(running, threads),
         )
     vlm.model.eval()
     return [turn.result({name: tensor.detach().to("cpu", torch.float32) for name, tensor in turn.weights.items()}) for turn in running]
+
+
+def _max_tokens(vlm: VisionLanguageModel, turns: Sequence[_Turn], config: TrainingConfig) -> int:
+    """Of a pass; if it is to be measured, on the longest sample."""
+    samples = [sample for turn in turns for step in turn.plan for sample in step.samples]
+    if config.max_batch_tokens is not None or not samples:
+        return config.max_batch_tokens or 1
+    return token_budget(vlm, max(samples, key=lambda sample: len(sample.input_ids)))
 
 
 def _own_weights(vlm: VisionLanguageModel, task: LocalTask, rule: LocalRule) -> Weights:
@@ -155,18 +165,18 @@ Adapters = Callable[[Sequence["_Turn"], Sequence[int]], AbstractContextManager[N
 """(clients, rows of each) -> the context in which a batch of so many rows goes through their adapters."""
 
 
-def _train(vlm: VisionLanguageModel, turns: Sequence[_Turn], config: TrainingConfig, adapters: Adapters) -> None:
+def _train(vlm: VisionLanguageModel, turns: Sequence[_Turn], max_tokens: int, adapters: Adapters) -> None:
     """Every client's turn from its first step to its last, step by step."""
     for position in range(max(len(turn.plan) for turn in turns)):
         active = [turn for turn in turns if position < len(turn.plan)]
-        _backward(vlm, active, position, config, adapters)
+        _backward(vlm, active, position, max_tokens, adapters)
         for turn in active:
-            turn.update(position, adapters)
+            turn.update(position, max_tokens, adapters)
 
 
-def _backward(vlm: VisionLanguageModel, turns: Sequence[_Turn], position: int, config: TrainingConfig, adapters: Adapters) -> None:
+def _backward(vlm: VisionLanguageModel, turns: Sequence[_Turn], position: int, max_tokens: int, adapters: Adapters) -> None:
     """Add the gradients of a step of each client."""
-    for batch, weights, owners in passes(vlm, [turn.plan[position] for turn in turns], config.max_batch_tokens):
+    for batch, weights, owners in passes(vlm, [turn.plan[position] for turn in turns], max_tokens):
         present = sorted(set(owners))
         with adapters([turns[k] for k in present], [owners.count(k) for k in present]):
             with vlm.autocast():
@@ -195,12 +205,12 @@ class _Turn:
         )
         self._gradient: Weights = {}
 
-    def update(self, position: int, adapters: Adapters) -> None:
+    def update(self, position: int, max_tokens: int, adapters: Adapters) -> None:
         """The rule's further terms, and the optimizer's step."""
         if self._rule.alignment:
             rng = generator(self._task.seed, "alignment", self._task.round_num, self._task.client, position)
             with adapters([self], [1]):
-                backward_alignment(self._vlm, self.plan[position], self._rule.alignment, rng, self._config.max_batch_tokens)
+                backward_alignment(self._vlm, self.plan[position], self._rule.alignment, rng, max_tokens)
         if self._rule.penalty is not None:
             self._rule.penalty(self._parameters, self._received, position / len(self.plan)).backward()  # type: ignore[no-untyped-call]
         self._edit_gradients()

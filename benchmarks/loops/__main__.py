@@ -1,0 +1,28 @@
+"""A side of a comparison: ``python -m loops NAME COHORT BATCH_SIZE ACCUMULATION OFF FILE``.
+
+For each line on standard input it trains one round and writes its seconds to standard output; the mean of the clients' weights goes to FILE.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+
+from safetensors.torch import save_file
+
+from fedmllm.types import Weights
+from loops.workload import workload
+
+if __name__ == "__main__":
+    name, *sizes, off, path = sys.argv[1:]
+    # What libraries print is not to be taken for seconds, and a loop may go on in a fork, whose standard input is closed.
+    asked, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+
+    def done(seconds: float, mean: Weights) -> None:
+        save_file({key: tensor.contiguous() for key, tensor in mean.items()}, path)
+        print(seconds, file=answers, flush=True)
+
+    work = workload(*map(int, sizes))
+    importlib.import_module(f"loops.{name}").run(work, lambda: bool(asked.readline()), done, off)

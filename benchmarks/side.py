@@ -1,0 +1,113 @@
+"""One side of a comparison: a loop in processes of its own, which wait between rounds."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+from types import TracebackType
+
+import psutil
+from safetensors.torch import load_file
+
+from fedmllm.types import Weights
+
+PERIOD = 0.05
+"""Seconds between two looks at the memory."""
+
+
+class Side:
+    """A loop that trains a round when asked.
+
+    Args:
+        loop: a module of ``loops``.
+        cohort: clients of a round.
+        batch_size: samples of a micro-batch.
+        accumulation: micro-batches of a step.
+        off: a switch that is off, of ``ours`` only.
+    """
+
+    def __init__(self, loop: str, cohort: int, batch_size: int, accumulation: int, off: str = "") -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        self._end, self._log = Path(self._folder.name, "end.safetensors"), Path(self._folder.name, "log")
+        self._name = f"{loop} {cohort} {batch_size} {accumulation}"
+        sizes = map(str, (cohort, batch_size, accumulation))
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-W", "ignore", "-m", "loops", loop, *sizes, off, str(self._end)],
+                cwd=Path(__file__).parent,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env={**os.environ, "TRANSFORMERS_VERBOSITY": "error"},
+            )
+
+    def __enter__(self) -> Side:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        processes = self._tree()
+        self._stdin.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(30)
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self._process.wait()
+        self._folder.cleanup()
+
+    def round(self) -> float:
+        """Train one; its seconds.
+
+        Raises:
+            RuntimeError: if the loop has ended, with the last of what it wrote.
+        """
+        self._stdin.write("\n")
+        self._stdin.flush()
+        assert self._process.stdout is not None  # noqa: S101
+        answer = self._process.stdout.readline()
+        if not answer:
+            raise RuntimeError(f"{self._name}: {self._log.read_text(errors='replace')[-2000:]}")
+        return float(answer)
+
+    def peak_memory(self) -> float:
+        """Train one; the most memory of all its processes in MiB, what they share counted once."""
+        peak, over = 0.0, threading.Event()
+
+        def look() -> None:
+            nonlocal peak
+            while not over.wait(PERIOD):
+                peak = max(peak, sum(map(_proportional, self._tree())) / 2**20)
+
+        watcher = threading.Thread(target=look)
+        watcher.start()
+        self.round()
+        over.set()
+        watcher.join()
+        return peak
+
+    def end(self) -> Weights:
+        """The mean of the clients' weights after the last round."""
+        return load_file(self._end)
+
+    @property
+    def _stdin(self) -> subprocess.IO[str]:
+        assert self._process.stdin is not None  # noqa: S101
+        return self._process.stdin
+
+    def _tree(self) -> list[psutil.Process]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            root = psutil.Process(self._process.pid)
+            return [root, *root.children(recursive=True)]
+        return []
+
+
+def _proportional(process: psutil.Process) -> int:
+    with contextlib.suppress(psutil.Error):
+        return int(process.memory_full_info().pss)
+    return 0

@@ -1,0 +1,52 @@
+"""How many tokens may go through a model at once."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fedmllm.models.encoding import Encoded, answer_nll, collate
+from fedmllm.models.load import VisionLanguageModel
+
+CPU_TOKENS = 1536
+"""On a CPU more gain nothing: its products are as fast as they get, and what is kept for the gradient leaves its caches."""
+_SHARE = 0.6
+"""Of a GPU's free memory; the rest is for what the backward pass needs besides, and for fragmentation."""
+
+
+def token_budget(vlm: VisionLanguageModel, sample: Encoded) -> int:
+    """Padded tokens of a training pass that suit the model's device.
+
+    On a GPU ``0.6 * free bytes / kept bytes per token``, the latter measured on one sample; elsewhere ``CPU_TOKENS``.
+
+    Args:
+        vlm: the model as it trains.
+        sample: to measure with; one of a typical length.
+    """
+    if vlm.device.type != "cuda":
+        return CPU_TOKENS
+    return max(1, int(_SHARE * _free_bytes(vlm.device) * len(sample.input_ids) / kept_bytes(vlm, sample)))
+
+
+def _free_bytes(device: torch.device) -> int:
+    """What the driver has left, and what PyTorch holds without using it."""
+    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def kept_bytes(vlm: VisionLanguageModel, sample: Encoded) -> int:
+    """Bytes that a forward pass over one sample keeps for the gradient, weights apart."""
+    weights = {tensor.untyped_storage().data_ptr() for tensor in (*vlm.model.parameters(), *vlm.model.buffers())}
+    kept: dict[int, int] = {}
+    # Held until the end: an address is a storage's only as long as it lives.
+    alive: list[Tensor] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), vlm.autocast():
+        answer_nll(vlm, collate(vlm, [sample]))
+    return sum(kept.values())
