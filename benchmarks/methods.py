@@ -1,9 +1,9 @@
 """Every method in four scenarios on two embedded tasks, three seeds: one line of JSON per cell, resumable.
 
-    python benchmarks/methods.py [--seeds 0 1 2] [--shard 0/2] [--only fedavg yoco] [--twelve] [--output benchmarks/results/methods.jsonl]
+    python benchmarks/methods.py [--seeds 0 1 2] [--shard 0/2] [--only fedavg yoco] [--twelve] [--no-baselines] [--output benchmarks/results/methods.jsonl]
 
-Cells that are in the file already are skipped. The cells of ``fedavg`` also train the baselines. ``--twelve`` takes the benchmark's twelve
-settings rather than one of each kind, the further ones without baselines. ``--table`` prints mean and standard error over seeds instead.
+Cells that are in the file already are skipped. The cells of ``fedavg`` also train the baselines, unless ``--no-baselines`` says not to.
+``--twelve`` takes the benchmark's twelve settings rather than one of each kind. ``--table`` prints mean and standard error over seeds instead.
 """
 
 from __future__ import annotations
@@ -64,23 +64,25 @@ ROWS: dict[str, dict[str, Any]] = {
     "fedavg, one shot of 5 epochs": {"one_shot": 5},
     "yoco": {"one_shot": 10, **method("yoco")},
     "yoco, reference": {"one_shot": 10, **method("yoco", reference=True)},
+    **{f"fedavg, {name}": {"compression": {"name": name}} for name in ("bfloat16", "int8", "int4", "top_k")},
 }
-"""``fedit`` is left out: with adapters it is ``fedavg``. The parts of ``fedmllm`` alone are "fedavgm, beta1 0.5" and label_calibration.
+"""``fedit`` is left out: with adapters it is ``fedavg``. The parts of ``fedmllm`` alone are "flexlora" and label_calibration.
 One shot is one round of all clients with so many epochs; in the rounds of the others a sample is visited five or four times on average."""
 
 
+CALIBRATED = "label_calibration"
 CANDIDATES: dict[str, dict[str, Any]] = {
-    "flexlora + label_calibration": method("flexlora", "label_calibration"),
-    "flexlora + label_calibration + modality_coverage": method("flexlora", "label_calibration", "modality_coverage"),
-    "flexlora + label_calibration + feature_alignment": method("flexlora", "label_calibration", "feature_alignment"),
-    "flexlora + label_calibration 0.5": method("flexlora", strategy("label_calibration", strength=0.5)),
-    "fednova + label_calibration": method("fednova", "label_calibration"),
-    "rate 1.5 + label_calibration": method("fedavgm", "label_calibration", beta1=0.0, server_learning_rate=1.5),
-    "rate 2 + label_calibration": method("fedavgm", "label_calibration", beta1=0.0, server_learning_rate=2.0),
-    "fedmllm, beta1 0.7": method("fedmllm", beta1=0.7),
-    "fedmllm, rate 1.5": method("fedmllm", server_learning_rate=1.5),
-    "fedmllm, calibration 1.5": method("fedmllm", calibration=1.5),
     "fedmllm + modality_coverage": method("fedmllm", "modality_coverage"),
+    "fedmllm + feature_alignment": method("fedmllm", "feature_alignment"),
+    "fedmllm, calibration 0.5": method("fedmllm", calibration=0.5),
+    "fednova + label_calibration": method("fednova", CALIBRATED),
+    "fedavgm, beta1 0, rate 1.5 + label_calibration": method("fedavgm", CALIBRATED, beta1=0.0, server_learning_rate=1.5),
+    "fedavgm, beta1 0, rate 2 + label_calibration": method("fedavgm", CALIBRATED, beta1=0.0, server_learning_rate=2.0),
+    "fedavgm, beta1 0.5 + label_calibration": method("fedavgm", CALIBRATED, beta1=0.5),
+    "fedavgm, beta1 0.7 + label_calibration": method("fedavgm", CALIBRATED, beta1=0.7),
+    "fedavgm, beta1 0.5, rate 1.5 + label_calibration": method("fedavgm", CALIBRATED, beta1=0.5, server_learning_rate=1.5),
+    "fedavgm, beta1 0.5 + label_calibration 1.5": method("fedavgm", strategy(CALIBRATED, strength=1.5), beta1=0.5),
+    "fedavgm, beta1 0.5 + label_calibration + modality_coverage": method("fedavgm", CALIBRATED, "modality_coverage", beta1=0.5),
 }
 """What ``fedmllm`` was chosen from, with some of the rows above, on seeds that the table does not use."""
 
@@ -94,7 +96,7 @@ def cells(seeds: list[int], only: list[str], scenarios: Sequence[str]) -> Iterat
                     yield task, scenario, row, seed
 
 
-def experiment(task: str, scenario: str, row: str, seed: int) -> Experiment:
+def experiment(task: str, scenario: str, row: str, seed: int, baselines: Sequence[str] = ()) -> Experiment:
     """A cell's settings."""
     extra, size = dict((ROWS | CANDIDATES)[row]), TASKS[task]
     one_shot = extra.pop("one_shot", 0)
@@ -108,18 +110,18 @@ def experiment(task: str, scenario: str, row: str, seed: int) -> Experiment:
         },
         "algorithm": {},
         "training": {"batch_size": 8, "learning_rate": 6e-3, "local_epochs": one_shot or 1},
-        "evaluation": {"every": 0, "baselines": BASELINES if row == "fedavg" and scenario in SCENARIOS else ()},
+        "evaluation": {"every": 0, "baselines": baselines},
         "engine": {"device": "cpu"},
     }
     for name, values in extra.items():
-        sections[name] |= values
+        sections[name] = {**sections.get(name, {}), **values}
     return Experiment.parse({**sections, "seed": seed})
 
 
-def measure(task: str, scenario: str, row: str, seed: int) -> dict[str, Any]:
+def measure(task: str, scenario: str, row: str, seed: int, baselines: Sequence[str] = ()) -> dict[str, Any]:
     """Train one cell in a folder that is thrown away."""
     with tempfile.TemporaryDirectory() as folder:
-        result = train(experiment(task, scenario, row, seed), Path(folder) / "run")
+        result = train(experiment(task, scenario, row, seed, baselines), Path(folder) / "run")
         rounds = [json.loads(line) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()]
     own = [line for line in rounds if line["stage"] == "federated"]
     return {
@@ -153,7 +155,7 @@ def run(options: argparse.Namespace) -> None:
     for position, cell in enumerate(cells(options.seeds, options.only, options.scenarios)):
         if position % count != index or cell in done:
             continue
-        line = measure(*cell)
+        line = measure(*cell, BASELINES if cell[2] == "fedavg" and options.baselines else ())
         with options.output.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         print(*cell, f"{line['scores']['federated']:.3f}", f"{line['seconds']:.0f} s", flush=True)
@@ -168,7 +170,7 @@ def table(lines: list[dict[str, Any]], scenarios: Sequence[str]) -> str:
     kinds = dict.fromkeys(scenario.split("-")[0] for scenario in scenarios)
     groups = [(task, kind) for task in TASKS for kind in kinds]
     titles = [f"{task.removeprefix('digits-')} {kind}" for task, kind in groups]
-    rows = [f"| method | {' | '.join(titles)} | mean | above fedavg |", "|---" * (len(groups) + 3) + "|"]
+    rows = [f"| method | {' | '.join(titles)} | mean | above fedavg | MB up | down |", "|---" * (len(groups) + 5) + "|"]
     everyone = _by_seed(lines, groups, scenarios, "fedavg", "federated")
     for name in (*BASELINE_SCORES, *ROWS, *CANDIDATES):
         key, row = (name, "fedavg") if name in BASELINE_SCORES else ("federated", name)
@@ -181,10 +183,15 @@ def table(lines: list[dict[str, Any]], scenarios: Sequence[str]) -> str:
                 for seed, mean in whole.items()
                 if len(everyone.get(seed, {})) == len(groups)
             ]
-            rows.append(
-                f"| {name} | {' | '.join(texts)} | {cell_text(list(whole.values()))} | {'' if row == name == 'fedavg' else cell_text(less)} |"
-            )
+            texts += [cell_text(list(whole.values())), "" if row == name == "fedavg" else cell_text(less)]
+            texts += ["", ""] if key != "federated" else [_megabytes(lines, scenarios, row, way) for way in ("bytes_up", "bytes_down")]
+            rows.append(f"| {name} | {' | '.join(texts)} |")
     return "\n".join(rows)
+
+
+def _megabytes(lines: list[dict[str, Any]], scenarios: Sequence[str], row: str, way: str) -> str:
+    """A run's mean."""
+    return f"{statistics.mean(line[way] for line in lines if line['row'] == row and line['scenario'] in scenarios) / 1e6:.3g}"
 
 
 def _by_seed(
@@ -218,6 +225,7 @@ if __name__ == "__main__":
     parser.add_argument("--only", nargs="+", choices=[*ROWS, *CANDIDATES], default=[])
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "methods.jsonl")
     parser.add_argument("--twelve", dest="scenarios", action="store_const", const=TWELVE, default=SCENARIOS)
+    parser.add_argument("--no-baselines", dest="baselines", action="store_false")
     parser.add_argument("--table", action="store_true")
     chosen = parser.parse_args()
     if chosen.table:

@@ -1,5 +1,7 @@
 """Ratios that matter, each measured side by side with its baseline: ``make bench``, or some rows by name: ``run.py --only trainer_b1x4_k2``.
 
+``run.py --size 3b --device cuda`` does the same on a GPU, with random weights of true size, against what runs there.
+
 Every pair is run alternately, A B A B ..., after one warm-up of each; the table gives the median of the paired ratios. The two sides of a
 round are processes of their own, of which one waits while the other works.
 """
@@ -17,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from loops.workload import SAMPLES, workload
+from loops.workload import SAMPLES, SIZES, workload
 from side import Side
 
 from fedmllm import weights as W
@@ -45,7 +47,7 @@ ROUNDS: dict[str, tuple[str, Sizes, str]] = {
 }
 """A round, ours divided by: a loop, the work, a switch that is off."""
 NEEDS = {"flower_ray": "ray", "nvflare_simulator": "nvflare"}
-OUTPUT = Path(__file__).parent / "results" / "latest.json"
+RESULTS = Path(__file__).parent / "results"
 
 
 def paired(first: Callable[[], float], second: Callable[[], float]) -> dict[str, float]:
@@ -62,16 +64,17 @@ def paired(first: Callable[[], float], second: Callable[[], float]) -> dict[str,
     }
 
 
-def a_round(loop: str, sizes: Sizes, off: str) -> dict[str, float]:
-    """Ours and another's: time, samples per second, memory in MiB, and how far apart the results are."""
-    with Side("ours", *sizes) as ours, Side(loop, *sizes, off) as other:
+def a_round(loop: str, sizes: Sizes, off: str, size: str, device: str) -> dict[str, float]:
+    """Ours and another's: time, samples per second, memory in MiB (on a GPU, the GPU's), and how far apart the results are."""
+    with Side("ours", *sizes, "", size, device) as ours, Side(loop, *sizes, off, size, device) as other:
         row = paired(ours.round, other.round)
         samples = sizes[0] * SAMPLES
         row |= {"samples_per_second": samples / row["seconds"], "baseline_samples_per_second": samples / row["baseline_seconds"]}
-        start = workload(*sizes).start
+        start = workload(*sizes, size, device).start
         moved, baseline = (W.subtract(side.end(), start) for side in (ours, other))
         row["relative_distance"] = W.norm(W.subtract(moved, baseline)) / W.norm(baseline)
-        return row | {"peak_mib": ours.peak_memory(), "baseline_peak_mib": other.peak_memory()}
+        peaks = [side.peak_memory() if device == "cpu" else side.gpu_mib for side in (ours, other)]
+        return row | dict(zip(("peak_mib", "baseline_peak_mib"), peaks, strict=True))
 
 
 def scoring() -> dict[str, dict[str, float]]:
@@ -94,17 +97,17 @@ def scoring() -> dict[str, dict[str, float]]:
     }
 
 
-def measure(only: list[str]) -> dict[str, dict[str, float]]:
+def measure(only: list[str], size: str, device: str) -> dict[str, dict[str, float]]:
     rows: dict[str, dict[str, float]] = {}
     for name, (loop, sizes, off) in ROUNDS.items():
-        if only and name not in only:
+        if (only and name not in only) or (loop in NEEDS and (size, device) != ("nano", "cpu")):
             continue
         if not importlib.util.find_spec(NEEDS.get(loop, "fedmllm")):
             print(f"{name}: left out, {NEEDS[loop]} is not installed; pip install -e .[bench]")
             continue
-        rows[name] = a_round(loop, sizes, off)
+        rows[name] = a_round(loop, sizes, off, size, device)
         show(name, rows[name])
-    if not only:
+    if not only and device == "cpu":
         for name, row in scoring().items():
             rows[name] = row
             show(name, row)
@@ -122,14 +125,19 @@ def show(name: str, row: dict[str, float]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--only", nargs="+", choices=ROUNDS, default=[])
-    only = parser.parse_args().only
+    parser.add_argument("--size", choices=SIZES, default="nano")
+    parser.add_argument("--device", default="cpu")
+    options = parser.parse_args()
     print("| | ratio: median (least to greatest) | seconds | baseline | samples/s | baseline | MiB | baseline | apart |")
     print("|---" * 9 + "|")
-    rows = measure(only)
-    machine = {"processor": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    rows = measure(options.only, options.size, options.device)
+    machine = {"processor": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "device": options.device}
+    if torch.cuda.is_available():
+        machine["gpu"] = torch.cuda.get_device_name()
     report = {"ratios": {name: row["ratio"] for name, row in rows.items()}, "rows": rows, "runs": RUNS, "machine": machine}
-    if not only:
-        OUTPUT.write_text(json.dumps({**report, "versions": versions()}, indent=2) + "\n")
+    if not options.only:
+        name = "latest" if (options.size, options.device) == ("nano", "cpu") else f"{options.device}-{options.size}"
+        (RESULTS / f"{name}.json").write_text(json.dumps({**report, "versions": versions()}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -29,16 +29,23 @@ class Side:
         batch_size: samples of a micro-batch.
         accumulation: micro-batches of a step.
         off: a switch that is off, of ``ours`` only.
+        size, device: of the model; see ``workload``.
+
+    Attributes:
+        gpu_mib: peak memory on a GPU so far.
     """
 
-    def __init__(self, loop: str, cohort: int, batch_size: int, accumulation: int, off: str = "") -> None:
+    def __init__(
+        self, loop: str, cohort: int, batch_size: int, accumulation: int, off: str = "", size: str = "nano", device: str = "cpu"
+    ) -> None:
+        self.gpu_mib = 0.0
         self._folder = tempfile.TemporaryDirectory()
         self._end, self._log = Path(self._folder.name, "end.safetensors"), Path(self._folder.name, "log")
         self._name = f"{loop} {cohort} {batch_size} {accumulation}"
         sizes = map(str, (cohort, batch_size, accumulation))
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-W", "ignore", "-m", "loops", loop, *sizes, off, str(self._end)],
+                [sys.executable, "-W", "ignore", "-m", "loops", loop, *sizes, size, device, off, str(self._end)],
                 cwd=Path(__file__).parent,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -73,7 +80,8 @@ class Side:
         answer = self._process.stdout.readline()
         if not answer:
             raise RuntimeError(f"{self._name}: {self._log.read_text(errors='replace')[-2000:]}")
-        return float(answer)
+        seconds, self.gpu_mib = map(float, answer.split())
+        return seconds
 
     def peak_memory(self) -> float:
         """Train one; the most memory of all its processes in MiB, what they share counted once."""

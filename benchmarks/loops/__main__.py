@@ -1,6 +1,7 @@
-"""A side of a comparison: ``python -m loops NAME COHORT BATCH_SIZE ACCUMULATION OFF FILE``.
+"""A side of a comparison: ``python -m loops NAME COHORT BATCH_SIZE ACCUMULATION SIZE DEVICE OFF FILE``.
 
-For each line on standard input it trains one round and writes its seconds to standard output; the mean of the clients' weights goes to FILE.
+For each line on standard input it trains one round and writes its seconds and the GPU's peak memory in MiB to standard output; the mean of the
+clients' weights goes to FILE.
 """
 
 from __future__ import annotations
@@ -9,20 +10,21 @@ import importlib
 import os
 import sys
 
+import torch
 from safetensors.torch import save_file
 
 from fedmllm.types import Weights
 from loops.workload import workload
 
 if __name__ == "__main__":
-    name, *sizes, off, path = sys.argv[1:]
+    name, *counts, size, device, off, path = sys.argv[1:]
     # What libraries print is not to be taken for seconds, and a loop may go on in a fork, whose standard input is closed.
     asked, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
     def done(seconds: float, mean: Weights) -> None:
         save_file({key: tensor.contiguous() for key, tensor in mean.items()}, path)
-        print(seconds, file=answers, flush=True)
+        print(seconds, torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else 0, file=answers, flush=True)
 
-    work = workload(*map(int, sizes))
+    work = workload(*map(int, counts), size, device)
     importlib.import_module(f"loops.{name}").run(work, lambda: bool(asked.readline()), done, off)

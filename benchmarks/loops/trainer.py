@@ -7,6 +7,7 @@ import time
 from functools import partial
 from typing import Any
 
+import torch
 from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
@@ -52,7 +53,8 @@ def train(work: Workload, client: str, received: Weights) -> Weights:
             logging_strategy="no",
             report_to=[],
             disable_tqdm=True,
-            use_cpu=True,
+            use_cpu=work.vlm.device.type == "cpu",
+            bf16=work.vlm.dtype == torch.bfloat16,
             dataloader_pin_memory=False,
             remove_unused_columns=False,
         )

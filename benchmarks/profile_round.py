@@ -1,0 +1,60 @@
+"""Where a round's time goes, on one thread: ``python benchmarks/profile_round.py ours|trainer [COHORT BATCH_SIZE ACCUMULATION]``.
+
+Prints the ten operations with the largest share of their own, and the floor: floating-point operations of the round's products, counted, at the
+speed of one large product.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+from loops.workload import SAMPLES, workload
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+WARM = 2
+
+
+def peak_flops(size: int = 1024) -> float:
+    """Floating-point operations per second of a product of two square matrices, the best of ten."""
+    a, b = torch.randn(size, size), torch.randn(size, size)
+    return 2 * size**3 / min(_seconds(lambda: torch.mm(a, b)) for _ in range(10))
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def main(loop: str, cohort: int = 10, batch_size: int = 1, accumulation: int = 4) -> None:
+    """Two rounds to warm up, three timed, one profiled, one counted."""
+    torch.set_num_threads(1)
+    work, seconds, watching = workload(cohort, batch_size, accumulation), [], []
+    profiler, counter = profile(activities=[ProfilerActivity.CPU]), FlopCounterMode(display=False)
+    plan = [*[None] * (WARM + 3), profiler, counter, None]
+
+    def go() -> bool:
+        while watching:
+            watching.pop().__exit__(None, None, None)
+        context = plan[len(seconds)]
+        if context is not None:
+            watching.append(context.__enter__() and context)
+        return len(seconds) < len(plan) - 1
+
+    importlib.import_module(f"loops.{loop}").run(work, go, lambda s, _: seconds.append(s))
+    samples, events = cohort * SAMPLES, profiler.key_averages()
+    total = sum(event.self_cpu_time_total for event in events)
+    print(f"{1e3 * min(seconds[WARM : WARM + 3]) / samples:.1f} ms per sample\n\n| operation | share | calls per sample |\n|---|---|---|")
+    for event in sorted(events, key=lambda event: -event.self_cpu_time_total)[:10]:
+        print(f"| `{event.key}` | {event.self_cpu_time_total / total:.1%} | {event.count / samples:.1f} |")
+    flops, peak = counter.get_total_flops() / samples, peak_flops()
+    print(f"\nfloor: {flops / 1e9:.2f} GFLOP per sample at {peak / 1e9:.0f} GFLOP/s: {1e3 * flops / peak:.1f} ms")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], *map(int, sys.argv[2:]))
