@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from fedmllm import factors
-from fedmllm.algorithms.base import Aggregate, ServerState, client_weights, merge
+from fedmllm.algorithms.base import Aggregate, Kind, ServerState, client_weights, merge
 from fedmllm.algorithms.fedavg import FedAvg
 from fedmllm.types import ClientUpdate, Slots
 
@@ -20,7 +21,7 @@ class FLoRA(FedAvg):
     each must keep its frozen weights up to date.
     """
 
-    kind = "lora"
+    kind: ClassVar[Kind] = "lora"
     exact = True
     heterogeneous_ranks = True
     needs_individual_updates = True
