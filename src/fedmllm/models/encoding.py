@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -31,6 +31,7 @@ class Encoded:
         input_ids: prompt then answer, shape (length,).
         answer_length: how many of the last tokens are the answer, its end token included.
         extras: the processor's further tensors (``pixel_values`` and the like), stacked along their first axis.
+        by_token: the processor's numbers that stand beside tokens (``token_type_ids`` and the like), as long as ``input_ids``.
         reduced: the same sample with a modality less, one for each that it can lose; only where training asks for them.
         option_bias: (tokens, values) added to the logits of the options' letters in training; None for nothing.
     """
@@ -38,6 +39,7 @@ class Encoded:
     input_ids: Tensor
     answer_length: int
     extras: dict[str, Tensor]
+    by_token: dict[str, Tensor] = field(default_factory=dict)
     reduced: tuple[Encoded, ...] = ()
     option_bias: tuple[Tensor, Tensor] | None = None
 
@@ -92,21 +94,21 @@ def encode(vlm: VisionLanguageModel, messages: Sequence[Message], answer: str) -
         raise ModelError(
             f"a sample takes {len(ids)} tokens, the model's limit is {vlm.max_length}: shorten the text or raise model.max_length"
         )
-    return Encoded(ids, len(answer_ids), tensors)
+    kinds = {name: tensors.pop(name)[0] for name in sorted(tensors) if name.endswith("token_type_ids")}
+    by_token = {name: F.pad(row, (0, len(answer_ids)), value=vlm.family.answer_type) for name, row in kinds.items()}
+    return Encoded(ids, len(answer_ids), tensors, by_token)
 
 
 def collate(vlm: VisionLanguageModel, samples: Sequence[Encoded], with_answers: bool = True) -> Batch:
     """Pad samples on the left into one batch; ``with_answers=False`` leaves the prompts only, to continue from."""
-    rows = [sample.input_ids if with_answers else sample.prompt_ids for sample in samples]
-    length, answers = max(map(len, rows)), max(sample.answer_length for sample in samples)
-    input_ids = torch.full((len(rows), length), vlm.pad_token_id)
-    attention_mask = torch.zeros(len(rows), length, dtype=torch.long)
-    answer_mask = torch.zeros(len(rows), answers, dtype=torch.bool)
-    for i, (row, sample) in enumerate(zip(rows, samples, strict=True)):
-        input_ids[i, length - len(row) :] = row
-        attention_mask[i, length - len(row) :] = 1
-        answer_mask[i, answers - sample.answer_length :] = True
-    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **_stacked_extras(samples, without_pixels=vlm.features is not None)}
+    lengths = [len(sample.input_ids) - (0 if with_answers else sample.answer_length) for sample in samples]
+    length, answers = max(lengths), max(sample.answer_length for sample in samples)
+    input_ids = _padded([sample.input_ids[:n] for sample, n in zip(samples, lengths, strict=True)], length, vlm.pad_token_id)
+    attention_mask = _padded([torch.ones(n, dtype=torch.long) for n in lengths], length, 0)
+    answer_mask = _padded([torch.ones(sample.answer_length, dtype=torch.bool) for sample in samples], answers, False)
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **_stacked_extras(vlm, samples)}
+    for name in samples[0].by_token:
+        inputs[name] = _padded([sample.by_token[name][:n] for sample, n in zip(samples, lengths, strict=True)], length, 0)
     on_device: dict[str, Any] = {name: tensor.to(vlm.device) for name, tensor in inputs.items()}
     pictured = [(sample.picture, sample.extras) for sample in samples if sample.extras]
     if vlm.features is not None and pictured:
@@ -114,10 +116,17 @@ def collate(vlm: VisionLanguageModel, samples: Sequence[Encoded], with_answers: 
     return Batch(on_device, answer_mask.to(vlm.device), _bias(samples, answers, vlm.device))
 
 
-def _stacked_extras(samples: Sequence[Encoded], without_pixels: bool) -> dict[str, Tensor]:
+def _padded(rows: Sequence[Tensor], length: int, value: float) -> Tensor:
+    """Rows of different lengths in one tensor, filled up on the left."""
+    return torch.stack([F.pad(row, (length - len(row), 0), value=value) for row in rows])
+
+
+def _stacked_extras(vlm: VisionLanguageModel, samples: Sequence[Encoded]) -> dict[str, Tensor]:
     """The processor's further tensors of all samples; those of pixels are not read where features stand for them."""
-    names = sorted({name for sample in samples for name in sample.extras if not (without_pixels and name.startswith("pixel_"))})
-    return {name: torch.cat([sample.extras[name] for sample in samples if name in sample.extras]) for name in names}
+    found = sorted({name for sample in samples for name in sample.extras})
+    names = [name for name in found if vlm.features is None or not name.startswith("pixel_")]
+    axes = vlm.family.axes
+    return {name: torch.cat([sample.extras[name] for sample in samples if name in sample.extras], axes.get(name, 0)) for name in names}
 
 
 def _bias(samples: Sequence[Encoded], columns: int, device: torch.device) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor] | None:

@@ -30,7 +30,10 @@ class VisionFeatures:
 
     def __init__(self, vlm: VisionLanguageModel, max_bytes: int) -> None:
         self._vlm, self._store = vlm, TensorStore(max_bytes)
-        self._taken = frozenset(inspect.signature(vlm.model.get_image_features).parameters)
+        # Some models' hand all on to that of the model inside, whose signature alone says what that is.
+        outer = _without_adapters(vlm.model)
+        methods = [model.get_image_features for model in (outer, getattr(outer, "model", outer)) if hasattr(model, "get_image_features")]
+        self._taken = frozenset(name for method in methods for name in inspect.signature(method).parameters)
         self._kind: Any = None
         self._lock = threading.Lock()
 
@@ -62,8 +65,12 @@ class VisionFeatures:
 
 def serves(vlm: VisionLanguageModel) -> bool:
     """Whether a model can be fed features in place of pictures."""
-    model = vlm.model.get_base_model() if hasattr(vlm.model, "get_base_model") else vlm.model
+    model = _without_adapters(vlm.model)
     return hasattr(model, "get_image_features") and "mm_encoder_outputs" in inspect.signature(model.forward).parameters
+
+
+def _without_adapters(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _leaves(name: str, tree: Any) -> Iterable[tuple[str, Tensor]]:

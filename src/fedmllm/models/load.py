@@ -14,6 +14,8 @@ from safetensors import SafetensorError
 from fedmllm.errors import ModelError
 from fedmllm.models.families import family_of
 from fedmllm.models.families.generic import ModelFamily
+from fedmllm.models.processors import load_processor
+from fedmllm.models.tail import narrow
 
 if TYPE_CHECKING:
     from fedmllm.models.features import VisionFeatures
@@ -108,7 +110,7 @@ def load_model(config: ModelConfig, device: torch.device) -> VisionLanguageModel
     Raises:
         ModelError: if the folder has no config, weights, processor or chat template, or its code is not trusted.
     """
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoModelForImageTextToText
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
@@ -116,15 +118,17 @@ def load_model(config: ModelConfig, device: torch.device) -> VisionLanguageModel
     _check_folder(config.name, Path(source))
     dtype = getattr(torch, config.dtype)
     try:
-        processor = AutoProcessor.from_pretrained(source, **options)
+        processor = load_processor(source, **options)
         model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, use_safetensors=True, **options)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"model.name: {config.name!r} cannot be loaded: {_first_lines(error)}") from error
-    if getattr(processor, "chat_template", None) is None:
+    family = family_of(model.config.model_type)
+    if family.chats and getattr(processor, "chat_template", None) is None:
         raise ModelError(f"model.name: {config.name!r} has no chat template; use an instruction-tuned checkpoint")
     model.requires_grad_(False).eval().to(device)
+    narrow(model)
     limit = min(config.max_length, _context(model))
-    return VisionLanguageModel(config.name, model, processor, family_of(model.config.model_type), device, limit, dtype)
+    return VisionLanguageModel(config.name, model, processor, family, device, limit, dtype)
 
 
 def _check_folder(name: str, folder: Path) -> None:

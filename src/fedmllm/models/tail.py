@@ -50,6 +50,11 @@ def shorten(model: Any) -> bool:
     return True
 
 
+def narrow(model: Any) -> None:
+    """Let a model's output head work on the columns that are read, also where ``forward`` takes no ``logits_to_keep``."""
+    model.get_output_embeddings().register_forward_pre_hook(_last)
+
+
 @contextmanager
 def reading(columns: int) -> Iterator[None]:
     """In this block only the last columns of the model's output are read."""
@@ -60,11 +65,13 @@ def reading(columns: int) -> Iterator[None]:
         _CURRENT.columns = before
 
 
+def _last(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    return None if _CURRENT.columns is None else (inputs[0][:, -_CURRENT.columns :], *inputs[1:])
+
+
 def _cut(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    if _CURRENT.columns is None:
-        return None
     _CURRENT.length = inputs[0].shape[1]
-    return (inputs[0][:, -_CURRENT.columns :], *inputs[1:])
+    return _last(module, inputs)
 
 
 def _fill(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:

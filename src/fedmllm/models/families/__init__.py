@@ -6,8 +6,11 @@ A family whose file is missing is served by ``generic``, which needs no more tha
 from __future__ import annotations
 
 from fedmllm.models.families.generic import ModelFamily
+from fedmllm.models.families.idefics3 import Idefics3
+from fedmllm.models.families.minicpmv4_6 import MiniCPMV46
+from fedmllm.models.families.paligemma import PaliGemma
 
-FAMILIES: dict[str, ModelFamily] = {}
+FAMILIES: dict[str, ModelFamily] = {"idefics3": Idefics3(), "smolvlm": Idefics3(), "minicpmv4_6": MiniCPMV46(), "paligemma": PaliGemma()}
 """Families that need more than the generic path, by ``model_type``."""
 
 GENERIC = ModelFamily()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,10 +13,9 @@ from fedmllm.data.images import open_image
 from fedmllm.errors import ModelError
 from fedmllm.types import Message, Modality
 
-_LORA_TARGETS = {
-    "attention": ("q_proj", "k_proj", "v_proj", "o_proj"),
-    "all-linear": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
-}
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "in_proj_qkv", "in_proj_z", "out_proj")
+"""As decoders call them: softmax attention apart or fused, and linear attention in hybrid decoders."""
+_LORA_TARGETS = {"attention": _ATTENTION, "all-linear": (*_ATTENTION, "gate_proj", "up_proj", "down_proj", "gate_up_proj")}
 
 
 class ModelFamily:
@@ -23,6 +23,12 @@ class ModelFamily:
 
     modalities: tuple[Modality, ...] = ("image", "text")
     """What ``prompt_tensors`` makes tensors of."""
+    chats: bool = True
+    """Whether ``render`` needs the processor's chat template."""
+    axes: Mapping[str, int] = MappingProxyType({})
+    """Along which axis the processor's tensors of several samples stand behind one another, where it is not the first."""
+    answer_type: int = 0
+    """The answer's number in ``token_type_ids``, where the processor gives them for the prompt."""
 
     def render(self, processor: ProcessorMixin, messages: Sequence[Message], answer: str) -> tuple[str, str]:
         """(prompt, completion) as the chat template writes them; the completion is the answer and its end token.
@@ -50,7 +56,7 @@ class ModelFamily:
         self.require({part.type for message in messages for part in message.parts})
         images = [open_image(part.value) for message in messages for part in message.parts if part.type == "image"]
         tensors = processor(text=[prompt], images=images or None, return_tensors="pt", add_special_tokens=False)
-        return {name: tensor for name, tensor in tensors.items() if name != "attention_mask"}
+        return {name: tensor for name, tensor in tensors.items() if name not in ("attention_mask", "labels")}
 
     def require(self, held: Collection[Modality]) -> None:
         """Refuse what would be left out in silence.
@@ -79,13 +85,13 @@ def special_tokens(processor: ProcessorMixin) -> tuple[str, ...]:
 def _as_chat(message: Message, specials: Sequence[str]) -> dict[str, Any]:
     """A message in the chat format of Transformers; images are handed to the processor beside the text."""
     content = [
-        {"type": "text", "text": _defuse(str(part.value), specials)} if part.type == "text" else {"type": part.type}
+        {"type": "text", "text": defuse(str(part.value), specials)} if part.type == "text" else {"type": part.type}
         for part in message.parts
     ]
     return {"role": message.role, "content": content}
 
 
-def _defuse(text: str, specials: Sequence[str]) -> str:
+def defuse(text: str, specials: Sequence[str]) -> str:
     """Data that spell a control token are told apart from it by a space, lest a text pass for an image or an end of turn."""
     for token in specials:
         if token in text:

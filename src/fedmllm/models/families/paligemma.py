@@ -1,0 +1,40 @@
+"""PaliGemma: no chat, but pictures, a prompt that sees itself in both directions, and what is to be said after it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import ProcessorMixin
+
+from fedmllm.models.families.generic import ModelFamily, defuse, special_tokens
+from fedmllm.types import Message
+
+
+class PaliGemma(ModelFamily):
+    """``<image>...<image><bos>prompt``, a new line, the answer and its end token; ``token_type_ids`` are 0 before the answer, 1 in it."""
+
+    chats = False
+    answer_type = 1
+
+    def render(self, processor: ProcessorMixin, messages: Sequence[Message], answer: str) -> tuple[str, str]:
+        """All pictures, then all texts, a line each; the processor adds the tokens around them."""
+        parts, specials = [part for message in messages for part in message.parts], special_tokens(processor)
+        pictures = processor.image_token * sum(part.type == "image" for part in parts)
+        texts = [defuse(str(part.value), specials) for part in parts if part.type == "text"]
+        return pictures + "\n".join(texts), answer + processor.tokenizer.eos_token
+
+    def prompt_tensors(self, processor: ProcessorMixin, prompt: str, messages: Sequence[Message]) -> dict[str, Tensor]:
+        """As of any family; a prompt without a picture, which the processor refuses, is written as the processor would."""
+        if processor.image_token in prompt:
+            with warnings.catch_warnings():
+                # The processor makes labels, which nobody reads, of tensors in a way that NumPy is about to drop.
+                warnings.simplefilter("ignore", DeprecationWarning)
+                return super().prompt_tensors(processor, prompt, messages)
+        self.require({part.type for message in messages for part in message.parts})
+        tokenizer: Any = processor.tokenizer
+        ids = tokenizer(f"{tokenizer.bos_token}{prompt}\n", add_special_tokens=False, return_tensors="pt")["input_ids"]
+        return {"input_ids": ids, "token_type_ids": torch.zeros_like(ids)}
