@@ -61,6 +61,18 @@ def test_data_list_show_and_export(quick: Path) -> None:
     assert again["clients"] == clients
 
 
+def test_models_are_named_and_planned(quick: Path) -> None:
+    kinds = json.loads(run(quick, "models", "list", "--json").stdout)
+    assert kinds["smolvlm"]["family"] == "idefics3"
+    assert "MiniCPM-V 4.6" in run(quick, "models", "list").stdout
+    plan = json.loads(run(quick, "models", "plan", "nano", "--rank", "4", "--json").stdout)
+    assert plan["trainable"] * 4 == plan["sent_per_client_and_round"] == 6 * 4 * 4 * (192 + 192) * 4
+    assert "36,864" in run(quick, "models", "plan", "nano", "--rank", "4").stdout
+    wrong = run(quick, "models", "plan", "./nowhere")
+    assert wrong.returncode == 2
+    assert "is not a folder" in wrong.stderr
+
+
 def test_the_default_folder_is_named_after_experiment_and_time(quick: Path) -> None:
     assert run(quick, "train", "quick.yaml", "evaluation.baselines=[]", "federation.num_rounds=1").returncode == 0
     (folder,) = (quick / "runs").iterdir()

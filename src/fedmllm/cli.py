@@ -21,6 +21,8 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Look at data before training on them.", no_args_is_help=True, pretty_exceptions_enable=False)
 app.add_typer(data_app, name="data")
+models_app = typer.Typer(help="Look at models before training them.", no_args_is_help=True, pretty_exceptions_enable=False)
+app.add_typer(models_app, name="models")
 
 ExperimentFile = Annotated[Path, typer.Argument(help="Experiment in YAML, e.g. experiments/quickstart.yaml.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Settings as key.path=value, e.g. federation.num_rounds=5.")]
@@ -161,6 +163,43 @@ def data_export(
     from fedmllm.config import Experiment
 
     typer.echo(f"experiment  {export_split(Experiment.load(experiment, overrides or []), output)}")
+
+
+@models_app.command("list")
+def models_list(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
+    """Name the tested kinds of models. Others work if Transformers has them and their processor has a chat template."""
+    from fedmllm.benchmark.models_view import catalog
+
+    rows = catalog()
+    if as_json:
+        typer.echo(json.dumps(rows, indent=1))
+        return
+    for kind, row in rows.items():
+        typer.echo(f"{kind:<18}{row['models']:<32}{row['family']}")
+
+
+@models_app.command("plan")
+def models_plan(
+    model: Annotated[str, typer.Argument(help="nano, a Transformers folder, or a hub id; its config is all that is read.")],
+    rank: Annotated[int, typer.Option(help="Of LoRA.")] = 8,
+    targets: Annotated[str, typer.Option(help="Adapted layers: attention or all-linear.")] = "attention",
+    dtype: Annotated[str, typer.Option(help="Of the frozen weights: float32 or bfloat16.")] = "bfloat16",
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """Tell what training a model takes: parameters, bytes to send, memory."""
+    from fedmllm.benchmark.models_view import describe
+    from fedmllm.config import Experiment
+
+    settings = {"model": {"name": model, "dtype": dtype}, "lora": {"r": rank, "targets": targets}}
+    record = describe(Experiment.parse(settings))
+    if as_json:
+        typer.echo(json.dumps(record, indent=1))
+        return
+    from rich.console import Console
+
+    from fedmllm.display import plan_view
+
+    Console().print(plan_view(record))
 
 
 def _print_result(result: RunResult) -> None:

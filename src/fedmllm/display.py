@@ -232,6 +232,25 @@ def methods_view(record: Record) -> Group:
     return Group(*parts, *NOTES)
 
 
+def plan_view(record: Record) -> Group:
+    """A model's plan: what it has and sends, then memory by the size of a pass, then the largest pass by card."""
+    table = Table(show_header=False)
+    for name, value in (
+        ("parameters", f"{record['parameters']:,}"),
+        ("trained", f"{record['trainable']:,}"),
+        ("sent by a client in a round, and received", human_bytes(record["sent_per_client_and_round"])),
+        ("memory of the frozen weights", human_bytes(record["weights"])),
+        ("kept for the gradient, per token of a pass", human_bytes(record["kept_per_token"])),
+        *((f"memory with {tokens:,} tokens in a pass", human_bytes(size)) for tokens, size in record["memory_by_tokens"].items()),
+        *(
+            (f"tokens in a pass on {card} GiB", f"{tokens:,}" if tokens else "does not fit")
+            for card, tokens in record["tokens_by_gib"].items()
+        ),
+    ):
+        table.add_row(name, Text(value, justify="right"))
+    return Group(Text(record["model"], style="bold"), table)
+
+
 def _method_traits(row: Record) -> list[str]:
     """A method's kind and properties, what it sends and keeps, and how many clients it needs."""
     traits = [row["kind"], *(WORDS[key] for key, value in row.items() if value is True), f"up {row['up']}", f"down {row['down']}"]

@@ -11,16 +11,19 @@ import pytest
 import torch
 from peft import PeftModel
 
+from fedmllm import weights as W
 from fedmllm.data.federated import FederatedData
 from fedmllm.data.images import open_image
 from fedmllm.data.prompts import to_messages
 from fedmllm.errors import ModelError
 from fedmllm.evaluation.answers import choose
 from fedmllm.models.encoding import Encoded, answer_nll, collate, encode
-from fedmllm.models.families import FAMILIES
+from fedmllm.models.families import FAMILIES, TESTED
 from fedmllm.models.features import VisionFeatures, serves
 from fedmllm.models.load import ModelConfig, VisionLanguageModel, load_model
 from fedmllm.models.lora import LoraConfig, adapted_layers, attach_lora, read_weights, save_adapter
+from fedmllm.models.memory import kept_bytes
+from fedmllm.models.plan import make_plan
 from fedmllm.models.stacked import side_by_side, stacked
 from fedmllm.models.tail import shorten
 from fedmllm.training.batches import Encoder
@@ -70,7 +73,7 @@ def samples(model: VisionLanguageModel, federation: FederatedData) -> list[Encod
 
 
 def test_every_family_has_a_row() -> None:
-    assert set(FAMILIES) <= set(RECIPES)
+    assert set(FAMILIES) <= set(TESTED) == set(RECIPES)
 
 
 def test_a_mixed_batch_equals_its_samples_one_by_one(model: VisionLanguageModel, samples: list[Encoded]) -> None:
@@ -251,3 +254,16 @@ def test_a_saved_adapter_loads_in_plain_peft(kind: str, federation: FederatedDat
     batch = collate(ours, [encoder(sample) for sample in federation.clients["client-00"][:3]])
     with torch.no_grad():
         torch.testing.assert_close(answer_nll(theirs, batch), answer_nll(ours, batch), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_plan_tells_what_the_model_has_and_keeps(kind: str, federation: FederatedData) -> None:
+    """Counted on the real model, and measured on a pass of text; masks of the prompt and the loss come on top of the plan."""
+    config, lora = ModelConfig(name=folder_of(kind)), LoraConfig()
+    plan, vlm = make_plan(config, lora), attach_lora(load(kind), lora, 0)
+    counts = {trained: sum(p.numel() for p in vlm.model.parameters() if p.requires_grad == trained) for trained in (False, True)}
+    assert (plan.parameters, plan.trainable) == (counts[False], counts[True])
+    assert plan.update_bytes == W.num_bytes(read_weights(vlm.model))
+    sample = encode(vlm, (Message("user", (Part("text", "Which number is written? " * 12),)),), "12")
+    measured = kept_bytes(vlm, sample) / len(sample.input_ids)
+    assert 0.7 * measured < plan.bytes_per_token < 1.1 * measured

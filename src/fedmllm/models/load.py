@@ -131,15 +131,22 @@ def load_model(config: ModelConfig, device: torch.device) -> VisionLanguageModel
     return VisionLanguageModel(config.name, model, processor, family, device, limit, dtype)
 
 
-def _check_folder(name: str, folder: Path) -> None:
-    """Name the missing file of a local folder, rather than pass on a search through a hub that was never meant."""
-    if not folder.is_dir():
-        if name.startswith((".", "/", "~")) or name.count("/") > 1:
-            raise ModelError(f"model.name: {name!r} is not a folder; give a Transformers folder, a hub id or 'nano'")
-        return
-    if not (folder / "config.json").is_file():
+def check_config(name: str, folder: Path) -> None:
+    """Name what is missing of a local folder, rather than pass on a search through a hub that was never meant.
+
+    Raises:
+        ModelError: if a folder is meant that is not there, or it has no config.
+    """
+    if folder.is_dir() and not (folder / "config.json").is_file():
         raise ModelError(f"model.name: {name!r} has no config.json; it is not a Transformers folder")
-    if not any(folder.glob("*.safetensors")):
+    if not folder.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise ModelError(f"model.name: {name!r} is not a folder; give a Transformers folder, a hub id or 'nano'")
+
+
+def _check_folder(name: str, folder: Path) -> None:
+    """A folder's config and weights."""
+    check_config(name, folder)
+    if folder.is_dir() and not any(folder.glob("*.safetensors")):
         others = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
         hint = (
             f"only {', '.join(others)}, which can run code when read: convert to safetensors" if others else "download them, or use 'nano'"

@@ -64,7 +64,7 @@ def attach_lora(vlm: VisionLanguageModel, config: LoraConfig, seed: int) -> Visi
     pattern = vlm.family.lora_modules(vlm.model, config.targets)
     settings = peft.LoraConfig(r=config.r, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=pattern, bias="none")
     try:
-        with torch_randomness(vlm.device, seed, "lora"), _without_deprecations():
+        with torch_randomness(vlm.device, seed, "lora"), without_deprecations():
             model = peft.get_peft_model(vlm.model, settings)
     except ValueError as error:
         raise ModelError(f"lora.targets: {config.targets} names no layer of {vlm.name!r}'s decoder ({pattern})") from error
@@ -84,7 +84,7 @@ def load_adapter(vlm: VisionLanguageModel, folder: Path) -> VisionLanguageModel:
         if not (folder / name).is_file():
             raise ModelError(f"{folder}: no {name}; give a run folder or a PEFT adapter folder")
     try:
-        with _without_deprecations():
+        with without_deprecations():
             model = peft.PeftModel.from_pretrained(vlm.model, str(folder))
     except (RuntimeError, ValueError, KeyError, OSError, SafetensorError) as error:
         raise ModelError(f"{folder}: the adapter does not fit model {vlm.name!r}: {' '.join(str(error).split())[:300]}") from error
@@ -92,7 +92,7 @@ def load_adapter(vlm: VisionLanguageModel, folder: Path) -> VisionLanguageModel:
 
 
 @contextmanager
-def _without_deprecations() -> Iterator[None]:
+def without_deprecations() -> Iterator[None]:
     """PEFT reads an attribute that Transformers has renamed; the warning is theirs to heed and nothing a user can act on."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)

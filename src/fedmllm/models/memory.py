@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedmllm.models.encoding import Encoded, answer_nll, collate
 from fedmllm.models.load import VisionLanguageModel
@@ -35,7 +37,17 @@ def _free_bytes(device: torch.device) -> int:
 
 def kept_bytes(vlm: VisionLanguageModel, sample: Encoded) -> int:
     """Bytes that a forward pass over one sample keeps for the gradient, weights apart."""
-    weights = {tensor.untyped_storage().data_ptr() for tensor in (*vlm.model.parameters(), *vlm.model.buffers())}
+
+    def forward() -> None:
+        with vlm.autocast():
+            answer_nll(vlm, collate(vlm, [sample]))
+
+    return saved_bytes(vlm.model, forward)
+
+
+def saved_bytes(model: nn.Module, forward: Callable[[], object]) -> int:
+    """Bytes that a pass keeps for the gradient, a model's own tensors apart."""
+    weights = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     kept: dict[int, int] = {}
     # Held until the end: an address is a storage's only as long as it lives.
     alive: list[Tensor] = []
@@ -47,6 +59,6 @@ def kept_bytes(vlm: VisionLanguageModel, sample: Encoded) -> int:
             alive.append(tensor)
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), vlm.autocast():
-        answer_nll(vlm, collate(vlm, [sample]))
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        forward()
     return sum(kept.values())

@@ -15,6 +15,20 @@ FAMILIES: dict[str, ModelFamily] = {"idefics3": Idefics3(), "smolvlm": Idefics3(
 
 GENERIC = ModelFamily()
 
+TESTED: dict[str, str] = {
+    "llava": "LLaVA 1.5; the embedded nano",
+    "llava_onevision": "LLaVA-OneVision",
+    "qwen2_5_vl": "Qwen2.5-VL",
+    "qwen3_vl": "Qwen3-VL",
+    "internvl": "InternVL 3 and 3.5",
+    "gemma3": "Gemma 3",
+    "idefics3": "Idefics3",
+    "smolvlm": "SmolVLM (needs num2words)",
+    "minicpmv4_6": "MiniCPM-V 4.6",
+    "paligemma": "PaliGemma 1 and 2",
+}
+"""The ``model_type`` s that the contract suite holds to its promises, and the models of that type."""
+
 
 def family_of(model_type: str) -> ModelFamily:
     """The family for a Transformers ``model_type``."""

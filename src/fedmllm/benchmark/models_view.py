@@ -1,0 +1,41 @@
+"""Which models are tested, and what training one takes: ``fedmllm models list`` and ``plan``."""
+
+from __future__ import annotations
+
+from fedmllm.config import Experiment
+from fedmllm.models.families import TESTED, family_of
+from fedmllm.models.plan import make_plan
+from fedmllm.types import Record
+
+TOKENS = (256, 1024, 4096, 16384)
+"""Of a pass, padding included, for which memory is told."""
+CARDS = (8, 16, 24, 40, 80)
+"""GiB of memory for which the largest pass is told."""
+_HEADROOM = 0.9
+"""Of a card; the rest is for the backward pass's own needs and fragmentation."""
+
+
+def catalog() -> dict[str, Record]:
+    """Every tested ``model_type``: its models, what serves it, and on what it was tested."""
+    tested = "a tiny model of its architecture with random weights and its own kind of processor"
+    return {
+        kind: {"models": models, "family": type(family_of(kind)).__module__.rpartition(".")[2], "tested_on": tested}
+        for kind, models in TESTED.items()
+    }
+
+
+def describe(experiment: Experiment) -> Record:
+    """A model's plan as JSON, sizes in bytes."""
+    plan = make_plan(experiment.model, experiment.lora)
+    fixed = plan.memory(0)
+    room = {card: int((_HEADROOM * card * 2**30 - fixed) / plan.bytes_per_token) for card in CARDS}
+    return {
+        "model": experiment.model.name,
+        "parameters": plan.parameters,
+        "trainable": plan.trainable,
+        "sent_per_client_and_round": plan.update_bytes,
+        "weights": plan.weight_bytes,
+        "kept_per_token": round(plan.bytes_per_token),
+        "memory_by_tokens": {tokens: round(plan.memory(tokens)) for tokens in TOKENS},
+        "tokens_by_gib": {card: max(0, tokens) for card, tokens in room.items()},
+    }

@@ -1,0 +1,113 @@
+"""What fine-tuning a model takes, from its config alone: parameters, bytes to send, memory by tokens of a pass."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedmllm.errors import ModelError
+from fedmllm.models.families import family_of
+from fedmllm.models.load import ModelConfig, check_config, model_source
+from fedmllm.models.lora import LoraConfig, without_deprecations
+from fedmllm.models.memory import saved_bytes
+
+_TOKENS = 128
+"""Of the pass that is measured."""
+_OPTIMIZED = 16
+"""Bytes of a trained parameter in float32: itself, its gradient, AdamW's two means."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The cost of training a model.
+
+    Attributes:
+        parameters: of the whole model.
+        trainable: of the adapters.
+        weight_bytes: of the frozen weights in memory.
+        bytes_per_token: what a training pass keeps for the gradient, by token of the batch, padding included.
+    """
+
+    parameters: int
+    trainable: int
+    weight_bytes: int
+    bytes_per_token: float
+
+    @property
+    def update_bytes(self) -> int:
+        """What one client sends in one round, and receives: the adapters in float32."""
+        return 4 * self.trainable
+
+    def memory(self, tokens: int, clients: int = 1) -> float:
+        """Bytes at the height of a step: weights, the clients' adapters with gradient and optimizer, and what the pass keeps."""
+        return self.weight_bytes + _OPTIMIZED * self.trainable * clients + self.bytes_per_token * tokens
+
+
+def make_plan(config: ModelConfig, lora: LoraConfig) -> Plan:
+    """Plan a model's training without its weights: from its config, on a folder or the hub.
+
+    Parameters are counted on a model without memory. What a pass keeps is measured on the decoder of true width with one and two
+    of its layers, random weights and a small vocabulary, and continued to all layers, so that no formula has to know the architecture.
+
+    Raises:
+        ModelError: if there is no such config, or the model is not one of Transformers' image-text-to-text models.
+    """
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    check_config(config.name, Path(model_source(config.name)))
+    try:
+        settings = AutoConfig.from_pretrained(
+            model_source(config.name), revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+        with torch.device("meta"):
+            model = AutoModelForImageTextToText.from_config(settings)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(f"model.name: {config.name!r} cannot be planned: {' '.join(str(error).split())[:300]}") from error
+    pattern = re.compile(family_of(settings.model_type).lora_modules(model, lora.targets))
+    adapted = [module for name, module in model.named_modules() if pattern.fullmatch(name) and isinstance(module, nn.Linear)]
+    dtype = getattr(torch, config.dtype)
+    parameters = sum(weight.numel() for weight in model.parameters())
+    trainable = sum(lora.r * (module.in_features + module.out_features) for module in adapted)
+    return Plan(parameters, trainable, parameters * dtype.itemsize, _bytes_per_token(settings.get_text_config(), pattern, dtype, lora))
+
+
+def _bytes_per_token(text: Any, pattern: re.Pattern[str], dtype: torch.dtype, lora: LoraConfig) -> float:
+    """Of a pass through all layers, by those through the first one of each kind that the decoder has."""
+    kinds = list(getattr(text, "layer_types", None) or ["layer"] * text.num_hidden_layers)
+    alone = {kind: _kept(text, [kind], pattern, dtype, lora) for kind in dict.fromkeys(kinds)}
+    twice = {kind: _kept(text, [kind, kind], pattern, dtype, lora) - alone[kind] for kind in alone}
+    outside = max(alone[kind] - twice[kind] for kind in alone)
+    return (outside + sum(twice[kind] for kind in kinds)) / _TOKENS
+
+
+def _kept(text: Any, kinds: list[str], pattern: re.Pattern[str], dtype: torch.dtype, lora: LoraConfig) -> int:
+    """Bytes that a pass through a decoder of these layers keeps."""
+    import peft
+    from transformers import AutoModel
+
+    changes: dict[str, Any] = {
+        "num_hidden_layers": len(kinds),
+        "vocab_size": 256,
+        "pad_token_id": 0,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    if getattr(text, "layer_types", None):
+        changes["layer_types"] = kinds
+    decoder = AutoModel.from_config(type(text)(**{**text.to_dict(), **changes})).to(dtype).requires_grad_(False)
+    names = {name for name, module in decoder.named_modules() if isinstance(module, nn.Linear) and _ends_alike(pattern, name)}
+    with without_deprecations():
+        model = peft.get_peft_model(decoder, peft.LoraConfig(r=lora.r, lora_alpha=lora.alpha, target_modules=sorted(names)))
+    embedded = torch.zeros(1, _TOKENS, text.hidden_size, dtype=dtype)
+    with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+        return saved_bytes(model, lambda: model(inputs_embeds=embedded, use_cache=False))
+
+
+def _ends_alike(pattern: re.Pattern[str], name: str) -> bool:
+    """Whether the pattern of the whole model names a module of its decoder."""
+    return bool(re.search(rf"(^|\.)({pattern.pattern.rsplit('(', 1)[1]}$", name))
