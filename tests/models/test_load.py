@@ -1,13 +1,19 @@
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from fedmllm.data.federated import FederatedData
 from fedmllm.errors import ModelError
+from fedmllm.models.encoding import answer_nll, collate
 from fedmllm.models.load import NANO_FOLDER, ModelConfig, choose_device, load_model
+from fedmllm.training.batches import Encoder
+from minicpmv_stand_in import StandIn
 
 
 def load(name: str | Path) -> None:
@@ -76,3 +82,80 @@ def test_a_model_without_processor(copy: Path) -> None:
 def test_devices_that_are_not_there(device: str) -> None:
     with pytest.raises(ModelError, match=r"engine\.device"):
         choose_device(device)
+
+
+REMOTE = {
+    "configuration_own.py": """
+from transformers import PretrainedConfig
+
+class OwnConfig(PretrainedConfig):
+    model_type = "minicpmv"
+""",
+    "modeling_own.py": """
+import torch
+from transformers import PreTrainedModel
+from minicpmv_stand_in import StandIn
+from .configuration_own import OwnConfig
+
+class Own(PreTrainedModel):
+    config_class = OwnConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.inner = StandIn(1028, 4)
+        self.llm = self.inner.llm
+        self.post_init()
+
+    def get_decoder(self):
+        return self.llm
+
+    def get_output_embeddings(self):
+        return self.llm.lm_head
+
+    def forward(self, data, **kwargs):
+        return self.inner(data, **kwargs)
+""",
+    "processing_own.py": """
+from minicpmv_stand_in import StandInProcessor
+
+class OwnProcessor(StandInProcessor):
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        return cls()
+
+    @classmethod
+    def register_for_auto_class(cls, *args, **kwargs):
+        pass
+""",
+    "config.json": json.dumps(
+        {
+            "model_type": "minicpmv",
+            "auto_map": {
+                "AutoConfig": "configuration_own.OwnConfig",
+                "AutoModel": "modeling_own.Own",
+                "AutoProcessor": "processing_own.OwnProcessor",
+            },
+        }
+    ),
+}
+"""A folder whose code comes with it, as MiniCPM-V 2.6's does."""
+
+
+def test_code_that_comes_with_a_model_runs_only_if_it_is_trusted(tmp_path: Path, federation: FederatedData) -> None:
+    for name, content in REMOTE.items():
+        (tmp_path / name).write_text(content)
+    torch.manual_seed(0)
+    weights = {f"inner.{name}": tensor.clone() for name, tensor in StandIn(1028, 4).state_dict().items()}
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=r"brings code of its own.* model\.trust_remote_code"):
+        load_model(ModelConfig(name=str(tmp_path)), torch.device("cpu"))
+    vlm = load_model(ModelConfig(name=str(tmp_path), trust_remote_code=True), torch.device("cpu"))
+    with torch.no_grad():
+        nll = answer_nll(vlm, collate(vlm, [Encoder(vlm, "agnostic")(federation.clients["client-00"][0])]))
+    assert torch.isfinite(nll).all()
+    assert nll.sum() > 0
+
+
+def test_code_from_the_hub_is_trusted_by_commit() -> None:
+    with pytest.raises(ModelError, match=r"name the commit you trust in model\.revision"):
+        load_model(ModelConfig(name="someone/model", trust_remote_code=True), torch.device("cpu"))

@@ -22,7 +22,7 @@ def choose(vlm: VisionLanguageModel, samples: Sequence[Sample], encoded: Sequenc
     """
     batch = collate(vlm, encoded, with_answers=False)
     with vlm.autocast(), reading(1):
-        logits = vlm.model(**batch.inputs, logits_to_keep=1, use_cache=False).logits[:, -1].float().cpu()
+        logits = vlm.family.call(vlm.model, batch.inputs, logits_to_keep=1, use_cache=False).logits[:, -1].float().cpu()
     return [_choice(sample, row, option_tokens(vlm, sample)) for sample, row in zip(samples, logits, strict=True)]
 
 
@@ -37,12 +37,10 @@ def _choice(sample: Sample, logits: Tensor, tokens: list[int]) -> Prediction:
 def generate(vlm: VisionLanguageModel, samples: Sequence[Sample], encoded: Sequence[Encoded], max_new_tokens: int) -> list[Prediction]:
     """Greedy answers. One that is empty or does not end within ``max_new_tokens`` is a failure."""
     batch = collate(vlm, encoded, with_answers=False)
-    with vlm.autocast():
-        output = vlm.model.generate(
-            **batch.inputs, do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, pad_token_id=vlm.pad_token_id
-        )
-    new = output[:, batch.inputs["input_ids"].shape[1] :].cpu()
     ends = _end_tokens(vlm)
+    settings = {"do_sample": False, "num_beams": 1, "pad_token_id": vlm.pad_token_id, "eos_token_id": ends}
+    with vlm.autocast():
+        new = vlm.family.generate(vlm.model, batch.inputs, max_new_tokens=max_new_tokens, **settings).cpu()
     return [Prediction(sample, _read(vlm, row, ends)) for sample, row in zip(samples, new, strict=True)]
 
 

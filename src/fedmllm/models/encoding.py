@@ -106,10 +106,11 @@ def collate(vlm: VisionLanguageModel, samples: Sequence[Encoded], with_answers: 
     input_ids = _padded([sample.input_ids[:n] for sample, n in zip(samples, lengths, strict=True)], length, vlm.pad_token_id)
     attention_mask = _padded([torch.ones(n, dtype=torch.long) for n in lengths], length, 0)
     answer_mask = _padded([torch.ones(sample.answer_length, dtype=torch.bool) for sample in samples], answers, False)
-    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **_stacked_extras(vlm, samples)}
+    extras = vlm.family.batch([_fed(vlm, sample) for sample in samples], [length - n for n in lengths])
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **extras}
     for name in samples[0].by_token:
         inputs[name] = _padded([sample.by_token[name][:n] for sample, n in zip(samples, lengths, strict=True)], length, 0)
-    on_device: dict[str, Any] = {name: tensor.to(vlm.device) for name, tensor in inputs.items()}
+    on_device: dict[str, Any] = {name: _moved(value, vlm.device) for name, value in inputs.items()}
     pictured = [(sample.picture, sample.extras) for sample in samples if sample.extras]
     if vlm.features is not None and pictured:
         on_device |= vlm.features.inputs(pictured)
@@ -121,12 +122,14 @@ def _padded(rows: Sequence[Tensor], length: int, value: float) -> Tensor:
     return torch.stack([F.pad(row, (length - len(row), 0), value=value) for row in rows])
 
 
-def _stacked_extras(vlm: VisionLanguageModel, samples: Sequence[Encoded]) -> dict[str, Tensor]:
-    """The processor's further tensors of all samples; those of pixels are not read where features stand for them."""
-    found = sorted({name for sample in samples for name in sample.extras})
-    names = [name for name in found if vlm.features is None or not name.startswith("pixel_")]
-    axes = vlm.family.axes
-    return {name: torch.cat([sample.extras[name] for sample in samples if name in sample.extras], axes.get(name, 0)) for name in names}
+def _fed(vlm: VisionLanguageModel, sample: Encoded) -> dict[str, Tensor]:
+    """A sample's further tensors; those of pixels are not read where features stand for them."""
+    return {name: tensor for name, tensor in sample.extras.items() if vlm.features is None or not name.startswith("pixel_")}
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """A tensor, or lists of them, on a device."""
+    return [_moved(part, device) for part in value] if isinstance(value, list) else value.to(device)
 
 
 def _bias(samples: Sequence[Encoded], columns: int, device: torch.device) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor] | None:
@@ -168,5 +171,6 @@ def answer_logits(vlm: VisionLanguageModel, batch: Batch) -> Tensor:
     """What the model expects at each column of the answers, shape (samples, answer columns, vocabulary), float32."""
     columns = batch.answer_mask.shape[1]
     with reading(columns + 1):
-        logits: Tensor = vlm.model(**batch.inputs, logits_to_keep=columns + 1, use_cache=False).logits[:, :-1]
+        output = vlm.family.call(vlm.model, batch.inputs, logits_to_keep=columns + 1, use_cache=False)
+    logits: Tensor = output.logits[:, :-1]
     return logits.float()

@@ -38,7 +38,7 @@ class ModelConfig(BaseModel):
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     trust_remote_code: bool = False
-    """Run Python code that comes with the model. Off: such code can do anything that you can."""
+    """Run Python code that comes with the model, of the commit in ``revision``. Off: such code can do anything that you can."""
 
 
 @dataclass(frozen=True)
@@ -110,20 +110,25 @@ def load_model(config: ModelConfig, device: torch.device) -> VisionLanguageModel
     Raises:
         ModelError: if the folder has no config, weights, processor or chat template, or its code is not trusted.
     """
-    from transformers import AutoModelForImageTextToText
+    import transformers
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
     source, options = model_source(config.name), {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     _check_folder(config.name, Path(source))
+    if config.trust_remote_code and config.revision is None and not Path(source).is_dir():
+        raise ModelError(f"model.trust_remote_code runs code that comes with {config.name!r}: name the commit you trust in model.revision")
     dtype = getattr(torch, config.dtype)
     try:
+        family = family_of(transformers.AutoConfig.from_pretrained(source, **options).model_type)
         processor = load_processor(source, **options)
-        model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, use_safetensors=True, **options)
+        model = getattr(transformers, family.auto_class).from_pretrained(source, dtype=dtype, use_safetensors=True, **options)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        if "trust_remote_code" in str(error):
+            remedy = "read it, then set model.trust_remote_code to true and model.revision to its commit"
+            raise ModelError(f"model.name: {config.name!r} brings code of its own, which is not run: {remedy}") from error
         raise ModelError(f"model.name: {config.name!r} cannot be loaded: {_first_lines(error)}") from error
-    family = family_of(model.config.model_type)
-    if family.chats and getattr(processor, "chat_template", None) is None:
+    if not family.words_chats(processor):
         raise ModelError(f"model.name: {config.name!r} has no chat template; use an instruction-tuned checkpoint")
     model.requires_grad_(False).eval().to(device)
     narrow(model)

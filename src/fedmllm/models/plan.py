@@ -57,18 +57,18 @@ def make_plan(config: ModelConfig, lora: LoraConfig) -> Plan:
     Raises:
         ModelError: if there is no such config, or the model is not one of Transformers' image-text-to-text models.
     """
-    from transformers import AutoConfig, AutoModelForImageTextToText
+    import transformers
 
     check_config(config.name, Path(model_source(config.name)))
     try:
-        settings = AutoConfig.from_pretrained(
-            model_source(config.name), revision=config.revision, trust_remote_code=config.trust_remote_code
-        )
+        trust = config.trust_remote_code
+        settings = transformers.AutoConfig.from_pretrained(model_source(config.name), revision=config.revision, trust_remote_code=trust)
+        family = family_of(settings.model_type)
         with torch.device("meta"):
-            model = AutoModelForImageTextToText.from_config(settings)
+            model = getattr(transformers, family.auto_class).from_config(settings, trust_remote_code=trust)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(f"model.name: {config.name!r} cannot be planned: {' '.join(str(error).split())[:300]}") from error
-    pattern = re.compile(family_of(settings.model_type).lora_modules(model, lora.targets))
+    pattern = re.compile(family.lora_modules(model, lora.targets))
     adapted = [module for name, module in model.named_modules() if pattern.fullmatch(name) and isinstance(module, nn.Linear)]
     dtype = getattr(torch, config.dtype)
     parameters = sum(weight.numel() for weight in model.parameters())

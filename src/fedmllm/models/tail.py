@@ -34,7 +34,10 @@ def shorten(model: Any) -> bool:
     Returns:
         whether the last layer is one that this is known to be right for: softmax attention with separate projections.
     """
-    layer: Any = next(reversed(getattr(model.get_decoder(), "layers", ())), None)
+    decoder = model.get_decoder()
+    # Some models' decoder comes with its output head around it.
+    layers: Any = getattr(decoder, "layers", None) or getattr(getattr(decoder, "model", None), "layers", ())
+    layer: Any = next(reversed(layers), None)
     attention, feed_forward = getattr(layer, "self_attn", nn.Module()), getattr(layer, "mlp", nn.Module())
     if attention in _SHORTENED:
         return True

@@ -7,10 +7,14 @@ from __future__ import annotations
 
 from fedmllm.models.families.generic import ModelFamily
 from fedmllm.models.families.idefics3 import Idefics3
+from fedmllm.models.families.minicpmv import MiniCPMV
 from fedmllm.models.families.minicpmv4_6 import MiniCPMV46
 from fedmllm.models.families.paligemma import PaliGemma
 
-FAMILIES: dict[str, ModelFamily] = {"idefics3": Idefics3(), "smolvlm": Idefics3(), "minicpmv4_6": MiniCPMV46(), "paligemma": PaliGemma()}
+FAMILIES: dict[str, ModelFamily] = {
+    **{"idefics3": Idefics3(), "smolvlm": Idefics3()},
+    **{"minicpmv": MiniCPMV(), "minicpmv4_6": MiniCPMV46(), "paligemma": PaliGemma()},
+}
 """Families that need more than the generic path, by ``model_type``."""
 
 GENERIC = ModelFamily()
@@ -24,6 +28,7 @@ TESTED: dict[str, str] = {
     "gemma3": "Gemma 3",
     "idefics3": "Idefics3",
     "smolvlm": "SmolVLM (needs num2words)",
+    "minicpmv": "MiniCPM-V 2.6, MiniCPM-Llama3-V 2.5 (remote code)",
     "minicpmv4_6": "MiniCPM-V 4.6",
     "paligemma": "PaliGemma 1 and 2",
 }

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import ProcessorMixin
 
@@ -23,12 +24,16 @@ class ModelFamily:
 
     modalities: tuple[Modality, ...] = ("image", "text")
     """What ``prompt_tensors`` makes tensors of."""
-    chats: bool = True
-    """Whether ``render`` needs the processor's chat template."""
+    auto_class: str = "AutoModelForImageTextToText"
+    """By which of Transformers' classes the model is loaded."""
     axes: Mapping[str, int] = MappingProxyType({})
     """Along which axis the processor's tensors of several samples stand behind one another, where it is not the first."""
     answer_type: int = 0
     """The answer's number in ``token_type_ids``, where the processor gives them for the prompt."""
+
+    def words_chats(self, processor: ProcessorMixin) -> bool:
+        """Whether ``render`` finds the chat template it needs."""
+        return getattr(processor, "chat_template", None) is not None
 
     def render(self, processor: ProcessorMixin, messages: Sequence[Message], answer: str) -> tuple[str, str]:
         """(prompt, completion) as the chat template writes them; the completion is the answer and its end token.
@@ -38,14 +43,7 @@ class ModelFamily:
         """
         specials = special_tokens(processor)
         chat = [_as_chat(message, specials) for message in messages]
-        prompt = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-        turn = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
-        whole = processor.apply_chat_template([*chat, turn], add_generation_prompt=False, tokenize=False)
-        if not whole.startswith(prompt):
-            raise ModelError(
-                "the chat template's whole conversation does not begin with its generation prompt; this model needs a family file"
-            )
-        return prompt, whole.removeprefix(prompt).rstrip("\n")
+        return continued(processor, chat, {"role": "assistant", "content": [{"type": "text", "text": answer}]})
 
     def prompt_tensors(self, processor: ProcessorMixin, prompt: str, messages: Sequence[Message]) -> dict[str, Tensor]:
         """The processor's tensors for one prompt: ``input_ids`` of shape (1, length) and, with images, theirs.
@@ -57,6 +55,25 @@ class ModelFamily:
         images = [open_image(part.value) for message in messages for part in message.parts if part.type == "image"]
         tensors = processor(text=[prompt], images=images or None, return_tensors="pt", add_special_tokens=False)
         return {name: tensor for name, tensor in tensors.items() if name not in ("attention_mask", "labels")}
+
+    def batch(self, extras: Sequence[Mapping[str, Tensor]], shifts: Sequence[int]) -> dict[str, Any]:
+        """The tensors beside the tokens of several samples as those of one batch.
+
+        Args:
+            extras: by sample, what ``prompt_tensors`` gave; without pixels where features stand for them.
+            shifts: by how many columns padding moved each sample.
+        """
+        names = sorted({name for sample in extras for name in sample})
+        return {name: torch.cat([sample[name] for sample in extras if name in sample], self.axes.get(name, 0)) for name in names}
+
+    def call(self, model: Any, inputs: Mapping[str, Any], **settings: Any) -> Any:
+        """The model's output for a batch."""
+        return model(**inputs, **settings)
+
+    def generate(self, model: Any, inputs: Mapping[str, Any], **settings: Any) -> Tensor:
+        """The tokens that continue the prompts of a batch, shape (samples, new tokens)."""
+        output: Tensor = model.generate(**inputs, **settings)
+        return output[:, inputs["input_ids"].shape[1] :]
 
     def require(self, held: Collection[Modality]) -> None:
         """Refuse what would be left out in silence.
@@ -75,6 +92,19 @@ class ModelFamily:
         decoder = model.get_decoder()  # type: ignore[operator]
         prefix = next(name for name, module in model.named_modules() if module is decoder)
         return rf"{prefix}\..*\.({'|'.join(_LORA_TARGETS[targets])})".replace(".", r"\.", prefix.count("."))
+
+
+def continued(words: Any, chat: Sequence[Mapping[str, Any]], turn: Mapping[str, Any]) -> tuple[str, str]:
+    """(prompt, completion) as a processor or tokenizer writes a chat and the assistant's turn after it.
+
+    Raises:
+        ModelError: if the template does not continue its own generation prompt.
+    """
+    prompt = words.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    whole = words.apply_chat_template([*chat, turn], add_generation_prompt=False, tokenize=False)
+    if not whole.startswith(prompt):
+        raise ModelError("the chat template's whole conversation does not begin with its generation prompt; this model needs a family file")
+    return prompt, whole.removeprefix(prompt).rstrip("\n")
 
 
 def special_tokens(processor: ProcessorMixin) -> tuple[str, ...]:

@@ -17,8 +17,11 @@ from fedmllm.types import Message
 class PaliGemma(ModelFamily):
     """``<image>...<image><bos>prompt``, a new line, the answer and its end token; ``token_type_ids`` are 0 before the answer, 1 in it."""
 
-    chats = False
     answer_type = 1
+
+    def words_chats(self, processor: ProcessorMixin) -> bool:
+        """No template is needed."""
+        return True
 
     def render(self, processor: ProcessorMixin, messages: Sequence[Message], answer: str) -> tuple[str, str]:
         """All pictures, then all texts, a line each; the processor adds the tokens around them."""

@@ -32,8 +32,8 @@ def skills(vlm: VisionLanguageModel, seed: int, count: int) -> dict[str, tuple[f
 def _greedy(vlm: VisionLanguageModel, items: list[Dialogue]) -> list[str]:
     """Answers to the first questions."""
     batch = collate(vlm, [encode(vlm, item.messages[:1], "") for item in items], with_answers=False)
-    output = vlm.model.generate(**batch.inputs, do_sample=False, max_new_tokens=12)
-    return [text.strip() for text in vlm.tokenizer.batch_decode(output[:, batch.inputs["input_ids"].shape[1] :], skip_special_tokens=True)]
+    new = vlm.family.generate(vlm.model, batch.inputs, do_sample=False, max_new_tokens=12)
+    return [text.strip() for text in vlm.tokenizer.batch_decode(new, skip_special_tokens=True)]
 
 
 def model_card(vlm: VisionLanguageModel, config: PretrainConfig, scores: dict[str, tuple[float, int]], minutes: float) -> str:
