@@ -21,8 +21,8 @@ from fedmllm.models.encoding import Encoded, answer_nll, collate, encode
 from fedmllm.models.families import FAMILIES, TESTED
 from fedmllm.models.features import VisionFeatures, serves
 from fedmllm.models.load import ModelConfig, VisionLanguageModel, load_model
-from fedmllm.models.lora import LoraConfig, adapted_layers, attach_lora, read_weights, save_adapter
-from fedmllm.models.memory import kept_bytes
+from fedmllm.models.lora import LoraConfig, adapted_layers, attach_lora, copies, read_weights, save_adapter
+from fedmllm.models.memory import kept_bytes, saved_bytes
 from fedmllm.models.plan import make_plan
 from fedmllm.models.stacked import side_by_side, stacked
 from fedmllm.models.tail import shorten
@@ -275,3 +275,29 @@ def test_the_plan_tells_what_the_model_has_and_keeps(kind: str, federation: Fede
     sample = encode(vlm, (Message("user", (Part("text", "Which number is written? " * 12),)),), "12")
     measured = kept_bytes(vlm, sample) / len(sample.input_ids)
     assert 0.7 * measured < plan.bytes_per_token < 1.1 * measured
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_layers_computed_again_give_the_same_gradients(kind: str, federation: FederatedData) -> None:
+    """Two clients side by side, the last layer cut, with and without checkpoints: same losses and gradients, less kept."""
+    found, kept = [], []
+    for checkpoints in (False, True):
+        config = ModelConfig(name=folder_of(kind), gradient_checkpointing=checkpoints)
+        vlm = stirred(attach_lora(load_model(config, torch.device("cpu")), LoraConfig(), 0))
+        shorten(vlm.model)
+        encoder = Encoder(vlm, "agnostic")
+        batch = collate(vlm, [encoder(sample) for sample in federation.clients["client-00"][:4]])
+        own = copies(vlm.model, read_weights(vlm.model))
+        clients = [{name: (sign * tensor).requires_grad_() for name, tensor in own.items()} for sign in (1, -1)]
+        vlm.model.train()
+        with side_by_side(vlm.model) as layers:
+            with stacked(layers, clients, [2, 2]):
+                kept.append(saved_bytes(vlm.model, lambda vlm=vlm, batch=batch: answer_nll(vlm, batch)))  # type: ignore[misc]
+                nll = answer_nll(vlm, batch)
+            # Outside, as on a GPU, where another thread goes backward.
+            nll.sum().backward()  # type: ignore[no-untyped-call]
+        found.append([nll.detach(), *(tensor.grad for client in clients for tensor in client.values())])
+    assert kept[1] < 0.8 * kept[0]
+    for plain, again in zip(*found, strict=True):
+        assert plain is not None
+        torch.testing.assert_close(again, plain, atol=1e-5, rtol=1e-4)

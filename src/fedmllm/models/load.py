@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError
 
 from fedmllm.errors import ModelError
+from fedmllm.models.checkpointing import checkpoint_layers
 from fedmllm.models.families import family_of
 from fedmllm.models.families.generic import ModelFamily
 from fedmllm.models.processors import load_processor
@@ -35,6 +36,8 @@ class ModelConfig(BaseModel):
     """Number format of the frozen weights; with bfloat16 the forward pass runs under autocast and LoRA stays float32."""
     max_length: int = Field(1024, gt=0)
     """Longest prompt plus answer in tokens; the model's own limit applies where it is lower."""
+    gradient_checkpointing: bool = False
+    """Keep only what enters each layer of the decoder in training, and compute the rest again: less memory, more time."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     trust_remote_code: bool = False
@@ -132,6 +135,8 @@ def load_model(config: ModelConfig, device: torch.device) -> VisionLanguageModel
         raise ModelError(f"model.name: {config.name!r} has no chat template; use an instruction-tuned checkpoint")
     model.requires_grad_(False).eval().to(device)
     narrow(model)
+    if config.gradient_checkpointing:
+        checkpoint_layers(model, config.name)
     limit = min(config.max_length, _context(model))
     return VisionLanguageModel(config.name, model, processor, family, device, limit, dtype)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -11,15 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fedmllm.models.lora import adapted_layers
-
-
-class _Current(threading.local):
-    """The factors of this thread's pass by layer: A of shape (groups, r, inputs), B of shape (groups, outputs, r)."""
-
-    factors: Mapping[nn.Module, tuple[Tensor, Tensor]] | None = None
-
-
-_CURRENT = _Current()
+from fedmllm.models.passes import PASS, passing
 
 
 @contextmanager
@@ -57,15 +48,12 @@ def stacked(layers: Mapping[str, Any], members: Sequence[Mapping[str, Tensor]], 
         counts: how many rows of a batch are the first client's, the second's, and so on, in this order.
     """
     rows = None if len(set(counts)) == 1 else torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
-    before = _CURRENT.factors
-    _CURRENT.factors = {
+    factors = {
         layer: (_by_row([m[f"{name}.lora_A.weight"] for m in members], rows), _by_row([m[f"{name}.lora_B.weight"] for m in members], rows))
         for name, layer in layers.items()
     }
-    try:
+    with passing(factors=factors):
         yield
-    finally:
-        _CURRENT.factors = before
 
 
 def _by_row(tensors: Sequence[Tensor], rows: Tensor | None) -> Tensor:
@@ -76,9 +64,9 @@ def _by_row(tensors: Sequence[Tensor], rows: Tensor | None) -> Tensor:
 
 def _add_low_rank(layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
     """What a layer's adapters add to the product with its frozen matrix."""
-    if _CURRENT.factors is None:
+    if PASS.factors is None:
         return None
-    a, b = _CURRENT.factors[layer]
+    a, b = PASS.factors[layer]
     low = torch.bmm(inputs[0].to(a.dtype).reshape(len(a), -1, inputs[0].shape[-1]), a.mT)
     frozen = output.reshape(len(b), -1, output.shape[-1])
     return (

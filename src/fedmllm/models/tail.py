@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 from weakref import WeakSet
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fedmllm.models.passes import PASS, passing
 
-class _Current(threading.local):
-    """This thread's pass: how many columns are read at the end of each row, and how many there are."""
-
-    columns: int | None = None
-    length: int = 0
-
-
-_CURRENT = _Current()
 _SHORTENED: WeakSet[nn.Module] = WeakSet()
 """Attentions of the layers that are: a second time would cut what is cut."""
 _PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -58,26 +49,21 @@ def narrow(model: Any) -> None:
     model.get_output_embeddings().register_forward_pre_hook(_last)
 
 
-@contextmanager
-def reading(columns: int) -> Iterator[None]:
+def reading(columns: int) -> AbstractContextManager[None]:
     """In this block only the last columns of the model's output are read."""
-    before, _CURRENT.columns = _CURRENT.columns, columns
-    try:
-        yield
-    finally:
-        _CURRENT.columns = before
+    return passing(columns=columns)
 
 
 def _last(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    return None if _CURRENT.columns is None else (inputs[0][:, -_CURRENT.columns :], *inputs[1:])
+    return None if PASS.columns is None else (inputs[0][:, -PASS.columns :], *inputs[1:])
 
 
 def _cut(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    _CURRENT.length = inputs[0].shape[1]
+    PASS.length = inputs[0].shape[1]
     return _last(module, inputs)
 
 
 def _fill(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
-    if _CURRENT.columns is None:
+    if PASS.columns is None:
         return None
-    return F.pad(output, (0, 0, _CURRENT.length - output.shape[1], 0))
+    return F.pad(output, (0, 0, PASS.length - output.shape[1], 0))
