@@ -175,7 +175,7 @@ def table(lines: list[dict[str, Any]], scenarios: Sequence[str]) -> str:
     for name in (*BASELINE_SCORES, *ROWS, *CANDIDATES):
         key, row = (name, "fedavg") if name in BASELINE_SCORES else ("federated", name)
         scores = _by_seed(lines, groups, scenarios, row, key)
-        if scores:
+        if any(scores.values()):
             texts = [cell_text([by_group[group] for by_group in scores.values() if group in by_group]) for group in groups]
             whole = {seed: statistics.mean(by_group.values()) for seed, by_group in scores.items() if len(by_group) == len(groups)}
             less = [
