@@ -41,6 +41,19 @@ def test_train_evaluate_and_report(quick: Path) -> None:
     evaluated = run(quick, "evaluate", "out")
     assert evaluated.returncode == 0, evaluated.stderr
     assert "metric  auc" in evaluated.stdout
+    picture = Image.new("RGB", (64, 64), "white")
+    picture.save(quick / "x.png")
+    asked = run(
+        quick, "chat", "out", "Is it misleading?", "--image", "x.png", "--text", "7 is written", "--option", "no", "--option", "yes"
+    )
+    assert asked.returncode == 0, asked.stderr
+    answer, *options = asked.stdout.splitlines()
+    chances = {name: float(chance) for chance, name in map(str.split, options)}
+    assert set(chances) == {"no", "yes"}
+    assert answer == max(chances, key=chances.__getitem__)
+    assert sum(chances.values()) == pytest.approx(1, abs=2e-3)
+    missing = run(quick, "chat", "out", "Is it misleading?", "--image", "none.png")
+    assert (missing.returncode, "none.png: no such image" in missing.stderr) == (2, True)
     (quick / "out" / "report.html").unlink()
     assert run(quick, "report", "out").returncode == 0
     assert (quick / "out" / "report.html").is_file()

@@ -73,6 +73,30 @@ def evaluate(
 
 
 @app.command()
+def chat(
+    run_or_adapter: Annotated[Path, typer.Argument(help="A run folder, or a PEFT adapter folder.")],
+    question: Annotated[str | None, typer.Argument(help="Default: ask what is typed, line by line.")] = None,
+    image: Annotated[Path | None, typer.Option(help="What the questions are about.")] = None,
+    text: Annotated[str | None, typer.Option(help="The same in words.")] = None,
+    option: Annotated[list[str] | None, typer.Option(help="An answer to choose; once for each.")] = None,
+    experiment: Annotated[Path | None, typer.Option(help="Experiment that names the model, for an adapter outside a run folder.")] = None,
+) -> None:
+    """Ask a trained model, in the words it was trained on."""
+    import sys
+
+    from fedmllm.benchmark.scoring import chat as chat_with
+
+    content = {name: value for name, value in (("image", image), ("text", text)) if value is not None}
+    ask = chat_with(run_or_adapter, experiment, content, option or ())
+    for line in [question] if question else sys.stdin:
+        if line.strip():
+            prediction = ask(line.strip())
+            typer.echo(prediction.answer or "(no answer)")
+            for name, probability in zip(option or (), prediction.probabilities, strict=False):
+                typer.echo(f"  {probability:.3f}  {name}")
+
+
+@app.command()
 def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
     """Write a run's report.html anew."""
     from fedmllm.benchmark.report import write_report

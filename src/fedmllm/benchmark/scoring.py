@@ -1,18 +1,20 @@
-"""Scoring a trained adapter: ``fedmllm evaluate``."""
+"""A trained adapter at work: ``fedmllm evaluate`` and ``fedmllm chat``."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from fedmllm.config import Experiment
 from fedmllm.data.federated import load
+from fedmllm.data.images import open_image
 from fedmllm.errors import RunError
-from fedmllm.evaluation.evaluate import evaluate
-from fedmllm.models.load import choose_device, load_model
+from fedmllm.evaluation.evaluate import evaluate, predict
+from fedmllm.models.load import VisionLanguageModel, choose_device, load_model
 from fedmllm.models.lora import load_adapter
 from fedmllm.training.batches import Encoder
-from fedmllm.types import Metrics
+from fedmllm.types import Metrics, Modality, Prediction, Sample
 
 
 def score_adapter(path: Path, experiment_file: Path | None = None, overrides: Sequence[str] = ()) -> tuple[str, Metrics]:
@@ -26,12 +28,50 @@ def score_adapter(path: Path, experiment_file: Path | None = None, overrides: Se
     Raises:
         RunError: if neither the folder nor the arguments say which experiment it is.
     """
-    adapter = path / "adapter" if (path / "adapter").is_dir() else path
-    experiment = Experiment.load(experiment_file or _own_config(path, adapter), overrides)
+    experiment, adapter = _found(path, experiment_file, overrides)
     data = experiment.data
     dataset = load(data, experiment.seed)
-    vlm = load_adapter(load_model(experiment.model, choose_device(experiment.engine.device)), adapter)
+    vlm = _loaded(experiment, adapter)
     return dataset.metric, evaluate(vlm, dataset.test, Encoder(vlm, data.prompt), dataset.metric, experiment.evaluation, experiment.seed)
+
+
+def chat(
+    path: Path, experiment_file: Path | None = None, content: Mapping[Modality, Any] | None = None, options: Sequence[str] = ()
+) -> Callable[[str], Prediction]:
+    """A function from a question to the trained model's answer, worded as in training.
+
+    Args:
+        path: a run folder, or a PEFT adapter folder.
+        experiment_file: names model and prompt; by default the run's own ``config.yaml``.
+        content: what all questions are about: an image's path, a text.
+        options: to choose from; empty for free answers.
+
+    Raises:
+        RunError: if neither the folder nor the arguments say which experiment it is.
+        DataError: if the image cannot be read.
+    """
+    experiment, adapter = _found(path, experiment_file, ())
+    if "image" in (content or {}):
+        open_image(content["image"])  # type: ignore[index]
+    vlm = _loaded(experiment, adapter)
+    encode, config = Encoder(vlm, experiment.data.prompt, max_bytes=0), experiment.evaluation
+
+    def ask(question: str) -> Prediction:
+        answer = options[0] if options else "?"
+        sample = Sample("chat", question, answer, content or {}, tuple(options), answer_type="choice" if options else "open")
+        return predict(vlm, [sample], encode, config)[0]
+
+    return ask
+
+
+def _found(path: Path, experiment_file: Path | None, overrides: Sequence[str]) -> tuple[Experiment, Path]:
+    """The experiment and the adapter's folder."""
+    adapter = path / "adapter" if (path / "adapter").is_dir() else path
+    return Experiment.load(experiment_file or _own_config(path, adapter), overrides), adapter
+
+
+def _loaded(experiment: Experiment, adapter: Path) -> VisionLanguageModel:
+    return load_adapter(load_model(experiment.model, choose_device(experiment.engine.device)), adapter)
 
 
 def _own_config(path: Path, adapter: Path) -> Path:
