@@ -252,6 +252,22 @@ def test_too_long_a_sample_is_refused_not_cut(model: VisionLanguageModel, federa
         encode(replace(model, max_length=length - 1), turn, "7")
 
 
+def test_a_limit_on_pictures_makes_them_smaller_first(model: VisionLanguageModel, federation: FederatedData) -> None:
+    """As if they had come smaller, shape kept; the picture that was handed over stays as it is."""
+    picture = open_image(federation.dataset.test[0].content["image"])  # type: ignore[arg-type]
+    width, height = picture.size
+    side = max(width, height) // 2
+    smaller = picture.copy()
+    smaller.thumbnail((side, side))
+    limited, expected, full = (
+        encode(vlm, (Message("user", (Part("image", given), Part("text", "Which?"))),), "7")
+        for vlm, given in ((replace(model, max_image_side=side), picture), (model, smaller), (model, picture))
+    )
+    assert picture.size == (width, height)
+    assert limited.picture == expected.picture != full.picture
+    assert torch.equal(limited.input_ids, expected.input_ids)
+
+
 @pytest.mark.parametrize("kind", WITH_REMOTE)
 def test_a_saved_adapter_loads_in_plain_peft(kind: str, federation: FederatedData, tmp_path: Path) -> None:
     ours = stirred(attach_lora(load(kind), LoraConfig(), 0))

@@ -16,11 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fedmllm.data.images import open_image
 from fedmllm.data.prompts import letters
 from fedmllm.errors import ModelError
 from fedmllm.models.load import VisionLanguageModel
 from fedmllm.models.tail import reading
-from fedmllm.types import Message, Sample
+from fedmllm.types import Message, Part, Sample
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,8 @@ def encode(vlm: VisionLanguageModel, messages: Sequence[Message], answer: str) -
     Raises:
         ModelError: if prompt and answer exceed the model's context.
     """
+    if vlm.max_image_side is not None:
+        messages = [Message(m.role, tuple(_shrunk(part, vlm.max_image_side) for part in m.parts)) for m in messages]
     prompt, completion = vlm.family.render(vlm.processor, messages, answer)
     tensors = vlm.family.prompt_tensors(vlm.processor, prompt, messages)
     prompt_ids = tensors.pop("input_ids")[0]
@@ -97,6 +100,15 @@ def encode(vlm: VisionLanguageModel, messages: Sequence[Message], answer: str) -
     kinds = {name: tensors.pop(name)[0] for name in sorted(tensors) if name.endswith("token_type_ids")}
     by_token = {name: F.pad(row, (0, len(answer_ids)), value=vlm.family.answer_type) for name, row in kinds.items()}
     return Encoded(ids, len(answer_ids), tensors, by_token)
+
+
+def _shrunk(part: Part, side: int) -> Part:
+    """A picture with no side longer than ``side``, its shape kept; anything else as it is."""
+    if part.type != "image":
+        return part
+    image = open_image(part.value).copy()
+    image.thumbnail((side, side))
+    return Part("image", image)
 
 
 def collate(vlm: VisionLanguageModel, samples: Sequence[Encoded], with_answers: bool = True) -> Batch:

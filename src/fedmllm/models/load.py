@@ -36,6 +36,8 @@ class ModelConfig(BaseModel):
     """Number format of the frozen weights; with bfloat16 the forward pass runs under autocast and LoRA stays float32."""
     max_length: int = Field(1024, gt=0)
     """Longest prompt plus answer in tokens; the model's own limit applies where it is lower."""
+    max_image_side: int | None = Field(None, gt=0)
+    """Longest side of a picture in pixels; a larger one is made smaller before the processor sees it. Null for the processor's own limits."""
     gradient_checkpointing: bool = False
     """Keep only what enters each layer of the decoder in training, and compute the rest again: less memory, more time."""
     revision: str | None = None
@@ -55,6 +57,7 @@ class VisionLanguageModel:
         family: what is particular to this kind of model.
         device: where the model stands.
         max_length: longest sequence in tokens.
+        max_image_side: longest side of a picture in pixels; None for the processor's own limits.
         originals: frozen matrices as loaded, by module, of those that a method has changed.
         features: keeps what the frozen vision part makes of pictures; None to compute it every time.
     """
@@ -68,6 +71,7 @@ class VisionLanguageModel:
     dtype: torch.dtype = torch.float32
     originals: dict[str, torch.Tensor] = field(default_factory=dict)
     features: VisionFeatures | None = None
+    max_image_side: int | None = None
 
     @property
     def tokenizer(self) -> Any:
@@ -138,7 +142,7 @@ def load_model(config: ModelConfig, device: torch.device) -> VisionLanguageModel
     if config.gradient_checkpointing:
         checkpoint_layers(model, config.name)
     limit = min(config.max_length, _context(model))
-    return VisionLanguageModel(config.name, model, processor, family, device, limit, dtype)
+    return VisionLanguageModel(config.name, model, processor, family, device, limit, dtype, max_image_side=config.max_image_side)
 
 
 def check_config(name: str, folder: Path) -> None:
