@@ -12,8 +12,10 @@ from fedmllm.data.federated import FederatedData
 from fedmllm.errors import ModelError
 from fedmllm.models.encoding import answer_nll, collate
 from fedmllm.models.load import NANO_FOLDER, ModelConfig, choose_device, load_model
+from fedmllm.models.processors import load_processor
 from fedmllm.training.batches import Encoder
 from minicpmv_stand_in import StandIn
+from tiny_models import make
 
 
 def load(name: str | Path) -> None:
@@ -159,3 +161,17 @@ def test_code_that_comes_with_a_model_runs_only_if_it_is_trusted(tmp_path: Path,
 def test_code_from_the_hub_is_trusted_by_commit() -> None:
     with pytest.raises(ModelError, match=r"name the commit you trust in model\.revision"):
         load_model(ModelConfig(name="someone/model", trust_remote_code=True), torch.device("cpu"))
+
+
+def test_a_processor_with_videos_is_made_without_them(tmp_path: Path) -> None:
+    """By the class that its settings name, whatever the kind of model; torchvision, which videos would need, is not installed here."""
+    make("qwen3_vl", tmp_path)
+    assert type(load_processor(str(tmp_path))).__name__ == "Qwen3VLProcessor"
+    (tmp_path / "video_preprocessor_config.json").write_text('{"video_processor_type": "Qwen3VLVideoProcessor"}')
+    assert type(load_processor(str(tmp_path))).__name__ == "Qwen3VLProcessor"
+    settings = json.loads((tmp_path / "processor_config.json").read_text())
+    (tmp_path / "processor_config.json").write_text(json.dumps(settings | {"processor_class": "Qwen2_5_VLProcessor"}))
+    assert type(load_processor(str(tmp_path))).__name__ == "Qwen2_5_VLProcessor"
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        load(tmp_path)

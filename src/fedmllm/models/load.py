@@ -117,19 +117,12 @@ def load_model(config: ModelConfig, device: torch.device) -> VisionLanguageModel
     Raises:
         ModelError: if the folder has no config, weights, processor or chat template, or its code is not trusted.
     """
-    import transformers
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    source, options = model_source(config.name), {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    source, dtype = model_source(config.name), getattr(torch, config.dtype)
     _check_folder(config.name, Path(source))
     if config.trust_remote_code and config.revision is None and not Path(source).is_dir():
         raise ModelError(f"model.trust_remote_code runs code that comes with {config.name!r}: name the commit you trust in model.revision")
-    dtype = getattr(torch, config.dtype)
     try:
-        family = family_of(transformers.AutoConfig.from_pretrained(source, **options).model_type)
-        processor = load_processor(source, **options)
-        model = getattr(transformers, family.auto_class).from_pretrained(source, dtype=dtype, use_safetensors=True, **options)
+        family, processor, model = _pretrained(source, dtype, revision=config.revision, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         if "trust_remote_code" in str(error):
             remedy = "read it, then set model.trust_remote_code to true and model.revision to its commit"
@@ -137,12 +130,21 @@ def load_model(config: ModelConfig, device: torch.device) -> VisionLanguageModel
         raise ModelError(f"model.name: {config.name!r} cannot be loaded: {_first_lines(error)}") from error
     if not family.words_chats(processor):
         raise ModelError(f"model.name: {config.name!r} has no chat template; use an instruction-tuned checkpoint")
-    model.requires_grad_(False).eval().to(device)
-    narrow(model)
+    narrow(model.requires_grad_(False).eval().to(device))
     if config.gradient_checkpointing:
         checkpoint_layers(model, config.name)
     limit = min(config.max_length, _context(model))
     return VisionLanguageModel(config.name, model, processor, family, device, limit, dtype, max_image_side=config.max_image_side)
+
+
+def _pretrained(source: str, dtype: torch.dtype, **options: Any) -> tuple[ModelFamily, Any, Any]:
+    """A folder's or hub id's family, processor and model."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    family = family_of(transformers.AutoConfig.from_pretrained(source, **options).model_type)
+    processor = load_processor(source, **options)
+    return family, processor, getattr(transformers, family.auto_class).from_pretrained(source, dtype=dtype, use_safetensors=True, **options)
 
 
 def check_config(name: str, folder: Path) -> None:

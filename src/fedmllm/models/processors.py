@@ -1,4 +1,4 @@
-"""Loading a model's processor without its part for videos."""
+"""Loading a model's processor, without its part for videos if that cannot be made."""
 
 from __future__ import annotations
 
@@ -6,18 +6,31 @@ from typing import Any
 
 
 def load_processor(source: str, **options: Any) -> Any:
-    """The processor of a folder or hub id, for pictures and text.
+    """The processor of a folder or hub id.
 
-    Transformers makes processors of videos with torchvision only. All that is fed to models here does without, so that its processors are
-    made without them, whether torchvision is installed or not.
+    Transformers makes processors of videos with torchvision only. Where that, or the processor's settings for videos, are missing, it
+    is made without: pictures and text, all that is fed to models here, need neither.
     """
-    from transformers import AutoConfig, AutoProcessor
+    from transformers import AutoProcessor
+
+    try:
+        return AutoProcessor.from_pretrained(source, **options)
+    except (ImportError, OSError) as error:
+        if "video processor" not in str(error) and "VideoProcessor" not in str(error):
+            raise
+        return without_videos(_class_of(source, options)).from_pretrained(source, **options)
+
+
+def _class_of(source: str, options: dict[str, Any]) -> Any:
+    """The class that the processor's settings name, else that of the kind of model."""
+    from transformers import AutoConfig, ProcessorMixin
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES, processor_class_from_name
 
-    found = None
-    if not options.get("trust_remote_code"):
-        found = processor_class_from_name(PROCESSOR_MAPPING_NAMES.get(AutoConfig.from_pretrained(source, **options).model_type, ""))
-    return (AutoProcessor if found is None else without_videos(found)).from_pretrained(source, **options)
+    try:
+        named = ProcessorMixin.get_processor_dict(source, **options)[0].get("processor_class")
+    except OSError:
+        named = None
+    return processor_class_from_name(named or PROCESSOR_MAPPING_NAMES[AutoConfig.from_pretrained(source, **options).model_type])
 
 
 class NoVideos:

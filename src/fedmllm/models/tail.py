@@ -46,7 +46,9 @@ def shorten(model: Any) -> bool:
 
 def narrow(model: Any) -> None:
     """Let a model's output head work on the columns that are read, also where ``forward`` takes no ``logits_to_keep``."""
-    model.get_output_embeddings().register_forward_pre_hook(_last)
+    head = model.get_output_embeddings()
+    if head is not None:
+        head.register_forward_pre_hook(_last)
 
 
 def reading(columns: int) -> AbstractContextManager[None]:

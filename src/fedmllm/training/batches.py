@@ -53,7 +53,7 @@ class Encoder:
 
 
 def _size(encoded: Encoded) -> int:
-    return encoded.input_ids.nbytes + sum(tensor.nbytes for tensor in encoded.extras.values())
+    return encoded.input_ids.nbytes + sum(tensor.nbytes for tensor in (*encoded.extras.values(), *encoded.by_token.values()))
 
 
 @dataclass(frozen=True)
