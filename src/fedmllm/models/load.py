@@ -117,10 +117,8 @@ def load_model(config: ModelConfig, device: torch.device) -> VisionLanguageModel
     Raises:
         ModelError: if the folder has no config, weights, processor or chat template, or its code is not trusted.
     """
-    source, dtype = model_source(config.name), getattr(torch, config.dtype)
-    _check_folder(config.name, Path(source))
-    if config.trust_remote_code and config.revision is None and not Path(source).is_dir():
-        raise ModelError(f"model.trust_remote_code runs code that comes with {config.name!r}: name the commit you trust in model.revision")
+    source, dtype = check_source(config), getattr(torch, config.dtype)
+    _check_weights(config.name, Path(source))
     try:
         family, processor, model = _pretrained(source, dtype, revision=config.revision, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
@@ -147,21 +145,25 @@ def _pretrained(source: str, dtype: torch.dtype, **options: Any) -> tuple[ModelF
     return family, processor, getattr(transformers, family.auto_class).from_pretrained(source, dtype=dtype, use_safetensors=True, **options)
 
 
-def check_config(name: str, folder: Path) -> None:
-    """Name what is missing of a local folder, rather than pass on a search through a hub that was never meant.
+def check_source(config: ModelConfig) -> str:
+    """What ``from_pretrained`` is given. Names what is missing of a local folder, rather than search a hub that was never meant.
 
     Raises:
-        ModelError: if a folder is meant that is not there, or it has no config.
+        ModelError: if a folder is meant that is not there, or it has no config, or code from the hub is trusted at no particular commit.
     """
+    name, source = config.name, model_source(config.name)
+    folder = Path(source)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ModelError(f"model.name: {name!r} has no config.json; it is not a Transformers folder")
     if not folder.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise ModelError(f"model.name: {name!r} is not a folder; give a Transformers folder, a hub id or 'nano'")
+    if config.trust_remote_code and config.revision is None and not folder.is_dir():
+        raise ModelError(f"model.trust_remote_code runs code that comes with {name!r}: name the commit you trust in model.revision")
+    return source
 
 
-def _check_folder(name: str, folder: Path) -> None:
-    """A folder's config and weights."""
-    check_config(name, folder)
+def _check_weights(name: str, folder: Path) -> None:
+    """Name what is wrong with a local folder's weights."""
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
         others = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
         hint = (

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,9 +11,10 @@ from torch import nn
 
 from fedmllm.errors import ModelError
 from fedmllm.models.families import family_of
-from fedmllm.models.load import ModelConfig, check_config, model_source
+from fedmllm.models.load import ModelConfig, check_source
 from fedmllm.models.lora import LoraConfig, without_deprecations
 from fedmllm.models.memory import saved_bytes
+from fedmllm.randomness import torch_randomness
 
 _TOKENS = 128
 """Of the pass that is measured."""
@@ -59,10 +59,9 @@ def make_plan(config: ModelConfig, lora: LoraConfig) -> Plan:
     """
     import transformers
 
-    check_config(config.name, Path(model_source(config.name)))
+    source, trust = check_source(config), config.trust_remote_code
     try:
-        trust = config.trust_remote_code
-        settings = transformers.AutoConfig.from_pretrained(model_source(config.name), revision=config.revision, trust_remote_code=trust)
+        settings = transformers.AutoConfig.from_pretrained(source, revision=config.revision, trust_remote_code=trust)
         family = family_of(settings.model_type)
         with torch.device("meta"):
             model = getattr(transformers, family.auto_class).from_config(settings, trust_remote_code=trust)
@@ -70,6 +69,8 @@ def make_plan(config: ModelConfig, lora: LoraConfig) -> Plan:
         raise ModelError(f"model.name: {config.name!r} cannot be planned: {' '.join(str(error).split())[:300]}") from error
     pattern = re.compile(family.lora_modules(model, lora.targets))
     adapted = [module for name, module in model.named_modules() if pattern.fullmatch(name) and isinstance(module, nn.Linear)]
+    if not adapted:
+        raise ModelError(f"lora.targets: {lora.targets} names no layer of {config.name!r}'s decoder ({pattern.pattern})")
     dtype = getattr(torch, config.dtype)
     parameters = sum(weight.numel() for weight in model.parameters())
     trainable = sum(lora.r * (module.in_features + module.out_features) for module in adapted)
@@ -99,7 +100,8 @@ def _kept(text: Any, kinds: list[str], pattern: re.Pattern[str], dtype: torch.dt
     }
     if getattr(text, "layer_types", None):
         changes["layer_types"] = kinds
-    decoder = AutoModel.from_config(type(text)(**{**text.to_dict(), **changes})).to(dtype).requires_grad_(False)
+    with torch_randomness(torch.device("cpu"), 0, "plan"):
+        decoder = AutoModel.from_config(type(text)(**{**text.to_dict(), **changes})).to(dtype).requires_grad_(False)
     names = {name for name, module in decoder.named_modules() if isinstance(module, nn.Linear) and _ends_alike(pattern, name)}
     with without_deprecations():
         model = peft.get_peft_model(decoder, peft.LoraConfig(r=lora.r, lora_alpha=lora.alpha, target_modules=sorted(names)))
