@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from fedmllm.algorithms import ServerState
@@ -110,6 +111,24 @@ def test_the_result_says_everything(finished: Path) -> None:
     assert record["seed"] == 0
     assert {"fedmllm", "torch", "transformers", "peft"} <= set(record["versions"])
     assert outcome(finished).to_record() == record
+
+
+def test_the_adapter_s_card_says_what_it_is_and_nothing_of_this_machine(finished: Path) -> None:
+    card, record = (finished / "adapter" / "README.md").read_text(), outcome(finished)
+    _, front, body = card.split("---\n", 2)
+    assert yaml.safe_load(front) == {
+        "base_model": "nano",
+        "library_name": "peft",
+        "pipeline_tag": "image-text-to-text",
+        "tags": ["lora", "federated-learning"],
+    }
+    assert f"| federated | {record.scores['federated']:.3f} | {record.standard_errors['federated']:.3f} |" in body
+    assert f"{record.trainable_parameters:,} trained parameters" in body
+    assert "digits-claims, 3 clients" in body
+    settings = (finished / "adapter" / "adapter_config.json").read_text()
+    for text in (card, settings):
+        assert str(Path.home()) not in text
+        assert str(Path(model_source("nano")).parent) not in text
 
 
 def plain(model: Any, source: str | Path, samples: Sequence[Sample]) -> torch.Tensor:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from fedmllm.algorithms import Client, ServerState, build_algorithm
 from fedmllm.algorithms.fedavg import FedAvg
+from fedmllm.benchmark.card import adapter_card
 from fedmllm.benchmark.report import write_report
 from fedmllm.benchmark.results import RunResult
 from fedmllm.benchmark.summary import summarize
@@ -175,6 +176,7 @@ class _Run:
             tested=self._tested(encoder, loop, federated, trained),
             clients=self._by_client(encoder, loop.store, models, trained.base),
         )
+        self._write_cards(result)
         write_json(self.folder / "result.json", result.to_record())
         write_report(self.folder)
         return result
@@ -244,6 +246,12 @@ class _Run:
         for client, weights in own.items():
             (self.folder / "adapters").mkdir(exist_ok=True)
             save_adapter(self.vlm, weights, self.folder / "adapters" / client, trained.base)
+
+    def _write_cards(self, result: RunResult) -> None:
+        """A model card beside each adapter."""
+        folders = {"": self.folder / "adapter", **{path.name: path for path in sorted(self.folder.glob("adapters/*"))}}
+        for client, folder in folders.items():
+            write_atomically(folder / "README.md", adapter_card(result, self.experiment, client).encode())
 
     def _zero_shot(self, loop: Loop, initial: Weights) -> None:
         """The model before training, as a stage of no rounds."""

@@ -223,6 +223,8 @@ def save_adapter(vlm: VisionLanguageModel, weights: Weights, folder: Path, base:
     shutil.rmtree(draft, ignore_errors=True)
     # "auto" would ask a hub whether the vocabulary was resized.
     model.save_pretrained(str(draft), save_embedding_layers=False)
+    # PEFT's model card is a form to be filled in, which names the folder of the base model on this machine.
+    (draft / "README.md").unlink(missing_ok=True)
     if base:
         _save_merged(draft, weights, base)
     shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,93 @@
+"""The model card that lies with an adapter: what it is, what it was trained on and how, what it scores, what was private."""
+
+from __future__ import annotations
+
+from fedmllm.benchmark.drawing import human_bytes
+from fedmllm.benchmark.results import SCORES, RunResult
+from fedmllm.config import Experiment
+
+CARD = """---
+base_model: {model}
+library_name: peft
+pipeline_tag: image-text-to-text
+tags:
+- lora
+- federated-learning
+---
+
+# {title}
+
+A LoRA adapter of `{model}`, fine-tuned across clients with fedmllm {version}.
+
+| | |
+|---|---|
+| data | {dataset}, {clients} clients, partition {partition}, scenario {scenario} |
+| method | {method} |
+| training | {rounds} rounds of {cohort} clients, {epochs} local epochs, seed {seed} |
+| adapter | rank {rank} on {targets}, {trainable:,} trained parameters |
+| exchanged | {up} sent by the clients, {down} received |
+
+## Scores
+
+{metric} on the test split:
+
+| | score | standard error |
+|---|---|---|
+{scores}
+
+## Privacy
+
+Clients' samples stayed with them; what they sent were updates of the adapter{compressed}. Updates can tell something about the samples that
+they were made from: no differential privacy and no secure aggregation was used. In this run all clients were simulated in one process.
+
+## Use
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForImageTextToText
+
+model = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained("{model}"), "this folder")
+```
+
+`fedmllm chat RUN --image FILE` words questions as in training ({prompt} prompt).
+"""
+
+
+def adapter_card(result: RunResult, experiment: Experiment, client: str = "") -> str:
+    """A card in Markdown with the fields that hubs read.
+
+    Args:
+        result: of the run.
+        experiment: its settings.
+        client: whose own adapter it is; empty for the global one.
+    """
+    federation, lora, compression = experiment.federation, experiment.lora, experiment.compression.name
+    rows = [
+        f"| {name.replace('_', ' ')} | {score:.3f} | {'' if error is None else f'{error:.3f}'} |"
+        for name in SCORES
+        if (score := result.scores.get(name)) is not None
+        for error in [result.standard_errors.get(name)]
+    ]
+    return CARD.format(
+        model=result.model,
+        title=f"{result.experiment}: {client}'s own" if client else result.experiment,
+        version=result.versions["fedmllm"],
+        dataset=experiment.data.dataset,
+        clients=result.num_clients,
+        scenario=federation.scenario,
+        partition=federation.partition,
+        method=", ".join([result.algorithm, *result.strategies]),
+        rounds=result.num_rounds,
+        cohort=result.clients_per_round,
+        epochs=experiment.training.local_epochs,
+        seed=result.seed,
+        rank=lora.r,
+        targets=lora.targets,
+        trainable=result.trainable_parameters,
+        up=human_bytes(result.bytes_up),
+        down=human_bytes(result.bytes_down),
+        metric=result.metric,
+        scores="\n".join(rows),
+        compressed="" if compression == "none" else f", compressed ({compression})",
+        prompt=experiment.data.prompt,
+    )
