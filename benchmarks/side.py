@@ -10,6 +10,7 @@ import tempfile
 import threading
 from pathlib import Path
 from types import TracebackType
+from typing import IO
 
 import psutil
 from safetensors.torch import load_file
@@ -104,7 +105,7 @@ class Side:
         return load_file(self._end)
 
     @property
-    def _stdin(self) -> subprocess.IO[str]:
+    def _stdin(self) -> IO[str]:
         assert self._process.stdin is not None  # noqa: S101
         return self._process.stdin
 

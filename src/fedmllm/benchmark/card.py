@@ -23,7 +23,7 @@ A LoRA adapter of `{model}`, fine-tuned across clients with fedmllm {version}.
 |---|---|
 | data | {dataset}, {clients} clients, partition {partition}, scenario {scenario} |
 | method | {method} |
-| training | {rounds} rounds of {cohort} clients, {epochs} local epochs, seed {seed} |
+| training | rounds: {rounds}, clients in each: {cohort}, local epochs: {epochs}, seed: {seed} |
 | adapter | rank {rank} on {targets}, {trainable:,} trained parameters |
 | exchanged | {up} sent by the clients, {down} received |
 
@@ -46,7 +46,8 @@ they were made from: no differential privacy and no secure aggregation was used.
 from peft import PeftModel
 from transformers import AutoModelForImageTextToText
 
-model = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained("{model}"), "this folder")
+base = AutoModelForImageTextToText.from_pretrained({base})
+model = PeftModel.from_pretrained(base, "this folder")
 ```
 
 `fedmllm chat RUN --image FILE` words questions as in training ({prompt} prompt).
@@ -70,6 +71,7 @@ def adapter_card(result: RunResult, experiment: Experiment, client: str = "") ->
     ]
     return CARD.format(
         model=result.model,
+        base="fedmllm.models.load.model_source('nano')" if result.model == "nano" else f'"{result.model}"',
         title=f"{result.experiment}: {client}'s own" if client else result.experiment,
         version=result.versions["fedmllm"],
         dataset=experiment.data.dataset,
