@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -30,7 +31,7 @@ from fedmllm.data.prompts import to_messages
 from fedmllm.engine.checkpoint import RunStore
 from fedmllm.errors import DataError, ModelError, RunError
 from fedmllm.models.load import VisionLanguageModel, model_source
-from fedmllm.models.lora import write_base, write_weights
+from fedmllm.models.lora import adapted_layers, write_base, write_weights
 from fedmllm.types import Record, Sample
 
 
@@ -125,6 +126,10 @@ def test_the_adapter_s_card_says_what_it_is_and_nothing_of_this_machine(finished
     assert f"| federated | {record.scores['federated']:.3f} | {record.standard_errors['federated']:.3f} |" in body
     assert f"{record.trainable_parameters:,} trained parameters" in body
     assert "digits-claims, 3 clients" in body
+    (code,) = re.findall(r"```python\n(.*?)```", body, re.DOTALL)
+    loaded: dict[str, Any] = {}
+    exec(code.replace("this folder", str(finished / "adapter")), loaded)
+    assert dict(adapted_layers(loaded["model"]))
     settings = (finished / "adapter" / "adapter_config.json").read_text()
     for text in (card, settings):
         assert str(Path.home()) not in text

@@ -43,7 +43,7 @@ they were made from: no differential privacy and no secure aggregation was used.
 ## Use
 
 ```python
-from peft import PeftModel
+{imports}from peft import PeftModel
 from transformers import AutoModelForImageTextToText
 
 base = AutoModelForImageTextToText.from_pretrained({base})
@@ -71,7 +71,8 @@ def adapter_card(result: RunResult, experiment: Experiment, client: str = "") ->
     ]
     return CARD.format(
         model=result.model,
-        base="fedmllm.models.load.model_source('nano')" if result.model == "nano" else f'"{result.model}"',
+        imports="from fedmllm.models.load import model_source\n" if result.model == "nano" else "",
+        base='model_source("nano")' if result.model == "nano" else f'"{result.model}"',
         title=f"{result.experiment}: {client}'s own" if client else result.experiment,
         version=result.versions["fedmllm"],
         dataset=experiment.data.dataset,

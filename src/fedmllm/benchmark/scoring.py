@@ -51,14 +51,13 @@ def chat(
         DataError: if the image cannot be read.
     """
     experiment, adapter = _found(path, experiment_file, ())
-    if "image" in (content or {}):
-        open_image(content["image"])  # type: ignore[index]
+    held = {name: open_image(value) if name == "image" else value for name, value in (content or {}).items()}
     vlm = _loaded(experiment, adapter)
     encode, config = Encoder(vlm, experiment.data.prompt, max_bytes=0), experiment.evaluation
 
     def ask(question: str) -> Prediction:
         answer = options[0] if options else "?"
-        sample = Sample("chat", question, answer, content or {}, tuple(options), answer_type="choice" if options else "open")
+        sample = Sample("chat", question, answer, held, tuple(options), answer_type="choice" if options else "open")
         return predict(vlm, [sample], encode, config)[0]
 
     return ask
