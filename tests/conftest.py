@@ -11,7 +11,8 @@ import torch
 from fedmllm.config import Experiment
 from fedmllm.data.federated import FederatedData, federate
 from fedmllm.models.load import ModelConfig, VisionLanguageModel, load_model
-from fedmllm.models.lora import LoraConfig, attach_lora
+from fedmllm.models.lora import attach_lora
+from fedmllm.models.parts import LoraConfig
 from fedmllm.training.batches import Encoder
 
 torch.set_num_threads(1)

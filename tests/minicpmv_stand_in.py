@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from fedmllm.models.families import FAMILIES
 from fedmllm.models.load import VisionLanguageModel, model_source
@@ -57,6 +57,27 @@ class StandIn(nn.Module):
     def forward(self, data: dict[str, Any], **kwargs: Any) -> Any:
         embedded, _ = self.get_vllm_embedding(data)
         return self.llm(input_ids=None, position_ids=data["position_ids"], inputs_embeds=embedded, **kwargs)
+
+
+class Resampler(nn.Module):
+    """The parameters of the published resampler: 64 queries that attend to patches of width 1,152."""
+
+    def __init__(self, width: int, patches: int, queries: int) -> None:
+        super().__init__()
+        self.query = nn.Parameter(torch.empty(queries, width))
+        self.kv_proj = nn.Linear(patches, width, bias=False)
+        self.attn = nn.MultiheadAttention(width, width // 128)
+        self.ln_q, self.ln_kv, self.ln_post = (nn.LayerNorm(width) for _ in range(3))
+        self.proj = nn.Parameter(torch.empty(width, width))
+
+
+def true_geometry() -> nn.Module:
+    """Decoder and resampler in the sizes of MiniCPM-V 2.6; make it on the device ``meta``."""
+    model = StandIn(8, 0)
+    sizes = {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28}
+    model.llm = Qwen2ForCausalLM(Qwen2Config(vocab_size=151666, num_key_value_heads=4, **sizes))  # type: ignore[arg-type]
+    model.resampler = Resampler(3584, 1152, 64)
+    return model
 
 
 class StandInProcessor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -35,6 +36,7 @@ def quick(tmp_path: Path) -> Path:
 def test_train_evaluate_and_report(quick: Path) -> None:
     trained = run(quick, "train", "quick.yaml", "--output", "out")
     assert trained.returncode == 0, trained.stderr
+    assert re.search(r"^plan  3,953,904 parameters, 73,728 trained: 295 kB to send; memory .* per token of a pass$", trained.stdout, re.M)
     for part in ("federated round 1/2", "loss", "sent", "left", "zero-shot", "ceiling", "out/report.html"):
         assert part in trained.stdout
     assert "\x1b" not in trained.stdout
@@ -54,6 +56,8 @@ def test_train_evaluate_and_report(quick: Path) -> None:
     assert sum(chances.values()) == pytest.approx(1, abs=2e-3)
     missing = run(quick, "chat", "out", "Is it misleading?", "--image", "none.png")
     assert (missing.returncode, "none.png: no such image" in missing.stderr) == (2, True)
+    assert run(quick, "merge", "out", "--output", "merged").stdout == "model  merged\n"
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in (quick / "merged").iterdir()}
     (quick / "out" / "report.html").unlink()
     assert run(quick, "report", "out").returncode == 0
     assert (quick / "out" / "report.html").is_file()
@@ -78,9 +82,11 @@ def test_models_are_named_and_planned(quick: Path) -> None:
     kinds = json.loads(run(quick, "models", "list", "--json").stdout)
     assert kinds["smolvlm"]["family"] == "idefics3"
     assert "MiniCPM-V 4.6" in run(quick, "models", "list").stdout
-    plan = json.loads(run(quick, "models", "plan", "nano", "--rank", "4", "--json").stdout)
-    assert plan["trainable"] * 4 == plan["sent_per_client_and_round"] == 6 * 4 * 4 * (192 + 192) * 4
-    assert "36,864" in run(quick, "models", "plan", "nano", "--rank", "4").stdout
+    options = ("--rank", "4", "--connector", "full", "--embeddings", "full")
+    plan = json.loads(run(quick, "models", "plan", "nano", *options, "--json").stdout)
+    assert plan["trainable"] * 4 == plan["sent_per_client_and_round"] == (6 * 4 * 4 * (192 + 192) + 64_896 + 196_608) * 4
+    shown = run(quick, "models", "plan", "nano", "--rank", "4").stdout
+    assert all(part in shown for part in ("36,864", "embeddings", "393 kB"))
     wrong = run(quick, "models", "plan", "./nowhere")
     assert wrong.returncode == 2
     assert "is not a folder" in wrong.stderr

@@ -11,6 +11,7 @@ import typer
 
 if TYPE_CHECKING:
     from fedmllm.benchmark.results import RunResult
+    from fedmllm.config import Experiment
 
 app = typer.Typer(
     name="fedmllm",
@@ -45,6 +46,7 @@ def train(
     settings = Experiment.load(experiment, overrides or [])
     name = experiment.stem
     folder = output or (run.unfinished_folder(name) if resume else run.default_folder(name))
+    _print_plan(settings)
     try:
         with Display(settings.federation.num_rounds) as display:
             result = run.train(settings, folder, name=name, resume=resume, observer=display.observer)
@@ -94,6 +96,20 @@ def chat(
             typer.echo(prediction.answer or "(no answer)")
             for name, probability in zip(option or (), prediction.probabilities, strict=False):
                 typer.echo(f"  {probability:.3f}  {name}")
+
+
+@app.command()
+def merge(
+    run_or_adapter: Annotated[Path, typer.Argument(help="A run folder, or a PEFT adapter folder.")],
+    output: Annotated[Path, typer.Option(help="Folder for the model; it must not exist.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Settings as key.path=value, e.g. model.name=/models/qwen.")] = None,
+    experiment: Annotated[Path | None, typer.Option(help="Experiment that names the model, for an adapter outside a run folder.")] = None,
+) -> None:
+    """Write the whole model with a trained adapter merged into its weights."""
+    from fedmllm.benchmark.scoring import merge as merge_adapter
+
+    merge_adapter(run_or_adapter, output, experiment, overrides or [])
+    typer.echo(f"model  {output}")
 
 
 @app.command()
@@ -208,13 +224,19 @@ def models_plan(
     rank: Annotated[int, typer.Option(help="Of LoRA.")] = 8,
     targets: Annotated[str, typer.Option(help="Adapted layers: attention or all-linear.")] = "attention",
     dtype: Annotated[str, typer.Option(help="Of the frozen weights: float32 or bfloat16.")] = "bfloat16",
+    quantization: Annotated[str, typer.Option(help="Of the frozen weights: none or 4bit.")] = "none",
+    connector: Annotated[str, typer.Option(help="Between vision tower and decoder: frozen, lora or full.")] = "frozen",
+    embeddings: Annotated[str, typer.Option(help="Of the tokens: frozen or full.")] = "frozen",
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
     """Tell what training a model takes: parameters, bytes to send, memory."""
     from fedmllm.benchmark.models_view import describe
     from fedmllm.config import Experiment
 
-    settings = {"model": {"name": model, "dtype": dtype}, "lora": {"r": rank, "targets": targets}}
+    settings = {
+        "model": {"name": model, "dtype": dtype, "quantization": quantization},
+        "lora": {"r": rank, "targets": targets, "connector": connector, "embeddings": embeddings},
+    }
     record = describe(Experiment.parse(settings))
     if as_json:
         typer.echo(json.dumps(record, indent=1))
@@ -224,6 +246,18 @@ def models_plan(
     from fedmllm.display import plan_view
 
     Console().print(plan_view(record))
+
+
+def _print_plan(settings: Experiment) -> None:
+    """What training will take, before the model is loaded; nothing for a model that cannot be planned, of which loading will tell more."""
+    from fedmllm.benchmark.models_view import describe
+    from fedmllm.display import plan_line
+    from fedmllm.errors import ModelError
+
+    try:
+        typer.echo(plan_line(describe(settings)))
+    except ModelError:
+        return
 
 
 def _print_result(result: RunResult) -> None:

@@ -248,7 +248,22 @@ def plan_view(record: Record) -> Group:
         ),
     ):
         table.add_row(name, Text(value, justify="right"))
-    return Group(Text(record["model"], style="bold"), table)
+    parts = Table("can train", title="What a client sends of it in a round", title_justify="left")
+    for column in ("parameters", "float32", "bfloat16"):
+        parts.add_column(column, justify="right")
+    parts.add_column("planned")
+    for row in record["parts"]:
+        count = row["parameters"]
+        parts.add_row(row["name"], f"{count:,}", human_bytes(4 * count), human_bytes(2 * count), "trains" if row["trains"] else "")
+    return Group(Text(record["model"], style="bold"), table, parts)
+
+
+def plan_line(record: Record) -> str:
+    """A model's plan in a line, to be told before training."""
+    return (
+        f"plan  {record['parameters']:,} parameters, {record['trainable']:,} trained: {human_bytes(record['sent_per_client_and_round'])} to send; "
+        f"memory {human_bytes(record['memory_without_tokens'])} and {human_bytes(record['kept_per_token'])} per token of a pass"
+    )
 
 
 def _method_traits(row: Record) -> list[str]:

@@ -26,6 +26,11 @@ def is_b(name: str) -> bool:
     return name.endswith(_B)
 
 
+def others(weights: Mapping[str, Tensor]) -> Weights:
+    """The tensors that are no factors: of layers that train whole, and what else an adapter has."""
+    return {name: tensor for name, tensor in weights.items() if not (is_a(name) or is_b(name))}
+
+
 @dataclass(frozen=True)
 class Pair:
     """One module's factors: ``a`` of shape (rank, inputs), ``b`` of shape (outputs, rank)."""

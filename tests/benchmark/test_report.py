@@ -291,6 +291,15 @@ def test_chance_stands_in_for_the_majority_under_auc(folder: Folder) -> None:
     assert table_rows(folder.report())["chance"][0] == "0.500"
 
 
+def test_parts_that_can_train_are_priced(folder: Folder) -> None:
+    assert folder.result is not None
+    folder.result |= {"parts": {"adapters": 5_000_000, "connector": 0, "embeddings": 543_570_944}, "trained": ["adapters"]}
+    rows = table_rows(folder.report())
+    assert rows["adapters"] == ["5,000,000", "20.0 MB", "10.0 MB", "trained"]
+    assert rows["embeddings"] == ["543,570,944", "2.17 GB", "1.09 GB", "frozen"]
+    assert "connector" not in rows
+
+
 def test_costs_are_the_inputs(html: str, folder: Folder) -> None:
     rows = table_rows(html)
     assert rows["sent by the clients (up)"] == ["1.00 MB", "1.00 MB", "6.00 MB"]

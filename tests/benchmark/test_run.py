@@ -70,6 +70,27 @@ def test_the_folder_is_complete(finished: Path) -> None:
     assert stages == {"federated", "centralized", "local-client-00", "local-client-01", "local-client-02"}
 
 
+@pytest.mark.parametrize("method", ["fedmllm", "flora", "fedsa_lora"])
+def test_connector_and_embeddings_train_and_travel(tiny: Experiment, tmp_path: Path, method: str) -> None:
+    """One after another, pictures computed every time; they move, are counted and sent, and come back with the adapter."""
+    extra = {"connector": "full", "embeddings": "full"}
+    result = train(change(tiny, lora=extra, algorithm={"name": method}, evaluation={"baselines": []}), tmp_path / "run")
+    assert result.trained == ["decoder, LoRA on attention", "connector", "embeddings"]
+    assert result.trainable_parameters == sum(result.parts[name] for name in result.trained)
+    folder = tmp_path / "run" / ("adapters/client-00" if method == "fedsa_lora" else "adapter")
+    held = load_file(folder / "adapter_model.safetensors")
+    whole = [name for name in held if "lora_" not in name]
+    assert sum(held[name].numel() for name in whole) == result.parts["connector"] + result.parts["embeddings"]
+    frozen = load_file(Path(model_source("nano")) / "model.safetensors")
+    moved = [name for name in whole if any(t.shape == held[name].shape and torch.equal(t.float(), held[name]) for t in frozen.values())]
+    assert moved == []
+    sent = 4 * sum(held[name].numel() for name in whole)
+    assert result.bytes_up > 2 * sent
+    if method != "fedsa_lora":
+        assert score_adapter(tmp_path / "run")[1]["score"] == pytest.approx(result.scores["federated"])
+    assert "connector; embeddings: " in (folder / "README.md").read_text()
+
+
 def test_copies_of_the_test_split_are_asked_too(tiny: Experiment, tmp_path: Path) -> None:
     result = train(change(tiny, evaluation={"tested": ["image", "text", "image+text", "typos-1:0"]}), tmp_path / "run")
     assert list(result.tested) == ["image", "text", "image+text", "typos-1:0"]

@@ -280,6 +280,24 @@ def test_equals_numpy_with_ranks_that_differ(name: str) -> None:
     follow(name, (1, 3, 2, 1, 2))
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES if ALGORITHMS[name].kind in ("lora", "recommended", "one-shot", "personalized")])
+def test_layers_that_train_whole_are_averaged(name: str) -> None:
+    """Methods that treat LoRA's factors in their own way take the plain mean of the rest (HetLoRA by its own weights), every round."""
+    algorithm = build(name)
+    whole = {"connector.weight": torch.ones(4), "connector.bias": torch.zeros(2, 3, 1)}
+    state = algorithm.init({**start(), **whole}, {"m": torch.randn(5, 6, generator=torch.Generator().manual_seed(9))})
+    for _ in range(2):
+        sent = updates(algorithm, state, ranks=(1, 3, 2, 1, 2) if algorithm.heterogeneous_ranks else (None,) * 5)
+        weights = [algorithm.fold(state, update)[1] for update in sent]
+        after = server_round(algorithm, state, sent)
+        for key in whole:
+            mean = sum((w / sum(weights) * s.update[key].double() for w, s in zip(weights, sent, strict=True)), torch.zeros(()))
+            torch.testing.assert_close(after.weights[key].double(), state.weights[key] + mean, atol=1e-6, rtol=0)
+            assert algorithm.downloads(key)
+        assert list(after.weights) == list(state.weights)
+        state = after
+
+
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "flora"])
 def test_zero_updates_are_a_fixed_point(name: str) -> None:
     """Of what the model computes, always; of the factors themselves unless the method splits products anew."""

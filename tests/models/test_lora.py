@@ -7,7 +7,9 @@ import torch
 
 from fedmllm.errors import ModelError
 from fedmllm.models.load import ModelConfig, VisionLanguageModel, load_model, model_source
-from fedmllm.models.lora import LoraConfig, attach_lora, load_adapter, read_weights, save_adapter, trainable, write_weights
+from fedmllm.models.lora import attach_lora, read_weights, trainable, write_weights
+from fedmllm.models.parts import LoraConfig
+from fedmllm.models.saved import load_adapter, save_adapter
 
 
 def fresh() -> VisionLanguageModel:

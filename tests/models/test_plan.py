@@ -9,7 +9,7 @@ from transformers import Qwen2_5_VLConfig
 
 from fedmllm.errors import ModelError
 from fedmllm.models.load import ModelConfig
-from fedmllm.models.lora import LoraConfig
+from fedmllm.models.parts import LoraConfig
 from fedmllm.models.plan import make_plan
 
 TEXT = {

@@ -12,7 +12,8 @@ from fedmllm import weights as W
 from fedmllm.data.federated import FederatedData
 from fedmllm.models.encoding import Encoded, collate
 from fedmllm.models.load import ModelConfig, VisionLanguageModel, load_model
-from fedmllm.models.lora import LoraConfig, attach_lora, read_weights, write_weights
+from fedmllm.models.lora import attach_lora, read_weights, write_weights
+from fedmllm.models.parts import LoraConfig
 from fedmllm.randomness import generator
 from fedmllm.training.batches import Encoder
 from fedmllm.training.local import LocalTask, TrainingConfig, round_learning_rate, train_locally

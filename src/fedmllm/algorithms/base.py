@@ -101,6 +101,8 @@ class Algorithm(Protocol):
     """Whether each client ends with a model of its own, which is then what the method is scored by."""
     needs_individual_updates: ClassVar[bool]
     """True where the server must see each update by itself, which rules out streaming and secure aggregation."""
+    changes_frozen: ClassVar[bool]
+    """Whether it adds to the frozen matrices, which must then be held in full."""
     client_sends: ClassVar[tuple[str, ...]]
     """Names of the further tensors in an update, each named and shaped like the update."""
 
@@ -150,6 +152,7 @@ class ServerAverage:
     heterogeneous_ranks: ClassVar[bool] = False
     personalized: ClassVar[bool] = False
     needs_individual_updates: ClassVar[bool] = False
+    changes_frozen: ClassVar[bool] = False
     client_sends: ClassVar[tuple[str, ...]] = ()
     by_head: ClassVar[bool] = False
     """Whether every client counts alike, rather than by its number of samples."""
@@ -238,6 +241,14 @@ class Aggregator:
 def client_weights(state: ServerState, update: ClientUpdate) -> Weights:
     """What a client ended with, at its own rank: what it was sent, plus its update."""
     return W.add(factors.cut(state.weights, update.rank), update.update)
+
+
+def mean_of_others(aggregate: Aggregate) -> Weights:
+    """The members' weighted mean of the ``weights`` that are no factors of LoRA, float32."""
+    mean = W.WeightedMean()
+    for member in aggregate.members:
+        mean.add(factors.others(member.slots["weights"]), member.share)
+    return {name: tensor.float() for name, tensor in mean.value().items()}
 
 
 def merge(state: ServerState, gained: Mapping[str, factors.Pair]) -> dict[str, Weights]:

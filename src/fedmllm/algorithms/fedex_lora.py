@@ -23,6 +23,7 @@ class FedExLoRA(FedAvg):
     kind = "lora"
     exact = True
     needs_individual_updates = True
+    changes_frozen = True
 
     def fold(self, state: ServerState, update: ClientUpdate) -> tuple[Slots, float]:
         """The client's factors."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fedmllm import factors
-from fedmllm.algorithms.base import Aggregate, ServerState
+from fedmllm.algorithms.base import Aggregate, ServerState, mean_of_others
 from fedmllm.algorithms.flora import FLoRA
 
 
@@ -22,9 +22,10 @@ class FlexLoRA(FLoRA):
     """
 
     exact = False
+    changes_frozen = False
 
     def downloads(self, name: str) -> bool:
-        """Both factors."""
+        """Everything."""
         return True
 
     def server_step(self, state: ServerState, aggregate: Aggregate) -> ServerState:
@@ -33,4 +34,4 @@ class FlexLoRA(FLoRA):
         stacked = factors.stack([m.slots["weights"] for m in members], [m.share for m in members])
         rank = {module: len(pair.a) for module, pair in factors.pairs(state.weights)}
         compressed = ((module, factors.compress(pair, rank[module])) for module, pair in stacked.items())
-        return state.after({**state.weights, **factors.to_float(compressed)})
+        return state.after({**state.weights, **factors.to_float(compressed), **mean_of_others(aggregate)})

@@ -13,6 +13,7 @@ from fedmllm import weights as W
 from fedmllm.algorithms.base import Aggregate, Client, Member, ServerState, require_not_negative, require_within
 from fedmllm.algorithms.fedavg import FedAvg
 from fedmllm.algorithms.median import stacked
+from fedmllm.errors import ConfigError
 from fedmllm.training.rules import LocalRule, Parameters
 from fedmllm.types import Broadcast, Weights
 
@@ -48,6 +49,7 @@ class YOCO(FedAvg):
     reference: bool = False
     kind = "one-shot"
     needs_individual_updates = True
+    changes_frozen = True
 
     def __post_init__(self) -> None:
         require_not_negative(sign_weight=self.sign_weight, sparse_weight=self.sparse_weight)
@@ -55,7 +57,13 @@ class YOCO(FedAvg):
         require_within("energy", self.energy, 1e-9, 1 + 1e-9)
 
     def init(self, weights: Weights, frozen: Weights) -> ServerState:
-        """Factors from the frozen weights, which the product is taken off."""
+        """Factors from the frozen weights, which the product is taken off.
+
+        Raises:
+            ConfigError: if a frozen matrix is not there in full.
+        """
+        if missing := [module for module, _ in factors.pairs(weights) if module not in frozen]:
+            raise ConfigError(f"yoco splits the frozen weights, but {missing[0]} is held in few bits; load the model in bfloat16")
         pairs = {module: self._split(frozen[module], pair) for module, pair in factors.pairs(weights)}
         start = {**weights, **factors.named(pairs)}
         signs = {"signs": {name: tensor.sign() for name, tensor in start.items() if factors.is_b(name)}}

@@ -24,7 +24,7 @@ A LoRA adapter of `{model}`, fine-tuned across clients with fedmllm {version}.
 | data | {dataset}, {clients} clients, partition {partition}, scenario {scenario} |
 | method | {method} |
 | training | rounds: {rounds}, clients in each: {cohort}, local epochs: {epochs}, seed: {seed} |
-| adapter | rank {rank} on {targets}, {trainable:,} trained parameters |
+| adapter | rank {rank}; {trained}: {trainable:,} trained parameters |
 | exchanged | {up} sent by the clients, {down} received |
 
 ## Scores
@@ -85,7 +85,7 @@ def adapter_card(result: RunResult, experiment: Experiment, client: str = "") ->
         epochs=experiment.training.local_epochs,
         seed=result.seed,
         rank=lora.r,
-        targets=lora.targets,
+        trained="; ".join(result.trained),
         trainable=result.trainable_parameters,
         up=human_bytes(result.bytes_up),
         down=human_bytes(result.bytes_down),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 from fedmllm.config import Experiment
 from fedmllm.models.families import TESTED, family_of
 from fedmllm.models.plan import make_plan
@@ -27,15 +29,23 @@ def catalog() -> dict[str, Record]:
 def describe(experiment: Experiment) -> Record:
     """A model's plan as JSON, sizes in bytes."""
     plan = make_plan(experiment.model, experiment.lora)
-    fixed = plan.memory(0)
+    fixed = plan.memory(0, _side_by_side(experiment))
     room = {card: int((_HEADROOM * card * 2**30 - fixed) / plan.bytes_per_token) for card in CARDS}
     return {
         "model": experiment.model.name,
         "parameters": plan.parameters,
         "trainable": plan.trainable,
+        "parts": [asdict(part) for part in plan.parts],
         "sent_per_client_and_round": plan.update_bytes,
         "weights": plan.weight_bytes,
+        "memory_without_tokens": round(fixed),
         "kept_per_token": round(plan.bytes_per_token),
-        "memory_by_tokens": {tokens: round(plan.memory(tokens)) for tokens in TOKENS},
+        "memory_by_tokens": {tokens: round(fixed + tokens * plan.bytes_per_token) for tokens in TOKENS},
         "tokens_by_gib": {card: max(0, tokens) for card, tokens in room.items()},
     }
+
+
+def _side_by_side(experiment: Experiment) -> int:
+    """How many clients' adapters, gradients and optimizer states are held at once."""
+    lora, together = experiment.lora, min(experiment.engine.together, experiment.federation.clients_per_round)
+    return together if not lora.dora and lora.connector == lora.embeddings == "frozen" else 1

@@ -15,7 +15,7 @@ from markupsafe import Markup
 from fedmllm.benchmark import figures
 from fedmllm.benchmark.drawing import LOOKS, duration, human_bytes
 from fedmllm.benchmark.folder import Round, Run, read_run
-from fedmllm.benchmark.tables import ScoreRow, client_rows, cost_rows, score_rows, solo_scores, stage_seconds
+from fedmllm.benchmark.tables import ScoreRow, client_rows, cost_rows, part_rows, score_rows, solo_scores, stage_seconds
 from fedmllm.engine.checkpoint import write_atomically
 from fedmllm.errors import RunError
 
@@ -78,6 +78,7 @@ def _context(run: Run) -> dict[str, Any]:
         "kinds": [(key, key.partition("_")[2]) for key in _partial_scores(rows)],
         "own_kind": client_rows(run),
         "costs": cost_rows(rounds),
+        "parts": part_rows(run),
         "sizes": sorted(client.num_samples for client in clients) or [0],
         "median": median,
         "modalities": _modalities(run),

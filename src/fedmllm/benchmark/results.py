@@ -38,6 +38,8 @@ class RunResult:
         tested: all metrics of the federated model by copy of the test split (``evaluation.tested``).
         clients: accuracy by model (``federated``, ``local``, ``fine_tuned``) and client on test samples of the client's own kind
             (``evaluation.client_samples``).
+        parts: parameters of everything of the model that could train, by its name.
+        trained: the names of those that did.
         personalized: whether each client ended with a model of its own, whose mean is the score ``federated``.
     """
 
@@ -66,6 +68,8 @@ class RunResult:
     tested: dict[str, Metrics] = field(default_factory=dict)
     clients: dict[str, dict[str, float]] = field(default_factory=dict)
     personalized: bool = False
+    parts: dict[str, int] = field(default_factory=dict)
+    trained: list[str] = field(default_factory=list)
 
     def to_record(self) -> Record:
         """The JSON object."""

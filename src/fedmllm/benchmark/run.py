@@ -24,14 +24,9 @@ from fedmllm.errors import RunError, listing
 from fedmllm.evaluation.evaluate import evaluate
 from fedmllm.models.features import VisionFeatures, serves
 from fedmllm.models.load import VisionLanguageModel, choose_device, load_model
-from fedmllm.models.lora import (
-    attach_lora,
-    frozen_weights,
-    read_weights,
-    save_adapter,
-    write_base,
-    write_weights,
-)
+from fedmllm.models.lora import attach_lora, frozen_weights, read_weights, write_base, write_weights
+from fedmllm.models.parts import Part, parts
+from fedmllm.models.saved import save_adapter
 from fedmllm.models.tail import shorten
 from fedmllm.training.batches import Encoder
 from fedmllm.types import Metrics, Record, Sample, Weights
@@ -76,11 +71,11 @@ def train(
     _check_folder(folder, experiment, resume)
     data = federate(experiment.data, experiment.federation, experiment.seed)
     copies = {spec: reduced_copy(data.dataset.test, spec, experiment.seed) for spec in experiment.evaluation.tested}
-    vlm = _load(experiment)
+    vlm, trainable = _load(experiment)
     vlm.family.require(data.dataset.modalities)
     start = _start(experiment, vlm)
     _open_folder(folder, experiment, data)
-    return _Run(experiment, folder, name, data, copies, vlm, start, observer or Observer()).finish()
+    return _Run(experiment, folder, name, data, copies, vlm, trainable, start, observer or Observer()).finish()
 
 
 def default_folder(name: str) -> Path:
@@ -114,15 +109,16 @@ def _check_folder(folder: Path, experiment: Experiment, resume: bool) -> None:
         raise RunError(f"{folder}: cannot resume with other settings than the run began with (there and now):\n{listing(changed)}")
 
 
-def _load(experiment: Experiment) -> VisionLanguageModel:
-    """The model with fresh adapters."""
+def _load(experiment: Experiment) -> tuple[VisionLanguageModel, list[Part]]:
+    """The model with fresh adapters, and what of it could train."""
     vlm = load_model(experiment.model, choose_device(experiment.engine.device))
-    if experiment.engine.feature_bytes and serves(vlm):
+    if experiment.engine.feature_bytes and experiment.lora.connector == "frozen" and serves(vlm):
         vlm = replace(vlm, features=VisionFeatures(vlm, experiment.engine.feature_bytes))
+    trainable = parts(vlm.model, vlm.family, experiment.lora)
     vlm = attach_lora(vlm, experiment.lora, experiment.seed)
     if experiment.engine.answers_only:
         shorten(vlm.model)
-    return vlm
+    return vlm, trainable
 
 
 def _start(experiment: Experiment, vlm: VisionLanguageModel) -> ServerState:
@@ -150,6 +146,7 @@ class _Run:
     data: FederatedData
     copies: Mapping[str, Sequence[Sample]]
     vlm: VisionLanguageModel
+    parts: Sequence[Part]
     start: ServerState
     observer: Observer
 
@@ -172,7 +169,7 @@ class _Run:
             run_stage(plain, stage, ended[stage.name] if stage.name in ended else ServerState(initial))
         self._save_adapters(trained, models if loop.algorithm.personalized else {})
         result = replace(
-            summarize(self.experiment, self.name, self.data, loop.store, stages, sum(tensor.numel() for tensor in initial.values())),
+            summarize(self.experiment, self.name, self.data, loop.store, stages, self.parts),
             tested=self._tested(encoder, loop, federated, trained),
             clients=self._by_client(encoder, loop.store, models, trained.base),
         )

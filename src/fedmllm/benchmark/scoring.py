@@ -1,4 +1,4 @@
-"""A trained adapter at work: ``fedmllm evaluate`` and ``fedmllm chat``."""
+"""A trained adapter at work: ``fedmllm evaluate``, ``fedmllm chat`` and ``fedmllm merge``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fedmllm.data.images import open_image
 from fedmllm.errors import RunError
 from fedmllm.evaluation.evaluate import evaluate, predict
 from fedmllm.models.load import VisionLanguageModel, choose_device, load_model
-from fedmllm.models.lora import load_adapter
+from fedmllm.models.saved import load_adapter, save_merged
 from fedmllm.training.batches import Encoder
 from fedmllm.types import Metrics, Modality, Prediction, Sample
 
@@ -61,6 +61,24 @@ def chat(
         return predict(vlm, [sample], encode, config)[0]
 
     return ask
+
+
+def merge(path: Path, output: Path, experiment_file: Path | None = None, overrides: Sequence[str] = ()) -> None:
+    """Write the model with the adapter merged into its weights as a Transformers folder; of a model in 4 bits, in bfloat16.
+
+    Args:
+        path: a run folder, or a PEFT adapter folder.
+        output: where; it must not exist.
+        experiment_file: names the model; by default the run's own ``config.yaml``.
+        overrides: settings as ``key.path=value``, e.g. ``model.name`` where the model lies now.
+
+    Raises:
+        RunError: if neither the folder nor the arguments say which experiment it is.
+        ModelError: if there is something at ``output``, or the adapter does not fit.
+    """
+    experiment, adapter = _found(path, experiment_file, overrides)
+    whole = experiment.model.model_copy(update={"quantization": "none"})
+    save_merged(_loaded(experiment.model_copy(update={"model": whole}), adapter), output)
 
 
 def _found(path: Path, experiment_file: Path | None, overrides: Sequence[str]) -> tuple[Experiment, Path]:

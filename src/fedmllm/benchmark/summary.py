@@ -11,11 +11,12 @@ from fedmllm.data.federated import FederatedData
 from fedmllm.engine.checkpoint import RunStore
 from fedmllm.engine.rounds import Stage
 from fedmllm.evaluation.metrics import error_over_models, majority_score
+from fedmllm.models.parts import Part
 from fedmllm.types import Metrics
 
 
 def summarize(
-    experiment: Experiment, name: str, data: FederatedData, store: RunStore, stages: Sequence[Stage], trainable_parameters: int
+    experiment: Experiment, name: str, data: FederatedData, store: RunStore, stages: Sequence[Stage], parts: Sequence[Part]
 ) -> RunResult:
     """Everything from the lines of metrics, so that it does not matter in how many sittings they came about."""
     e, dataset, clients = experiment, data.dataset, data.clients
@@ -41,7 +42,9 @@ def summarize(
         num_rounds=e.federation.num_rounds,
         num_clients=e.federation.num_clients,
         clients_per_round=e.federation.clients_per_round,
-        trainable_parameters=trainable_parameters,
+        trainable_parameters=sum(part.parameters for part in parts if part.trains),
+        parts={part.name: part.parameters for part in parts},
+        trained=[part.name for part in parts if part.trains],
         algorithm=e.algorithm.name,
         strategies=list(dict.fromkeys([*(["agnostic_prompt"] if e.data.prompt == "agnostic" else []), *e.algorithm.strategy_names])),
         model=e.model.name,

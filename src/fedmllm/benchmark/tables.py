@@ -157,6 +157,30 @@ def _cost_row(name: str, values: Sequence[float], wording: Callable[[float], str
     return CostRow(name, wording(mean(values)), wording(max(values)), wording(sum(values)) if summed else "")
 
 
+@dataclass(frozen=True)
+class PartRow:
+    """Something of the model that can train, and what a client would send of it in a round.
+
+    Attributes:
+        name: as printed.
+        parameters: how many.
+        float32, bfloat16: their bytes.
+        trained: whether this run trained it.
+    """
+
+    name: str
+    parameters: int
+    float32: str
+    bfloat16: str
+    trained: bool
+
+
+def part_rows(run: Run) -> list[PartRow]:
+    """What training each part costs to send; none while a run is unfinished."""
+    parts, trained = (run.result.parts, run.result.trained) if run.result else ({}, [])
+    return [PartRow(name, count, human_bytes(4 * count), human_bytes(2 * count), name in trained) for name, count in parts.items() if count]
+
+
 def stage_seconds(run: Run) -> dict[str, float]:
     """Wall time by stage, the stages of one client each taken together."""
     seconds: dict[str, float] = {}

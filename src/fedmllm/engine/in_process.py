@@ -14,6 +14,7 @@ from fedmllm.engine.checkpoint import ClientStates
 from fedmllm.engine.compression import UNCOMPRESSED, CompressionConfig, build_codec, sent_through
 from fedmllm.models.load import VisionLanguageModel
 from fedmllm.models.lora import has_dropout, write_base
+from fedmllm.models.stacked import stackable
 from fedmllm.training.batches import Encoder
 from fedmllm.training.calibration import calibrated
 from fedmllm.training.local import LocalTask, TrainingConfig, train_locally, train_together
@@ -73,7 +74,7 @@ class InProcessEngine:
     def map_clients(self, assignment: Assignment, clients: Mapping[str, Sequence[Sample]]) -> Iterator[ClientUpdate]:
         """Updates in the order of the clients, those of a wave made when its first is asked for."""
         write_base(self.vlm, assignment.broadcast.base)
-        size = 1 if has_dropout(self.vlm.model) else self.together
+        size = 1 if has_dropout(self.vlm.model) or not stackable(self.vlm.model) else self.together
         turns = (self._turn(assignment, name, samples) for name, samples in clients.items())
         while wave := list(islice(turns, size)):
             yield from self._wave(assignment, wave)

@@ -1,94 +1,68 @@
-"""LoRA on the decoder: attach it, read and write its tensors, save a standard PEFT folder."""
+"""What trains: attach it, read and write its tensors, and what is merged into the frozen ones."""
 
 from __future__ import annotations
 
-import json
-import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fedmllm import factors
 from fedmllm.errors import ModelError
 from fedmllm.models.load import VisionLanguageModel
+from fedmllm.models.parts import LoraConfig, adapted_modules, whole_modules
 from fedmllm.randomness import torch_randomness
 from fedmllm.types import Weights
 
 
-class LoraConfig(BaseModel):
-    """Low-rank adapters: ``W x`` becomes ``W x + (alpha / r) B A x`` (Hu et al., 2021, arXiv 2106.09685)."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    r: int = Field(8, gt=0)
-    """Rank of the update."""
-    alpha: float = Field(16, gt=0)
-    """Scale; the update is multiplied by alpha / r."""
-    dropout: float = Field(0.0, ge=0, lt=1)
-    """Probability with which an input of the adapter is zeroed in training."""
-    targets: Literal["attention", "all-linear"] = "attention"
-    """Which linear layers of the decoder: q, k, v, o, or the feed-forward layers too."""
-    client_ranks: tuple[int, ...] = ()
-    """Ranks of the clients in turn, e.g. ``[2, 4, 8]``, none above r; empty for r everywhere. The scale stays alpha / r."""
-
-    @field_validator("client_ranks")
-    @classmethod
-    def _within(cls, ranks: tuple[int, ...], info: ValidationInfo) -> tuple[int, ...]:
-        r = info.data.get("r", 0)
-        if wrong := [rank for rank in ranks if not 1 <= rank <= r]:
-            raise ValueError(f"a client's rank must lie between 1 and r = {r}, is {wrong[0]}; raise lora.r")
-        return ranks
-
-    def rank_of(self, position: int) -> int | None:
-        """The rank of the client at a position; None for r."""
-        return self.client_ranks[position % len(self.client_ranks)] if self.client_ranks else None
-
-
 def attach_lora(vlm: VisionLanguageModel, config: LoraConfig, seed: int) -> VisionLanguageModel:
-    """The model with trainable adapters on its decoder: A random, drawn from the seed, B zero, so that nothing changes yet.
+    """The model with what trains: adapters with A random, drawn from the seed, and B zero, so that nothing changes yet; whole modules.
+
+    All that trains is float32, whatever the frozen weights are.
 
     Raises:
-        ModelError: if no layer of the decoder matches the targets.
+        ModelError: if what is asked for is not there.
     """
     import peft
 
-    pattern = vlm.family.lora_modules(vlm.model, config.targets)
-    settings = peft.LoraConfig(r=config.r, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=pattern, bias="none")
-    try:
-        with torch_randomness(vlm.device, seed, "lora"), without_deprecations():
-            model = peft.get_peft_model(vlm.model, settings)
-    except ValueError as error:
-        raise ModelError(f"lora.targets: {config.targets} names no layer of {vlm.name!r}'s decoder ({pattern})") from error
+    whole, head = whole_modules(vlm.model, vlm.family, config), vlm.model.get_output_embeddings()
+    settings = peft.LoraConfig(
+        r=config.r,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=adapted_modules(vlm.model, vlm.family, config),
+        modules_to_save=whole or None,
+        ensure_weight_tying=config.embeddings == "full" and head is not None and head.weight is vlm.model.get_input_embeddings().weight,
+        use_rslora=config.rslora,
+        use_dora=config.dora,
+        bias="none",
+    )
+    with torch_randomness(vlm.device, seed, "lora"), without_deprecations():
+        model = peft.get_peft_model(vlm.model, settings)
     settings.base_model_name_or_path = vlm.name
-    return replace(vlm, model=model)
+    return replace(vlm, model=widened(model, vlm.dtype))
 
 
-def load_adapter(vlm: VisionLanguageModel, folder: Path) -> VisionLanguageModel:
-    """The model with the adapter of a PEFT folder, frozen.
+def widened(model: Any, dtype: torch.dtype) -> Any:
+    """The model with its whole trained modules in float32, as PEFT holds adapters: steps smaller than bfloat16 tells apart would be lost.
 
-    Raises:
-        ModelError: if the folder holds no adapter in safetensors, or it does not fit the model.
+    What leaves them is of the model's own format, which some decoders rely on.
     """
-    import peft
+    from peft.utils import ModulesToSaveWrapper
 
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (folder / name).is_file():
-            raise ModelError(f"{folder}: no {name}; give a run folder or a PEFT adapter folder")
-    try:
-        with without_deprecations():
-            model = peft.PeftModel.from_pretrained(vlm.model, str(folder))
-    except (RuntimeError, ValueError, KeyError, OSError, SafetensorError) as error:
-        raise ModelError(f"{folder}: the adapter does not fit model {vlm.name!r}: {' '.join(str(error).split())[:300]}") from error
-    return replace(vlm, model=model.eval())
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper) and dtype != torch.float32:
+            module.modules_to_save.float()
+            module.register_forward_hook(lambda module, inputs, output: _in_format(output, dtype))
+    return model
+
+
+def _in_format(output: Any, dtype: torch.dtype) -> Any:
+    """Tensors, or lists of them by picture, in a number format."""
+    return output.to(dtype) if isinstance(output, Tensor) else [_in_format(part, dtype) for part in output]
 
 
 @contextmanager
@@ -103,7 +77,12 @@ def trainable(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Trainable parameters under the names a PEFT file gives them."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            yield name.replace(".default.", "."), parameter
+            yield _in_file(name), parameter
+
+
+def _in_file(name: str) -> str:
+    """A parameter's name where PEFT writes it."""
+    return name.replace(".modules_to_save.default.", ".").replace("_vector.default.weight", "_vector").replace(".default.", ".")
 
 
 @contextmanager
@@ -172,7 +151,7 @@ def adapted_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def lora_scale(model: nn.Module) -> float:
-    """LoRA's factor alpha / r."""
+    """LoRA's factor s: alpha / r, or alpha / sqrt(r) of rsLoRA."""
     return float(next(layer for _, layer in adapted_layers(model)).scaling["default"])
 
 
@@ -183,14 +162,14 @@ def has_dropout(model: nn.Module) -> bool:
 
 
 def frozen_weights(vlm: VisionLanguageModel) -> Weights:
-    """The frozen matrices under the adapters, by module, as they were loaded; views, not copies."""
-    layers = adapted_layers(vlm.model)
+    """The frozen matrices under the adapters, by module, as they were loaded; views, not copies; none that is held in few bits."""
+    layers = [(name, layer) for name, layer in adapted_layers(vlm.model) if layer.get_base_layer().weight.is_floating_point()]
     return {name: vlm.originals.get(name, layer.get_base_layer().weight.detach()) for name, layer in layers}
 
 
 @torch.no_grad()
 def write_base(vlm: VisionLanguageModel, base: Mapping[str, Tensor]) -> None:
-    """Set the frozen matrices to what they were when loaded plus ``(alpha / r) base``, always from a kept original.
+    """Set the frozen matrices to what they were when loaded plus ``s base``, s being LoRA's scale, always from a kept original.
 
     Args:
         vlm: the model; modules that ``base`` does not name get their original back.
@@ -210,34 +189,3 @@ def write_base(vlm: VisionLanguageModel, base: Mapping[str, Tensor]) -> None:
             weight.copy_(original.float() + lora_scale(vlm.model) * base[name].to(weight.device, torch.float32))
         elif name in vlm.originals:
             weight.copy_(vlm.originals.pop(name))
-
-
-def save_adapter(vlm: VisionLanguageModel, weights: Weights, folder: Path, base: Mapping[str, Tensor] | None = None) -> None:
-    """Save as a folder that ``PeftModel.from_pretrained`` loads; a folder of that name is replaced as a whole.
-
-    What was merged into the frozen weights becomes part of the adapter, which grows in rank to hold it.
-    """
-    model: Any = vlm.model
-    write_weights(model, weights)
-    draft = folder.with_name(f".{folder.name}.draft")
-    shutil.rmtree(draft, ignore_errors=True)
-    # "auto" would ask a hub whether the vocabulary was resized.
-    model.save_pretrained(str(draft), save_embedding_layers=False)
-    # PEFT's model card is a form to be filled in, which names the folder of the base model on this machine.
-    (draft / "README.md").unlink(missing_ok=True)
-    if base:
-        _save_merged(draft, weights, base)
-    shutil.rmtree(folder, ignore_errors=True)
-    draft.rename(folder)
-
-
-def _save_merged(folder: Path, weights: Weights, base: Mapping[str, Tensor]) -> None:
-    """Replace an adapter's tensors by factors of ``base + B A`` at the rank that holds it, and the rank in its settings."""
-    merged = {module: tensor.double() + base[module].double().to(tensor.device) for module, tensor in factors.products(weights).items()}
-    rank = max(int(torch.linalg.matrix_rank(tensor.float())) for tensor in merged.values()) or 1
-    whole = {module: factors.Pair(torch.eye(t.shape[1], dtype=t.dtype), t) for module, t in merged.items()}
-    save_file(factors.to_float((m, factors.compress(pair, rank)) for m, pair in whole.items()), str(folder / "adapter_model.safetensors"))
-    path = folder / "adapter_config.json"
-    settings = json.loads(path.read_text(encoding="utf-8"))
-    settings |= {"lora_alpha": settings["lora_alpha"] / settings["r"] * rank, "r": rank}
-    path.write_text(json.dumps(settings, indent=2), encoding="utf-8")

@@ -11,9 +11,12 @@ from torch import nn
 
 from fedmllm.errors import ModelError
 from fedmllm.models.families import family_of
+from fedmllm.models.families.generic import ModelFamily
 from fedmllm.models.load import ModelConfig, check_source
-from fedmllm.models.lora import LoraConfig, without_deprecations
+from fedmllm.models.lora import without_deprecations
 from fedmllm.models.memory import saved_bytes
+from fedmllm.models.parts import LoraConfig, Part, adapted_modules, parts, whole_modules
+from fedmllm.models.quantized import BITS
 from fedmllm.randomness import torch_randomness
 
 _TOKENS = 128
@@ -28,23 +31,28 @@ class Plan:
 
     Attributes:
         parameters: of the whole model.
-        trainable: of the adapters.
+        parts: what can train and what does.
         weight_bytes: of the frozen weights in memory.
         bytes_per_token: what a training pass keeps for the gradient, by token of the batch, padding included.
     """
 
     parameters: int
-    trainable: int
+    parts: tuple[Part, ...]
     weight_bytes: int
     bytes_per_token: float
 
     @property
+    def trainable(self) -> int:
+        """Parameters that train."""
+        return sum(part.parameters for part in self.parts if part.trains)
+
+    @property
     def update_bytes(self) -> int:
-        """What one client sends in one round, and receives: the adapters in float32."""
+        """What one client sends in one round, and receives, in float32."""
         return 4 * self.trainable
 
     def memory(self, tokens: int, clients: int = 1) -> float:
-        """Bytes at the height of a step: weights, the clients' adapters with gradient and optimizer, and what the pass keeps."""
+        """Bytes at the height of a step: weights, what the clients train with gradient and optimizer, and what the pass keeps."""
         return self.weight_bytes + _OPTIMIZED * self.trainable * clients + self.bytes_per_token * tokens
 
 
@@ -55,7 +63,7 @@ def make_plan(config: ModelConfig, lora: LoraConfig) -> Plan:
     of its layers, random weights and a small vocabulary, and continued to all layers, so that no formula has to know the architecture.
 
     Raises:
-        ModelError: if there is no such config, or the model is not one of Transformers' image-text-to-text models.
+        ModelError: if there is no such config, the model is not one of Transformers' image-text-to-text models, or it has not what is to train.
     """
     import transformers
 
@@ -67,14 +75,27 @@ def make_plan(config: ModelConfig, lora: LoraConfig) -> Plan:
             model = getattr(transformers, family.auto_class).from_config(settings, trust_remote_code=trust)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(f"model.name: {config.name!r} cannot be planned: {' '.join(str(error).split())[:300]}") from error
-    pattern = re.compile(family.lora_modules(model, lora.targets))
-    adapted = [module for name, module in model.named_modules() if pattern.fullmatch(name) and isinstance(module, nn.Linear)]
-    if not adapted:
-        raise ModelError(f"lora.targets: {lora.targets} names no layer of {config.name!r}'s decoder ({pattern.pattern})")
-    dtype = getattr(torch, config.dtype)
+    adapted_modules(model, family, lora)
+    whole_modules(model, family, lora)
+    pattern, dtype = re.compile(family.lora_modules(model, lora.targets)), getattr(torch, config.dtype)
     parameters = sum(weight.numel() for weight in model.parameters())
-    trainable = sum(lora.r * (module.in_features + module.out_features) for module in adapted)
-    return Plan(parameters, trainable, parameters * dtype.itemsize, _bytes_per_token(settings.get_text_config(), pattern, dtype, lora))
+    try:
+        kept = _bytes_per_token(settings.get_text_config(), pattern, dtype, lora)
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+        raise ModelError(f"model.name: the decoder of {config.name!r} cannot be planned: {' '.join(str(error).split())[:300]}") from error
+    return Plan(parameters, tuple(parts(model, family, lora)), round(_weight_bytes(model, family, config)), kept)
+
+
+def _weight_bytes(model: Any, family: ModelFamily, config: ModelConfig) -> float:
+    """Of the frozen weights as they are held."""
+    whole = {id(module) for name in family.connector(model) for module in model.get_submodule(name).modules()} | {
+        id(model.get_output_embeddings())
+    }
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear) and id(module) not in whole]
+    few = sum(module.weight.numel() for module in linear) if config.quantization == "4bit" else 0
+    width: int = getattr(torch, config.dtype).itemsize
+    rest: int = sum(weight.numel() for weight in model.parameters()) - few
+    return few * BITS / 8 + rest * width
 
 
 def _bytes_per_token(text: Any, pattern: re.Pattern[str], dtype: torch.dtype, lora: LoraConfig) -> float:

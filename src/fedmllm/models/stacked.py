@@ -9,8 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedmllm.models.lora import adapted_layers
+from fedmllm import factors
+from fedmllm.models.lora import adapted_layers, trainable
 from fedmllm.models.passes import PASS, passing
+
+
+def stackable(model: Any) -> bool:
+    """Whether clients can go through a model side by side: all that trains are factors in the decoder, to which a batch comes row by row."""
+    inside = set(map(id, model.get_decoder().modules()))
+    layers = all(id(layer) in inside for _, layer in adapted_layers(model))
+    return layers and not factors.others(dict(trainable(model)))
 
 
 @contextmanager
@@ -48,11 +56,11 @@ def stacked(layers: Mapping[str, Any], members: Sequence[Mapping[str, Tensor]], 
         counts: how many rows of a batch are the first client's, the second's, and so on, in this order.
     """
     rows = None if len(set(counts)) == 1 else torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
-    factors = {
+    by_layer = {
         layer: (_by_row([m[f"{name}.lora_A.weight"] for m in members], rows), _by_row([m[f"{name}.lora_B.weight"] for m in members], rows))
         for name, layer in layers.items()
     }
-    with passing(factors=factors):
+    with passing(factors=by_layer):
         yield
 
 

@@ -65,22 +65,23 @@ class AdaptiveRegularization(Strategy):
 
 
 @cache
-def layer(name: str) -> int:
-    """The decoder layer a tensor belongs to.
-
-    Raises:
-        ConfigError: if the name does not say.
-    """
+def layer(name: str) -> int | None:
+    """The decoder layer a tensor belongs to; None for one of the connector or the embeddings, which are not held."""
     found = _LAYER.search(name)
-    if found is None:
-        raise ConfigError(f"adaptive_regularization: {name} names no decoder layer (.layers.N.); leave the strategy out for this model")
-    return int(found[1])
+    return None if found is None else int(found[1])
 
 
 @cache
 def depth(names: tuple[str, ...]) -> int:
-    """How many decoder layers the adapters span."""
-    return 1 + max(map(layer, names))
+    """How many decoder layers the adapters span.
+
+    Raises:
+        ConfigError: if no name says.
+    """
+    found = [number for name in names if (number := layer(name)) is not None]
+    if not found:
+        raise ConfigError(f"adaptive_regularization: {names[0]} names no decoder layer (.layers.N.); leave the strategy out for this model")
+    return 1 + max(found)
 
 
 def profile_distance(a: Profile, b: Profile) -> float:

@@ -17,6 +17,10 @@ from fedmllm.types import Message, Modality
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "in_proj_qkv", "in_proj_z", "out_proj")
 """As decoders call them: softmax attention apart or fused, and linear attention in hybrid decoders."""
 _LORA_TARGETS = {"attention": _ATTENTION, "all-linear": (*_ATTENTION, "gate_proj", "up_proj", "down_proj", "gate_up_proj")}
+CONNECTORS = {"multi_modal_projector", "connector", "merger", "deepstack_merger_list", "resampler"}
+"""What models call the layers between vision tower and decoder."""
+_SLICES = ("max_slice_nums", "max_patches", "pan_and_scan_max_num_crops")
+"""Under which name an image processor holds into how many slices it cuts a picture at most."""
 
 
 class ModelFamily:
@@ -92,6 +96,27 @@ class ModelFamily:
         decoder = model.get_decoder()  # type: ignore[operator]
         prefix = next(name for name, module in model.named_modules() if module is decoder)
         return rf"{prefix}\..*\.({'|'.join(_LORA_TARGETS[targets])})".replace(".", r"\.", prefix.count("."))
+
+    def limit_slices(self, model: Any, processor: Any, count: int) -> bool:
+        """Let the processor cut a picture into no more slices than so many, not counting the view of the whole.
+
+        Returns:
+            whether it cuts pictures at all.
+        """
+        images = processor.image_processor
+        held = [name for name in _SLICES if getattr(images, name, None) is not None]
+        for name in held:
+            setattr(images, name, min(count, getattr(images, name)))
+        return bool(held)
+
+    def connector(self, model: nn.Module) -> list[str]:
+        """Names of the modules between vision tower and decoder, none inside another; empty if they are not known."""
+        named, decoder = dict(model.named_modules()), model.get_decoder()  # type: ignore[operator]
+        inside = {id(module) for module in decoder.modules()}
+        found = [name for name, module in named.items() if name.rpartition(".")[2] in CONNECTORS and id(module) not in inside]
+        # PEFT takes no lists.
+        lists = {name for name in found if isinstance(named[name], nn.ModuleList)}
+        return [name for name in found if name not in lists] + [f"{name}.{i}" for name in lists for i, _ in named[name].named_children()]
 
 
 def continued(words: Any, chat: Sequence[Mapping[str, Any]], turn: Mapping[str, Any]) -> tuple[str, str]:

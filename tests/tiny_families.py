@@ -1,0 +1,46 @@
+"""The models that the contract suites go through: the embedded one, and a tiny one of each architecture."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from pathlib import Path
+
+import torch
+
+from fedmllm import factors
+from fedmllm.models.load import ModelConfig, VisionLanguageModel, load_model
+from fedmllm.models.lora import trainable
+from minicpmv_stand_in import stand_in
+from tiny_models import RECIPES, make
+
+KINDS = ["nano", *RECIPES]
+WITH_REMOTE = [*KINDS, "minicpmv"]
+"""And the models whose code comes with their weights, by a stand-in with the same contract."""
+_FOLDERS: list[tempfile.TemporaryDirectory[str]] = []
+
+
+@functools.cache
+def folder_of(kind: str) -> str:
+    """A model's folder, made once for all tests of this process."""
+    if kind == "nano":
+        return kind
+    _FOLDERS.append(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
+    make(kind, Path(_FOLDERS[-1].name))
+    return _FOLDERS[-1].name
+
+
+def load(kind: str) -> VisionLanguageModel:
+    if kind == "minicpmv":
+        return stand_in()
+    return load_model(ModelConfig(name=folder_of(kind)), torch.device("cpu"))
+
+
+def stirred(vlm: VisionLanguageModel) -> VisionLanguageModel:
+    """Adapters that do something: a fresh B is zero. What trains beside them is changed a little."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, weight in trainable(vlm.model):
+            if not factors.is_a(name):
+                weight.add_(torch.randn(weight.shape, generator=generator) / 8)
+    return vlm
