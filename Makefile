@@ -5,11 +5,12 @@ READY := .venv/.ready
 DEMO_OUTPUT ?= runs/demo
 JOBS ?= 2
 
-.PHONY: help install demo test check format bench clean
+.PHONY: help install demo test test-quantized check format bench clean
 
 help:
 	@echo "make demo    train the embedded model on the embedded data (about two minutes) and print the scores"
 	@echo "make test    run the tests"
+	@echo "make test-quantized  run the tests of 4-bit weights, with bitsandbytes in a folder of its own"
 	@echo "make check   lint, types, import direction"
 	@echo "make format  rewrite the code in the house style"
 	@echo "make bench   compare with other loops (about fifteen minutes; installs Ray and NVFlare)"
@@ -29,6 +30,10 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest --numprocesses=$(JOBS) --quiet -m "not slow"
+
+test-quantized: $(READY)
+	$(BIN)/python -m pip install --quiet --target build/quantized --no-deps "bitsandbytes>=0.49"
+	PYTHONPATH=build/quantized $(BIN)/python -m pytest --quiet tests/models/test_quantized.py
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -24,6 +24,8 @@ SIGLIP = {
 }
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
 
+PINPOINTS = [[32, 64], [64, 32], [32, 96]]
+
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
     "{% for part in message['content'] %}{% if part['type'] == 'image' %}IMAGE{% else %}{{ part['text'] }}{% endif %}{% endfor %}"
@@ -86,9 +88,9 @@ RECIPES: dict[str, Recipe] = {
     "llava_onevision": Recipe(
         lambda token: (
             {"text_config": QWEN2, "vision_config": SIGLIP, "image_token_index": token("<image>")}
-            | {"vision_feature_select_strategy": "full", "vision_feature_layer": -1, "image_grid_pinpoints": [[32, 64], [64, 32]]}
+            | {"vision_feature_select_strategy": "full", "vision_feature_layer": -1, "image_grid_pinpoints": PINPOINTS}
         ),
-        ("LlavaOnevisionImageProcessorPil", {"size": {"height": 32, "width": 32}, "image_grid_pinpoints": [[32, 64], [64, 32]]}),
+        ("LlavaOnevisionImageProcessorPil", {"size": {"height": 32, "width": 32}, "image_grid_pinpoints": PINPOINTS}),
         tokens={"image_token": "<image>", "video_token": "<video>"},
         processor={"num_image_tokens": 16, "vision_feature_select_strategy": "full"},
     ),

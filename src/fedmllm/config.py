@@ -17,7 +17,7 @@ from fedmllm.engine.rounds import EngineConfig
 from fedmllm.errors import ConfigError, listing
 from fedmllm.evaluation.evaluate import EvaluationConfig
 from fedmllm.models.load import ModelConfig
-from fedmllm.models.lora import LoraConfig
+from fedmllm.models.parts import LoraConfig
 from fedmllm.training.local import TrainingConfig
 
 Path_ = tuple[str, ...]
@@ -82,6 +82,11 @@ class Experiment(BaseModel):
         if self.lora.client_ranks and not method.heterogeneous_ranks:
             able = [name for name, cls in ALGORITHMS.items() if cls.heterogeneous_ranks]
             raise ValueError(f"lora.client_ranks: {self.algorithm.name} needs one rank everywhere; leave it out, or use {', '.join(able)}")
+        if method.changes_frozen and self.model.quantization != "none":
+            raise ValueError(
+                f"model.quantization: {self.algorithm.name} adds to the frozen weights, which {self.model.quantization} cannot hold exactly; "
+                "use none, or another method"
+            )
         if cohort < method.smallest_cohort:
             raise ValueError(
                 f"federation.clients_per_round: {self.algorithm.name} with these parameters needs {method.smallest_cohort} clients or more "

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
+from PIL import Image
 
 from fedmllm import weights as W
 from fedmllm.data.federated import FederatedData
@@ -21,46 +20,17 @@ from fedmllm.models.encoding import Encoded, answer_nll, collate, encode
 from fedmllm.models.families import FAMILIES, TESTED
 from fedmllm.models.features import VisionFeatures, serves
 from fedmllm.models.load import ModelConfig, VisionLanguageModel, load_model
-from fedmllm.models.lora import LoraConfig, adapted_layers, attach_lora, copies, read_weights, save_adapter
+from fedmllm.models.lora import adapted_layers, attach_lora, copies, read_weights
 from fedmllm.models.memory import kept_bytes, saved_bytes
+from fedmllm.models.parts import LoraConfig
 from fedmllm.models.plan import make_plan
+from fedmllm.models.saved import save_adapter
 from fedmllm.models.stacked import side_by_side, stacked
 from fedmllm.models.tail import shorten
 from fedmllm.training.batches import Encoder
 from fedmllm.types import Message, Part, Sample
-from minicpmv_stand_in import stand_in
-from tiny_models import RECIPES, make
-
-KINDS = ["nano", *RECIPES]
-WITH_REMOTE = [*KINDS, "minicpmv"]
-"""And the models whose code comes with their weights, by a stand-in with the same contract."""
-_FOLDERS: list[tempfile.TemporaryDirectory[str]] = []
-
-
-@functools.cache
-def folder_of(kind: str) -> str:
-    """A model's folder, made once for all tests of this process."""
-    if kind == "nano":
-        return kind
-    _FOLDERS.append(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
-    make(kind, Path(_FOLDERS[-1].name))
-    return _FOLDERS[-1].name
-
-
-def load(kind: str) -> VisionLanguageModel:
-    if kind == "minicpmv":
-        return stand_in()
-    return load_model(ModelConfig(name=folder_of(kind)), torch.device("cpu"))
-
-
-def stirred(vlm: VisionLanguageModel) -> VisionLanguageModel:
-    """Adapters that do something: a fresh B is zero."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, weight in vlm.model.named_parameters():
-            if "lora_B" in name:
-                weight.copy_(torch.randn(weight.shape, generator=generator) / 8)
-    return vlm
+from tiny_families import KINDS, WITH_REMOTE, folder_of, load, stirred
+from tiny_models import RECIPES
 
 
 @pytest.fixture(params=WITH_REMOTE)
@@ -70,11 +40,13 @@ def model(request: pytest.FixtureRequest) -> VisionLanguageModel:
 
 @pytest.fixture
 def samples(model: VisionLanguageModel, federation: FederatedData) -> list[Encoded]:
-    """Text only, image only, both, and two images."""
-    first, second = (Part("image", open_image(sample.content["image"])) for sample in federation.dataset.test[:2])  # type: ignore[arg-type]
-    text = Part("text", "Which number is written?")
-    turns = [(text,), (first,), (first, text), (first, second, text)]
-    return [encode(model, (Message("user", parts),), answer) for parts, answer in zip(turns, ["12", "7", "yes", "no, 4"], strict=True)]
+    """Text only, image only, both, two images of different shapes, and another shape."""
+    first, second = (open_image(sample.content["image"]) for sample in federation.dataset.test[:2])  # type: ignore[arg-type]
+    wide, tall = (Part("image", second.resize(size)) for size in ((256, 64), (40, 120)))
+    image, text = Part("image", first), Part("text", "Which number is written?")
+    turns = [(text,), (image,), (image, text), (image, wide, text), (tall,)]
+    answers = ["12", "7", "yes", "no, 4", "yes"]
+    return [encode(model, (Message("user", parts),), answer) for parts, answer in zip(turns, answers, strict=True)]
 
 
 def test_every_family_has_a_row() -> None:
@@ -248,8 +220,16 @@ def test_too_long_a_sample_is_refused_not_cut(model: VisionLanguageModel, federa
     turn = (Message("user", (picture, Part("text", "Which number is written?"))),)
     length = len(encode(model, turn, "7").input_ids)
     assert len(encode(replace(model, max_length=length), turn, "7").input_ids) == length
-    with pytest.raises(ModelError, match=rf"takes {length} tokens, the model's limit is {length - 1}"):
+    with pytest.raises(ModelError, match=rf"take {length} tokens, the model's limit is {length - 1}"):
         encode(replace(model, max_length=length - 1), turn, "7")
+
+
+def test_what_a_processor_does_not_take_is_told_with_the_sample_s_name() -> None:
+    """Qwen's wants sides of less than 200 to 1."""
+    vlm = load("qwen2_5_vl")
+    sample = Sample("strip-7", "What?", "7", {"image": Image.new("RGB", (1, 300))}, answer_type="open")
+    with pytest.raises(ModelError, match=r"sample strip-7: the processor of '.*' does not take it: absolute aspect ratio"):
+        Encoder(vlm, "agnostic")(sample)
 
 
 def test_a_limit_on_pictures_makes_them_smaller_first(model: VisionLanguageModel, federation: FederatedData) -> None:
@@ -267,6 +247,31 @@ def test_a_limit_on_pictures_makes_them_smaller_first(model: VisionLanguageModel
     assert picture.size == (width, height)
     assert limited.picture == expected.picture != full.picture
     assert torch.equal(limited.input_ids, expected.input_ids)
+
+
+CUT = {"llava_onevision": 2, "idefics3": 2, "smolvlm": 2, "internvl": 8, "minicpmv4_6": 2}
+"""Into how many tiles, beside the view of the whole, processors cut a wide picture unless told otherwise."""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_limit_on_slices(kind: str, federation: FederatedData) -> None:
+    """No more tiles than that beside the whole, and the model still computes; where nothing is cut the setting is refused."""
+    wide = open_image(federation.dataset.test[0].content["image"]).resize((256, 128))  # type: ignore[arg-type]
+    turn = (Message("user", (Part("image", wide), Part("text", "Which?"))),)
+    if kind not in CUT:
+        with pytest.raises(ModelError, match=r"model\.max_slices: the processor of .* does not cut pictures; use model\.max_image_side"):
+            load_model(ModelConfig(name=folder_of(kind), max_slices=1), torch.device("cpu"))
+        return
+    sizes = {}
+    for limit in (None, CUT[kind], 1):
+        vlm = load_model(ModelConfig(name=folder_of(kind), max_slices=limit), torch.device("cpu"))
+        sample = encode(vlm, turn, "7")
+        sizes[limit] = sample.extras["pixel_values"].numel()
+        with torch.no_grad():
+            assert torch.isfinite(answer_nll(vlm, collate(vlm, [sample]))).all()
+    tile = sizes[None] / (CUT[kind] + 1)
+    assert tile <= sizes[1] <= 2 * tile < sizes[None]
+    assert sizes[CUT[kind]] <= sizes[None]
 
 
 @pytest.mark.parametrize("kind", WITH_REMOTE)

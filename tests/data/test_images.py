@@ -310,3 +310,8 @@ def test_damaged_pictures_are_refused_or_decoded(form: str, damage: list[tuple[i
         start = at % len(content)
         content = content[:start] + junk + content[start + max(1, len(junk)) :]
     decoded_or_refused(scratch, content)
+
+
+def test_a_picture_without_pixels_is_refused() -> None:
+    with pytest.raises(DataError, match="a picture of 0x5 pixels shows nothing"):
+        open_image(Image.new("RGB", (0, 5)))

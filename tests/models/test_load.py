@@ -4,8 +4,10 @@ import json
 import shutil
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 from safetensors.torch import save_file
 
 from fedmllm.data.federated import FederatedData
@@ -78,6 +80,28 @@ def test_a_model_without_processor(copy: Path) -> None:
         (copy / name).unlink()
     with pytest.raises(ModelError, match="cannot be loaded"):
         load(copy)
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "part"),
+    [
+        (
+            "nobody/nothing",
+            RepositoryNotFoundError,
+            r"'nobody/nothing' cannot be loaded: nobody/nothing is not a local folder and is not a valid",
+        ),
+        ("some/gated", GatedRepoError, r"'some/gated' is gated: accept its terms on its page on the hub, and log in with 'hf auth login'"),
+    ],
+)
+def test_what_the_hub_does_not_give(name: str, error: type[HfHubHTTPError], part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub's own errors, as its client raises them."""
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise error("403 Client Error", response=httpx.Response(403, request=httpx.Request("GET", "https://hub/config.json")))
+
+    monkeypatch.setattr("transformers.utils.hub.hf_hub_download", refuse)
+    with pytest.raises(ModelError, match=part):
+        load_model(ModelConfig(name=name), torch.device("cpu"))
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:99", "tpu"])

@@ -39,7 +39,7 @@ def open_image(source: str | Picture) -> Image.Image:
         source: a file, its bytes, a picture already in memory, or one with edits to be made.
 
     Raises:
-        DataError: if the file is missing, is no picture, is cut short, or claims more than ``MAX_PIXELS`` pixels.
+        DataError: if the file is missing, is no picture, is cut short, has no pixels, or claims more than ``MAX_PIXELS`` pixels.
     """
     if isinstance(source, EditedImage):
         image = open_image(source.source)
@@ -47,6 +47,8 @@ def open_image(source: str | Picture) -> Image.Image:
             image = EDITS[edit.name](image, edit.strength, np.random.default_rng(edit.seed))
         return image
     if isinstance(source, Image.Image):
+        if not all(source.size):
+            raise DataError(f"a picture of {source.width}x{source.height} pixels shows nothing; remove it")
         return source if source.mode == "RGB" and "transparency" not in source.info else _to_rgb(source)
     name = f"{len(source):,} bytes" if isinstance(source, bytes) else source
     try:

@@ -84,18 +84,22 @@ def encode(vlm: VisionLanguageModel, messages: Sequence[Message], answer: str) -
     """One sample as tensors.
 
     Raises:
-        ModelError: if prompt and answer exceed the model's context.
+        ModelError: if the processor does not take the sample, or prompt and answer exceed the model's context.
+        DataError: if a picture cannot be read.
     """
     if vlm.max_image_side is not None:
         messages = [Message(m.role, tuple(_shrunk(part, vlm.max_image_side) for part in m.parts)) for m in messages]
     prompt, completion = vlm.family.render(vlm.processor, messages, answer)
-    tensors = vlm.family.prompt_tensors(vlm.processor, prompt, messages)
+    try:
+        tensors = vlm.family.prompt_tensors(vlm.processor, prompt, messages)
+    except (ValueError, RuntimeError, ArithmeticError) as error:
+        raise ModelError(f"the processor of {vlm.name!r} does not take it: {' '.join(str(error).split())[:300]}") from error
     prompt_ids = tensors.pop("input_ids")[0]
     answer_ids = vlm.tokenizer(completion, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
     ids = torch.cat([prompt_ids, answer_ids])
     if len(ids) > vlm.max_length:
         raise ModelError(
-            f"a sample takes {len(ids)} tokens, the model's limit is {vlm.max_length}: shorten the text or raise model.max_length"
+            f"prompt and answer take {len(ids)} tokens, the model's limit is {vlm.max_length}: shorten the text or raise model.max_length"
         )
     kinds = {name: tensors.pop(name)[0] for name in sorted(tensors) if name.endswith("token_type_ids")}
     by_token = {name: F.pad(row, (0, len(answer_ids)), value=vlm.family.answer_type) for name, row in kinds.items()}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from safetensors import SafetensorError
 
 from fedmllm.errors import ModelError
@@ -16,6 +16,7 @@ from fedmllm.models.checkpointing import checkpoint_layers
 from fedmllm.models.families import family_of
 from fedmllm.models.families.generic import ModelFamily
 from fedmllm.models.processors import load_processor
+from fedmllm.models.quantized import four_bits, require_gpu
 from fedmllm.models.tail import narrow
 
 if TYPE_CHECKING:
@@ -34,16 +35,26 @@ class ModelConfig(BaseModel):
     """``nano`` (embedded), a Transformers folder, or a hub id."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Number format of the frozen weights; with bfloat16 the forward pass runs under autocast and LoRA stays float32."""
+    quantization: Literal["none", "4bit"] = "none"
+    """``4bit`` holds the frozen linear layers in 4 bits (NF4) and computes in bfloat16: a GPU and ``fedmllm[quantized]`` are needed."""
     max_length: int = Field(1024, gt=0)
     """Longest prompt plus answer in tokens; the model's own limit applies where it is lower."""
     max_image_side: int | None = Field(None, gt=0)
     """Longest side of a picture in pixels; a larger one is made smaller before the processor sees it. Null for the processor's own limits."""
+    max_slices: int | None = Field(None, gt=0)
+    """Into how many slices a picture is cut at most, not counting the view of the whole. Null for the processor's own limit."""
     gradient_checkpointing: bool = False
     """Keep only what enters each layer of the decoder in training, and compute the rest again: less memory, more time."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model, of the commit in ``revision``. Off: such code can do anything that you can."""
+
+    @model_validator(mode="after")
+    def _computes_in_bfloat16(self) -> ModelConfig:
+        if self.quantization != "none" and self.dtype != "bfloat16":
+            raise ValueError(f"quantization: {self.quantization} computes in bfloat16, dtype is {self.dtype}; set dtype to bfloat16")
+        return self
 
 
 @dataclass(frozen=True)
@@ -120,29 +131,50 @@ def load_model(config: ModelConfig, device: torch.device) -> VisionLanguageModel
     source, dtype = check_source(config), getattr(torch, config.dtype)
     _check_weights(config.name, Path(source))
     try:
-        family, processor, model = _pretrained(source, dtype, revision=config.revision, trust_remote_code=config.trust_remote_code)
+        family, processor, model = _pretrained(config, source, dtype, device)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        if "trust_remote_code" in str(error):
-            remedy = "read it, then set model.trust_remote_code to true and model.revision to its commit"
-            raise ModelError(f"model.name: {config.name!r} brings code of its own, which is not run: {remedy}") from error
-        raise ModelError(f"model.name: {config.name!r} cannot be loaded: {_first_lines(error)}") from error
+        raise ModelError(f"model.name: {config.name!r} {_what_failed(error)}") from error
     if not family.words_chats(processor):
         raise ModelError(f"model.name: {config.name!r} has no chat template; use an instruction-tuned checkpoint")
-    narrow(model.requires_grad_(False).eval().to(device))
+    if config.max_slices is not None and not family.limit_slices(model, processor, config.max_slices):
+        raise ModelError(f"model.max_slices: the processor of {config.name!r} does not cut pictures; use model.max_image_side")
+    narrow(model.requires_grad_(False).eval())
     if config.gradient_checkpointing:
         checkpoint_layers(model, config.name)
     limit = min(config.max_length, _context(model))
     return VisionLanguageModel(config.name, model, processor, family, device, limit, dtype, max_image_side=config.max_image_side)
 
 
-def _pretrained(source: str, dtype: torch.dtype, **options: Any) -> tuple[ModelFamily, Any, Any]:
-    """A folder's or hub id's family, processor and model."""
+def _pretrained(config: ModelConfig, source: str, dtype: torch.dtype, device: torch.device) -> tuple[ModelFamily, Any, Any]:
+    """A folder's or hub id's family, processor and model, on the device."""
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    family = family_of(transformers.AutoConfig.from_pretrained(source, **options).model_type)
+    options = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    settings = transformers.AutoConfig.from_pretrained(source, **options)
+    family, placed = family_of(settings.model_type), {}
+    if config.quantization == "4bit":
+        require_gpu("model.quantization: 4bit", device)
+        placed = four_bits(dtype, device)
+    elif getattr(settings, "quantization_config", None) is not None:
+        require_gpu(f"model.name: {config.name!r}, whose weights are quantized,", device)
+        placed = {"device_map": {"": str(device)}}
     processor = load_processor(source, **options)
-    return family, processor, getattr(transformers, family.auto_class).from_pretrained(source, dtype=dtype, use_safetensors=True, **options)
+    loader = getattr(transformers, family.auto_class)
+    model = loader.from_pretrained(source, dtype=dtype, use_safetensors=True, **options, **placed)
+    return family, processor, model if placed else model.to(device)
+
+
+def _what_failed(error: Exception) -> str:
+    """Why a model cannot be loaded, and what to do."""
+    text = " ".join(str(error).split())
+    if "trust_remote_code" in text:
+        return (
+            "brings code of its own, which is not run: read it, then set model.trust_remote_code to true and model.revision to its commit"
+        )
+    if "gated repo" in text:
+        return "is gated: accept its terms on its page on the hub, and log in with 'hf auth login' (or set HF_TOKEN)"
+    return f"cannot be loaded: {text[:400]}"
 
 
 def check_source(config: ModelConfig) -> str:
@@ -175,7 +207,3 @@ def _check_weights(name: str, folder: Path) -> None:
 def _context(model: Any) -> int:
     text = model.config.get_text_config()
     return int(getattr(text, "max_position_embeddings", None) or 1 << 30)
-
-
-def _first_lines(error: Exception) -> str:
-    return " ".join(str(error).split())[:400]

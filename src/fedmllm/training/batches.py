@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fedmllm.data.modalities import keep_only
 from fedmllm.data.prompts import PromptStyle, target, to_messages
+from fedmllm.errors import DataError, ModelError
 from fedmllm.models.encoding import Batch, Encoded, collate, encode
 from fedmllm.models.load import VisionLanguageModel
 from fedmllm.types import Sample
@@ -39,12 +40,19 @@ class Encoder:
         return replace(self(sample), reduced=tuple(map(self, copies)))
 
     def __call__(self, sample: Sample) -> Encoded:
-        """The sample's prompt and target as tensors."""
+        """The sample's prompt and target as tensors.
+
+        Raises:
+            ModelError, DataError: naming the sample that cannot be had as tensors.
+        """
         key = (sample.id, sample.modalities)
         if key in self._kept:
             self._kept.move_to_end(key)
             return self._kept[key]
-        encoded = encode(self._vlm, to_messages(sample, self._style), target(sample))
+        try:
+            encoded = encode(self._vlm, to_messages(sample, self._style), target(sample))
+        except (ModelError, DataError) as error:
+            raise type(error)(f"sample {sample.id}: {error}") from error
         self._kept[key] = encoded
         self._bytes += _size(encoded)
         while self._bytes > self._max_bytes:

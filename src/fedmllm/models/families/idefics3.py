@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from math import isqrt
 from types import MappingProxyType
+from typing import Any
 
 from fedmllm.models.families.generic import ModelFamily
 
@@ -15,3 +17,10 @@ class Idefics3(ModelFamily):
     """
 
     axes = MappingProxyType({"pixel_values": 1, "pixel_attention_mask": 1})
+
+    def limit_slices(self, model: Any, processor: Any, count: int) -> bool:
+        """A picture is brought to a longest side and then cut: into n * n tiles at most if the side is that of n tiles."""
+        images = processor.image_processor
+        longest = isqrt(count) * images.max_image_size["longest_edge"]
+        images.size = {"longest_edge": min(longest, images.size["longest_edge"])}
+        return bool(images.do_image_splitting)
