@@ -19,6 +19,7 @@ from typing import Any
 
 from fedmllm import Experiment, train
 from fedmllm.algorithms import ALGORITHMS
+from fedmllm.benchmark.resident import Resident
 from fedmllm.evaluation.metrics import error_over_models
 
 SCENARIOS = ("aligned-0.5", "missing-0.4", "cross-5:5", "hybrid-0.7")
@@ -118,10 +119,10 @@ def experiment(task: str, scenario: str, row: str, seed: int, baselines: Sequenc
     return Experiment.parse({**sections, "seed": seed})
 
 
-def measure(task: str, scenario: str, row: str, seed: int, baselines: Sequence[str] = ()) -> dict[str, Any]:
+def measure(task: str, scenario: str, row: str, seed: int, resident: Resident, baselines: Sequence[str] = ()) -> dict[str, Any]:
     """Train one cell in a folder that is thrown away."""
     with tempfile.TemporaryDirectory() as folder:
-        result = train(experiment(task, scenario, row, seed, baselines), Path(folder) / "run")
+        result = train(experiment(task, scenario, row, seed, baselines), Path(folder) / "run", resident=resident)
         rounds = [json.loads(line) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()]
     own = [line for line in rounds if line["stage"] == "federated"]
     return {
@@ -151,11 +152,12 @@ def run(options: argparse.Namespace) -> None:
     """Measure what is missing of this shard."""
     index, count = map(int, options.shard.split("/"))
     options.output.parent.mkdir(parents=True, exist_ok=True)
+    resident = Resident()
     done = {(line["task"], line["scenario"], line["row"], line["seed"]) for line in read(options.output)}
     for position, cell in enumerate(cells(options.seeds, options.only, options.scenarios)):
         if position % count != index or cell in done:
             continue
-        line = measure(*cell, BASELINES if cell[2] == "fedavg" and options.baselines else ())
+        line = measure(*cell, resident, BASELINES if cell[2] == "fedavg" and options.baselines else ())
         with options.output.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         print(*cell, f"{line['scores']['federated']:.3f}", f"{line['seconds']:.0f} s", flush=True)

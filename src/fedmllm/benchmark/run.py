@@ -11,10 +11,11 @@ from fedmllm.algorithms import Client, ServerState, build_algorithm
 from fedmllm.algorithms.fedavg import FedAvg
 from fedmllm.benchmark.card import adapter_card
 from fedmllm.benchmark.report import write_report
+from fedmllm.benchmark.resident import Resident
 from fedmllm.benchmark.results import RunResult
 from fedmllm.benchmark.summary import summarize
 from fedmllm.config import Experiment, differences
-from fedmllm.data.federated import FederatedData, federate, manifest
+from fedmllm.data.federated import FederatedData, manifest, spread
 from fedmllm.data.tested import own_kind, reduced_copy
 from fedmllm.engine.checkpoint import RunStore, write_atomically, write_json
 from fedmllm.engine.compression import UNCOMPRESSED
@@ -22,12 +23,10 @@ from fedmllm.engine.in_process import InProcessEngine
 from fedmllm.engine.rounds import Loop, Stage, evaluate_state, personal_models, run_stage
 from fedmllm.errors import RunError, listing
 from fedmllm.evaluation.evaluate import evaluate
-from fedmllm.models.features import VisionFeatures, serves
-from fedmllm.models.load import VisionLanguageModel, choose_device, load_model
-from fedmllm.models.lora import attach_lora, frozen_weights, read_weights, write_base, write_weights
-from fedmllm.models.parts import Part, parts
+from fedmllm.models.load import VisionLanguageModel
+from fedmllm.models.lora import frozen_weights, read_weights, write_base, write_weights
+from fedmllm.models.parts import Part
 from fedmllm.models.saved import save_adapter
-from fedmllm.models.tail import shorten
 from fedmllm.training.batches import Encoder
 from fedmllm.types import Metrics, Record, Sample, Weights
 
@@ -52,6 +51,7 @@ def train(
     name: str = "experiment",
     resume: bool = False,
     observer: Observer | None = None,
+    resident: Resident | None = None,
 ) -> RunResult:
     """Run an experiment: zero-shot, the federation, the baselines asked for; then adapter, result and report.
 
@@ -63,19 +63,22 @@ def train(
         name: names the experiment in the report.
         resume: go on with an interrupted run; the end is bit-identical to that of an uninterrupted one.
         observer: told about the progress.
+        resident: what earlier runs of this process left to be used again; nothing for None.
 
     Raises:
         FedMLLMError: see the kinds in ``fedmllm.errors``.
     """
     folder = Path(output) if output else default_folder(name)
     _check_folder(folder, experiment, resume)
-    data = federate(experiment.data, experiment.federation, experiment.seed)
+    held = resident or Resident()
+    data = spread(held.dataset(experiment), experiment.federation, experiment.seed)
     copies = {spec: reduced_copy(data.dataset.test, spec, experiment.seed) for spec in experiment.evaluation.tested}
-    vlm, trainable = _load(experiment)
-    vlm.family.require(data.dataset.modalities)
-    start = _start(experiment, vlm)
-    _open_folder(folder, experiment, data)
-    return _Run(experiment, folder, name, data, copies, vlm, trainable, start, observer or Observer()).finish()
+    with held.model(experiment) as (vlm, trainable):
+        vlm.family.require(data.dataset.modalities)
+        start = _start(experiment, vlm)
+        _open_folder(folder, experiment, data)
+        encoder, told = held.encoder(experiment), observer or Observer()
+        return _Run(experiment, folder, name, data, copies, vlm, trainable, encoder, start, told).finish()
 
 
 def default_folder(name: str) -> Path:
@@ -109,18 +112,6 @@ def _check_folder(folder: Path, experiment: Experiment, resume: bool) -> None:
         raise RunError(f"{folder}: cannot resume with other settings than the run began with (there and now):\n{listing(changed)}")
 
 
-def _load(experiment: Experiment) -> tuple[VisionLanguageModel, list[Part]]:
-    """The model with fresh adapters, and what of it could train."""
-    vlm = load_model(experiment.model, choose_device(experiment.engine.device))
-    if experiment.engine.feature_bytes and experiment.lora.connector == "frozen" and serves(vlm):
-        vlm = replace(vlm, features=VisionFeatures(vlm, experiment.engine.feature_bytes))
-    trainable = parts(vlm.model, vlm.family, experiment.lora)
-    vlm = attach_lora(vlm, experiment.lora, experiment.seed)
-    if experiment.engine.answers_only:
-        shorten(vlm.model)
-    return vlm, trainable
-
-
 def _start(experiment: Experiment, vlm: VisionLanguageModel) -> ServerState:
     """The method's state before the first round. Its rule for clients is made once, so that what does not suit the model shows now."""
     algorithm = build_algorithm(experiment.algorithm)
@@ -147,14 +138,14 @@ class _Run:
     copies: Mapping[str, Sequence[Sample]]
     vlm: VisionLanguageModel
     parts: Sequence[Part]
+    encoder: Encoder
     start: ServerState
     observer: Observer
 
     def finish(self) -> RunResult:
         """Train what is not trained yet, and write the rest."""
         initial = read_weights(self.vlm.model)
-        encoder = Encoder(self.vlm, self.experiment.data.prompt)
-        loop = self._loop(encoder)
+        loop = self._loop()
         stages = self.stages()
         self.observer.started(stages)
         if "zero_shot" in self.experiment.evaluation.baselines:
@@ -170,8 +161,8 @@ class _Run:
         self._save_adapters(trained, models if loop.algorithm.personalized else {})
         result = replace(
             summarize(self.experiment, self.name, self.data, loop.store, stages, self.parts),
-            tested=self._tested(encoder, loop, federated, trained),
-            clients=self._by_client(encoder, loop.store, models, trained.base),
+            tested=self._tested(loop, federated, trained),
+            clients=self._by_client(loop.store, models, trained.base),
         )
         self._write_cards(result)
         write_json(self.folder / "result.json", result.to_record())
@@ -197,31 +188,29 @@ class _Run:
         federation = self.experiment.federation
         return max(1, round(federation.num_rounds * federation.clients_per_round / federation.num_clients))
 
-    def _loop(self, encoder: Encoder) -> Loop:
+    def _loop(self) -> Loop:
         e, dataset = self.experiment, self.data.dataset
-        engine = InProcessEngine(self.vlm, encoder, e.training, e.engine.together)
-        score = self._scorer(encoder, dataset.test, dataset.metric)
+        engine = InProcessEngine(self.vlm, self.encoder, e.training, e.engine.together)
+        score = self._scorer(dataset.test, dataset.metric)
         store, told = RunStore(self.folder), self.observer.round_done
         return Loop(build_algorithm(e.algorithm), engine, e.training, score, store, e.seed, told, e.compression)
 
-    def _scorer(self, encoder: Encoder, samples: Sequence[Sample], metric: str) -> Callable[[Weights, Weights], Metrics]:
+    def _scorer(self, samples: Sequence[Sample], metric: str) -> Callable[[Weights, Weights], Metrics]:
         """Scores given weights, and what was merged into the frozen ones, on some samples."""
 
         def score(weights: Weights, base: Weights) -> Metrics:
             write_base(self.vlm, base)
             write_weights(self.vlm.model, weights)
-            return evaluate(self.vlm, samples, encoder, metric, self.experiment.evaluation, self.experiment.seed)
+            return evaluate(self.vlm, samples, self.encoder, metric, self.experiment.evaluation, self.experiment.seed)
 
         return score
 
-    def _tested(self, encoder: Encoder, loop: Loop, stage: Stage, trained: ServerState) -> dict[str, Metrics]:
+    def _tested(self, loop: Loop, stage: Stage, trained: ServerState) -> dict[str, Metrics]:
         """The trained model on the copies of the test split."""
-        scorers = {spec: self._scorer(encoder, copy, self.data.dataset.metric) for spec, copy in self.copies.items()}
+        scorers = {spec: self._scorer(copy, self.data.dataset.metric) for spec, copy in self.copies.items()}
         return {spec: evaluate_state(replace(loop, evaluate=score), stage, trained) for spec, score in scorers.items()}
 
-    def _by_client(
-        self, encoder: Encoder, store: RunStore, models: Mapping[str, Weights], trained_base: Weights
-    ) -> dict[str, dict[str, float]]:
+    def _by_client(self, store: RunStore, models: Mapping[str, Weights], trained_base: Weights) -> dict[str, dict[str, float]]:
         """Accuracy of each client's models on test samples of its own kind, by model and client."""
         count, seed = self.experiment.evaluation.client_samples, self.experiment.seed
         scores: dict[str, dict[str, float]] = {}
@@ -229,7 +218,7 @@ class _Run:
             asked = own_kind(self.data.dataset.test, held, client, count, seed)
             if not asked:
                 continue
-            score = self._scorer(encoder, asked, "accuracy")
+            score = self._scorer(asked, "accuracy")
             scores.setdefault("federated", {})[client] = score(models[client], trained_base)["score"]
             for kind, base in (("local", {}), ("fine_tuned", trained_base)):
                 state = store.load_state(f"{kind}-{client}")

@@ -37,12 +37,20 @@ class FederatedData:
 
 
 def federate(data: DataConfig, federation: FederationConfig, seed: int) -> FederatedData:
-    """Load a dataset, spread it over clients and take away what the scenario says.
+    """Load a dataset and spread it over clients.
 
     Raises:
         ConfigError, DataError: if settings and data do not fit each other, or a client is left without samples.
     """
-    dataset = load(data, seed)
+    return spread(load(data, seed), federation, seed)
+
+
+def spread(dataset: Dataset, federation: FederationConfig, seed: int) -> FederatedData:
+    """Spread a dataset over clients, and take away what the scenario says.
+
+    Raises:
+        ConfigError, DataError: if settings and data do not fit each other, or a client is left without samples.
+    """
     names, parts = _partition(dataset, federation, seed)
     complete = {name: [dataset.train[j] for j in part] for name, part in zip(names, parts, strict=True)}
     altered = complete

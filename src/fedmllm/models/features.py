@@ -34,6 +34,8 @@ class VisionFeatures:
         outer = _without_adapters(vlm.model)
         methods = [model.get_image_features for model in (outer, getattr(outer, "model", outer)) if hasattr(model, "get_image_features")]
         self._taken = frozenset(name for method in methods for name in inspect.signature(method).parameters)
+        inside = {id(module) for module in outer.get_decoder().modules()}
+        self._outside = [module for module in outer.modules() if id(module) not in inside]
         self._kind: Any = None
         self._lock = threading.Lock()
 
@@ -53,12 +55,15 @@ class VisionFeatures:
         return {name: tensor.to(self._vlm.device) for name, tensor in found.items()}
 
     def _computed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        model = self._vlm.model
-        training = model.training
-        model.eval()
+        training = [module for module in self._outside if module.training]
+        for module in training:
+            module.training = False
         with self._vlm.autocast():
-            output = model.get_image_features(**{name: tensor.to(self._vlm.device) for name, tensor in tensors.items()}, return_dict=True)
-        model.train(training)
+            output = self._vlm.model.get_image_features(
+                **{name: tensor.to(self._vlm.device) for name, tensor in tensors.items()}, return_dict=True
+            )
+        for module in training:
+            module.training = True
         self._kind = type(output)
         return dict(leaf for field in _FIELDS for leaf in _leaves(field, getattr(output, field, None)))
 

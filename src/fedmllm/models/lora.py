@@ -46,6 +46,19 @@ def attach_lora(vlm: VisionLanguageModel, config: LoraConfig, seed: int) -> Visi
     return replace(vlm, model=widened(model, vlm.dtype))
 
 
+def detach_lora(vlm: VisionLanguageModel) -> None:
+    """Undo ``attach_lora`` and all that followed: the model that was given to it is as it was loaded."""
+    from peft.utils import ModulesToSaveWrapper
+
+    write_base(vlm, {})
+    base = vlm.model.get_base_model()
+    for name, module in list(base.named_modules()):
+        if isinstance(module, ModulesToSaveWrapper):
+            # PEFT would leave the trained copy there.
+            base.set_submodule(name, module.original_module)
+    vlm.model.unload()
+
+
 def widened(model: Any, dtype: torch.dtype) -> Any:
     """The model with its whole trained modules in float32, as PEFT holds adapters: steps smaller than bfloat16 tells apart would be lost.
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from fedmllm.models.passes import PASS, passing
 
-_SHORTENED: WeakSet[nn.Module] = WeakSet()
-"""Attentions of the layers that are: a second time would cut what is cut."""
+_SHORTENED: WeakKeyDictionary[nn.Module, list[RemovableHandle]] = WeakKeyDictionary()
+"""Attentions of the layers that are, and the hooks: a second time would cut what is cut."""
 _PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj"}
 
 
@@ -25,10 +26,7 @@ def shorten(model: Any) -> bool:
     Returns:
         whether the last layer is one that this is known to be right for: softmax attention with separate projections.
     """
-    decoder = model.get_decoder()
-    # Some models' decoder comes with its output head around it.
-    layers: Any = getattr(decoder, "layers", None) or getattr(getattr(decoder, "model", None), "layers", ())
-    layer: Any = next(reversed(layers), None)
+    layer = _last_layer(model)
     attention, feed_forward = getattr(layer, "self_attn", nn.Module()), getattr(layer, "mlp", nn.Module())
     if attention in _SHORTENED:
         return True
@@ -37,11 +35,23 @@ def shorten(model: Any) -> bool:
         return False
     # Of a mixture of experts the router's numbers may be read too.
     modules: list[Any] = [attention.q_proj, attention.o_proj, *([feed_forward] if type(feed_forward).__name__.endswith("MLP") else [])]
-    for module in modules:
-        module.register_forward_pre_hook(_cut)
-        module.register_forward_hook(_fill)
-    _SHORTENED.add(attention)
+    hooks = [(module.register_forward_pre_hook(_cut), module.register_forward_hook(_fill)) for module in modules]
+    _SHORTENED[attention] = [hook for pair in hooks for hook in pair]
     return True
+
+
+def lengthen(model: Any) -> None:
+    """Undo ``shorten``, if it was done; to be called before adapters come off that were there when it was."""
+    for hook in _SHORTENED.pop(getattr(_last_layer(model), "self_attn", nn.Module()), []):
+        hook.remove()
+
+
+def _last_layer(model: Any) -> Any:
+    """Of the decoder; None if it has no list of layers."""
+    decoder = model.get_decoder()
+    # Some models' decoder comes with its output head around it.
+    layers: Any = getattr(decoder, "layers", None) or getattr(getattr(decoder, "model", None), "layers", ())
+    return next(reversed(layers), None)
 
 
 def narrow(model: Any) -> None:

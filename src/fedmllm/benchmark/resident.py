@@ -1,0 +1,84 @@
+"""What runs of one process have in common and need only once: model, features of pictures, data and encoded samples."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TypeVar
+
+from fedmllm.config import Experiment
+from fedmllm.data.datasets.base import Dataset
+from fedmllm.data.federated import load
+from fedmllm.models.features import VisionFeatures, serves
+from fedmllm.models.load import VisionLanguageModel, choose_device, load_model
+from fedmllm.models.lora import attach_lora, detach_lora
+from fedmllm.models.parts import Part, parts
+from fedmllm.models.tail import lengthen, shorten
+from fedmllm.training.batches import Encoder
+
+T = TypeVar("T")
+_KEPT = 4
+"""Data sets, and encoded samples of as many. Of models one is kept."""
+
+
+class Resident:
+    """Holds on to what was used last. A run in it ends bit for bit as it does alone; several one after another are faster."""
+
+    def __init__(self) -> None:
+        self._models: OrderedDict[str, VisionLanguageModel] = OrderedDict()
+        self._datasets: OrderedDict[str, Dataset] = OrderedDict()
+        self._encoders: OrderedDict[str, Encoder] = OrderedDict()
+
+    def dataset(self, experiment: Experiment) -> Dataset:
+        """The samples before they are spread."""
+        return _held(self._datasets, _KEPT, _key(experiment, "data"), lambda: load(experiment.data, experiment.seed))
+
+    def encoder(self, experiment: Experiment) -> Encoder:
+        """Encoded samples. What the scenario takes from a sample shows in its modalities; what else was done to it, in the settings."""
+        key = _key(experiment, "model", "data") + str(experiment.federation.heterogeneity)
+        return _held(self._encoders, _KEPT, key, lambda: Encoder(self._plain(experiment), experiment.data.prompt))
+
+    @contextmanager
+    def model(self, experiment: Experiment) -> Iterator[tuple[VisionLanguageModel, list[Part]]]:
+        """In this block the model with fresh adapters, and what of it could train."""
+        plain = self._plain(experiment)
+        if experiment.lora.connector != "frozen":
+            plain = replace(plain, features=None)
+        trainable = parts(plain.model, plain.family, experiment.lora)
+        vlm = attach_lora(plain, experiment.lora, experiment.seed)
+        try:
+            if experiment.engine.answers_only:
+                shorten(vlm.model)
+            yield vlm, trainable
+        finally:
+            lengthen(vlm.model)
+            detach_lora(vlm)
+
+    def _plain(self, experiment: Experiment) -> VisionLanguageModel:
+        key = _key(experiment, "model") + f"{experiment.engine.device} {experiment.engine.feature_bytes}"
+        return _held(self._models, 1, key, lambda: _loaded(experiment))
+
+
+def _loaded(experiment: Experiment) -> VisionLanguageModel:
+    """The model without adapters."""
+    vlm = load_model(experiment.model, choose_device(experiment.engine.device))
+    if experiment.engine.feature_bytes and serves(vlm):
+        return replace(vlm, features=VisionFeatures(vlm, experiment.engine.feature_bytes))
+    return vlm
+
+
+def _key(experiment: Experiment, *sections: str) -> str:
+    """The settings on which something depends, the seed among them."""
+    return experiment.model_dump_json(include={*sections, "seed"} if "data" in sections else set(sections))
+
+
+def _held(kept: OrderedDict[str, T], count: int, key: str, make: Callable[[], T]) -> T:
+    """What is kept under a key, made if it is not there; the least recently used leaves first, before anything new is made."""
+    if key not in kept:
+        while len(kept) >= count:
+            kept.popitem(last=False)
+        kept[key] = make()
+    kept.move_to_end(key)
+    return kept[key]
