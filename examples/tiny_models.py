@@ -6,7 +6,7 @@ They learn nothing worth having; they run the code that the full models run, in 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -200,8 +200,8 @@ def make(kind: str, folder: Path) -> None:
     """Write model, tokenizer and processor of a kind as a Transformers folder, the same every time."""
     from transformers import AutoConfig, AutoModelForImageTextToText
 
-    recipe, processor = RECIPES[kind], _processor(kind)
-    tokens = processor.tokenizer
+    recipe, processor_ = RECIPES[kind], processor(kind)
+    tokens = processor_.tokenizer
     settings = recipe.config(tokens.convert_tokens_to_ids)
     settings["text_config"] = {**settings["text_config"], "vocab_size": len(tokens)}
     ends = {"pad_token_id": tokens.pad_token_id, "eos_token_id": tokens.eos_token_id, "bos_token_id": tokens.bos_token_id}
@@ -214,11 +214,11 @@ def make(kind: str, folder: Path) -> None:
                 weight.normal_(std=weight[0].numel() ** -0.5)
     model.generation_config.update(**ends)
     model.save_pretrained(folder)
-    processor.save_pretrained(folder)
+    processor_.save_pretrained(folder)
 
 
-def _processor(kind: str) -> Any:
-    """The kind's processor over the embedded model's vocabulary and its own special tokens."""
+def processor(kind: str, changes: Mapping[str, Any] | None = None) -> Any:
+    """The kind's processor over the embedded model's vocabulary and its own special tokens, with changes to the recipe's pictures."""
     import transformers
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES, processor_class_from_name
 
@@ -233,7 +233,11 @@ def _processor(kind: str) -> Any:
         extra_special_tokens={"turn_token": "<|im_start|>", **recipe.tokens},
     )
     name, settings = recipe.images
-    parts = {"image_processor": getattr(transformers, name)(**settings), "tokenizer": tokenizer, "video_processor": NoVideos()}
+    parts = {
+        "image_processor": getattr(transformers, name)(**settings | dict(changes or {})),
+        "tokenizer": tokenizer,
+        "video_processor": NoVideos(),
+    }
     cls = without_videos(processor_class_from_name(PROCESSOR_MAPPING_NAMES[kind]))
     template = None if recipe.image is None else CHATML.replace("IMAGE", recipe.image)
     return cls(**{name: parts[name] for name in cls.get_attributes()}, chat_template=template, **recipe.processor)
