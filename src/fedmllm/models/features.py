@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedmllm.models.families.generic import without_adapters
 from fedmllm.models.load import VisionLanguageModel
 from fedmllm.models.store import TensorStore
 
@@ -31,7 +32,7 @@ class VisionFeatures:
     def __init__(self, vlm: VisionLanguageModel, max_bytes: int) -> None:
         self._vlm, self._store = vlm, TensorStore(max_bytes)
         # Some models' hand all on to that of the model inside, whose signature alone says what that is.
-        outer = _without_adapters(vlm.model)
+        outer = without_adapters(vlm.model)
         methods = [model.get_image_features for model in (outer, getattr(outer, "model", outer)) if hasattr(model, "get_image_features")]
         self._taken = frozenset(name for method in methods for name in inspect.signature(method).parameters)
         inside = {id(module) for module in outer.get_decoder().modules()}
@@ -70,12 +71,8 @@ class VisionFeatures:
 
 def serves(vlm: VisionLanguageModel) -> bool:
     """Whether a model can be fed features in place of pictures."""
-    model = _without_adapters(vlm.model)
+    model = without_adapters(vlm.model)
     return hasattr(model, "get_image_features") and "mm_encoder_outputs" in inspect.signature(model.forward).parameters
-
-
-def _without_adapters(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _leaves(name: str, tree: Any) -> Iterable[tuple[str, Tensor]]:

@@ -119,6 +119,11 @@ class ModelFamily:
         return [name for name in found if name not in lists] + [f"{name}.{i}" for name in lists for i, _ in named[name].named_children()]
 
 
+def without_adapters(model: Any) -> Any:
+    """The Transformers model inside of PEFT's; itself if there are no adapters."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def continued(words: Any, chat: Sequence[Mapping[str, Any]], turn: Mapping[str, Any]) -> tuple[str, str]:
     """(prompt, completion) as a processor or tokenizer writes a chat and the assistant's turn after it.
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import ProcessorMixin
 
 from fedmllm.data.images import open_image
-from fedmllm.models.families.generic import ModelFamily, continued, defuse, special_tokens
+from fedmllm.models.families.generic import ModelFamily, continued, defuse, special_tokens, without_adapters
 from fedmllm.types import Message
 
 PICTURE = "(<image>./</image>)"
@@ -68,7 +68,7 @@ class MiniCPMV(ModelFamily):
 
     def generate(self, model: Any, inputs: Mapping[str, Any], **settings: Any) -> Tensor:
         """By the language model on the embedded prompt, whose output is the new tokens alone."""
-        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        inner = without_adapters(model)
         embedded, _ = inner.get_vllm_embedding(_data(inputs))
         tokens: Tensor = inner.llm.generate(inputs_embeds=embedded, attention_mask=inputs["attention_mask"], **settings)
         return tokens
