@@ -10,7 +10,7 @@ import torch
 from fedmllm.data.federated import FederatedData
 from fedmllm.models import memory
 from fedmllm.models.load import VisionLanguageModel
-from fedmllm.models.memory import CPU_TOKENS, kept_bytes, token_budget
+from fedmllm.models.memory import CPU_TOKENS, clients_at_once, kept_bytes, token_budget
 from fedmllm.training.batches import Encoder
 
 
@@ -36,3 +36,11 @@ def test_the_budget_is_the_device_s(
     for free, tokens in ((1 << 20, 629), (100, 1)):
         monkeypatch.setattr(memory, "_free_bytes", lambda device, free=free: free)
         assert token_budget(replace(vlm, device=torch.device("cuda")), sample) == tokens
+
+
+def test_a_wave_is_as_large_as_a_gpu_s_memory_allows(vlm: VisionLanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client's tensors take 16 bytes of each of 73,728 parameters; a fifth of the memory is theirs."""
+    assert clients_at_once(vlm) is None
+    for free, clients in ((5 * 16 * 73_728 * 7, 7), (5 * 16 * 73_728 * 7 - 5, 6), (1, 1)):
+        monkeypatch.setattr(memory, "_free_bytes", lambda device, free=free: free)
+        assert clients_at_once(replace(vlm, device=torch.device("cuda"))) == clients

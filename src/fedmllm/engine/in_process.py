@@ -14,6 +14,7 @@ from fedmllm.engine.checkpoint import ClientStates
 from fedmllm.engine.compression import UNCOMPRESSED, CompressionConfig, build_codec, sent_through
 from fedmllm.models.load import VisionLanguageModel
 from fedmllm.models.lora import has_dropout, write_base
+from fedmllm.models.memory import clients_at_once
 from fedmllm.models.stacked import stackable
 from fedmllm.training.batches import Encoder
 from fedmllm.training.calibration import calibrated
@@ -63,7 +64,7 @@ class InProcessEngine:
         vlm: the one model, adapters attached.
         encoder: turns samples into tensors and keeps them.
         training: how each client trains.
-        together: clients of a wave; 1 for one after another.
+        together: clients of a wave at most; 1 for one after another. A GPU's free memory may allow fewer.
     """
 
     vlm: VisionLanguageModel
@@ -74,7 +75,8 @@ class InProcessEngine:
     def map_clients(self, assignment: Assignment, clients: Mapping[str, Sequence[Sample]]) -> Iterator[ClientUpdate]:
         """Updates in the order of the clients, those of a wave made when its first is asked for."""
         write_base(self.vlm, assignment.broadcast.base)
-        size = 1 if has_dropout(self.vlm.model) or not stackable(self.vlm.model) else self.together
+        apart = has_dropout(self.vlm.model) or not stackable(self.vlm.model)
+        size = 1 if apart else min(self.together, clients_at_once(self.vlm) or self.together)
         turns = (self._turn(assignment, name, samples) for name, samples in clients.items())
         while wave := list(islice(turns, size)):
             yield from self._wave(assignment, wave)

@@ -1,4 +1,4 @@
-"""How many tokens may go through a model at once."""
+"""How many tokens may go through a model at once, and how many clients may train side by side."""
 
 from __future__ import annotations
 
@@ -9,11 +9,24 @@ from torch import Tensor, nn
 
 from fedmllm.models.encoding import Encoded, answer_nll, collate
 from fedmllm.models.load import VisionLanguageModel
+from fedmllm.models.lora import trainable
 
 CPU_TOKENS = 1536
 """On a CPU more gain nothing: its products are as fast as they get, and what is kept for the gradient leaves its caches."""
 _SHARE = 0.6
 """Of a GPU's free memory; the rest is for what the backward pass needs besides, and for fragmentation."""
+OPTIMIZED_BYTES = 16
+"""Of a trained parameter in float32: itself, its gradient, AdamW's two means."""
+_CLIENTS_SHARE = 0.2
+"""Of a GPU's free memory for what clients of a wave train."""
+
+
+def clients_at_once(vlm: VisionLanguageModel) -> int | None:
+    """How many clients' tensors fit beside one another on a GPU: ``0.2 * free bytes / (16 * trained parameters)``; None elsewhere."""
+    if vlm.device.type != "cuda":
+        return None
+    trained = sum(parameter.numel() for _, parameter in trainable(vlm.model))
+    return max(1, int(_CLIENTS_SHARE * _free_bytes(vlm.device) / (OPTIMIZED_BYTES * trained)))
 
 
 def token_budget(vlm: VisionLanguageModel, sample: Encoded) -> int:

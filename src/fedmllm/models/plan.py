@@ -14,15 +14,13 @@ from fedmllm.models.families import family_of
 from fedmllm.models.families.generic import ModelFamily
 from fedmllm.models.load import ModelConfig, check_source
 from fedmllm.models.lora import without_deprecations
-from fedmllm.models.memory import saved_bytes
+from fedmllm.models.memory import OPTIMIZED_BYTES, saved_bytes
 from fedmllm.models.parts import LoraConfig, Part, adapted_modules, parts, whole_modules
 from fedmllm.models.quantized import BITS
 from fedmllm.randomness import torch_randomness
 
 _TOKENS = 128
 """Of the pass that is measured."""
-_OPTIMIZED = 16
-"""Bytes of a trained parameter in float32: itself, its gradient, AdamW's two means."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,7 @@ class Plan:
 
     def memory(self, tokens: int, clients: int = 1) -> float:
         """Bytes at the height of a step: weights, what the clients train with gradient and optimizer, and what the pass keeps."""
-        return self.weight_bytes + _OPTIMIZED * self.trainable * clients + self.bytes_per_token * tokens
+        return self.weight_bytes + OPTIMIZED_BYTES * self.trainable * clients + self.bytes_per_token * tokens
 
 
 def make_plan(config: ModelConfig, lora: LoraConfig) -> Plan:
