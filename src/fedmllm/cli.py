@@ -58,6 +58,31 @@ def train(
 
 
 @app.command()
+def sweep(
+    grid: Annotated[Path, typer.Argument(help="Grid in YAML, e.g. experiments/nano/methods.yaml.")],
+    output: Annotated[Path | None, typer.Option(help="Sweep folder. Default: sweeps/<grid>.")] = None,
+    shard: Annotated[str, typer.Option(help="Share of the cells, i/n with i from 0: for several machines.")] = "0/1",
+    jobs: Annotated[int, typer.Option(help="Processes, each with a model of its own.", min=1)] = 1,
+    threads: Annotated[int | None, typer.Option(help="Of each process. Default: the cores divided by the jobs.", min=1)] = None,
+) -> None:
+    """Train every experiment of a grid that is not trained yet; the same command goes on where it was stopped."""
+    from fedmllm.benchmark.grid import cells, load_grid
+    from fedmllm.benchmark.sweep import failures, run_sweep, share
+    from fedmllm.display import SweepDisplay
+
+    mine, folder = share(cells(load_grid(grid)), shard), output or Path("sweeps") / grid.stem
+    try:
+        run_sweep(mine, folder, jobs, threads, SweepDisplay(mine, folder, jobs).told)
+    except KeyboardInterrupt:
+        typer.echo("interrupted; go on with the same command", err=True)
+        raise typer.Exit(130) from None
+    if failed := failures(folder):
+        typer.echo(f"{len(failed)} cell(s) failed; the same command tries them again:\n" + "\n".join(failed), err=True)
+        raise typer.Exit(1)
+    typer.echo(f"sweep folder  {folder}")
+
+
+@app.command()
 def evaluate(
     run_or_adapter: Annotated[Path, typer.Argument(help="A run folder, or a PEFT adapter folder.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="Settings as key.path=value, e.g. data.root=/data/vqa_rad.")] = None,

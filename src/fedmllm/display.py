@@ -20,10 +20,14 @@ from rich.text import Text
 from fedmllm.benchmark.drawing import LOOKS, MODELS, duration, human_bytes
 from fedmllm.benchmark.results import SCORES, RunResult, worst_decile
 from fedmllm.benchmark.run import Observer
+from fedmllm.benchmark.sweep import Outcome, Places
 from fedmllm.evaluation.metrics import error_over_models
 from fedmllm.types import Record
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from fedmllm.benchmark.grid import Cell
     from fedmllm.engine.rounds import Stage
 
 ROWS = 8
@@ -136,6 +140,36 @@ def _rounds_table(records: Sequence[Record], sent: int) -> Table:
         cells = _cells(record)
         table.add_row(record["stage"], cells["round"], cells["cohort"], cells["loss"], cells["score"])
     return table
+
+
+class SweepDisplay:
+    """A line for each cell that ends, and how much is left.
+
+    Args:
+        cells: of this sitting's share, finished ones included.
+        folder: the sweep's.
+        jobs: processes at work.
+        console: where to print.
+    """
+
+    def __init__(self, cells: Sequence[Cell], folder: Path, jobs: int, console: Console | None = None) -> None:
+        self._console, self._jobs, self._total = console or Console(), jobs, len(cells)
+        self._done = sum(Places.of(folder, cell).finished for cell in cells)
+        self._seconds: list[float] = []
+        self._console.print(f"{self._total} cells, {self._done} of them finished", highlight=False)
+
+    def told(self, outcome: Outcome) -> None:
+        """Print a cell's line."""
+        self._done += 1
+        self._seconds.append(outcome.seconds)
+        left = sum(self._seconds) / len(self._seconds) * (self._total - self._done) / self._jobs
+        names = " / ".join(map(str, outcome.cell.labels.values()))
+        end = f"failed: {outcome.error}" if outcome.score is None else f"{outcome.score:.3f}"
+        self._console.print(
+            f"{self._done}/{self._total}  {names}  {end}  {duration(outcome.seconds)}  left {duration(left)}",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def result_table(result: RunResult) -> Table:

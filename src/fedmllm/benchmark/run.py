@@ -52,6 +52,7 @@ def train(
     resume: bool = False,
     observer: Observer | None = None,
     resident: Resident | None = None,
+    report: bool = True,
 ) -> RunResult:
     """Run an experiment: zero-shot, the federation, the baselines asked for; then adapter, result and report.
 
@@ -63,6 +64,7 @@ def train(
         name: names the experiment in the report.
         resume: go on with an interrupted run; the end is bit-identical to that of an uninterrupted one.
         observer: told about the progress.
+        report: whether to write the report; ``fedmllm report`` writes it any time.
         resident: what earlier runs of this process left to be used again; nothing for None.
 
     Raises:
@@ -78,7 +80,7 @@ def train(
         start = _start(experiment, vlm)
         _open_folder(folder, experiment, data)
         encoder, told = held.encoder(experiment), observer or Observer()
-        return _Run(experiment, folder, name, data, copies, vlm, trainable, encoder, start, told).finish()
+        return _Run(experiment, folder, name, data, copies, vlm, trainable, encoder, start, told).finish(report)
 
 
 def default_folder(name: str) -> Path:
@@ -142,7 +144,7 @@ class _Run:
     start: ServerState
     observer: Observer
 
-    def finish(self) -> RunResult:
+    def finish(self, report: bool) -> RunResult:
         """Train what is not trained yet, and write the rest."""
         initial = read_weights(self.vlm.model)
         loop = self._loop()
@@ -166,7 +168,8 @@ class _Run:
         )
         self._write_cards(result)
         write_json(self.folder / "result.json", result.to_record())
-        write_report(self.folder)
+        if report:
+            write_report(self.folder)
         return result
 
     def stages(self) -> list[Stage]:

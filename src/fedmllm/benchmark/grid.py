@@ -1,0 +1,215 @@
+"""A grid of experiments in one file: the product of methods, scenarios, datasets, models and seeds, and rows beside it."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+import fedmllm
+from fedmllm.config import Experiment
+from fedmllm.errors import ConfigError, listing
+from fedmllm.evaluation.evaluate import EvaluationConfig
+
+Sections = dict[str, Any]
+"""Part of an experiment: sections with some of their settings."""
+_ROOMS = ("data", "models", "training", "algorithms", "engine", "evaluation")
+"""What a score depends on; what shows it does not count."""
+
+
+def _named(*place: str) -> BeforeValidator:
+    """A list of names is short for a mapping of each to the sections that choose it."""
+
+    def sections(name: str) -> Sections:
+        value: Any = name
+        for key in reversed(place):
+            value = {key: value}
+        return dict(value)
+
+    def read(values: Any) -> Any:
+        if not isinstance(values, Sequence) or isinstance(values, str):
+            return values
+        return {str(name): sections(name) for name in values}
+
+    return BeforeValidator(read)
+
+
+Methods = Annotated[dict[str, Sections], _named("algorithm", "name")]
+Datasets = Annotated[dict[str, Sections], _named("data", "dataset")]
+Models = Annotated[dict[str, Sections], _named("model", "name")]
+
+
+class Rows(BaseModel):
+    """Further methods, on a part of the grid: where a list is left out, on all of it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    methods: Methods = Field(min_length=1)
+    """By name as printed, their sections; a list of names is short for methods at their defaults."""
+    scenarios: tuple[str, ...] = ()
+    """Of the grid's."""
+    datasets: tuple[str, ...] = ()
+    """Names of the grid's."""
+    models: tuple[str, ...] = ()
+    """Names of the grid's."""
+    seeds: tuple[int, ...] = ()
+    """Of the grid's."""
+
+
+class Grid(BaseModel):
+    """A sweep."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    base: Sections = {}
+    """Sections that all experiments share."""
+    methods: Methods = Field(min_length=1)
+    """By name as printed, their sections, e.g. ``{FedProx: {algorithm: {name: fedprox}}}``; or a list of names. Others are compared with the first."""
+    scenarios: tuple[str, ...] = Field(min_length=1)
+    """Scenarios."""
+    datasets: Datasets = Field(min_length=1)
+    """By name as printed, their sections; or a list of names."""
+    models: Models = {"nano": {}}
+    """By name as printed, their sections; or a list of names."""
+    seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1)
+    """Seeds."""
+    baselines: tuple[str, ...] = EvaluationConfig.model_fields["baselines"].default
+    """Trained once for each scenario, dataset, model and seed, beside the first method."""
+    rows: tuple[Rows, ...] = ()
+    """Methods beside the grid."""
+
+    @model_validator(mode="after")
+    def _rows_are_of_the_grid(self) -> Grid:
+        for rows in self.rows:
+            for name in ("scenarios", "datasets", "models", "seeds"):
+                if unknown := set(getattr(rows, name)) - set(getattr(self, name)):
+                    raise ValueError(f"rows: {name} {sorted(unknown)} are not the grid's; it has {list(getattr(self, name))}")
+            if twice := rows.methods.keys() & self.methods.keys():
+                raise ValueError(f"rows: {sorted(twice)} are methods of the grid already; rename or remove them")
+        return self
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One experiment of a grid, by the names of what it is made of."""
+
+    model: str
+    dataset: str
+    seed: int
+    scenario: str
+    method: str
+    experiment: Experiment
+
+    @property
+    def labels(self) -> dict[str, str | int]:
+        """The names."""
+        return {name: getattr(self, name) for name in ("model", "dataset", "seed", "scenario", "method")}
+
+    @cached_property
+    def key(self) -> str:
+        """Names the cell's folder: a digest of its settings in full and of the code that computes."""
+        return hashlib.sha256(f"{self.experiment.to_yaml()}{code_version()}".encode()).hexdigest()[:16]
+
+
+def load_grid(path: Path) -> Grid:
+    """Read a grid from YAML.
+
+    Raises:
+        ConfigError: if it is missing, no YAML, or breaks a rule.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error}); give a grid in YAML, e.g. experiments/nano/methods.yaml") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    try:
+        return Grid.model_validate(values)
+    except ValidationError as error:
+        problems = [f"{'.'.join(map(str, detail['loc']))}: {detail['msg']}" for detail in error.errors()]
+        raise ConfigError(f"{path}: the grid has {len(problems)} error{'s' * (len(problems) > 1)}:\n{listing(problems)}") from None
+
+
+def cells(grid: Grid) -> list[Cell]:
+    """All experiments, those alike in model, data and seed one after another.
+
+    Raises:
+        ConfigError: naming the cells whose settings contradict each other.
+    """
+    found, problems = [], []
+    for labels, sections in _products(grid):
+        try:
+            found.append(Cell(**labels, experiment=Experiment.parse(sections)))
+        except ConfigError as error:
+            problems.append(f"{' / '.join(map(str, labels.values()))}: {error}")
+    if problems:
+        raise ConfigError(f"{len(problems)} experiment(s) of the grid cannot be run:\n{listing(problems)}")
+    return found
+
+
+def _products(grid: Grid) -> Iterator[tuple[dict[str, Any], Sections]]:
+    """Names and merged sections of every cell."""
+    for model, dataset, seed in product(grid.models, grid.datasets, grid.seeds):
+        for scenario in grid.scenarios:
+            for method, sections in grid.methods.items():
+                baselines = list(grid.baselines) if method == next(iter(grid.methods)) else []
+                yield _cell(grid, (model, dataset, seed, scenario, method), sections, baselines)
+            for rows in grid.rows:
+                if all(
+                    not chosen or own in chosen
+                    for own, chosen in (
+                        *((model, rows.models), (dataset, rows.datasets)),
+                        *((seed, rows.seeds), (scenario, rows.scenarios)),
+                    )
+                ):
+                    for method, sections in rows.methods.items():
+                        yield _cell(grid, (model, dataset, seed, scenario, method), sections, [])
+
+
+def _cell(grid: Grid, names: tuple[str, str, int, str, str], own: Sections, baselines: list[str]) -> tuple[dict[str, Any], Sections]:
+    model, dataset, seed, scenario, _ = names
+    last = {"federation": {"scenario": scenario}, "evaluation": {"baselines": baselines}, "seed": seed}
+    labels = dict(zip(("model", "dataset", "seed", "scenario", "method"), names, strict=True))
+    return labels, merged(grid.base, grid.models[model], grid.datasets[dataset], own, last)
+
+
+def merged(*layers: Mapping[str, Any]) -> Sections:
+    """Sections of several layers, a setting from the last that has it."""
+    result: Sections = {}
+    for layer in layers:
+        for name, value in layer.items():
+            result[name] = {**result.get(name, {}), **value} if isinstance(value, Mapping) else value
+    return result
+
+
+@cache
+def code_version() -> str:
+    """A digest of the code on which scores depend, comments and docstrings left out."""
+    package = Path(fedmllm.__file__).parent
+    files = [path for room in _ROOMS for path in sorted((package / room).rglob("*.py"))]
+    digest = hashlib.sha256()
+    for path in [*files, *sorted(package.glob("*.py"))]:
+        if path.parent != package or path.stem not in ("cli", "display", "__main__", "__init__"):
+            digest.update(_meaning(path.read_text(encoding="utf-8")).encode())
+    return digest.hexdigest()[:12]
+
+
+def _meaning(source: str) -> str:
+    """A module without what only people read."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list):
+            kept = [
+                n for n in body if not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant) and isinstance(n.value.value, str))
+            ]
+            node.body = kept  # type: ignore[attr-defined]
+    return ast.dump(tree)

@@ -1,0 +1,205 @@
+"""A grid run cell by cell, in one process or several: finished cells are skipped, broken off ones resumed, failed ones tried again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+from fedmllm.benchmark.grid import Cell, code_version
+from fedmllm.benchmark.resident import Resident
+from fedmllm.benchmark.run import train
+from fedmllm.engine.checkpoint import write_atomically, write_json
+from fedmllm.errors import ConfigError, RunError
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a cell in this sitting.
+
+    Attributes:
+        cell: which.
+        score: of the federated model; None for a cell that failed.
+        seconds: how long it took.
+        error: what went wrong; empty if nothing did.
+    """
+
+    cell: Cell
+    score: float | None
+    seconds: float
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where a cell's files are: its run folder, and beside it its names, its last error and a lock."""
+
+    folder: Path
+
+    @classmethod
+    def of(cls, output: Path, cell: Cell) -> Places:
+        """In the folder of a sweep."""
+        return cls(output / "cells" / cell.key)
+
+    @property
+    def names(self) -> Path:
+        """Labels and code version, as JSON."""
+        return self.folder.with_suffix(".json")
+
+    @property
+    def error(self) -> Path:
+        """The traceback of a failure."""
+        return self.folder.with_suffix(".error")
+
+    @property
+    def lock(self) -> Path:
+        """Held while a process works on the cell."""
+        return self.folder.with_suffix(".lock")
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is a result."""
+        return (self.folder / "result.json").is_file()
+
+
+def share(cells: Sequence[Cell], shard: str) -> list[Cell]:
+    """The cells of a shard ``i/n``: neighbors stay together, since they share data.
+
+    Raises:
+        ConfigError: if the shard is not one of 0/n, 1/n, ..., (n - 1)/n.
+    """
+    try:
+        index, count = map(int, shard.split("/"))
+    except ValueError:
+        index, count = -1, 0
+    if not 0 <= index < count:
+        raise ConfigError(f"--shard: {shard!r} is no share; write i/n with i from 0 to n - 1, e.g. 0/2 and 1/2")
+    return list(cells[index * len(cells) // count : (index + 1) * len(cells) // count])
+
+
+def run_sweep(
+    cells: Sequence[Cell], output: Path, jobs: int = 1, threads: int | None = None, told: Callable[[Outcome], None] = lambda outcome: None
+) -> list[Outcome]:
+    """Run what is missing of some cells.
+
+    Args:
+        cells: of a grid, or a share of it.
+        output: the sweep's folder.
+        jobs: processes, each with a resident model of its own.
+        threads: of each process's computations; None for the cores divided by the jobs.
+        told: about each cell as it ends.
+
+    Returns:
+        the outcomes in the order in which they came.
+    """
+    (output / "cells").mkdir(parents=True, exist_ok=True)
+    missing = [cell for cell in cells if not Places.of(output, cell).finished]
+    outcomes = []
+    for outcome in _in_processes(missing, output, jobs, threads) if jobs > 1 else _in_turn(missing, output, threads):
+        told(outcome)
+        outcomes.append(outcome)
+    return outcomes
+
+
+def _in_turn(cells: Sequence[Cell], output: Path, threads: int | None) -> Iterator[Outcome]:
+    """In this process."""
+    _prepare(threads)
+    return (_run_cell(cell, output) for cell in cells)
+
+
+def _in_processes(cells: Sequence[Cell], output: Path, jobs: int, threads: int | None) -> Iterator[Outcome]:
+    import os
+
+    each = threads or max(1, (os.cpu_count() or 1) // jobs)
+    pool = ProcessPoolExecutor(jobs, get_context("spawn"), _begin, (each,))
+    try:
+        for done in as_completed([pool.submit(_run_cell, cell, output) for cell in cells]):
+            yield done.result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in list((pool._processes or {}).values()):
+            process.terminate()
+
+
+_RESIDENT: list[Resident] = []
+"""This process's."""
+
+
+def _begin(threads: int) -> None:
+    """A process of the pool. An interruption from the keyboard is for the parent, which ends it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _prepare(threads)
+
+
+def _prepare(threads: int | None) -> None:
+    import torch
+
+    _RESIDENT[:] = [Resident()]
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def _run_cell(cell: Cell, output: Path) -> Outcome:
+    """Train a cell, or finish it; what it leaves is its numbers and adapter, without checkpoints."""
+    places, start = Places.of(output, cell), time.perf_counter()
+    with _locked(places.lock) as free:
+        if not free:
+            return Outcome(cell, None, 0.0, f"{places.lock}: another process works on this cell")
+        write_json(places.names, cell.labels | {"code": code_version()})
+        try:
+            begun = (places.folder / "config.yaml").is_file()
+            result = train(cell.experiment, places.folder, name=cell.method, resume=begun, resident=_RESIDENT[0], report=False)
+        except Exception as error:
+            # One cell's failure must not end the others': whatever it is, it is written down, told and tried again next time.
+            write_atomically(places.error, traceback.format_exc().encode())
+            return Outcome(cell, None, time.perf_counter() - start, f"{type(error).__name__}: {error}")
+        places.error.unlink(missing_ok=True)
+        shutil.rmtree(places.folder / "checkpoints", ignore_errors=True)
+    return Outcome(cell, result.scores["federated"], time.perf_counter() - start)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[bool]:
+    """Whether nobody else held the lock; it is let go when the process ends, however it does."""
+    try:
+        import fcntl
+    except ImportError:
+        # No such locks on Windows: there two sweeps of one shard must not be started at once.
+        yield True
+        return
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+            return
+        yield True
+    path.unlink(missing_ok=True)
+
+
+def failures(output: Path) -> list[str]:
+    """Cells whose last try failed, as ``names: last line of the error``."""
+    found = []
+    for path in sorted((output / "cells").glob("*.error")):
+        labels = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        names = " / ".join(str(value) for name, value in labels.items() if name != "code")
+        found.append(f"{names}: {path.read_text(encoding='utf-8').strip().splitlines()[-1]}")
+    return found
+
+
+def require_sweep(folder: Path) -> None:
+    """Refuse a folder that no sweep has written.
+
+    Raises:
+        RunError: if it has no cells.
+    """
+    if not (folder / "cells").is_dir():
+        raise RunError(f"{folder}: no cells/ in it; give the folder of a sweep")

@@ -1,0 +1,188 @@
+"""Grids, and what becomes of their cells."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedmllm.benchmark import grid as module
+from fedmllm.benchmark.grid import Cell, Grid, cells, load_grid
+from fedmllm.benchmark.sweep import Places, failures, run_sweep, share
+from fedmllm.config import Experiment
+from fedmllm.errors import ConfigError
+
+SMALL: dict[str, Any] = {
+    "base": {
+        "data": {"num_train": 24, "num_test": 8},
+        "federation": {"num_clients": 2, "clients_per_round": 2, "num_rounds": 2, "min_partition_size": 4},
+        "evaluation": {"every": 0},
+        "engine": {"device": "cpu"},
+    },
+    "methods": ["fedavg", "fedprox"],
+    "scenarios": ["aligned"],
+    "datasets": {"claims": {"data": {"dataset": "digits-claims"}}},
+    "seeds": [0],
+    "baselines": ["zero_shot"],
+}
+
+
+def small(**changes: Any) -> list[Cell]:
+    return cells(Grid.model_validate(SMALL | changes))
+
+
+def scores(output: Path) -> dict[str, float]:
+    """Federated scores by the cells' names."""
+    found = {}
+    for path in (output / "cells").glob("*.json"):
+        labels = json.loads(path.read_text())
+        found["/".join(str(labels[name]) for name in ("method", "scenario", "seed"))] = json.loads(
+            (path.with_suffix("") / "result.json").read_text()
+        )["scores"]["federated"]
+    return found
+
+
+def test_the_product_and_the_rows_beside_it() -> None:
+    grid = Grid.model_validate(
+        SMALL
+        | {
+            "scenarios": ["aligned-0.5", "missing-0.4"],
+            "datasets": ["digits-claims", "digits-triage"],
+            "seeds": [0, 1, 2],
+            "rows": [
+                {"methods": ["flexlora"], "scenarios": ["missing-0.4"], "seeds": [1]},
+                {
+                    "methods": {"mild": {"algorithm": {"name": "fedprox", "parameters": {"proximal_mu": 0.1}}}},
+                    "datasets": ["digits-claims"],
+                },
+            ],
+        }
+    )
+    found = cells(grid)
+    assert len(found) == 2 * 3 * 2 * 2 + 2 + 6
+    assert len({cell.key for cell in found}) == len(found)
+    by_method = {method: [cell for cell in found if cell.method == method] for method in ("fedavg", "fedprox", "flexlora", "mild")}
+    assert {cell.scenario for cell in by_method["flexlora"]} == {"missing-0.4"}
+    assert {cell.dataset for cell in by_method["mild"]} == {"digits-claims"}
+    for cell in found:
+        assert cell.experiment.seed == cell.seed
+        assert cell.experiment.federation.scenario == cell.scenario
+        assert cell.experiment.data.dataset == cell.dataset
+        assert cell.experiment.data.num_train == 24
+        assert cell.experiment.evaluation.baselines == (("zero_shot",) if cell.method == "fedavg" else ())
+    assert by_method["mild"][0].experiment.algorithm.parameters == {"proximal_mu": 0.1}
+    data = [(cell.dataset, cell.seed) for cell in found]
+    assert sum(a != b for a, b in pairwise(data)) == 2 * 3 - 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"methods": []}, "methods"),
+        ({"surprise": 1}, "surprise"),
+        ({"rows": [{"methods": ["krum"], "scenarios": ["cross-5:5"]}]}, "scenarios ['cross-5:5'] are not the grid's; it has ['aligned']"),
+        ({"rows": [{"methods": ["fedprox"]}]}, "['fedprox'] are methods of the grid already"),
+    ],
+)
+def test_grids_that_break_a_rule(changes: Mapping[str, Any], part: str, tmp_path: Path) -> None:
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(SMALL | dict(changes)))
+    with pytest.raises(ConfigError) as caught:
+        load_grid(tmp_path / "grid.yaml")
+    assert part in str(caught.value)
+    assert "grid.yaml" in str(caught.value)
+
+
+def test_experiments_that_cannot_be_run_are_all_named() -> None:
+    with pytest.raises(ConfigError) as caught:
+        small(methods=["fedavg", "krum", "nonsense"])
+    assert "2 experiment(s)" in str(caught.value)
+    assert "nano / claims / 0 / aligned / krum: " in str(caught.value)
+    assert "nano / claims / 0 / aligned / nonsense: " in str(caught.value)
+
+
+def test_a_key_depends_on_settings_and_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    (first, second), (again, _) = small(), small()
+    assert first.key == again.key != second.key
+    monkeypatch.setattr(module, "code_version", lambda: "other")
+    assert small()[0].key != first.key
+
+
+def test_comments_and_docstrings_are_not_code() -> None:
+    plain = module._meaning("def f(x):\n    return x + 1\n")
+    assert module._meaning('"""A."""\n\ndef f(x):\n    """B."""\n    # C\n    return (x + 1)\n') == plain
+    assert module._meaning("def f(x):\n    return x + 2\n") != plain
+
+
+@given(st.integers(0, 40), st.integers(1, 7))
+def test_shares_are_all_of_it_once(count: int, shares: int) -> None:
+    every = [Cell("m", "d", seed, "s", "x", Experiment()) for seed in range(count)]
+    assert [cell for i in range(shares) for cell in share(every, f"{i}/{shares}")] == every
+
+
+@pytest.mark.parametrize("shard", ["2/2", "-1/2", "1", "a/b", "0/0"])
+def test_shares_that_are_none(shard: str) -> None:
+    with pytest.raises(ConfigError, match="is no share"):
+        share([], shard)
+
+
+def test_finished_cells_are_left_alone_and_failed_ones_tried_again(tmp_path: Path) -> None:
+    wild = {"wild": {"algorithm": {"name": "fedavg"}, "training": {"learning_rate": 1e30}}}
+    found = small(rows=[{"methods": wild}])
+    outcomes = run_sweep(found, tmp_path)
+    assert [outcome.score is None for outcome in outcomes] == [False, False, True]
+    assert "no update can be used" in outcomes[2].error
+    (failure,) = failures(tmp_path)
+    assert failure.startswith("nano / claims / 0 / aligned / wild: ")
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result.json")}
+    assert [outcome.cell.method for outcome in run_sweep(found, tmp_path)] == ["wild"]
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result.json")} == before
+    assert not list(tmp_path.rglob("checkpoints/*.safetensors")) or [Places.of(tmp_path, found[2]).folder] == [
+        path.parent for path in tmp_path.rglob("checkpoints")
+    ]
+    assert not list(tmp_path.rglob("*.lock"))
+    labels = json.loads(Places.of(tmp_path, found[0]).names.read_text())
+    assert labels == found[0].labels | {"code": module.code_version()}
+
+
+def test_a_cell_that_another_process_works_on_is_left_to_it(tmp_path: Path) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    cell, _ = small()
+    places = Places.of(tmp_path, cell)
+    places.folder.parent.mkdir(parents=True)
+    with places.lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        (outcome,) = run_sweep([cell], tmp_path)
+    assert "another process works on this cell" in outcome.error
+    assert failures(tmp_path) == []
+
+
+def test_processes_and_a_kill_change_nothing(tmp_path: Path) -> None:
+    """In one process, in two, and killed after the first round of the first cell and begun again."""
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(SMALL))
+    expected = run_sweep(small(), tmp_path / "one", threads=1)
+    assert scores(tmp_path / "one") == {f"{outcome.cell.method}/aligned/0": outcome.score for outcome in expected}
+    command = [sys.executable, "-m", "fedmllm", "sweep", str(tmp_path / "grid.yaml"), "--threads", "1", "--output"]
+    done = subprocess.run([*command, str(tmp_path / "two"), "--jobs", "2"], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "2 cells, 0 of them finished" in done.stdout
+    assert scores(tmp_path / "two") == scores(tmp_path / "one")
+    process = subprocess.Popen([*command, str(tmp_path / "killed")], stdout=subprocess.DEVNULL)
+    while not any("federated" in path.read_text() for path in (tmp_path / "killed").rglob("metrics.jsonl")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    again = subprocess.run([*command, str(tmp_path / "killed")], capture_output=True, text=True, timeout=300, check=False)
+    assert again.returncode == 0, again.stderr
+    assert scores(tmp_path / "killed") == scores(tmp_path / "one")
