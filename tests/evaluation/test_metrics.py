@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,9 @@ from hypothesis import strategies as st
 from sklearn.metrics import f1_score, roc_auc_score
 
 from fedmllm.errors import DataError
-from fedmllm.evaluation.metrics import accuracy, all_metrics, auc, is_right, macro_f1, majority_score, normalize, standard_error
+from fedmllm.evaluation.answered import answered
+from fedmllm.evaluation.metrics import accuracy, all_metrics, auc, macro_f1, majority_score, score, standard_error
+from fedmllm.evaluation.text import is_right, normalize
 from fedmllm.types import AnswerType, Prediction, Sample
 
 
@@ -127,3 +130,25 @@ def test_majority_score() -> None:
 def test_ties_of_the_majority_do_not_depend_on_the_order() -> None:
     test = samples("ab")
     assert majority_score("accuracy", samples("ab"), test) == majority_score("accuracy", samples("ba"), test)
+
+
+def test_a_mixture_is_the_mean_of_its_datasets_by_their_own_metrics() -> None:
+    """And a resample that misses one of them the mean of the others."""
+    rows = {
+        "claims": [binary(0, 0.1), binary(1, 0.9), binary(1, 0.05)],
+        "triage": [multi("a", "a"), multi("b", "c")],
+        "cards": [free("x", "x")],
+    }
+    named = [replace(p, sample=replace(p.sample, domain=domain)) for domain, part in rows.items() for p in part]
+    own = [auc(rows["claims"]), macro_f1(rows["triage"]), accuracy(rows["cards"])]
+    assert score("mixed", named) == pytest.approx(np.mean(own))
+    assert answered("mixed", named).score(np.array([0, 1, 2, 3, 4])) == pytest.approx(np.mean(own[:2]))
+
+
+@pytest.mark.parametrize("metric", ["auc", "macro_f1", "accuracy"])
+def test_the_score_of_a_resample_is_that_of_its_predictions(metric: str) -> None:
+    rng = np.random.default_rng(0)
+    rows = [binary(int(rng.integers(2)), None if i % 9 == 0 else float(rng.random())) for i in range(60)]
+    for _ in range(5):
+        chosen = rng.integers(60, size=60)
+        assert answered(metric, rows).score(chosen) == pytest.approx(score(metric, [rows[i] for i in chosen]), abs=1e-15)

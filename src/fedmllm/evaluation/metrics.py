@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import string
 from collections import Counter
 from collections.abc import Collection, Sequence
 from contextlib import suppress
 from statistics import mean, stdev
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fedmllm.errors import DataError
+from fedmllm.evaluation.answered import answered, own_metric
+from fedmllm.evaluation.text import normalize
 from fedmllm.randomness import generator
 from fedmllm.types import Metrics, Prediction, Sample
 
@@ -20,23 +20,7 @@ BOOTSTRAP_SAMPLES = 200
 
 def score(metric: str, predictions: Sequence[Prediction]) -> float:
     """The headline score by name: ``auc``, ``macro_f1``, ``accuracy``, or ``mixed``: the mean over datasets of each one's own."""
-    return {"auc": auc, "macro_f1": macro_f1, "accuracy": accuracy, "mixed": mixed}[metric](predictions)
-
-
-def mixed(predictions: Sequence[Prediction]) -> float:
-    """Mean over the datasets of a mixture of each one's score by ``own_metric``."""
-    return float(np.mean([score(own_metric([p.sample for p in part]), part) for part in _by_domain(predictions).values()]))
-
-
-def own_metric(samples: Sequence[Sample]) -> str:
-    """What fits one dataset: AUC for two options, macro-F1 for more, accuracy for free answers."""
-    options = {len(sample.options) for sample in samples}
-    return "accuracy" if 0 in options else "auc" if options == {2} else "macro_f1"
-
-
-def _by_domain(predictions: Sequence[Prediction]) -> dict[str, list[Prediction]]:
-    domains = sorted({p.sample.domain for p in predictions})
-    return {domain: [p for p in predictions if p.sample.domain == domain] for domain in domains}
+    return answered(metric, predictions).score()
 
 
 def auc(predictions: Sequence[Prediction]) -> float:
@@ -47,51 +31,22 @@ def auc(predictions: Sequence[Prediction]) -> float:
     Raises:
         DataError: unless there are two options and samples of both.
     """
-    if any(len(p.sample.options) != 2 for p in predictions):
-        raise DataError("the AUC is defined for two options; use macro_f1 or accuracy for this dataset")
-    labels = np.array([p.sample.label for p in predictions])
-    if labels.min() == labels.max():
-        raise DataError("the AUC needs samples of both classes; the test split has one only")
-    return _auc(np.array([_positive(p) for p in predictions]), labels)
-
-
-def _positive(prediction: Prediction) -> float:
-    if prediction.answer is None:
-        return -np.inf if prediction.sample.label == 1 else np.inf
-    return prediction.probabilities[-1]
-
-
-def _auc(scores: NDArray[np.float64], labels: NDArray[np.int64]) -> float:
-    from sklearn.metrics import roc_auc_score
-
-    ranks = np.searchsorted(np.unique(scores), scores)
-    return float(roc_auc_score(labels, ranks))
+    return score("auc", predictions)
 
 
 def macro_f1(predictions: Sequence[Prediction]) -> float:
     """Mean over the classes that occur in the test split of ``2 TP / (2 TP + FP + FN)``; a failure is a false negative."""
-    truth = np.array([p.sample.label for p in predictions])
-    guess = np.array([p.sample.options.index(p.answer) if p.answer is not None else -1 for p in predictions])
-    classes = np.unique(truth)
-    hits = np.array([np.sum((truth == c) & (guess == c)) for c in classes])
-    sizes = np.array([np.sum(truth == c) + np.sum(guess == c) for c in classes])
-    return float(np.mean(2 * hits / sizes))
+    return score("macro_f1", predictions)
 
 
 def accuracy(predictions: Sequence[Prediction]) -> float:
     """Share of answers that equal the right one after ``normalize``."""
-    return float(np.mean([is_right(p) for p in predictions]))
+    return score("accuracy", predictions)
 
 
-def is_right(prediction: Prediction) -> bool:
-    """Exact match after ``normalize``; a failure is wrong."""
-    return prediction.answer is not None and normalize(prediction.answer) == normalize(prediction.sample.answer)
-
-
-def normalize(answer: str) -> str:
-    """Lower case, single spaces, no punctuation at the ends of words: ``"Yes."`` equals ``"yes"``, ``"x-ray"`` stays."""
-    words = (word.strip(string.punctuation) for word in answer.lower().split())
-    return " ".join(word for word in words if word)
+def _by_domain(predictions: Sequence[Prediction]) -> dict[str, list[Prediction]]:
+    domains = sorted({p.sample.domain for p in predictions})
+    return {domain: [p for p in predictions if p.sample.domain == domain] for domain in domains}
 
 
 def all_metrics(metric: str, predictions: Sequence[Prediction], seed: int) -> Metrics:
@@ -111,12 +66,12 @@ def standard_error(metric: str, predictions: Sequence[Prediction], seed: int) ->
 
     Resamples in which an AUC is undefined, for want of one class, are drawn anew.
     """
-    rng = generator(seed, "bootstrap")
+    rng, numbers = generator(seed, "bootstrap"), answered(metric, predictions)
     scores: list[float] = []
     while len(scores) < BOOTSTRAP_SAMPLES:
         chosen = rng.integers(len(predictions), size=len(predictions))
         with suppress(DataError):
-            scores.append(score(metric, [predictions[i] for i in chosen]))
+            scores.append(numbers.score(chosen))
     return float(np.std(scores))
 
 
