@@ -64,7 +64,16 @@ def outcome(folder: Path) -> RunResult:
 
 def test_the_folder_is_complete(finished: Path) -> None:
     names = {path.name for path in finished.iterdir()}
-    assert names == {"config.yaml", "manifest.json", "metrics.jsonl", "result.json", "adapter", "checkpoints", "report.html"}
+    assert names == {
+        "config.yaml",
+        "manifest.json",
+        "metrics.jsonl",
+        "predictions.json",
+        "result.json",
+        "adapter",
+        "checkpoints",
+        "report.html",
+    }
     assert {"adapter_config.json", "adapter_model.safetensors"} <= {path.name for path in (finished / "adapter").iterdir()}
     stages = {path.stem for path in (finished / "checkpoints").iterdir()}
     assert stages == {"federated", "centralized", "local-client-00", "local-client-01", "local-client-02"}

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import f1_score, roc_auc_score
 
 from fedmllm.errors import DataError
-from fedmllm.evaluation.answered import answered
+from fedmllm.evaluation.answered import answered, from_record, to_record
 from fedmllm.evaluation.metrics import accuracy, all_metrics, auc, macro_f1, majority_score, score, standard_error
 from fedmllm.evaluation.text import is_right, normalize
 from fedmllm.types import AnswerType, Prediction, Sample
@@ -152,3 +153,14 @@ def test_the_score_of_a_resample_is_that_of_its_predictions(metric: str) -> None
     for _ in range(5):
         chosen = rng.integers(60, size=60)
         assert answered(metric, rows).score(chosen) == pytest.approx(score(metric, [rows[i] for i in chosen]), abs=1e-15)
+
+
+@pytest.mark.parametrize("metric", ["auc", "macro_f1", "accuracy"])
+def test_answers_survive_as_json(metric: str) -> None:
+    """Failures too, which are told apart from any probability."""
+    models = [answered(metric, [binary(i % 2, None if i % 5 == k else i / 20) for i in range(20)]) for k in range(2)]
+    again = from_record(json.loads(json.dumps(to_record(models), allow_nan=False)))
+    for before, after in zip(models, again, strict=True):
+        assert (after.metric, after.metrics) == (before.metric, before.metrics)
+        for name in ("domain", "truth", "guess"):
+            np.testing.assert_array_equal(getattr(after, name), getattr(before, name))

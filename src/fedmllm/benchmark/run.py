@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fedmllm.algorithms import Client, ServerState, build_algorithm
@@ -22,6 +22,7 @@ from fedmllm.engine.compression import UNCOMPRESSED
 from fedmllm.engine.in_process import InProcessEngine
 from fedmllm.engine.rounds import Loop, Stage, evaluate_state, personal_models, run_stage
 from fedmllm.errors import RunError, listing
+from fedmllm.evaluation.answered import Answered, to_record
 from fedmllm.evaluation.evaluate import evaluate
 from fedmllm.models.load import VisionLanguageModel
 from fedmllm.models.lora import frozen_weights, read_weights, write_base, write_weights
@@ -143,6 +144,8 @@ class _Run:
     encoder: Encoder
     start: ServerState
     observer: Observer
+    asked: list[Answered] = field(default_factory=list)
+    """Answers to the test split, as they were scored."""
 
     def finish(self, report: bool) -> RunResult:
         """Train what is not trained yet, and write the rest."""
@@ -155,7 +158,9 @@ class _Run:
         # The baselines ask what plain training would give, whatever the method under test adds to it.
         plain = replace(loop, algorithm=FedAvg(), compression=UNCOMPRESSED)
         federated, *baselines = stages
+        self.asked.clear()
         trained = run_stage(loop, federated, self.start)
+        self._write_predictions(loop, federated, trained)
         models = personal_models(loop, federated, trained)
         ended = {f"fine_tuned-{client}": ServerState(weights, slots={"base": trained.base}) for client, weights in models.items()}
         for stage in baselines:
@@ -194,19 +199,26 @@ class _Run:
     def _loop(self) -> Loop:
         e, dataset = self.experiment, self.data.dataset
         engine = InProcessEngine(self.vlm, self.encoder, e.training, e.engine.together)
-        score = self._scorer(dataset.test, dataset.metric)
+        score = self._scorer(dataset.test, dataset.metric, self.asked)
         store, told = RunStore(self.folder), self.observer.round_done
         return Loop(build_algorithm(e.algorithm), engine, e.training, score, store, e.seed, told, e.compression)
 
-    def _scorer(self, samples: Sequence[Sample], metric: str) -> Callable[[Weights, Weights], Metrics]:
+    def _scorer(self, samples: Sequence[Sample], metric: str, kept: list[Answered] | None = None) -> Callable[[Weights, Weights], Metrics]:
         """Scores given weights, and what was merged into the frozen ones, on some samples."""
 
         def score(weights: Weights, base: Weights) -> Metrics:
             write_base(self.vlm, base)
             write_weights(self.vlm.model, weights)
-            return evaluate(self.vlm, samples, self.encoder, metric, self.experiment.evaluation, self.experiment.seed)
+            return evaluate(self.vlm, samples, self.encoder, metric, self.experiment.evaluation, self.experiment.seed, kept)
 
         return score
+
+    def _write_predictions(self, loop: Loop, stage: Stage, trained: ServerState) -> None:
+        """What the final model answered to the test split, or each of a personalized method's; asked again if it was in an earlier sitting."""
+        if not self.asked:
+            evaluate_state(loop, stage, trained)
+        count = len(stage.clients) if loop.algorithm.personalized else 1
+        write_json(self.folder / "predictions.json", to_record(self.asked[-count:]))
 
     def _tested(self, loop: Loop, stage: Stage, trained: ServerState) -> dict[str, Metrics]:
         """The trained model on the copies of the test split."""

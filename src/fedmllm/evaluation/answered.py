@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from fedmllm.errors import DataError
 from fedmllm.evaluation.text import is_right
-from fedmllm.types import Prediction, Sample
+from fedmllm.types import Prediction, Record, Sample
 
 Floats = NDArray[np.float64]
 Indices = NDArray[np.int64]
@@ -64,6 +64,37 @@ def answered(metric: str, predictions: Sequence[Prediction]) -> Answered:
     truth = np.array([1 if metrics[d] == "accuracy" else p.sample.label for d, p in zip(domain, predictions, strict=True)])
     guess = np.array([_GUESSES[metrics[d]](p) for d, p in zip(domain, predictions, strict=True)], dtype=np.float64)
     return Answered(metric, tuple(metrics), domain, truth, guess)
+
+
+def to_record(models: Sequence[Answered]) -> Record:
+    """Several models' answers to the same samples as JSON; a failure, whose guess may be no number, is null."""
+    one = models[0]
+    failed = [~np.isfinite(a.guess) | (a.guess < 0) for a in models]
+    return {
+        "metric": one.metric,
+        "metrics": list(one.metrics),
+        "domain": one.domain.tolist(),
+        "truth": one.truth.tolist(),
+        "guesses": [
+            [None if bad else value for value, bad in zip(a.guess.tolist(), f, strict=True)] for a, f in zip(models, failed, strict=True)
+        ],
+    }
+
+
+def from_record(record: Record) -> list[Answered]:
+    """The opposite of ``to_record``."""
+    metrics, domain, truth = tuple(record["metrics"]), np.array(record["domain"]), np.array(record["truth"])
+    worst = {"auc": lambda label: -np.inf if label == 1 else np.inf, "macro_f1": lambda label: -1.0}
+    return [
+        Answered(
+            record["metric"],
+            metrics,
+            domain,
+            truth,
+            np.array([worst[metrics[d]](t) if g is None else g for d, t, g in zip(domain, truth, guesses, strict=True)], dtype=np.float64),
+        )
+        for guesses in record["guesses"]
+    ]
 
 
 def own_metric(samples: Sequence[Sample]) -> str:

@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from fedmllm.data.tested import check_copy
+from fedmllm.evaluation.answered import Answered, answered
 from fedmllm.evaluation.answers import choose, generate
 from fedmllm.evaluation.metrics import all_metrics
 from fedmllm.models.encoding import Encoded
@@ -70,6 +71,10 @@ def evaluate(
     metric: str,
     config: EvaluationConfig,
     seed: int,
+    kept: list[Answered] | None = None,
 ) -> Metrics:
-    """Scores of the model as it stands; see ``all_metrics``."""
-    return all_metrics(metric, predict(vlm, samples, encode, config), seed)
+    """Scores of the model as it stands; see ``all_metrics``. What they are computed from is appended to ``kept``."""
+    predictions = predict(vlm, samples, encode, config)
+    if kept is not None:
+        kept.append(answered(metric, predictions))
+    return all_metrics(metric, predictions, seed)
