@@ -67,10 +67,12 @@ def sweep(
 ) -> None:
     """Train every experiment of a grid that is not trained yet; the same command goes on where it was stopped."""
     from fedmllm.benchmark.grid import cells, load_grid
-    from fedmllm.benchmark.sweep import failures, run_sweep, share
+    from fedmllm.benchmark.sweep import failures, open_sweep, run_sweep, share
     from fedmllm.display import SweepDisplay
 
-    mine, folder = share(cells(load_grid(grid)), shard), output or Path("sweeps") / grid.stem
+    whole, folder = load_grid(grid), output or Path("sweeps") / grid.stem
+    mine = share(cells(whole), shard)
+    open_sweep(whole, folder)
     try:
         run_sweep(mine, folder, jobs, threads, SweepDisplay(mine, folder, jobs).told)
     except KeyboardInterrupt:

@@ -138,6 +138,13 @@ def load_grid(path: Path) -> Grid:
         raise ConfigError(f"{path}: the grid has {len(problems)} error{'s' * (len(problems) > 1)}:\n{listing(problems)}") from None
 
 
+def names(grid: Grid) -> dict[str, list[Any]]:
+    """What a grid is made of, in its order."""
+    methods = [*grid.methods, *(name for rows in grid.rows for name in rows.methods)]
+    parts = {"models": grid.models, "datasets": grid.datasets, "scenarios": grid.scenarios, "seeds": grid.seeds}
+    return {"methods": list(dict.fromkeys(methods))} | {name: list(values) for name, values in parts.items()}
+
+
 def cells(grid: Grid) -> list[Cell]:
     """All experiments, those alike in model, data and seed one after another.
 

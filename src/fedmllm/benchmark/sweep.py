@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
-from fedmllm.benchmark.grid import Cell, code_version
+from fedmllm.benchmark.grid import Cell, Grid, code_version, names
 from fedmllm.benchmark.resident import Resident
 from fedmllm.benchmark.run import train
 from fedmllm.engine.checkpoint import write_atomically, write_json
@@ -83,6 +83,18 @@ def share(cells: Sequence[Cell], shard: str) -> list[Cell]:
     if not 0 <= index < count:
         raise ConfigError(f"--shard: {shard!r} is no share; write i/n with i from 0 to n - 1, e.g. 0/2 and 1/2")
     return list(cells[index * len(cells) // count : (index + 1) * len(cells) // count])
+
+
+def open_sweep(grid: Grid, output: Path) -> None:
+    """Make a sweep's folder, and note in it in which order the grid names things.
+
+    Raises:
+        RunError: if there is something else at that place.
+    """
+    if output.exists() and not (output / "cells").is_dir() and (not output.is_dir() or any(output.iterdir())):
+        raise RunError(f"{output}: not empty, and no sweep; choose another --output")
+    (output / "cells").mkdir(parents=True, exist_ok=True)
+    write_json(output / "grid.json", names(grid))
 
 
 def run_sweep(
@@ -193,13 +205,3 @@ def failures(output: Path) -> list[str]:
         names = " / ".join(str(value) for name, value in labels.items() if name != "code")
         found.append(f"{names}: {path.read_text(encoding='utf-8').strip().splitlines()[-1]}")
     return found
-
-
-def require_sweep(folder: Path) -> None:
-    """Refuse a folder that no sweep has written.
-
-    Raises:
-        RunError: if it has no cells.
-    """
-    if not (folder / "cells").is_dir():
-        raise RunError(f"{folder}: no cells/ in it; give the folder of a sweep")

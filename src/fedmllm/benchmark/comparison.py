@@ -1,0 +1,224 @@
+"""The results of a sweep: scores by method and column, ranks, and methods against the first one, sample by sample."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from statistics import mean
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedmllm.benchmark.folder import Run, read_run
+from fedmllm.benchmark.results import RunResult
+from fedmllm.errors import DataError, RunError
+from fedmllm.evaluation.answered import Answered, Indices, from_record
+from fedmllm.evaluation.metrics import error_over_models
+from fedmllm.randomness import generator
+
+RESAMPLES = 400
+"""Of the test samples, and of the seeds, behind an interval."""
+SHARE = 0.95
+"""Of the resamples that lie within an interval."""
+
+
+class Column(NamedTuple):
+    """What a method is tried on."""
+
+    model: str
+    dataset: str
+    scenario: str
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished cell.
+
+    Attributes:
+        method, column, seed: which.
+        code: the version of the code that trained it.
+        run: its folder's files.
+        answers: of its final model, or of its clients' models, to the test split.
+    """
+
+    method: str
+    column: Column
+    seed: int
+    code: str
+    run: Run
+    answers: tuple[Answered, ...]
+
+    @property
+    def result(self) -> RunResult:
+        """The outcome."""
+        if self.run.result is None:
+            raise RunError(f"{self.run.name}: not finished; run fedmllm sweep again")
+        return self.run.result
+
+    @property
+    def score(self) -> float:
+        """Of the federated model."""
+        found = self.result.scores["federated"]
+        return float("nan") if found is None else found
+
+    @cached_property
+    def resampled(self) -> NDArray[np.float64]:
+        """The score on ``RESAMPLES`` resamples of the test samples, the same for all cells of a dataset and seed."""
+        drawn = _resamples(self.answers[0], self.seed)
+        return np.array([mean(model.score(chosen) for model in self.answers) for chosen in drawn])
+
+
+def _resamples(answers: Answered, seed: int) -> list[Indices]:
+    """Positions drawn with replacement, anew where a score is undefined for want of a class."""
+    rng, size = generator(seed, "comparison"), len(answers.truth)
+    drawn: list[Indices] = []
+    while len(drawn) < RESAMPLES:
+        chosen = rng.integers(size, size=size)
+        with suppress(DataError):
+            answers.score(chosen)
+            drawn.append(chosen)
+    return drawn
+
+
+class Gain(NamedTuple):
+    """How far a method lies above another.
+
+    Attributes:
+        mean: over seeds and columns, each weighing alike.
+        low, high: the interval that holds ``SHARE`` of the means over resampled seeds and, within each, resampled test samples.
+        won, cells: in how many cells it scored higher, and of how many.
+        seeds: how many seeds there were.
+    """
+
+    mean: float
+    low: float
+    high: float
+    won: int
+    cells: int
+    seeds: int
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """All finished cells, and the order in which the grid names things.
+
+    Attributes:
+        name: of the sweep.
+        methods, columns, seeds: as far as a cell of theirs is finished.
+        cells: by method, column and seed.
+    """
+
+    name: str
+    methods: tuple[str, ...]
+    columns: tuple[Column, ...]
+    seeds: tuple[int, ...]
+    cells: dict[tuple[str, Column, int], Trained]
+
+    @property
+    def reference(self) -> str:
+        """The method that others are compared with."""
+        return self.methods[0]
+
+    def scores(self, method: str, columns: Sequence[Column] = ()) -> dict[int, float]:
+        """By seed, the mean over columns, of the seeds that have all of them."""
+        chosen = columns or self.columns
+        return {
+            seed: mean(self.cells[method, column, seed].score for column in chosen)
+            for seed in self.seeds
+            if all((method, column, seed) in self.cells for column in chosen)
+        }
+
+    def mean_and_error(self, method: str, columns: Sequence[Column] = ()) -> tuple[float, float | None] | None:
+        """Over seeds; None where there is none."""
+        found = list(self.scores(method, columns).values())
+        return (mean(found), error_over_models(found)) if found else None
+
+    def ranks(self, columns: Sequence[Column] = ()) -> dict[str, float]:
+        """Mean over columns of a method's place among those that have all of them, 1 for the best; ties share the mean of theirs."""
+        chosen = list(columns or self.columns)
+        entered = [method for method in self.methods if all(self.scores(method, [column]) for column in chosen)]
+        table = np.array([[mean(self.scores(method, [column]).values()) for column in chosen] for method in entered])
+        if not entered:
+            return {}
+        better = (table[None] > table[:, None]).sum(1)
+        tied = (table[None] == table[:, None]).sum(1) - 1
+        return dict(zip(entered, (1 + better + tied / 2).mean(1).tolist(), strict=True))
+
+    def gain(self, method: str, over: str = "", columns: Sequence[Column] = ()) -> Gain | None:
+        """Over another method, the first one unless named, in the columns and seeds that both have; None where there are none."""
+        other, chosen = over or self.reference, columns or self.columns
+        pairs = {
+            seed: [
+                (self.cells[method, column, seed], self.cells[other, column, seed])
+                for column in chosen
+                if (method, column, seed) in self.cells and (other, column, seed) in self.cells
+            ]
+            for seed in self.seeds
+        }
+        pairs = {seed: rows for seed, rows in pairs.items() if rows}
+        if not pairs:
+            return None
+        by_seed = np.array([mean(a.score - b.score for a, b in rows) for rows in pairs.values()])
+        resampled = np.array([np.mean([a.resampled - b.resampled for a, b in rows], axis=0) for rows in pairs.values()])
+        drawn = generator(0, "seeds").integers(len(pairs), size=(RESAMPLES, len(pairs)))
+        means = resampled[drawn, np.arange(RESAMPLES)[:, None]].mean(1)
+        low, high = np.quantile(means, [(1 - SHARE) / 2, (1 + SHARE) / 2])
+        won = sum(a.score > b.score for rows in pairs.values() for a, b in rows)
+        return Gain(float(by_seed.mean()), float(low), float(high), won, sum(map(len, pairs.values())), len(pairs))
+
+
+def read_sweep(folder: Path) -> Sweep:
+    """All finished cells of a sweep's folder; of several with the same names, trained by different code, the newest.
+
+    Raises:
+        RunError: if there is none, or a file is broken.
+    """
+    order = _order(folder)
+    found: dict[tuple[str, Column, int], tuple[float, Trained]] = {}
+    for path in sorted((folder / "cells").glob("*.json")):
+        run_folder = path.with_suffix("")
+        if not (run_folder / "result.json").is_file():
+            continue
+        cell, when = _trained(path), (run_folder / "result.json").stat().st_mtime
+        key = (cell.method, cell.column, cell.seed)
+        if key not in found or when > found[key][0]:
+            found[key] = (when, cell)
+    if not found:
+        raise RunError(f"{folder}: no finished cell in it; run fedmllm sweep first")
+    cells = {key: cell for key, (_, cell) in found.items()}
+    columns = sorted({key[1] for key in cells}, key=lambda c: [_place(order[name], value) for name, value in zip(_PARTS, c, strict=True)])
+    methods = sorted({key[0] for key in cells}, key=lambda name: _place(order["methods"], name))
+    return Sweep(folder.resolve().name, tuple(methods), tuple(columns), tuple(sorted({key[2] for key in cells})), cells)
+
+
+_PARTS = ("models", "datasets", "scenarios")
+
+
+def _place(order: Sequence[str], name: str) -> tuple[int, str]:
+    """Where the grid names something; what it does not name any more comes last, by name."""
+    return (order.index(name), "") if name in order else (len(order), name)
+
+
+def _order(folder: Path) -> dict[str, list[str]]:
+    """The names of the grid, as ``fedmllm sweep`` noted them."""
+    path = folder / "grid.json"
+    try:
+        noted = json.loads(path.read_text(encoding="utf-8"))
+        return {name: [str(value) for value in noted[name]] for name in ("methods", *_PARTS)}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{path}: cannot be read ({error}); give the folder of a sweep, or run fedmllm sweep again") from error
+
+
+def _trained(path: Path) -> Trained:
+    try:
+        labels = json.loads(path.read_text(encoding="utf-8"))
+        column = Column(labels["model"], labels["dataset"], labels["scenario"])
+        answers = tuple(from_record(json.loads((path.with_suffix("") / "predictions.json").read_text(encoding="utf-8"))))
+        return Trained(labels["method"], column, labels["seed"], labels["code"], read_run(path.with_suffix("")), answers)
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise RunError(f"{path}: the cell cannot be read ({error}); remove it and run fedmllm sweep again") from error
