@@ -140,11 +140,12 @@ def merge(
 
 
 @app.command()
-def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
-    """Write a run's report.html anew."""
+def report(folder: Annotated[Path, typer.Argument(help="A run folder, or a sweep's.")]) -> None:
+    """Write the report.html of a run or a sweep anew; of a sweep also tables.md, tables.tex and results.csv."""
+    from fedmllm.benchmark.grid_report import write_sweep_report
     from fedmllm.benchmark.report import write_report
 
-    typer.echo(write_report(run))
+    typer.echo(write_sweep_report(folder) if (folder / "cells").is_dir() else write_report(folder))
 
 
 @app.command()

@@ -48,12 +48,17 @@ def write_report(run: Path) -> Path:
 
 def render(run: Run) -> str:
     """The page's HTML."""
+    return page("report.html.j2", _context(run))
+
+
+def page(template: str, values: Mapping[str, Any]) -> str:
+    """A template with its values, in our words for numbers."""
     environment = Environment(
         loader=PackageLoader("fedmllm", "benchmark"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters.update({filter_.__name__: _unbroken(filter_) for filter_ in (human_bytes, duration)})
     environment.filters["unbroken"] = _unbroken(str)
-    return environment.get_template("report.html.j2").render(_context(run)) + "\n"
+    return environment.get_template(template).render(values) + "\n"
 
 
 def _unbroken(wording: Callable[[Any], str]) -> Callable[[Any], str]:

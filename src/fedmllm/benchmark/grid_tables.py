@@ -1,0 +1,223 @@
+"""The tables of a sweep, for HTML, Markdown, CSV and LaTeX alike."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from io import StringIO
+from statistics import mean
+
+from fedmllm.benchmark.comparison import Column, Gain, Sweep, Trained
+from fedmllm.benchmark.drawing import LOOKS, duration, human_bytes
+from fedmllm.benchmark.results import worst_decile
+from fedmllm.evaluation.metrics import error_over_models
+
+NOTHING = "\u2013"
+"""Where there is no number."""
+BASELINES = ("zero_shot", "local_mean", "centralized", "ceiling")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A cell of a table; the best of its column is ``best``."""
+
+    text: str
+    best: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table.
+
+    Attributes:
+        name: of its file.
+        caption: what it shows.
+        header: of all columns, the first being the rows' names.
+        rows: as many entries as the header has.
+        rules: before which rows a line is drawn.
+    """
+
+    name: str
+    caption: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[Entry, ...], ...]
+    rules: tuple[int, ...] = ()
+
+
+def percent(found: tuple[float, float | None] | None) -> str:
+    """``81.2 (0.9)``: mean and standard error over seeds; a dash for nothing."""
+    if found is None:
+        return NOTHING
+    value, error = found
+    return f"{100 * value:.1f}" + ("" if error is None else f" ({100 * error:.1f})")
+
+
+def score_table(sweep: Sweep, model: str, dataset: str) -> Table:
+    """Methods and baselines by scenario, their mean, and the methods' mean rank."""
+    columns = [column for column in sweep.columns if (column.model, column.dataset) == (model, dataset)]
+    groups: list[Sequence[Column]] = [*([column] for column in columns), columns]
+    best = [_best(sweep, group) for group in groups]
+    ranks = sweep.ranks(columns)
+    lowest = min(ranks.values(), default=0.0)
+    rows = []
+    for key in BASELINES:
+        if any(baseline(sweep, key, group) for group in groups):
+            rows.append((Entry(LOOKS[key].name), *(Entry(percent(baseline(sweep, key, group))) for group in groups), Entry("")))
+    rule = len(rows)
+    for method in sweep.methods:
+        found = [sweep.mean_and_error(method, group) for group in groups]
+        if any(found):
+            entries = (Entry(percent(f), f is not None and f[0] == top) for f, top in zip(found, best, strict=True))
+            rank = Entry(f"{ranks[method]:.1f}", ranks[method] == lowest) if method in ranks else Entry(NOTHING)
+            rows.append((Entry(method), *entries, rank))
+    metric = next(cell.run.manifest.metric for cell in sweep.cells.values() if cell.column in columns)
+    caption = (
+        f"{dataset}, {model}: {metric} in percent, mean over seeds and in parentheses its standard error; the best method of a column in bold. "
+        "Rank: mean over the scenarios of a method's place, 1 for the best."
+    )
+    return Table(f"scores-{model}-{dataset}", caption, ("", *(column.scenario for column in columns), "mean", "rank"), tuple(rows), (rule,))
+
+
+def _best(sweep: Sweep, columns: Sequence[Column]) -> float | None:
+    found = [entry[0] for method in sweep.methods if (entry := sweep.mean_and_error(method, columns))]
+    return max(found, default=None)
+
+
+def baseline(sweep: Sweep, key: str, columns: Sequence[Column]) -> tuple[float, float | None] | None:
+    """Over seeds, the mean over columns of a baseline, which was trained beside any of the methods."""
+    by_seed = []
+    for seed in sweep.seeds:
+        found = [
+            next(
+                (s for m in sweep.methods if (c := sweep.cells.get((m, column, seed))) and (s := c.result.scores.get(key)) is not None),
+                None,
+            )
+            for column in columns
+        ]
+        if all(score is not None for score in found):
+            by_seed.append(mean(score for score in found if score is not None))
+    return (mean(by_seed), error_over_models(by_seed)) if by_seed else None
+
+
+def overview_table(sweep: Sweep) -> Table:
+    """Every method over all columns: mean, rank, gain over the first, and what a run costs."""
+    ranks, best = sweep.ranks(), _best(sweep, ())
+    rows = []
+    for method in sweep.methods:
+        own = [cell for (name, _, _), cell in sweep.cells.items() if name == method]
+        found, gain = sweep.mean_and_error(method), None if method == sweep.reference else sweep.gain(method)
+        entries = [
+            Entry(percent(found), found is not None and found[0] == best),
+            Entry(f"{ranks[method]:.1f}" if method in ranks else NOTHING),
+            *_gain_entries(gain),
+            Entry(_spread(own, lambda cell: cell.result.bytes_up, human_bytes)),
+            Entry(_spread(own, lambda cell: cell.result.bytes_down, human_bytes)),
+            Entry(_spread(own, lambda cell: cell.result.seconds_by_stage.get("federated", 0.0), duration)),
+            Entry(f"{sum(int(cell.result.details['federated'].get('failures', 0)) for cell in own):,}"),
+        ]
+        rows.append((Entry(method), *entries))
+    caption = (
+        f"All methods over all columns that each has. Above {sweep.reference}: mean difference in percentage points over the cells that both have, and the "
+        "interval of 95 % of resampled seeds and test samples, drawn for both methods alike; won: cells in which a method scored higher. Sent and received by "
+        "all clients, and time of training and evaluation: of a run. Failures: answers that could not be read, over all runs."
+    )
+    header = ("", "mean", "rank", f"above {sweep.reference}", "95 %", "won", "sent", "received", "time", "failures")
+    return Table("overview", caption, header, tuple(rows))
+
+
+def _gain_entries(gain: Gain | None) -> list[Entry]:
+    if gain is None:
+        return [Entry("")] * 3
+    sure = gain.low > 0
+    return [
+        Entry(f"{100 * gain.mean:+.1f}", sure),
+        Entry(f"{100 * gain.low:+.1f} to {100 * gain.high:+.1f}"),
+        Entry(f"{gain.won} of {gain.cells}"),
+    ]
+
+
+def _spread(cells: Sequence[Trained], of: Callable[[Trained], float], wording: Callable[[float], str]) -> str:
+    """The mean over runs."""
+    return wording(mean(map(of, cells)))
+
+
+def client_table(sweep: Sweep) -> Table | None:
+    """Accuracy on samples of each client's own kind by method; None where no run asked for it."""
+    rows = []
+    for method in sweep.methods:
+        own = [
+            list(c.result.clients["federated"].values())
+            for (m, _, _), c in sweep.cells.items()
+            if m == method and "federated" in c.result.clients
+        ]
+        if own:
+            numbers = (mean(map(mean, own)), mean(map(worst_decile, own)), mean(max(scores) - min(scores) for scores in own))
+            rows.append((Entry(method), *(Entry(f"{100 * number:.1f}") for number in numbers), Entry(str(len(own)))))
+    caption = "Accuracy in percent on test samples of each client's own kind: mean and worst decile over the clients, and the range, averaged over runs."
+    return Table("clients", caption, ("", "mean", "worst decile", "range", "runs"), tuple(rows)) if rows else None
+
+
+def tested_table(sweep: Sweep) -> Table | None:
+    """The final models where a modality is missing, or worse, when they are used; None where no run asked for it."""
+    copies = list(dict.fromkeys(copy for cell in sweep.cells.values() for copy in cell.result.tested))
+    rows = []
+    for method in sweep.methods:
+        own = [cell for (name, _, _), cell in sweep.cells.items() if name == method and cell.result.tested]
+        if own:
+            numbers = [[c.result.tested[copy]["score"] for c in own if copy in c.result.tested] for copy in copies]
+            whole = mean(cell.score for cell in own)
+            rows.append((Entry(method), Entry(f"{100 * whole:.1f}"), *(Entry(f"{100 * mean(n):.1f}" if n else NOTHING) for n in numbers)))
+    caption = (
+        "Scores in percent of the final models on copies of the test split with only these modalities, or altered, averaged over runs."
+    )
+    return Table("tested", caption, ("", "complete", *copies), tuple(rows)) if rows else None
+
+
+def to_markdown(table: Table) -> str:
+    """A table of GitHub's Markdown."""
+    lines = [f"| {' | '.join(table.header)} |", "|---" + "|---:" * (len(table.header) - 1) + "|"]
+    lines += [f"| {' | '.join(f'**{e.text}**' if e.best else e.text.replace('|', '/') for e in row)} |" for row in table.rows]
+    return "\n".join(lines) + f"\n\n{table.caption}\n"
+
+
+_LATEX = {
+    "\\": r"\textbackslash{}",
+    **{c: f"\\{c}" for c in "&%$#_{}"},
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    NOTHING: "--",
+}
+
+
+def _latex(text: str) -> str:
+    return "".join(_LATEX.get(character, character) for character in text)
+
+
+def to_latex(table: Table) -> str:
+    """A ``table`` with the rules of the package booktabs."""
+    lines = [r"\begin{table}", r"\centering", rf"\caption{{{_latex(table.caption)}}}", rf"\label{{tab:{table.name}}}"]
+    lines += [
+        rf"\begin{{tabular}}{{l{'r' * (len(table.header) - 1)}}}",
+        r"\toprule",
+        " & ".join(map(_latex, table.header)) + r" \\",
+        r"\midrule",
+    ]
+    for i, row in enumerate(table.rows):
+        lines += [r"\midrule"] if i and i in table.rules else []
+        lines.append(" & ".join(rf"\textbf{{{_latex(e.text)}}}" if e.best else _latex(e.text) for e in row) + r" \\")
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}"]) + "\n"
+
+
+def to_csv(sweep: Sweep) -> str:
+    """A line for each cell, its numbers in full."""
+    text = StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    names = ("model", "dataset", "scenario", "method", "seed", "metric", "score", "standard_error", *BASELINES)
+    writer.writerow((*names, "bytes_up", "bytes_down", "seconds", "failures", "num_samples", "code"))
+    for (method, column, seed), cell in sorted(sweep.cells.items()):
+        result, details = cell.result, cell.result.details["federated"]
+        scores = (cell.score, result.standard_errors["federated"], *(result.scores[key] for key in BASELINES))
+        costs = (result.bytes_up, result.bytes_down, result.seconds_by_stage["federated"], details["failures"], details["num_samples"])
+        writer.writerow((*column, method, seed, result.metric, *scores, *costs, cell.code))
+    return text.getvalue()

@@ -1,0 +1,135 @@
+"""A sweep's folder in, a page and tables out."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fedmllm.benchmark.comparison import read_sweep
+from fedmllm.benchmark.grid_figures import _unbeaten
+from fedmllm.benchmark.grid_report import write_sweep_report
+from fedmllm.benchmark.grid_tables import Entry, Table, overview_table, score_table, to_latex, to_markdown
+from fedmllm.evaluation.answered import Answered, to_record
+from run_folders import Folder, Page, round_line, table_rows
+
+METHODS = {"FedAvg": 0.5, "FedProx_1 & co": 0.6, "<b>ours</b>": 0.7}
+SCENARIOS = ("aligned", "missing-0.4")
+SEEDS = (0, 1)
+
+
+def score_of(method: str, scenario: str, seed: int) -> float:
+    return METHODS[method] + 0.05 * (scenario == "aligned") + 0.02 * seed
+
+
+def answers(score: float, count: int = 100) -> Answered:
+    """Right answers first."""
+    guess = (np.arange(count) < round(score * count)).astype(float)
+    return Answered("accuracy", ("accuracy",), np.zeros(count, int), np.ones(count, int), guess)
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Path:
+    """Three methods, two scenarios, two seeds; baselines beside the first method; one cell is not there, one is not finished."""
+    folder = tmp_path / "study"
+    (folder / "cells").mkdir(parents=True)
+    names = {"methods": list(METHODS), "models": ["nano"], "datasets": ["cats"], "scenarios": list(SCENARIOS), "seeds": list(SEEDS)}
+    (folder / "grid.json").write_text(json.dumps(names))
+    for m, method in enumerate(METHODS):
+        for scenario in SCENARIOS:
+            for seed in SEEDS:
+                if (method, scenario, seed) == ("<b>ours</b>", "aligned", 1):
+                    continue
+                key, score = f"{m}-{scenario}-{seed}", score_of(method, scenario, seed)
+                labels = {"model": "nano", "dataset": "cats", "seed": seed, "scenario": scenario, "method": method, "code": "abc"}
+                (folder / "cells" / f"{key}.json").write_text(json.dumps(labels))
+                run = Folder(folder / "cells" / key)
+                run.lines = [round_line("federated", 1, score / 2), round_line("federated", 2, score)]
+                assert run.result is not None
+                if m:
+                    run.result["scores"] |= dict.fromkeys(("zero_shot", "local_mean", "centralized"))
+                run.result["scores"]["federated"] = score
+                run.result["bytes_up"] = 10 ** (6 + m)
+                if (method, scenario, seed) == ("FedProx_1 & co", "aligned", 1):
+                    run.result = None
+                run.write()
+                (folder / "cells" / key / "predictions.json").write_text(json.dumps(to_record([answers(score)])))
+    return folder
+
+
+def test_scores_ranks_and_baselines(sweep: Path) -> None:
+    table = score_table(read_sweep(sweep), "nano", "cats")
+    assert table.header == ("", "aligned", "missing-0.4", "mean", "rank")
+    found = {row[0].text: [entry.text for entry in row[1:]] for row in table.rows}
+    assert found["zero-shot"] == ["11.1 (0.0)", "11.1 (0.0)", "11.1 (0.0)", ""]
+    assert found["FedAvg"] == ["56.0 (1.0)", "51.0 (1.0)", "53.5 (1.0)", "3.0"]
+    # A seed whose cell is not there counts in the columns where it is.
+    assert found["FedProx_1 & co"] == ["65.0", "61.0 (1.0)", "62.5", "2.0"]
+    best = {row[0].text for row in table.rows if row[1].best and row[2].best and row[3].best and row[4].best}
+    assert best == {"<b>ours</b>"}
+    assert table.rules == (4,)
+
+
+def test_gains_are_over_the_cells_that_both_have(sweep: Path) -> None:
+    rows = {row[0].text: [entry.text for entry in row] for row in overview_table(read_sweep(sweep)).rows}
+    assert rows["FedAvg"][3:6] == ["", "", ""]
+    mean, interval, won = rows["<b>ours</b>"][3:6]
+    assert (mean, won) == ("+20.0", "3 of 3")
+    low, high = (float(end) for end in interval.split(" to "))
+    assert low < 20 < high
+    assert [rows[method][6] for method in METHODS] == ["1.00 MB", "10.0 MB", "100 MB"]
+
+
+def test_the_page_is_whole_escaped_and_the_same_every_time(sweep: Path) -> None:
+    html = write_sweep_report(sweep).read_text()
+    page = Page(html)
+    assert "script" not in page.tags
+    assert not any(name in ("src", "href") and value.startswith("http") for name, value in page.attributes)
+    assert "<b>ours" not in html
+    assert table_rows(html)["FedAvg"][0].startswith("5")
+    assert page.tags.count("svg") == 3
+    assert "2 cells of the full product are not there" in page.text
+    assert write_sweep_report(sweep).read_text() == html
+
+
+def test_a_line_for_each_cell(sweep: Path) -> None:
+    write_sweep_report(sweep)
+    rows = list(csv.DictReader((sweep / "results.csv").read_text().splitlines()))
+    assert len(rows) == 10
+    for row in rows:
+        assert float(row["score"]) == score_of(row["method"], row["scenario"], int(row["seed"]))
+        assert bool(row["centralized"]) == (row["method"] == "FedAvg")
+        assert row["code"] == "abc"
+
+
+def test_code_that_changed_between_cells_is_told(sweep: Path) -> None:
+    path = sweep / "cells" / "0-aligned-0.json"
+    path.write_text(path.read_text().replace('"abc"', '"def"'))
+    assert "Mixed code" in Page(write_sweep_report(sweep).read_text()).text
+
+
+def test_latex_and_markdown_say_the_same() -> None:
+    entries = ((Entry("FedAvg"), Entry("50 %")), (Entry("a_b & c|d"), Entry("60.1", True)))
+    table = Table("x", "A caption: 100 %.", ("", "mean_1"), entries, (1,))
+    tex, markdown = to_latex(table), to_markdown(table)
+    assert r"a\_b \& c|d & \textbf{60.1} \\" in tex
+    assert r"\caption{A caption: 100 \%.}" in tex
+    assert tex.count(r"\midrule") == 2
+    assert not re.search(r"(?<!\\)[%_&](?! )", tex.replace(" & ", ""))
+    assert "| a_b & c/d | **60.1** |" in markdown
+
+
+def test_what_nothing_beats_in_both() -> None:
+    points = {
+        "small": (1.0, 0.2),
+        "middle": (2.0, 0.5),
+        "worse": (2.5, 0.4),
+        "large": (9.0, 0.6),
+        "twin": (9.0, 0.6),
+        "wasteful": (20.0, 0.6),
+    }
+    assert _unbeaten(points) == ["small", "middle", "large", "twin"]
