@@ -13,6 +13,7 @@ import pytest
 import yaml
 from typer.main import get_command
 
+from fedmllm.benchmark.grid import Grid, cells
 from fedmllm.cli import app
 from fedmllm.config import Experiment
 from fedmllm.data.datasets import DATASETS, DatasetRequest
@@ -82,7 +83,11 @@ def test_tables_within_a_page_are_written_anew_and_the_rest_is_kept() -> None:
 @each_page
 def test_settings_in_yaml_are_valid(page: Path) -> None:
     for block in YAML.finditer(page.read_text(encoding="utf-8")):
-        Experiment.parse(yaml.safe_load(block[1]))
+        values = yaml.safe_load(block[1])
+        if "methods" in values:
+            assert cells(Grid.model_validate(values))
+        else:
+            Experiment.parse(values)
 
 
 @each_page
