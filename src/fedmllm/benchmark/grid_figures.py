@@ -9,7 +9,7 @@ from statistics import mean
 import numpy as np
 from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from fedmllm.benchmark.comparison import Column, Sweep
 from fedmllm.benchmark.drawing import BLUE, FILLS, GRAY, GREEN, INK, LOOKS, ORANGE, PURPLE, SKY, VERMILION, WIDTH, panel, rows, short, svg
@@ -125,6 +125,9 @@ def pareto(sweep: Sweep) -> Figure:
             axes.axhline(100 * level[0], color=LOOKS[key].color, linestyle=LOOKS[key].dash, linewidth=1)
             axes.annotate(LOOKS[key].name, (0, 100 * level[0]), (3, 2), axes.get_yaxis_transform(), "offset points", fontsize=8)
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.grid()
     axes.set_xlabel("megabytes sent and received in a run")
     axes.set_ylabel("mean score, percent")
