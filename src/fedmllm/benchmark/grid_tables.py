@@ -74,8 +74,8 @@ def score_table(sweep: Sweep, model: str, dataset: str) -> Table:
             rows.append((Entry(method), *entries, rank))
     metric = next(cell.run.manifest.metric for cell in sweep.cells.values() if cell.column in columns)
     caption = (
-        f"{dataset}, {model}: {METRICS.get(metric, metric)} in percent, mean over seeds and in parentheses its standard error; the best method of a column in bold. "
-        "Rank: mean over the scenarios of a method's place, 1 for the best."
+        f"{dataset}, {model}: {METRICS.get(metric, metric)} in percent, mean over seeds and in parentheses its standard error; "
+        "the best method of a column in bold. Rank: mean over the scenarios of a method's place, 1 for the best."
     )
     return Table(f"scores-{model}-{dataset}", caption, ("", *(column.scenario for column in columns), "mean", "rank"), tuple(rows), (rule,))
 
