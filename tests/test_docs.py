@@ -13,7 +13,7 @@ import pytest
 import yaml
 from typer.main import get_command
 
-from fedmllm.benchmark.grid import Grid, cells
+from fedmllm.benchmark.grid import Grid, cells, load_grid
 from fedmllm.cli import app
 from fedmllm.config import Experiment
 from fedmllm.data.datasets import DATASETS, DatasetRequest
@@ -21,6 +21,7 @@ from fedmllm.data.datasets import DATASETS, DatasetRequest
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 EXPERIMENTS = sorted((ROOT / "experiments").glob("*.yaml"))
+GRIDS = sorted((ROOT / "experiments").glob("*/*.yaml"))
 BLOCK = re.compile(r"^( *)```.*?^\1```", re.DOTALL | re.MULTILINE)
 YAML = re.compile(r"^```yaml\n(.*?)^```", re.DOTALL | re.MULTILINE)
 CODE = re.compile(r"`[^`\n]*`")
@@ -124,6 +125,16 @@ def test_experiments_open_with_their_command(path: Path) -> None:
     arguments = shlex.split(match[1])
     assert arguments[:2] == ["train", f"experiments/{path.name}"]
     check_command(arguments)
+
+
+@pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.relative_to(ROOT / "experiments").as_posix())
+def test_grids_open_with_their_command_and_hold_experiments(path: Path) -> None:
+    match = COMMAND.match(path.read_text(encoding="utf-8").splitlines()[0])
+    assert match, "the first line is the command as a comment"
+    arguments = shlex.split(match[1])
+    assert arguments[:2] == ["sweep", path.relative_to(ROOT).as_posix()]
+    check_command(arguments)
+    assert cells(load_grid(path))
 
 
 @pytest.mark.parametrize("name", [name for name in DATASETS if name.startswith("digits")])

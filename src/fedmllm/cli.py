@@ -67,11 +67,12 @@ def sweep(
 ) -> None:
     """Train every experiment of a grid that is not trained yet; the same command goes on where it was stopped."""
     from fedmllm.benchmark.grid import cells, load_grid
-    from fedmllm.benchmark.sweep import failures, open_sweep, run_sweep, share
+    from fedmllm.benchmark.sweep import failures, open_sweep, require_sources, run_sweep, share
     from fedmllm.display import SweepDisplay
 
     whole, folder = load_grid(grid), output or Path("sweeps") / grid.stem
     mine = share(cells(whole), shard)
+    require_sources(mine, grid)
     open_sweep(whole, folder)
     try:
         run_sweep(mine, folder, jobs, threads, SweepDisplay(mine, folder, jobs).told)

@@ -38,6 +38,7 @@ def sweep(tmp_path: Path) -> Path:
     folder = tmp_path / "study"
     (folder / "cells").mkdir(parents=True)
     names = {"methods": list(METHODS), "models": ["nano"], "datasets": ["cats"], "scenarios": list(SCENARIOS), "seeds": list(SEEDS)}
+    names["published"] = {"cats": {"FedAvg": {"aligned": 71.0, "missing-0.4": 60.0}}}  # type: ignore[assignment]
     (folder / "grid.json").write_text(json.dumps(names))
     for m, method in enumerate(METHODS):
         for scenario in SCENARIOS:
@@ -71,7 +72,8 @@ def test_scores_ranks_and_baselines(sweep: Path) -> None:
     assert found["FedProx_1 & co"] == ["65.0", "61.0 (1.0)", "62.5", "2.0"]
     best = {row[0].text for row in table.rows if row[1].best and row[2].best and row[3].best and row[4].best}
     assert best == {"<b>ours</b>"}
-    assert table.rules == (4,)
+    assert found["FedAvg, published"] == ["71.0", "60.0", "65.5", ""]
+    assert table.rules == (4, 7)
 
 
 def test_gains_are_over_the_cells_that_both_have(sweep: Path) -> None:

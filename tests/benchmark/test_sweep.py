@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 
 from fedmllm.benchmark import grid as module
 from fedmllm.benchmark.grid import Cell, Grid, cells, load_grid
-from fedmllm.benchmark.sweep import Places, failures, run_sweep, share
+from fedmllm.benchmark.sweep import Places, failures, require_sources, run_sweep, share
 from fedmllm.config import Experiment
-from fedmllm.errors import ConfigError
+from fedmllm.errors import ConfigError, RunError
 
 SMALL: dict[str, Any] = {
     "base": {
@@ -93,6 +93,8 @@ def test_the_product_and_the_rows_beside_it() -> None:
         ({"surprise": 1}, "surprise"),
         ({"rows": [{"methods": ["krum"], "scenarios": ["cross-5:5"]}]}, "scenarios ['cross-5:5'] are not the grid's; it has ['aligned']"),
         ({"rows": [{"methods": ["fedprox"]}]}, "['fedprox'] are methods of the grid already"),
+        ({"published": {"dogs": {}}}, "'dogs' is no dataset of the grid"),
+        ({"published": {"claims": {"fedavg": [1.0, 2.0]}}}, "claims: fedavg: 2 numbers for 1 scenarios"),
     ],
 )
 def test_grids_that_break_a_rule(changes: Mapping[str, Any], part: str, tmp_path: Path) -> None:
@@ -153,6 +155,22 @@ def test_finished_cells_are_left_alone_and_failed_ones_tried_again(tmp_path: Pat
     assert not list(tmp_path.rglob("*.lock"))
     labels = json.loads(Places.of(tmp_path, found[0]).names.read_text())
     assert labels == found[0].labels | {"code": module.code_version()}
+
+
+def test_what_is_not_here_is_told_before_anything_is_trained(tmp_path: Path) -> None:
+    """All of it at once, each folder once."""
+    parts = [{"dataset": "vqa_rad", "root": "gone/vqa"}, {"dataset": "digits-cards"}]
+    found = small(
+        datasets={"mix": {"data": {"dataset": "mixture", "num_train": None, "num_test": None, "options": {"parts": parts}}}, "claims": {}},
+        models={"there": {}, "lost": {"model": {"name": "./gone/model"}}},
+        seeds=[0, 1],
+    )
+    with pytest.raises(RunError) as caught:
+        require_sources(found, tmp_path / "grid.yaml")
+    assert str(caught.value).count("gone/vqa: no such folder of data") == 1
+    assert str(caught.value).count("'./gone/model' is not a folder") == 1
+    assert "the head of" in str(caught.value)
+    require_sources(small(), tmp_path / "grid.yaml")
 
 
 def test_a_cell_that_another_process_works_on_is_left_to_it(tmp_path: Path) -> None:

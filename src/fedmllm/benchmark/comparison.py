@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from statistics import mean
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -111,6 +111,7 @@ class Sweep:
         name: of the sweep.
         methods, columns, seeds: as far as a cell of theirs is finished.
         cells: by method, column and seed.
+        published: by dataset, method and scenario, what others have reported, in percent.
     """
 
     name: str
@@ -118,6 +119,7 @@ class Sweep:
     columns: tuple[Column, ...]
     seeds: tuple[int, ...]
     cells: dict[tuple[str, Column, int], Trained]
+    published: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
 
     @property
     def reference(self) -> str:
@@ -193,7 +195,8 @@ def read_sweep(folder: Path) -> Sweep:
     cells = {key: cell for key, (_, cell) in found.items()}
     columns = sorted({key[1] for key in cells}, key=lambda c: [_place(order[name], value) for name, value in zip(_PARTS, c, strict=True)])
     methods = sorted({key[0] for key in cells}, key=lambda name: _place(order["methods"], name))
-    return Sweep(folder.resolve().name, tuple(methods), tuple(columns), tuple(sorted({key[2] for key in cells})), cells)
+    seeds = tuple(sorted({key[2] for key in cells}))
+    return Sweep(folder.resolve().name, tuple(methods), tuple(columns), seeds, cells, order["published"])
 
 
 _PARTS = ("models", "datasets", "scenarios")
@@ -204,12 +207,12 @@ def _place(order: Sequence[str], name: str) -> tuple[int, str]:
     return (order.index(name), "") if name in order else (len(order), name)
 
 
-def _order(folder: Path) -> dict[str, list[str]]:
-    """The names of the grid, as ``fedmllm sweep`` noted them."""
+def _order(folder: Path) -> dict[str, Any]:
+    """The names of the grid and what others have published, as ``fedmllm sweep`` noted them."""
     path = folder / "grid.json"
     try:
         noted = json.loads(path.read_text(encoding="utf-8"))
-        return {name: [str(value) for value in noted[name]] for name in ("methods", *_PARTS)}
+        return {name: [str(value) for value in noted[name]] for name in ("methods", *_PARTS)} | {"published": noted["published"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(f"{path}: cannot be read ({error}); give the folder of a sweep, or run fedmllm sweep again") from error
 

@@ -85,15 +85,23 @@ class Grid(BaseModel):
     """Trained once for each scenario, dataset, model and seed, beside the first method."""
     rows: tuple[Rows, ...] = ()
     """Methods beside the grid."""
+    published: dict[str, dict[str, tuple[float, ...]]] = {}
+    """Numbers of others in percent, to be printed below ours: by dataset and method, one for each scenario in their order."""
 
     @model_validator(mode="after")
-    def _rows_are_of_the_grid(self) -> Grid:
+    def _parts_are_of_the_grid(self) -> Grid:
         for rows in self.rows:
             for name in ("scenarios", "datasets", "models", "seeds"):
                 if unknown := set(getattr(rows, name)) - set(getattr(self, name)):
                     raise ValueError(f"rows: {name} {sorted(unknown)} are not the grid's; it has {list(getattr(self, name))}")
             if twice := rows.methods.keys() & self.methods.keys():
                 raise ValueError(f"rows: {sorted(twice)} are methods of the grid already; rename or remove them")
+        for dataset, methods in self.published.items():
+            if dataset not in self.datasets:
+                raise ValueError(f"published: {dataset!r} is no dataset of the grid; it has {list(self.datasets)}")
+            for method, numbers in methods.items():
+                if len(numbers) != len(self.scenarios):
+                    raise ValueError(f"published: {dataset}: {method}: {len(numbers)} numbers for {len(self.scenarios)} scenarios")
         return self
 
 
@@ -138,11 +146,15 @@ def load_grid(path: Path) -> Grid:
         raise ConfigError(f"{path}: the grid has {len(problems)} error{'s' * (len(problems) > 1)}:\n{listing(problems)}") from None
 
 
-def names(grid: Grid) -> dict[str, list[Any]]:
-    """What a grid is made of, in its order."""
+def names(grid: Grid) -> dict[str, Any]:
+    """What a grid is made of, in its order, and what others have published about it."""
     methods = [*grid.methods, *(name for rows in grid.rows for name in rows.methods)]
     parts = {"models": grid.models, "datasets": grid.datasets, "scenarios": grid.scenarios, "seeds": grid.seeds}
-    return {"methods": list(dict.fromkeys(methods))} | {name: list(values) for name, values in parts.items()}
+    published = {
+        dataset: {method: dict(zip(grid.scenarios, numbers, strict=True)) for method, numbers in rows.items()}
+        for dataset, rows in grid.published.items()
+    }
+    return {"methods": list(dict.fromkeys(methods)), **{name: list(values) for name, values in parts.items()}, "published": published}
 
 
 def cells(grid: Grid) -> list[Cell]:

@@ -72,12 +72,21 @@ def score_table(sweep: Sweep, model: str, dataset: str) -> Table:
             entries = (Entry(percent(f), f is not None and f[0] == top) for f, top in zip(found, best, strict=True))
             rank = Entry(f"{ranks[method]:.1f}", ranks[method] == lowest) if method in ranks else Entry(NOTHING)
             rows.append((Entry(method), *entries, rank))
+    rules = [rule]
+    for method, numbers in sweep.published.get(dataset, {}).items():
+        rules = [rule, len(rows) if len(rules) == 1 else rules[1]]
+        shown = [numbers.get(column.scenario) for column in columns]
+        known = [number for number in shown if number is not None]
+        texts = [NOTHING if number is None else f"{number:.1f}" for number in (*shown, mean(known) if len(known) == len(shown) else None)]
+        rows.append((Entry(f"{method}, published"), *map(Entry, texts), Entry("")))
     metric = next(cell.run.manifest.metric for cell in sweep.cells.values() if cell.column in columns)
     caption = (
         f"{dataset}, {model}: {METRICS.get(metric, metric)} in percent, mean over seeds and in parentheses its standard error; "
         "the best method of a column in bold. Rank: mean over the scenarios of a method's place, 1 for the best."
     )
-    return Table(f"scores-{model}-{dataset}", caption, ("", *(column.scenario for column in columns), "mean", "rank"), tuple(rows), (rule,))
+    return Table(
+        f"scores-{model}-{dataset}", caption, ("", *(column.scenario for column in columns), "mean", "rank"), tuple(rows), tuple(rules)
+    )
 
 
 def _best(sweep: Sweep, columns: Sequence[Column]) -> float | None:

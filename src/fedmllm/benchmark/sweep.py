@@ -18,7 +18,8 @@ from fedmllm.benchmark.grid import Cell, Grid, code_version, names
 from fedmllm.benchmark.resident import Resident
 from fedmllm.benchmark.run import train
 from fedmllm.engine.checkpoint import write_atomically, write_json
-from fedmllm.errors import ConfigError, RunError
+from fedmllm.errors import ConfigError, ModelError, RunError, listing
+from fedmllm.models.load import check_source
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,30 @@ def share(cells: Sequence[Cell], shard: str) -> list[Cell]:
     if not 0 <= index < count:
         raise ConfigError(f"--shard: {shard!r} is no share; write i/n with i from 0 to n - 1, e.g. 0/2 and 1/2")
     return list(cells[index * len(cells) // count : (index + 1) * len(cells) // count])
+
+
+def require_sources(cells: Sequence[Cell], grid: Path) -> None:
+    """Refuse a sweep whose models or data are not here, before any of it is trained.
+
+    Args:
+        cells: whose.
+        grid: the file, whose head should say where they come from.
+
+    Raises:
+        RunError: naming each folder that is not there.
+    """
+    problems: dict[str, None] = {}
+    for cell in cells:
+        data = cell.experiment.data
+        parts = data.options.get("parts", ())
+        roots = [data.root, *(part.get("root") for part in parts if isinstance(part, dict))]
+        problems |= {f"{root}: no such folder of data": None for root in roots if root is not None and not Path(root).is_dir()}
+        try:
+            check_source(cell.experiment.model)
+        except ModelError as error:
+            problems[str(error)] = None
+    if problems:
+        raise RunError(f"what the grid needs is not here; the head of {grid} says where it comes from:\n{listing(problems)}")
 
 
 def open_sweep(grid: Grid, output: Path) -> None:
