@@ -33,7 +33,8 @@ class EngineConfig(BaseModel):
     device: str = "auto"
     """``auto`` (a GPU if there is one), ``cpu``, ``cuda``, ``cuda:1``, ..."""
     together: int = Field(16, gt=0)
-    """Clients of a cohort that train side by side in the same passes of the model; 1 for one after another. With dropout, always 1."""
+    """Clients of a cohort that train side by side in the same passes of the model; 1 for one after another. With dropout, or
+    where more than adapters of the decoder trains, always 1; a GPU's free memory may allow fewer."""
     answers_only: bool = True
     """Compute the last decoder layer where answers are, as far as it is known how."""
     feature_bytes: int = Field(4 << 30, ge=0)
