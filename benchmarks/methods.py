@@ -231,6 +231,6 @@ if __name__ == "__main__":
     parser.add_argument("--table", action="store_true")
     chosen = parser.parse_args()
     if chosen.table:
-        print(table(read(chosen.output), chosen.scenarios))
+        print(table([line for line in read(chosen.output) if line["seed"] in chosen.seeds], chosen.scenarios))
     else:
         run(chosen)
