@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import time
@@ -153,16 +154,16 @@ def _in_turn(cells: Sequence[Cell], output: Path, threads: int | None) -> Iterat
 
 
 def _in_processes(cells: Sequence[Cell], output: Path, jobs: int, threads: int | None) -> Iterator[Outcome]:
-    import os
-
     each = threads or max(1, (os.cpu_count() or 1) // jobs)
     pool = ProcessPoolExecutor(jobs, get_context("spawn"), _begin, (each,))
     try:
         for done in as_completed([pool.submit(_run_cell, cell, output) for cell in cells]):
             yield done.result()
     finally:
+        # Those that are left are in the middle of a cell whose result nobody waits for.
+        left = list((pool._processes or {}).values())
         pool.shutdown(wait=False, cancel_futures=True)
-        for process in list((pool._processes or {}).values()):
+        for process in left:
             process.terminate()
 
 
