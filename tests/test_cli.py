@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import signal
 import subprocess
 import sys
+from contextlib import chdir, redirect_stderr, redirect_stdout
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from PIL import Image
 
+from fedmllm.cli import main
 from fedmllm.models.load import NANO_FOLDER
 
 QUICK = """
@@ -23,6 +27,19 @@ engine: {device: cpu}
 
 
 def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A command in this process, which has loaded everything already."""
+    out, err = io.StringIO(), io.StringIO()
+    with chdir(folder), redirect_stdout(out), redirect_stderr(err), mock.patch.object(sys, "argv", ["fedmllm", *arguments]):
+        try:
+            main()
+            code = 0
+        except SystemExit as end:
+            code = int(end.code or 0)
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
+
+
+def run_apart(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A command in a process of its own, as from a shell."""
     command = [sys.executable, "-m", "fedmllm", *arguments]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
 
@@ -34,7 +51,7 @@ def quick(tmp_path: Path) -> Path:
 
 
 def test_train_evaluate_and_report(quick: Path) -> None:
-    trained = run(quick, "train", "quick.yaml", "--output", "out")
+    trained = run_apart(quick, "train", "quick.yaml", "--output", "out")
     assert trained.returncode == 0, trained.stderr
     assert re.search(r"^plan  3,953,904 parameters, 73,728 trained: 295 kB to send; memory .* per token of a pass$", trained.stdout, re.M)
     for part in ("federated round 1/2", "loss", "sent", "left", "zero-shot", "ceiling", "out/report.html"):
@@ -87,7 +104,7 @@ def test_models_are_named_and_planned(quick: Path) -> None:
     assert plan["trainable"] * 4 == plan["sent_per_client_and_round"] == (6 * 4 * 4 * (192 + 192) + 64_896 + 196_608) * 4
     shown = run(quick, "models", "plan", "nano", "--rank", "4").stdout
     assert all(part in shown for part in ("36,864", "embeddings", "393 kB"))
-    wrong = run(quick, "models", "plan", "./nowhere")
+    wrong = run_apart(quick, "models", "plan", "./nowhere")
     assert wrong.returncode == 2
     assert "is not a folder" in wrong.stderr
 
@@ -105,7 +122,7 @@ def test_help_and_names_do_not_load_torch() -> None:
 
 
 def test_help_lists_the_commands(tmp_path: Path) -> None:
-    done = run(tmp_path, "--help")
+    done = run_apart(tmp_path, "--help")
     assert done.returncode == 0
     for command in ("train", "evaluate", "report", "methods", "pretrain-nano"):
         assert command in done.stdout

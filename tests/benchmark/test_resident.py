@@ -20,8 +20,7 @@ CHANGES: list[dict[str, Any]] = [
     {"algorithm": {"name": "flora"}},
     {"lora": {"connector": "full", "embeddings": "full", "dora": True}},
     {"data": {"num_train": 30}, "seed": 1},
-    {"federation": {"heterogeneity": ["typos-1"]}},
-    {"engine": {"answers_only": False}},
+    {"federation": {"heterogeneity": ["typos-1"]}, "engine": {"answers_only": False}},
     {},
 ]
 
