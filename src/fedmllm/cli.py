@@ -59,7 +59,7 @@ def train(
 
 @app.command()
 def sweep(
-    grid: Annotated[Path, typer.Argument(help="Grid in YAML, e.g. experiments/nano/methods.yaml.")],
+    grid: Annotated[Path, typer.Argument(help="Grid in YAML, e.g. experiments/nano/settings.yaml.")],
     output: Annotated[Path | None, typer.Option(help="Sweep folder. Default: sweeps/<grid>.")] = None,
     shard: Annotated[str, typer.Option(help="Share of the cells, i/n with i from 0: for several machines.")] = "0/1",
     jobs: Annotated[int, typer.Option(help="Processes, each with a model of its own.", min=1)] = 1,

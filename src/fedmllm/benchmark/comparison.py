@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from fedmllm.benchmark.folder import Run, read_run
 from fedmllm.benchmark.results import RunResult
 from fedmllm.errors import DataError, RunError
-from fedmllm.evaluation.answered import Answered, Indices, from_record
+from fedmllm.evaluation.answered import Answered, from_record
 from fedmllm.evaluation.metrics import error_over_models
 from fedmllm.randomness import generator
 
@@ -64,25 +64,21 @@ class Trained:
     def score(self) -> float:
         """Of the federated model."""
         found = self.result.scores["federated"]
-        return float("nan") if found is None else found
+        if found is None:
+            raise RunError(f"{self.run.name}: the result has no score of the federated model; remove the cell and run fedmllm sweep again")
+        return found
 
     @cached_property
     def resampled(self) -> NDArray[np.float64]:
         """The score on ``RESAMPLES`` resamples of the test samples, the same for all cells of a dataset and seed."""
-        drawn = _resamples(self.answers[0], self.seed)
-        return np.array([mean(model.score(chosen) for model in self.answers) for chosen in drawn])
-
-
-def _resamples(answers: Answered, seed: int) -> list[Indices]:
-    """Positions drawn with replacement, anew where a score is undefined for want of a class."""
-    rng, size = generator(seed, "comparison"), len(answers.truth)
-    drawn: list[Indices] = []
-    while len(drawn) < RESAMPLES:
-        chosen = rng.integers(size, size=size)
-        with suppress(DataError):
-            answers.score(chosen)
-            drawn.append(chosen)
-    return drawn
+        rng, size = generator(self.seed, "comparison"), len(self.answers[0].truth)
+        scores: list[float] = []
+        while len(scores) < RESAMPLES:
+            chosen = rng.integers(size, size=size)
+            # Undefined where a class is wanting, for all models alike: drawn anew.
+            with suppress(DataError):
+                scores.append(mean(model.score(chosen) for model in self.answers))
+        return np.array(scores)
 
 
 class Gain(NamedTuple):
@@ -125,6 +121,10 @@ class Sweep:
     def reference(self) -> str:
         """The method that others are compared with."""
         return self.methods[0]
+
+    def of(self, method: str) -> list[Trained]:
+        """A method's cells."""
+        return [cell for (name, _, _), cell in self.cells.items() if name == method]
 
     def scores(self, method: str, columns: Sequence[Column] = ()) -> dict[int, float]:
         """By seed, the mean over columns, of the seeds that have all of them."""

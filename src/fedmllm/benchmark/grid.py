@@ -136,7 +136,7 @@ def load_grid(path: Path) -> Grid:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error}); give a grid in YAML, e.g. experiments/nano/methods.yaml") from error
+        raise ConfigError(f"{path}: cannot be read ({error}); give a grid in YAML, e.g. experiments/nano/settings.yaml") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     try:

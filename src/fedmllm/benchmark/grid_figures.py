@@ -99,7 +99,7 @@ def _leading(sweep: Sweep) -> list[str]:
 
 def _curve(sweep: Sweep, method: str, columns: Sequence[Column]) -> dict[int, float]:
     """By round, the mean over the cells, of the rounds after which all were scored."""
-    cells = [cell for (name, column, _), cell in sweep.cells.items() if name == method and column in columns]
+    cells = [cell for cell in sweep.of(method) if cell.column in columns]
     scores = [{line.round: line.score for line in cell.run.rounds if line.score is not None} for cell in cells]
     shared = sorted(set.intersection(*map(set, scores))) if scores else []
     return {number: mean(by_round[number] for by_round in scores) for number in shared}
@@ -110,7 +110,7 @@ def pareto(sweep: Sweep) -> Figure:
     """Mean score against the bytes that all clients of a run send and receive; a line along the methods that none beats in both."""
     points = {}
     for method in sweep.methods:
-        own = [cell.result for (name, _, _), cell in sweep.cells.items() if name == method]
+        own = [cell.result for cell in sweep.of(method)]
         if found := sweep.mean_and_error(method):
             points[method] = (mean(result.bytes_up + result.bytes_down for result in own) / 1e6, *found)
     figure = Figure((WIDTH, 4.4))

@@ -72,9 +72,9 @@ def score_table(sweep: Sweep, model: str, dataset: str) -> Table:
             entries = (Entry(percent(f), f is not None and f[0] == top) for f, top in zip(found, best, strict=True))
             rank = Entry(f"{ranks[method]:.1f}", ranks[method] == lowest) if method in ranks else Entry(NOTHING)
             rows.append((Entry(method), *entries, rank))
-    rules = [rule]
-    for method, numbers in sweep.published.get(dataset, {}).items():
-        rules = [rule, len(rows) if len(rules) == 1 else rules[1]]
+    published = sweep.published.get(dataset, {})
+    rules = (rule, len(rows)) if published else (rule,)
+    for method, numbers in published.items():
         shown = [numbers.get(column.scenario) for column in columns]
         known = [number for number in shown if number is not None]
         texts = [NOTHING if number is None else f"{number:.1f}" for number in (*shown, mean(known) if len(known) == len(shown) else None)]
@@ -84,9 +84,7 @@ def score_table(sweep: Sweep, model: str, dataset: str) -> Table:
         f"{dataset}, {model}: {METRICS.get(metric, metric)} in percent, mean over seeds and in parentheses its standard error; "
         "the best method of a column in bold. Rank: mean over the scenarios of a method's place, 1 for the best."
     )
-    return Table(
-        f"scores-{model}-{dataset}", caption, ("", *(column.scenario for column in columns), "mean", "rank"), tuple(rows), tuple(rules)
-    )
+    return Table(f"scores-{model}-{dataset}", caption, ("", *(column.scenario for column in columns), "mean", "rank"), tuple(rows), rules)
 
 
 def _best(sweep: Sweep, columns: Sequence[Column]) -> float | None:
@@ -115,7 +113,7 @@ def overview_table(sweep: Sweep) -> Table:
     ranks, best = sweep.ranks(), _best(sweep, ())
     rows = []
     for method in sweep.methods:
-        own = [cell for (name, _, _), cell in sweep.cells.items() if name == method]
+        own = sweep.of(method)
         found, gain = sweep.mean_and_error(method), None if method == sweep.reference else sweep.gain(method)
         entries = [
             Entry(percent(found), found is not None and found[0] == best),
@@ -156,11 +154,7 @@ def client_table(sweep: Sweep) -> Table | None:
     """Accuracy on samples of each client's own kind by method; None where no run asked for it."""
     rows = []
     for method in sweep.methods:
-        own = [
-            list(c.result.clients["federated"].values())
-            for (m, _, _), c in sweep.cells.items()
-            if m == method and "federated" in c.result.clients
-        ]
+        own = [list(cell.result.clients["federated"].values()) for cell in sweep.of(method) if "federated" in cell.result.clients]
         if own:
             numbers = (mean(map(mean, own)), mean(map(worst_decile, own)), mean(max(scores) - min(scores) for scores in own))
             rows.append((Entry(method), *(Entry(f"{100 * number:.1f}") for number in numbers), Entry(str(len(own)))))
@@ -173,7 +167,7 @@ def tested_table(sweep: Sweep) -> Table | None:
     copies = list(dict.fromkeys(copy for cell in sweep.cells.values() for copy in cell.result.tested))
     rows = []
     for method in sweep.methods:
-        own = [cell for (name, _, _), cell in sweep.cells.items() if name == method and cell.result.tested]
+        own = [cell for cell in sweep.of(method) if cell.result.tested]
         if own:
             numbers = [[c.result.tested[copy]["score"] for c in own if copy in c.result.tested] for copy in copies]
             whole = mean(cell.score for cell in own)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedmllm.models.families.generic import without_adapters
+from fedmllm.models.families.generic import decoder_modules, without_adapters
 from fedmllm.models.load import VisionLanguageModel
 from fedmllm.models.store import TensorStore
 
@@ -35,7 +35,7 @@ class VisionFeatures:
         outer = without_adapters(vlm.model)
         methods = [model.get_image_features for model in (outer, getattr(outer, "model", outer)) if hasattr(model, "get_image_features")]
         self._taken = frozenset(name for method in methods for name in inspect.signature(method).parameters)
-        inside = {id(module) for module in outer.get_decoder().modules()}
+        inside = decoder_modules(outer)
         self._outside = [module for module in outer.modules() if id(module) not in inside]
         self._kind: Any = None
         self._lock = threading.Lock()

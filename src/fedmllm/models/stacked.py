@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from fedmllm import factors
+from fedmllm.models.families.generic import decoder_modules
 from fedmllm.models.lora import adapted_layers, trainable
 from fedmllm.models.passes import PASS, passing
 
 
 def stackable(model: Any) -> bool:
     """Whether clients can go through a model side by side: all that trains are factors in the decoder, to which a batch comes row by row."""
-    inside = set(map(id, model.get_decoder().modules()))
+    inside = decoder_modules(model)
     layers = all(id(layer) in inside for _, layer in adapted_layers(model))
     return layers and not factors.others(dict(trainable(model)))
 

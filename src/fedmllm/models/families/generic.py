@@ -111,12 +111,16 @@ class ModelFamily:
 
     def connector(self, model: nn.Module) -> list[str]:
         """Names of the modules between vision tower and decoder, none inside another; empty if they are not known."""
-        named, decoder = dict(model.named_modules()), model.get_decoder()  # type: ignore[operator]
-        inside = {id(module) for module in decoder.modules()}
+        named, inside = dict(model.named_modules()), decoder_modules(model)
         found = [name for name, module in named.items() if name.rpartition(".")[2] in CONNECTORS and id(module) not in inside]
         # PEFT takes no lists.
         lists = {name for name in found if isinstance(named[name], nn.ModuleList)}
         return [name for name in found if name not in lists] + [f"{name}.{i}" for name in lists for i, _ in named[name].named_children()]
+
+
+def decoder_modules(model: Any) -> set[int]:
+    """Ids of the decoder and all modules in it."""
+    return set(map(id, model.get_decoder().modules()))
 
 
 def without_adapters(model: Any) -> Any:
