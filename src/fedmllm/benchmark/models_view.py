@@ -47,5 +47,4 @@ def describe(experiment: Experiment) -> Record:
 
 def _side_by_side(experiment: Experiment) -> int:
     """How many clients' adapters, gradients and optimizer states are held at once."""
-    lora, together = experiment.lora, min(experiment.engine.together, experiment.federation.clients_per_round)
-    return together if not lora.dora and lora.connector == lora.embeddings == "frozen" else 1
+    return min(experiment.engine.together, experiment.federation.clients_per_round) if experiment.lora.side_by_side else 1

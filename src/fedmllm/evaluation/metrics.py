@@ -10,7 +10,7 @@ from statistics import mean, stdev
 import numpy as np
 
 from fedmllm.errors import DataError
-from fedmllm.evaluation.answered import answered, own_metric
+from fedmllm.evaluation.answered import Answered, answered, own_metric
 from fedmllm.evaluation.text import normalize
 from fedmllm.randomness import generator
 from fedmllm.types import Metrics, Prediction, Sample
@@ -51,7 +51,8 @@ def _by_domain(predictions: Sequence[Prediction]) -> dict[str, list[Prediction]]
 
 def all_metrics(metric: str, predictions: Sequence[Prediction], seed: int) -> Metrics:
     """Headline ``score``, its bootstrap ``standard_error``, ``num_samples``, ``failures``, and accuracy by answer type."""
-    numbers: Metrics = {"score": score(metric, predictions), "standard_error": standard_error(metric, predictions, seed)}
+    whole = answered(metric, predictions)
+    numbers: Metrics = {"score": whole.score(), "standard_error": _bootstrap(whole, seed)}
     numbers |= {"num_samples": len(predictions), "failures": sum(p.answer is None for p in predictions)}
     for domain, part in _by_domain(predictions).items():
         if domain:
@@ -66,10 +67,14 @@ def standard_error(metric: str, predictions: Sequence[Prediction], seed: int) ->
 
     Resamples in which an AUC is undefined, for want of one class, are drawn anew.
     """
-    rng, numbers = generator(seed, "bootstrap"), answered(metric, predictions)
+    return _bootstrap(answered(metric, predictions), seed)
+
+
+def _bootstrap(numbers: Answered, seed: int) -> float:
+    rng, size = generator(seed, "bootstrap"), len(numbers.truth)
     scores: list[float] = []
     while len(scores) < BOOTSTRAP_SAMPLES:
-        chosen = rng.integers(len(predictions), size=len(predictions))
+        chosen = rng.integers(size, size=size)
         with suppress(DataError):
             scores.append(numbers.score(chosen))
     return float(np.std(scores))

@@ -46,6 +46,11 @@ class LoraConfig(BaseModel):
             raise ValueError(f"a client's rank must lie between 1 and r = {r}, is {wrong[0]}; raise lora.r")
         return ranks
 
+    @property
+    def side_by_side(self) -> bool:
+        """Whether clients can train side by side: nothing but factors on the decoder's layers trains."""
+        return not self.dora and self.connector == self.embeddings == "frozen"
+
     def rank_of(self, position: int) -> int | None:
         """The rank of the client at a position; None for r."""
         return self.client_ranks[position % len(self.client_ranks)] if self.client_ranks else None
