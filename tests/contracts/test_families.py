@@ -20,7 +20,7 @@ from fedmllm.models.encoding import Encoded, answer_nll, collate, encode
 from fedmllm.models.families import FAMILIES, TESTED
 from fedmllm.models.features import VisionFeatures, serves
 from fedmllm.models.load import ModelConfig, VisionLanguageModel, load_model
-from fedmllm.models.lora import adapted_layers, attach_lora, copies, read_weights
+from fedmllm.models.lora import adapted_layers, attach_lora, copies, read_weights, trainable
 from fedmllm.models.memory import kept_bytes, saved_bytes
 from fedmllm.models.parts import LoraConfig
 from fedmllm.models.plan import make_plan
@@ -309,7 +309,7 @@ def test_layers_computed_again_give_the_same_gradients(kind: str, federation: Fe
         shorten(vlm.model)
         encoder = Encoder(vlm, "agnostic")
         batch = collate(vlm, [encoder(sample) for sample in federation.clients["client-00"][:4]])
-        own = copies(vlm.model, read_weights(vlm.model))
+        own = copies(dict(trainable(vlm.model)), read_weights(vlm.model))
         clients = [{name: (sign * tensor).requires_grad_() for name, tensor in own.items()} for sign in (1, -1)]
         vlm.model.train()
         with side_by_side(vlm.model) as layers:

@@ -101,8 +101,7 @@ def test_an_error_in_a_thread_is_told_and_leaves_the_model_as_it_was(vlm: Vision
     assert torch.get_num_threads() == 2
     assert all(torch.equal(tensor, before[name]) for name, tensor in read_weights(vlm.model).items())
     for _, layer in adapted_layers(vlm.model):
-        assert not layer.disable_adapters
-        assert not layer._forward_hooks
+        assert "forward" not in vars(layer)
     assert all(not parameter.requires_grad or parameter.grad is None for parameter in vlm.model.parameters())
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import islice
 
 from fedmllm import factors
@@ -75,11 +76,15 @@ class InProcessEngine:
     def map_clients(self, assignment: Assignment, clients: Mapping[str, Sequence[Sample]]) -> Iterator[ClientUpdate]:
         """Updates in the order of the clients, those of a wave made when its first is asked for."""
         write_base(self.vlm, assignment.broadcast.base)
-        apart = has_dropout(self.vlm.model) or not stackable(self.vlm.model)
-        size = 1 if apart else min(self.together, clients_at_once(self.vlm) or self.together)
+        size = min(self.together, clients_at_once(self.vlm) or self.together) if self._side_by_side else 1
         turns = (self._turn(assignment, name, samples) for name, samples in clients.items())
         while wave := list(islice(turns, size)):
             yield from self._wave(assignment, wave)
+
+    @cached_property
+    def _side_by_side(self) -> bool:
+        """Whether the model lets clients train in the same passes; to find that out takes a walk over all its modules."""
+        return stackable(self.vlm.model) and not has_dropout(self.vlm.model)
 
     def _turn(self, assignment: Assignment, name: str, samples: Sequence[Sample]) -> _Turn:
         broadcast = assignment.broadcast

@@ -16,6 +16,7 @@ from fedmllm.models.checkpointing import checkpoint_layers
 from fedmllm.models.families import family_of
 from fedmllm.models.families.generic import ModelFamily
 from fedmllm.models.processors import load_processor
+from fedmllm.models.products import available, direct
 from fedmllm.models.quantized import four_bits, require_gpu
 from fedmllm.models.tail import narrow
 
@@ -43,6 +44,8 @@ class ModelConfig(BaseModel):
     """Longest side of a picture in pixels; a larger one is made smaller before the processor sees it. Null for the processor's own limits."""
     max_slices: int | None = Field(None, gt=0)
     """Into how many slices a picture is cut at most, not counting the view of the whole. Null for the processor's own limit."""
+    onednn: bool = True
+    """Frozen layers compute in float32 through oneDNN, on a CPU with AVX-512: up to twice as fast, to float tolerance the same."""
     gradient_checkpointing: bool = False
     """Keep only what enters each layer of the decoder in training, and compute the rest again: less memory, more time."""
     revision: str | None = None
@@ -139,6 +142,8 @@ def load_model(config: ModelConfig, device: torch.device) -> VisionLanguageModel
     if config.max_slices is not None and not family.limit_slices(model, processor, config.max_slices):
         raise ModelError(f"model.max_slices: the processor of {config.name!r} does not cut pictures; use model.max_image_side")
     narrow(model.requires_grad_(False).eval())
+    if config.onednn and device.type == "cpu" and available():
+        direct(model)
     if config.gradient_checkpointing:
         checkpoint_layers(model, config.name)
     limit = min(config.max_length, _context(model))

@@ -116,13 +116,18 @@ def read_weights(model: nn.Module) -> Weights:
     return {name: parameter.detach().to("cpu", torch.float32, copy=True) for name, parameter in trainable(model)}
 
 
-def copies(model: nn.Module, weights: Weights) -> Weights:
+def copies(own: Weights, weights: Weights) -> Weights:
     """Weights as the model would hold them, apart from it: in its order, on its device, in its number format.
+
+    Args:
+        own: the model's ``trainable`` tensors.
+        weights: what to copy.
 
     Raises:
         ModelError: if names or shapes differ from the model's.
     """
-    return {name: weights[name].to(own.device, own.dtype, copy=True) for name, own in _fitting(model, weights).items()}
+    _require_fit(own, weights)
+    return {name: weights[name].to(tensor.device, tensor.dtype, copy=True) for name, tensor in own.items()}
 
 
 @torch.no_grad()
@@ -132,16 +137,15 @@ def write_weights(model: nn.Module, weights: Weights) -> None:
     Raises:
         ModelError: if names or shapes differ from the model's.
     """
-    for name, parameter in _fitting(model, weights).items():
+    own = dict(trainable(model))
+    _require_fit(own, weights)
+    for name, parameter in own.items():
         parameter.copy_(weights[name])
 
 
-def _fitting(model: nn.Module, weights: Weights) -> Weights:
-    """The model's own tensors, for weights that fit them."""
-    own = dict(trainable(model))
+def _require_fit(own: Weights, weights: Weights) -> None:
     if mismatch := describe_mismatch(weights, own):
         raise ModelError(f"the weights do not fit the model: {mismatch}")
-    return own
 
 
 def describe_mismatch(weights: Weights, expected: Weights) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from fedmllm import factors
 from fedmllm.models.families.generic import decoder_modules
 from fedmllm.models.lora import adapted_layers, trainable
 from fedmllm.models.passes import PASS, passing
+from fedmllm.models.products import adapted
 
 
 def stackable(model: Any) -> bool:
@@ -30,16 +32,13 @@ def side_by_side(model: nn.Module) -> Iterator[dict[str, Any]]:
         the adapted layers by name.
     """
     layers = dict(adapted_layers(model))
-    # First of a layer's hooks: what others make of its output (``tail``) is to be of the whole of it.
-    hooks = [layer.register_forward_hook(_add_low_rank, prepend=True) for layer in layers.values()]
     for layer in layers.values():
-        layer.enable_adapters(False)
+        layer.forward = partial(_forward, layer)
     try:
         yield layers
     finally:
-        for layer, hook in zip(layers.values(), hooks, strict=True):
-            hook.remove()
-            layer.enable_adapters(True)
+        for layer in layers.values():
+            del layer.forward
 
 
 @contextmanager
@@ -71,13 +70,19 @@ def _by_row(tensors: Sequence[Tensor], rows: Tensor | None) -> Tensor:
     return whole if rows is None else whole[rows.to(whole.device)]
 
 
-def _add_low_rank(layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-    """What a layer's adapters add to the product with its frozen matrix."""
+def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """A layer's product with its frozen matrix, and what the clients' adapters add to it."""
+    base = layer.get_base_layer()
     if PASS.factors is None:
-        return None
+        frozen: Tensor = base(x, *args, **kwargs)
+        return frozen
     a, b = PASS.factors[layer]
-    low = torch.bmm(inputs[0].to(a.dtype).reshape(len(a), -1, inputs[0].shape[-1]), a.mT)
-    frozen = output.reshape(len(b), -1, output.shape[-1])
-    return (
-        torch.baddbmm(frozen.to(low.dtype), low, b.to(low.dtype).mT, alpha=layer.scaling["default"]).reshape(output.shape).to(output.dtype)
-    )
+    whole = adapted(base, x, a, b, layer.scaling["default"])
+    return _with_low_rank(base(x, *args, **kwargs), x, a, b, layer.scaling["default"]) if whole is None else whole
+
+
+def _with_low_rank(frozen: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """In the adapters' number format, whatever the frozen matrix is held in."""
+    low = torch.bmm(x.to(a.dtype).reshape(len(a), -1, x.shape[-1]), a.mT)
+    grouped = frozen.reshape(len(b), -1, frozen.shape[-1]).to(low.dtype)
+    return torch.baddbmm(grouped, low, b.to(low.dtype).mT, alpha=scale).reshape(frozen.shape).to(frozen.dtype)

@@ -98,7 +98,8 @@ def train_together(vlm: VisionLanguageModel, turns: Sequence[tuple[LocalTask, Lo
     AdamW. One that has fewer steps than others drops out. Without dropout only, whose random numbers would be shared. On a CPU
     the clients are divided among as many threads as PyTorch has, each of which computes alone: small products gain little from two.
     """
-    running = [_Turn(vlm, task, rule, config, _own_weights(vlm, task, rule)) for task, rule in turns]
+    own = dict(trainable(vlm.model))
+    running = [_Turn(vlm, task, rule, config, _own_weights(own, task, rule)) for task, rule in turns]
     threads = min(torch.get_num_threads(), len(turns)) if vlm.device.type == "cpu" else 1
     vlm.model.train()
     max_tokens = _max_tokens(vlm, running, config)
@@ -119,9 +120,9 @@ def _max_tokens(vlm: VisionLanguageModel, turns: Sequence[_Turn], config: Traini
     return token_budget(vlm, max(samples, key=lambda sample: len(sample.input_ids)))
 
 
-def _own_weights(vlm: VisionLanguageModel, task: LocalTask, rule: LocalRule) -> Weights:
+def _own_weights(own: Weights, task: LocalTask, rule: LocalRule) -> Weights:
     """What a client begins with, in tensors of its own; those that train require gradients."""
-    weights = copies(vlm.model, _start(task, rule))
+    weights = copies(own, _start(task, rule))
     return {name: tensor.requires_grad_(rule.trains is None or rule.trains(name)) for name, tensor in weights.items()}
 
 
