@@ -3,7 +3,7 @@
 ``run.py --size 3b --device cuda`` does the same on a GPU, with random weights of true size, against what runs there.
 
 Every pair is run alternately, A B A B ..., after one warm-up of each; the table gives the median of the paired ratios. The two sides of a
-round are processes of their own, of which one waits while the other works.
+round are processes of their own, of which one stands still while the other works.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ from fedmllm import weights as W
 from fedmllm.benchmark.results import versions
 from fedmllm.data.federated import federate
 from fedmllm.evaluation.evaluate import evaluate
+from fedmllm.models.products import available, direct
 from fedmllm.training.batches import Encoder
 
 RUNS = 5
@@ -40,6 +42,7 @@ ROUNDS: dict[str, tuple[str, Sizes, str]] = {
     "flower_ray_b1x4_k10": ("flower_ray", B1X4_K10, ""),
     "nvflare_b1x4_k2": ("nvflare_simulator", B1X4_K2, ""),
     "nvflare_b1x4_k10": ("nvflare_simulator", B1X4_K10, ""),
+    "without_onednn": ("ours", B1X4_K10, "onednn"),
     "without_features": ("ours", B1X4_K10, "features"),
     "without_answers_only": ("ours", B1X4_K10, "answers_only"),
     "without_merged_micro_batches": ("ours", B1X4_K10, "merged"),
@@ -51,7 +54,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def paired(first: Callable[[], float], second: Callable[[], float]) -> dict[str, float]:
-    """Seconds of both (medians), and the median, least and greatest ratio second / first over the pairs."""
+    """Alternately; seconds of both (medians), and the median, least and greatest ratio second / first over the pairs."""
     first(), second()
     seconds = [(first(), second()) for _ in range(RUNS)]
     ratios = [b / a for a, b in seconds]
@@ -67,7 +70,7 @@ def paired(first: Callable[[], float], second: Callable[[], float]) -> dict[str,
 def a_round(loop: str, sizes: Sizes, off: str, size: str, device: str) -> dict[str, float]:
     """Ours and another's: time, samples per second, memory in MiB (on a GPU, the GPU's), and how far apart the results are."""
     with Side("ours", *sizes, "", size, device) as ours, Side(loop, *sizes, off, size, device) as other:
-        row = paired(ours.round, other.round)
+        row = paired(partial(alone, ours, other), partial(alone, other, ours))
         samples = sizes[0] * SAMPLES
         row |= {"samples_per_second": samples / row["seconds"], "baseline_samples_per_second": samples / row["baseline_seconds"]}
         start = workload(*sizes, size, device).start
@@ -77,8 +80,16 @@ def a_round(loop: str, sizes: Sizes, off: str, size: str, device: str) -> dict[s
         return row | dict(zip(("peak_mib", "baseline_peak_mib"), peaks, strict=True))
 
 
+def alone(working: Side, waiting: Side) -> float:
+    """A round's seconds while the other side's processes, which look for work even between rounds, stand still."""
+    with waiting.stopped():
+        return working.round()
+
+
 def scoring() -> dict[str, dict[str, float]]:
     work = workload(1, 1, 4)
+    if available():
+        direct(work.vlm.model)
     data = federate(work.experiment.data, work.experiment.federation, 0)
 
     def score(encoder: Encoder | None, size: int) -> Callable[[], float]:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import IO
@@ -39,7 +40,7 @@ class Side:
     def __init__(
         self, loop: str, cohort: int, batch_size: int, accumulation: int, off: str = "", size: str = "nano", device: str = "cpu"
     ) -> None:
-        self.gpu_mib = 0.0
+        self.gpu_mib, self._began = 0.0, False
         self._folder = tempfile.TemporaryDirectory()
         self._end, self._log = Path(self._folder.name, "end.safetensors"), Path(self._folder.name, "log")
         self._name = f"{loop} {cohort} {batch_size} {accumulation}"
@@ -75,6 +76,7 @@ class Side:
         Raises:
             RuntimeError: if the loop has ended, with the last of what it wrote.
         """
+        self._began = True
         self._stdin.write("\n")
         self._stdin.flush()
         assert self._process.stdout is not None  # noqa: S101
@@ -83,6 +85,18 @@ class Side:
             raise RuntimeError(f"{self._name}: {self._log.read_text(errors='replace')[-2000:]}")
         seconds, self.gpu_mib = map(float, answer.split())
         return seconds
+
+    @contextlib.contextmanager
+    def stopped(self) -> Iterator[None]:
+        """In this block the processes get no processor, once they have trained a round."""
+        processes = self._tree() if self._began else []
+        for process in processes:
+            process.suspend()
+        try:
+            yield
+        finally:
+            for process in processes:
+                process.resume()
 
     def peak_memory(self) -> float:
         """Train one; the most memory of all its processes in MiB, what they share counted once."""

@@ -12,16 +12,19 @@ from fedmllm.algorithms import build_algorithm
 from fedmllm.engine.checkpoint import RunStore
 from fedmllm.engine.in_process import Assignment, InProcessEngine
 from fedmllm.models.features import VisionFeatures
+from fedmllm.models.products import available, direct
 from fedmllm.models.tail import shorten
 from loops.workload import Done, Go, Workload
 
 
 def run(work: Workload, go: Go, done: Done, off: str = "") -> None:
-    """Rounds through the engine, without the one of ``features``, ``answers_only``, ``merged`` and ``together`` that is ``off``."""
+    """Rounds through the engine, without the one of ``onednn``, ``features``, ``answers_only``, ``merged`` and ``together`` that is ``off``."""
     algorithm, training = build_algorithm(work.experiment.algorithm), work.experiment.training
     vlm = work.vlm if off == "features" else replace(work.vlm, features=VisionFeatures(work.vlm, 1 << 30))
     if off != "answers_only":
         shorten(vlm.model)
+    if off != "onednn" and available():
+        direct(vlm.model)
     if off == "merged":
         training = training.model_copy(update={"max_batch_tokens": 1})
     engine = InProcessEngine(vlm, work.encoder, training, 1 if off == "together" else work.experiment.engine.together)

@@ -71,7 +71,8 @@ def workload(cohort: int, batch_size: int, accumulation: int, size: str = "nano"
             "data": {"num_train": cohort * SAMPLES, "num_test": 100},
             "federation": {"num_clients": cohort, "clients_per_round": cohort, "partition": "iid"},
             "training": {"batch_size": batch_size, "accumulation": accumulation, "schedule": "constant"},
-            "model": {"dtype": "float32" if device == "cpu" else "bfloat16"},
+            # Of the other loops, PyTorch's own products: ours switches.
+            "model": {"dtype": "float32" if device == "cpu" else "bfloat16", "onednn": False},
             "engine": {"device": device},
         }
     )
