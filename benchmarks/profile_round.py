@@ -7,6 +7,7 @@ speed of one large product.
 from __future__ import annotations
 
 import importlib
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -16,13 +17,21 @@ from loops.workload import SAMPLES, workload
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from fedmllm.models.products import available, frozen_product
+
 WARM = 2
 
 
 def peak_flops(size: int = 1024) -> float:
-    """Floating-point operations per second of a product of two square matrices, the best of ten."""
+    """Floating-point operations per second of a product of two square matrices by the faster library, the best of ten."""
     a, b = torch.randn(size, size), torch.randn(size, size)
-    return 2 * size**3 / min(_seconds(lambda: torch.mm(a, b)) for _ in range(10))
+    products = [lambda: torch.mm(a, b), *([lambda: frozen_product(a, b, None)] if available() else [])]
+    return 2 * size**3 / min(_seconds(product) for product in products for _ in range(10))
+
+
+def linear_flops(x: torch.Size, weight: torch.Size, *rest: object, **named: object) -> int:
+    """Of a product through oneDNN, which PyTorch's counter does not know."""
+    return 2 * math.prod(x) * weight[0]
 
 
 def _seconds(work: Callable[[], object]) -> float:
@@ -31,11 +40,14 @@ def _seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
+COUNTED = {torch.ops.mkldnn._linear_pointwise: linear_flops} if available() else {}
+
+
 def main(loop: str, cohort: int = 10, batch_size: int = 1, accumulation: int = 4) -> None:
     """Two rounds to warm up, three timed, one profiled, one counted."""
     torch.set_num_threads(1)
     work, seconds, watching = workload(cohort, batch_size, accumulation), [], []
-    profiler, counter = profile(activities=[ProfilerActivity.CPU]), FlopCounterMode(display=False)
+    profiler, counter = profile(activities=[ProfilerActivity.CPU]), FlopCounterMode(display=False, custom_mapping=COUNTED)
     plan = [*[None] * (WARM + 3), profiler, counter, None]
 
     def go() -> bool:
