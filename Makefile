@@ -5,12 +5,13 @@ READY := .venv/.ready
 DEMO_OUTPUT ?= runs/demo
 JOBS ?= 2
 
-.PHONY: help install demo test test-quantized check format bench clean
+.PHONY: help install demo test test-quantized test-tracking check format bench clean
 
 help:
 	@echo "make demo    train the embedded model on the embedded data (about two minutes) and print the scores"
 	@echo "make test    run the tests"
 	@echo "make test-quantized  run the tests of 4-bit weights, with bitsandbytes in a folder of its own"
+	@echo "make test-tracking  run the tests of Weights & Biases and MLflow, in a folder of their own"
 	@echo "make check   lint, types, import direction"
 	@echo "make format  rewrite the code in the house style"
 	@echo "make bench   compare with other loops (about fifteen minutes; installs Ray and NVFlare)"
@@ -34,6 +35,10 @@ test: $(READY)
 test-quantized: $(READY)
 	$(BIN)/python -m pip install --quiet --target build/quantized --no-deps "bitsandbytes>=0.49"
 	PYTHONPATH=build/quantized $(BIN)/python -m pytest --quiet tests/models/test_quantized.py
+
+test-tracking: $(READY)
+	$(BIN)/python -m pip install --quiet --target build/tracking --upgrade --constraint constraints.txt "wandb>=0.19" "mlflow-skinny>=3" sqlalchemy alembic
+	PYTHONPATH=build/tracking $(BIN)/python -m pytest --quiet tests/benchmark/test_tracking.py
 
 check: $(READY)
 	$(BIN)/ruff check .

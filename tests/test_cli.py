@@ -57,6 +57,7 @@ def test_train_evaluate_and_report(quick: Path) -> None:
     for part in ("federated round 1/2", "loss", "sent", "left", "zero-shot", "ceiling", "out/report.html"):
         assert part in trained.stdout
     assert "\x1b" not in trained.stdout
+    assert list((quick / "out" / "tensorboard").iterdir())
     evaluated = run(quick, "evaluate", "out")
     assert evaluated.returncode == 0, evaluated.stderr
     assert "metric  auc" in evaluated.stdout

@@ -37,6 +37,9 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with an interrupted run (the newest unfinished one, or --output).")
     ] = False,
+    track: Annotated[
+        list[str], typer.Option(help="Where to write the numbers down besides: tensorboard, wandb, mlflow, none; once for each.")
+    ] = ["tensorboard"],  # noqa: B006
 ) -> None:
     """Train an experiment; write numbers, adapter and report into a run folder."""
     from fedmllm.benchmark import run
@@ -49,7 +52,9 @@ def train(
     _print_plan(settings)
     try:
         with Display(settings.federation.num_rounds) as display:
-            result = run.train(settings, folder, name=name, resume=resume, observer=display.observer)
+            result = run.train(
+                settings, folder, name=name, resume=resume, observer=display.observer, track=[t for t in track if t != "none"]
+            )
     except KeyboardInterrupt:
         typer.echo("interrupted; go on with the same command and --resume", err=True)
         raise typer.Exit(130) from None

@@ -103,12 +103,17 @@ class Experiment(BaseModel):
 
 def differences(a: Experiment, b: Experiment) -> list[str]:
     """The settings in which two experiments differ, as ``section.key: value of a, value of b``."""
-    left, right = (dict(_flatten(e.model_dump(mode="json"))) for e in (a, b))
+    left, right = (dict(flattened(e)) for e in (a, b))
     return [
         f"{'.'.join(key)}: {left.get(key)!r} and {right.get(key)!r}"
         for key in sorted(left.keys() | right.keys())
         if left.get(key) != right.get(key)
     ]
+
+
+def flattened(experiment: Experiment) -> list[tuple[Path_, Any]]:
+    """Every setting by its path of keys."""
+    return _flatten(experiment.model_dump(mode="json"))
 
 
 def _flatten(values: Mapping[str, Any], path: Path_ = ()) -> list[tuple[Path_, Any]]:

@@ -13,7 +13,7 @@ import pytest
 from fedmllm.benchmark.comparison import read_sweep
 from fedmllm.benchmark.grid_figures import _unbeaten
 from fedmllm.benchmark.grid_report import write_sweep_report
-from fedmllm.benchmark.grid_tables import Entry, Table, overview_table, score_table, to_latex, to_markdown
+from fedmllm.benchmark.grid_tables import Entry, Table, hard_table, overview_table, score_table, to_latex, to_markdown
 from fedmllm.evaluation.answered import Answered, to_record
 from run_folders import Folder, Page, round_line, table_rows
 
@@ -74,6 +74,28 @@ def test_scores_ranks_and_baselines(sweep: Path) -> None:
     assert best == {"<b>ours</b>"}
     assert found["FedAvg, published"] == ["71.0", "60.0", "65.5", ""]
     assert table.rules == (4, 7)
+
+
+def test_an_auc_of_chosen_options_stands_beside_that_of_probabilities(sweep: Path) -> None:
+    """Of 0.2, 0.6 | 0.7, 0.9 the AUC is 1; of the choices 0, 1 | 1, 1 three quarters: two pairs right, two tied."""
+    assert hard_table(read_sweep(sweep), "nano", "cats") is None
+    told = Answered("auc", ("auc",), np.zeros(4, int), np.array([0, 0, 1, 1]), np.array([0.2, 0.6, 0.7, 0.9]))
+    for folder in (path for path in (sweep / "cells").iterdir() if path.is_dir()):
+        for name in ("result.json", "manifest.json"):
+            if (folder / name).exists():
+                written = json.loads((folder / name).read_text()) | {"metric": "auc"}
+                if "details" in written:
+                    written["details"]["zero_shot"]["auc_hard"] = 0.25
+                (folder / name).write_text(json.dumps(written))
+        (folder / "predictions.json").write_text(json.dumps(to_record([told])))
+    table = hard_table(read_sweep(sweep), "nano", "cats")
+    assert table is not None
+    found = {row[0].text: [entry.text for entry in row[1:]] for row in table.rows}
+    assert found["FedAvg"] == ["75.0 (0.0)", "75.0 (0.0)", "75.0 (0.0)", "2.0"]
+    assert found["zero-shot"][0] == "25.0 (0.0)"
+    assert found["FedAvg, published"][0] == "71.0"
+    assert "local" not in found
+    assert "of the chosen options" in Page(write_sweep_report(sweep).read_text()).text
 
 
 def test_gains_are_over_the_cells_that_both_have(sweep: Path) -> None:

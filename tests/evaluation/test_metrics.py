@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from sklearn.metrics import f1_score, roc_auc_score
 
@@ -103,6 +103,28 @@ def test_accuracy_by_answer_type() -> None:
     assert numbers["accuracy_closed"] == pytest.approx(1 / 2)
     assert numbers["accuracy_open"] == pytest.approx(1 / 3)
     assert (numbers["num_samples"], numbers["failures"]) == (5, 1)
+
+
+@given(st.lists(st.tuples(st.booleans(), st.sampled_from([0.0, 0.1, 0.5, 0.51, 1.0])), min_size=2, max_size=40))
+def test_the_auc_of_choices_is_scikit_learn_s(rows: list[tuple[bool, float]]) -> None:
+    """Even odds choose the first option, as the answer does."""
+    truth = [int(label) for label, _ in rows]
+    assume(len(set(truth)) == 2)
+    hard = answered("auc", [binary(label, p) for label, (_, p) in zip(truth, rows, strict=True)]).hard()
+    assert hard.score() == pytest.approx(roc_auc_score(truth, [p > 0.5 for _, p in rows]), abs=1e-12)
+
+
+def test_a_failure_counts_against_the_auc_of_choices_too() -> None:
+    """Two pairs: the failed positive is below its negative, the right one above."""
+    numbers = all_metrics("auc", [binary(0, 0.2), binary(1, None), binary(1, 0.9)], seed=0)
+    assert (numbers["auc_hard"], numbers["failures"]) == (0.5, 1)
+    assert "auc_hard" not in all_metrics("accuracy", [free("a", "a")], seed=0)
+
+
+def test_hard_guesses_leave_other_datasets_of_a_mixture_alone() -> None:
+    rows = [binary(0, 0.6), binary(1, 0.7), multi("c", "c")]
+    mixed = [replace(p, sample=replace(p.sample, domain=domain)) for p, domain in zip(rows, ("claims", "claims", "triage"), strict=True)]
+    assert answered("mixed", mixed).hard().guess.tolist() == [1.0, 1.0, 2.0]
 
 
 def test_standard_error_of_a_share() -> None:

@@ -68,6 +68,10 @@ class Trained:
             raise RunError(f"{self.run.name}: the result has no score of the federated model; remove the cell and run fedmllm sweep again")
         return found
 
+    def baseline(self, key: str) -> float | None:
+        """The score of a baseline trained beside it; None where there was none."""
+        return self.result.scores.get(key)
+
     @cached_property
     def resampled(self) -> NDArray[np.float64]:
         """The score on ``RESAMPLES`` resamples of the test samples, the same for all cells of a dataset and seed."""
@@ -79,6 +83,19 @@ class Trained:
             with suppress(DataError):
                 scores.append(mean(model.score(chosen) for model in self.answers))
         return np.array(scores)
+
+
+class Chosen(Trained):
+    """A finished cell of an AUC, scored by chosen options instead of their probabilities."""
+
+    @property
+    def score(self) -> float:
+        """Of the federated model; of a personalized method the mean over the clients' models."""
+        return mean(model.hard().score() for model in self.answers)
+
+    def baseline(self, key: str) -> float | None:
+        """As far as a single model made it."""
+        return self.result.details.get(key, {}).get("auc_hard")
 
 
 class Gain(NamedTuple):

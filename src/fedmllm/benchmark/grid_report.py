@@ -7,7 +7,17 @@ from typing import Any
 
 from fedmllm.benchmark import grid_figures
 from fedmllm.benchmark.comparison import Sweep, read_sweep
-from fedmllm.benchmark.grid_tables import Table, client_table, overview_table, score_table, tested_table, to_csv, to_latex, to_markdown
+from fedmllm.benchmark.grid_tables import (
+    Table,
+    client_table,
+    hard_table,
+    overview_table,
+    score_table,
+    tested_table,
+    to_csv,
+    to_latex,
+    to_markdown,
+)
 from fedmllm.benchmark.report import METRICS, page
 from fedmllm.engine.checkpoint import write_atomically
 
@@ -34,7 +44,8 @@ def _tables(sweep: Sweep) -> list[Table]:
     """The overview, scores by model and dataset, and what else was asked for."""
     parts = dict.fromkeys((column.model, column.dataset) for column in sweep.columns)
     scores = [score_table(sweep, model, dataset) for model, dataset in parts]
-    return [overview_table(sweep), *scores, *(table for table in (client_table(sweep), tested_table(sweep)) if table is not None)]
+    others = [*(hard_table(sweep, model, dataset) for model, dataset in parts), client_table(sweep), tested_table(sweep)]
+    return [overview_table(sweep), *scores, *(table for table in others if table is not None)]
 
 
 def _context(sweep: Sweep, tables: list[Table]) -> dict[str, Any]:
@@ -52,6 +63,7 @@ def _context(sweep: Sweep, tables: list[Table]) -> dict[str, Any]:
         "versions": next(iter(cells)).result.versions,
         "overview": by_name["overview"],
         "score_tables": [table for table in tables if table.name.startswith("scores-")],
+        "hard_tables": [table for table in tables if table.name.startswith("hard-")],
         "clients": by_name.get("clients"),
         "tested": by_name.get("tested"),
         "pareto_figure": grid_figures.pareto(sweep),

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import StringIO
 from statistics import mean
 
-from fedmllm.benchmark.comparison import Column, Gain, Sweep, Trained
+from fedmllm.benchmark.comparison import Chosen, Column, Gain, Sweep, Trained
 from fedmllm.benchmark.drawing import LOOKS, duration, human_bytes
 from fedmllm.benchmark.report import METRICS
 from fedmllm.benchmark.results import worst_decile
@@ -87,6 +87,22 @@ def score_table(sweep: Sweep, model: str, dataset: str) -> Table:
     return Table(f"scores-{model}-{dataset}", caption, ("", *(column.scenario for column in columns), "mean", "rank"), tuple(rows), rules)
 
 
+def hard_table(sweep: Sweep, model: str, dataset: str) -> Table | None:
+    """The same of chosen options, to be read beside numbers published so; None for other metrics than the AUC."""
+    chosen = {key: cell for key, cell in sweep.cells.items() if key[1][:2] == (model, dataset) and cell.result.metric == "auc"}
+    if not chosen:
+        return None
+    hard: dict[tuple[str, Column, int], Trained] = {
+        key: Chosen(c.method, c.column, c.seed, c.code, c.run, c.answers) for key, c in chosen.items()
+    }
+    table = score_table(replace(sweep, cells=hard), model, dataset)
+    caption = (
+        f"{dataset}, {model}: AUC in percent of the chosen options, 0 or 1, instead of their probabilities, as it is computed in the FedMLLM paper; "
+        "an answer that could not be read counts against it. Mean and standard error as above."
+    )
+    return replace(table, name=f"hard-{model}-{dataset}", caption=caption)
+
+
 def _best(sweep: Sweep, columns: Sequence[Column]) -> float | None:
     found = [entry[0] for method in sweep.methods if (entry := sweep.mean_and_error(method, columns))]
     return max(found, default=None)
@@ -98,7 +114,7 @@ def baseline(sweep: Sweep, key: str, columns: Sequence[Column]) -> tuple[float, 
     for seed in sweep.seeds:
         found = [
             next(
-                (s for m in sweep.methods if (c := sweep.cells.get((m, column, seed))) and (s := c.result.scores.get(key)) is not None),
+                (s for m in sweep.methods if (c := sweep.cells.get((m, column, seed))) and (s := c.baseline(key)) is not None),
                 None,
             )
             for column in columns

@@ -14,6 +14,7 @@ from fedmllm.benchmark.report import write_report
 from fedmllm.benchmark.resident import Resident
 from fedmllm.benchmark.results import RunResult
 from fedmllm.benchmark.summary import summarize
+from fedmllm.benchmark.tracking import require_trackers, tracked
 from fedmllm.config import Experiment, differences
 from fedmllm.data.federated import FederatedData, manifest, spread
 from fedmllm.data.tested import own_kind, reduced_copy
@@ -44,6 +45,15 @@ class Observer:
     started: Callable[[Sequence[Stage]], None] = lambda stages: None
     round_done: Callable[[Record], None] = lambda record: None
 
+    def beside(self, tell: Callable[[Record], None]) -> Observer:
+        """The same, and another that is told each round's record."""
+
+        def both(record: Record) -> None:
+            self.round_done(record)
+            tell(record)
+
+        return replace(self, round_done=both)
+
 
 def train(
     experiment: Experiment,
@@ -54,6 +64,7 @@ def train(
     observer: Observer | None = None,
     resident: Resident | None = None,
     report: bool = True,
+    track: Sequence[str] = (),
 ) -> RunResult:
     """Run an experiment: zero-shot, the federation, the baselines asked for; then adapter, result and report.
 
@@ -66,6 +77,7 @@ def train(
         resume: go on with an interrupted run; the end is bit-identical to that of an uninterrupted one.
         observer: told about the progress.
         report: whether to write the report; ``fedmllm report`` writes it any time.
+        track: where to write the numbers down besides, names of ``benchmark.tracking.TRACKERS``.
         resident: what earlier runs of this process left to be used again; nothing for None.
 
     Raises:
@@ -73,6 +85,7 @@ def train(
     """
     folder = Path(output) if output else default_folder(name)
     _check_folder(folder, experiment, resume)
+    require_trackers(track)
     held = resident or Resident()
     data = spread(held.dataset(experiment), experiment.federation, experiment.seed)
     copies = {spec: reduced_copy(data.dataset.test, spec, experiment.seed) for spec in experiment.evaluation.tested}
@@ -80,8 +93,9 @@ def train(
         vlm.family.require(data.dataset.modalities)
         start = _start(experiment, vlm)
         _open_folder(folder, experiment, data)
-        encoder, told = held.encoder(experiment), observer or Observer()
-        return _Run(experiment, folder, name, data, copies, vlm, trainable, encoder, start, told).finish(report)
+        with tracked(track, folder, experiment, name) as tell:
+            told = (observer or Observer()).beside(tell)
+            return _Run(experiment, folder, name, data, copies, vlm, trainable, held.encoder(experiment), start, told).finish(report)
 
 
 def default_folder(name: str) -> Path:

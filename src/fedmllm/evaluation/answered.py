@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,6 +47,12 @@ class Answered:
             return _SCORES[self.metrics[0]](truth, guess)
         present = [(own, domain == i) for i, own in enumerate(self.metrics) if (domain == i).any()]
         return float(np.mean([_SCORES[own](truth[mask], guess[mask]) for own, mask in present]))
+
+    def hard(self) -> Answered:
+        """The same as choices: of every AUC's probability only whether it chooses the last option, as the FedMLLM paper's AUC is computed."""
+        chooses = np.where(np.isfinite(self.guess), self.guess > 0.5, self.guess)
+        auc = np.array([metric == "auc" for metric in self.metrics])[self.domain]
+        return replace(self, guess=np.where(auc, chooses, self.guess))
 
 
 def answered(metric: str, predictions: Sequence[Prediction]) -> Answered:

@@ -50,10 +50,15 @@ def _by_domain(predictions: Sequence[Prediction]) -> dict[str, list[Prediction]]
 
 
 def all_metrics(metric: str, predictions: Sequence[Prediction], seed: int) -> Metrics:
-    """Headline ``score``, its bootstrap ``standard_error``, ``num_samples``, ``failures``, and accuracy by answer type."""
+    """Headline ``score``, its bootstrap ``standard_error``, ``num_samples``, ``failures``, and accuracy by answer type.
+
+    Of an AUC also ``auc_hard``, that of the chosen options instead of their probabilities, to be compared with numbers published so.
+    """
     whole = answered(metric, predictions)
     numbers: Metrics = {"score": whole.score(), "standard_error": _bootstrap(whole, seed)}
     numbers |= {"num_samples": len(predictions), "failures": sum(p.answer is None for p in predictions)}
+    if metric == "auc":
+        numbers["auc_hard"] = whole.hard().score()
     for domain, part in _by_domain(predictions).items():
         if domain:
             numbers[f"score_{domain}"] = score(own_metric([p.sample for p in part]), part)

@@ -47,7 +47,7 @@ class _Forward:
         if torch.is_grad_enabled() and x.requires_grad:
             product: Tensor = _Product.apply(x, weight, bias)  # type: ignore[no-untyped-call]
             return product
-        return _linear(x, weight, bias)
+        return frozen_product(x, weight, bias)
 
 
 def adapted(layer: Any, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor | None:
@@ -75,7 +75,8 @@ def _suits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return frozen and plain and x.numel() >= _ROWS * x.shape[-1] and not torch.is_autocast_enabled("cpu")
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def frozen_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``x W' + bias`` through oneDNN, without a gradient."""
     product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return product
 
@@ -86,13 +87,13 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(weight)
-        return _linear(x, weight, bias)
+        return frozen_product(x, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         (weight,) = ctx.saved_tensors
-        return _linear(gradient, weight.t(), None), None, None
+        return frozen_product(gradient, weight.t(), None), None, None
 
 
 class _Adapted(torch.autograd.Function):
@@ -104,7 +105,7 @@ class _Adapted(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
         low = torch.bmm(_grouped(x, a), a.mT)
-        y = _linear(x, weight, bias)
+        y = frozen_product(x, weight, bias)
         _grouped(y, a).baddbmm_(low, b.mT, alpha=scale)
         ctx.save_for_backward(x, weight, a, b, low)
         ctx.scale = scale
@@ -117,7 +118,7 @@ class _Adapted(torch.autograd.Function):
         dy, dx, da, db = _grouped(gradient, a), None, None, None
         dlow = torch.bmm(dy, b).mul_(ctx.scale)
         if ctx.needs_input_grad[0]:
-            dx = _linear(gradient, weight.t(), None)
+            dx = frozen_product(gradient, weight.t(), None)
             _grouped(dx, a).baddbmm_(dlow, a)
         if ctx.needs_input_grad[3]:
             da = torch.bmm(dlow.mT, _grouped(x, a))

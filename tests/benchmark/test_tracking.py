@@ -1,0 +1,89 @@
+"""What trackers are told, TensorBoard's files read back, and what is refused."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from fedmllm.benchmark.run import train
+from fedmllm.benchmark.tracking import TRACKERS, numbers, require_trackers, tracked
+from fedmllm.config import Experiment
+from fedmllm.errors import ConfigError
+
+RECORD = {
+    **{"stage": "federated", "round": 3, "clients": ["a", "b"], "score": 0.5, "scores": {"score": 0.5, "failures": 2, "auc_hard": 0.25}},
+    **{"loss": float("nan"), "learning_rate": 1e-3, "bytes_up": 8, "refused": [{"client": "a", "reason": "not finite"}]},
+    "seconds": {"train": 2.0},
+}
+
+
+def test_a_round_as_numbers() -> None:
+    """What is not finite is left out, what was refused is counted."""
+    expected = {
+        "score": 0.5,
+        "failures": 2.0,
+        "auc_hard": 0.25,
+        "learning_rate": 1e-3,
+        "bytes_up": 8.0,
+        "refused": 1.0,
+        "seconds_train": 2.0,
+    }
+    assert numbers(RECORD) == {f"federated/{name}": value for name, value in expected.items()}
+    zero_shot = {"stage": "zero_shot", "round": 0, "score": 0.25, "scores": {"score": 0.25}, "seconds": {"evaluate": 1.0}}
+    assert numbers(zero_shot) == {"zero_shot/score": 0.25, "zero_shot/seconds_evaluate": 1.0}
+
+
+def test_tensorboard_reads_what_a_run_wrote(tiny: Experiment, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    experiment = tiny.model_copy(update={"evaluation": tiny.evaluation.model_copy(update={"baselines": ("zero_shot",)})})
+    result = train(experiment, tmp_path / "run", track=["tensorboard"], report=False)
+    read = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    scores = read.Scalars("federated/score")
+    assert [event.step for event in scores] == [1, 2]
+    assert scores[-1].value == pytest.approx(result.scores["federated"], abs=1e-6)
+    assert [event.step for event in read.Scalars("zero_shot/score")] == [0]
+    assert all(math.isfinite(event.value) for event in read.Scalars("federated/loss"))
+    assert "missing-0.3" in read.Tensors("experiment/text_summary")[0].tensor_proto.string_val[0].decode()
+
+
+def test_nothing_is_written_down_unless_asked(tiny: Experiment, tmp_path: Path) -> None:
+    train(tiny, tmp_path / "run", report=False)
+    assert not (tmp_path / "run" / "tensorboard").exists()
+
+
+def test_weights_and_biases_offline(tiny: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb", reason="wandb is not installed: make test-tracking")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    with tracked(["wandb"], tmp_path, tiny, "tiny") as tell:
+        tell(RECORD)
+        tell({**RECORD, "stage": "centralized", "round": 1})
+    (written,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+    content = written.read_bytes()
+    assert all(name in content for name in (b"federated/score", b"centralized/auc_hard", b"federation.scenario"))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of its own use of SQLAlchemy
+def test_mlflow_in_a_folder(tiny: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mlflow = pytest.importorskip("mlflow", reason="mlflow is not installed: make test-tracking")
+    monkeypatch.chdir(tmp_path)
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
+    with tracked(["mlflow"], tmp_path, tiny, "tiny") as tell:
+        tell(RECORD)
+    (run,) = mlflow.search_runs(search_all_experiments=True, output_format="list")
+    assert run.data.metrics["federated/score"] == 0.5
+    assert run.data.params["federation.scenario"] == "missing-0.3"
+
+
+def test_unknown_and_missing_trackers_are_refused_before_anything_is_written(
+    tiny: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ConfigError, match="'tensorbord' is no tracker; use tensorboard, wandb, mlflow or none"):
+        train(tiny, tmp_path / "run", track=["tensorbord"])
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for name in TRACKERS:
+        with pytest.raises(ConfigError, match=rf"{name} is not installed; pip install 'fedmllm\[{name}\]'"):
+            require_trackers([name])
+    assert not (tmp_path / "run").exists()
