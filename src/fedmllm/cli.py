@@ -69,15 +69,22 @@ def sweep(
     shard: Annotated[str, typer.Option(help="Share of the cells, i/n with i from 0: for several machines.")] = "0/1",
     jobs: Annotated[int, typer.Option(help="Processes, each with a model of its own.", min=1)] = 1,
     threads: Annotated[int | None, typer.Option(help="Of each process. Default: the cores divided by the jobs.", min=1)] = None,
+    submit_check: Annotated[
+        bool, typer.Option("--submit-check", help="Train nothing: check all cells, and write leaderboard.json if they stand.")
+    ] = False,
 ) -> None:
     """Train every experiment of a grid that is not trained yet; the same command goes on where it was stopped."""
     from fedmllm.benchmark.grid import cells, load_grid
+    from fedmllm.benchmark.submission import submit
     from fedmllm.benchmark.sweep import failures, open_sweep, require_sources, run_sweep, share
     from fedmllm.display import SweepDisplay
 
     whole, folder = load_grid(grid), output or Path("sweeps") / grid.stem
     mine = share(cells(whole), shard)
     require_sources(mine, grid)
+    if submit_check:
+        typer.echo(f"all {len(mine)} cells stand\nleaderboard  {submit(mine, folder)}")
+        return
     open_sweep(whole, folder)
     try:
         run_sweep(mine, folder, jobs, threads, SweepDisplay(mine, folder, jobs).told)

@@ -203,7 +203,7 @@ def read_sweep(folder: Path) -> Sweep:
         run_folder = path.with_suffix("")
         if not (run_folder / "result.json").is_file():
             continue
-        cell, when = _trained(path), (run_folder / "result.json").stat().st_mtime
+        cell, when = read_cell(path), (run_folder / "result.json").stat().st_mtime
         key = (cell.method, cell.column, cell.seed)
         if key not in found or when > found[key][0]:
             found[key] = (when, cell)
@@ -234,7 +234,12 @@ def _order(folder: Path) -> dict[str, Any]:
         raise RunError(f"{path}: cannot be read ({error}); give the folder of a sweep, or run fedmllm sweep again") from error
 
 
-def _trained(path: Path) -> Trained:
+def read_cell(path: Path) -> Trained:
+    """A finished cell, given the file of its names.
+
+    Raises:
+        RunError: if it is not there, or a file is broken.
+    """
     try:
         labels = json.loads(path.read_text(encoding="utf-8"))
         column = Column(labels["model"], labels["dataset"], labels["scenario"])
