@@ -159,12 +159,14 @@ def _in_processes(cells: Sequence[Cell], output: Path, jobs: int, threads: int |
     try:
         for done in as_completed([pool.submit(_run_cell, cell, output) for cell in cells]):
             yield done.result()
-    finally:
+    except BaseException:
         # Those that are left are in the middle of a cell whose result nobody waits for.
         left = list((pool._processes or {}).values())
         pool.shutdown(wait=False, cancel_futures=True)
         for process in left:
             process.terminate()
+        raise
+    pool.shutdown()
 
 
 _RESIDENT: list[Resident] = []
