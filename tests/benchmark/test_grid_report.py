@@ -5,12 +5,16 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from fedmllm.benchmark.comparison import read_sweep
+from fedmllm.benchmark.drawing import FILLS
 from fedmllm.benchmark.grid_figures import _unbeaten
 from fedmllm.benchmark.grid_report import write_sweep_report
 from fedmllm.benchmark.grid_tables import Entry, Table, hard_table, overview_table, score_table, to_latex, to_markdown
@@ -118,6 +122,28 @@ def test_the_page_is_whole_escaped_and_the_same_every_time(sweep: Path) -> None:
     assert page.tags.count("svg") == 3
     assert "2 cells of the full product are not there" in page.text
     assert write_sweep_report(sweep).read_text() == html
+
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed: apt-get install chromium")
+def test_a_browser_shows_the_page_without_a_network(sweep: Path, tmp_path: Path) -> None:
+    """Everything is laid out, nothing is asked for that is not in the file, and the pictures have the colors of the methods."""
+    page, shot = write_sweep_report(sweep), tmp_path / "page.png"
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--host-resolver-rules=MAP * ~NOTFOUND"]
+    flags += [f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--window-size=1000,3200", f"--screenshot={shot}"]
+    shown = subprocess.run([str(CHROMIUM), *flags, page.as_uri()], capture_output=True, text=True, timeout=120, check=True)
+    assert not re.search(r"CONSOLE|ERR_", shown.stderr), shown.stderr
+    pixels = np.asarray(Image.open(shot).convert("RGB"), dtype=int)
+    assert pixels.shape == (3200, 1000, 3)
+    for color in FILLS[: len(METHODS)]:
+        wanted = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
+        assert (abs(pixels - wanted).max(-1) < 4).sum() > 20, color
+    # The last words stand above the window's end, so that nothing was cut off, and no wider than it.
+    inked = (pixels < 200).any(-1)
+    assert np.flatnonzero(inked.any(1)).max() < 3100
+    assert not inked[:, -20:].any()
 
 
 def test_a_line_for_each_cell(sweep: Path) -> None:
