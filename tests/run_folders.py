@@ -11,6 +11,21 @@ from typing import Any
 
 from fedmllm.benchmark.report import write_report
 
+SMALL: dict[str, Any] = {
+    "base": {
+        "data": {"num_train": 24, "num_test": 8},
+        "federation": {"num_clients": 2, "clients_per_round": 2, "num_rounds": 2, "min_partition_size": 4},
+        "evaluation": {"every": 0},
+        "engine": {"device": "cpu"},
+    },
+    "methods": ["fedavg", "fedprox"],
+    "scenarios": ["aligned"],
+    "datasets": {"claims": {"data": {"dataset": "digits-claims"}}},
+    "seeds": [0],
+    "baselines": ["zero_shot"],
+}
+"""A grid of seconds."""
+
 VOID = {"meta", "br", "link", "img", "input", "hr"}
 
 

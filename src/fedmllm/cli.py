@@ -80,10 +80,12 @@ def sweep(
     from fedmllm.display import SweepDisplay
 
     whole, folder = load_grid(grid), output or Path("sweeps") / grid.stem
-    mine = share(cells(whole), shard)
+    every = cells(whole)
+    mine = share(every, shard)
     require_sources(mine, grid)
     if submit_check:
-        typer.echo(f"all {len(mine)} cells stand\nleaderboard  {submit(mine, folder)}")
+        path = submit(every, folder)
+        typer.echo(f"all {len(every)} cells stand\nleaderboard  {path}")
         return
     open_sweep(whole, folder)
     try:

@@ -15,20 +15,9 @@ from fedmllm.benchmark.grid import Cell, Grid, cells, code_version
 from fedmllm.benchmark.submission import Leaderboard, read_leaderboard, submit
 from fedmllm.benchmark.sweep import Places, open_sweep, run_sweep
 from fedmllm.errors import RunError
+from run_folders import SMALL
 
-GRID: dict[str, Any] = {
-    "base": {
-        "data": {"num_train": 24, "num_test": 8},
-        "federation": {"num_clients": 2, "clients_per_round": 2, "num_rounds": 2, "min_partition_size": 4},
-        "evaluation": {"every": 0},
-        "engine": {"device": "cpu"},
-    },
-    "methods": ["fedavg", "ditto"],
-    "scenarios": ["missing-0.3"],
-    "datasets": {"claims": {"data": {"dataset": "digits-claims"}}},
-    "seeds": [0],
-    "baselines": [],
-}
+GRID: dict[str, Any] = SMALL | {"methods": ["fedavg", "ditto"], "scenarios": ["missing-0.3"], "baselines": []}
 CELLS = cells(Grid.model_validate(GRID))
 
 

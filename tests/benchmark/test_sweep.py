@@ -22,20 +22,7 @@ from fedmllm.benchmark.grid import Cell, Grid, cells, load_grid
 from fedmllm.benchmark.sweep import Places, failures, require_sources, run_sweep, share
 from fedmllm.config import Experiment
 from fedmllm.errors import ConfigError, RunError
-
-SMALL: dict[str, Any] = {
-    "base": {
-        "data": {"num_train": 24, "num_test": 8},
-        "federation": {"num_clients": 2, "clients_per_round": 2, "num_rounds": 2, "min_partition_size": 4},
-        "evaluation": {"every": 0},
-        "engine": {"device": "cpu"},
-    },
-    "methods": ["fedavg", "fedprox"],
-    "scenarios": ["aligned"],
-    "datasets": {"claims": {"data": {"dataset": "digits-claims"}}},
-    "seeds": [0],
-    "baselines": ["zero_shot"],
-}
+from run_folders import SMALL
 
 
 def small(**changes: Any) -> list[Cell]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -38,7 +39,7 @@ def require_trackers(names: Sequence[str]) -> None:
         if name not in TRACKERS:
             raise ConfigError(f"--track: {name!r} is no tracker; use {', '.join(TRACKERS)} or none")
         if importlib.util.find_spec(name) is None:
-            raise ConfigError(f"--track: {name} is not installed; pip install 'fedmllm[{name}]'")
+            raise ConfigError(f"--track: {name} is not installed; pip install {name}, or choose another or none")
 
 
 @contextmanager
@@ -85,9 +86,8 @@ def _wandb(folder: Path, experiment: Experiment, name: str) -> Iterator[Log]:
     """A run of the project ``fedmllm``, where and how the environment says (``WANDB_PROJECT``, ``WANDB_MODE``)."""
     import wandb
 
-    with wandb.init(
-        project=None if wandb.env.get_project() else "fedmllm", dir=str(folder), name=name, config=_settings(experiment)
-    ) as run:
+    project = os.environ.get("WANDB_PROJECT", "fedmllm")
+    with wandb.init(project=project, dir=str(folder), name=name, config=_settings(experiment)) as run:
 
         def log(values: Mapping[str, float], round_num: int) -> None:
             # Every stage counts its rounds from one, and a run's own steps may only grow.
@@ -98,7 +98,7 @@ def _wandb(folder: Path, experiment: Experiment, name: str) -> Iterator[Log]:
 
 @contextmanager
 def _mlflow(folder: Path, experiment: Experiment, name: str) -> Iterator[Log]:
-    """A run of the experiment ``fedmllm``, where the environment says (``MLFLOW_TRACKING_URI``, ``MLFLOW_EXPERIMENT_NAME``)."""
+    """A run where the environment says (``MLFLOW_TRACKING_URI``, ``MLFLOW_EXPERIMENT_NAME``)."""
     import mlflow
 
     with mlflow.start_run(run_name=name):
