@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import signal
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from fedmllm.benchmark.run import train
-from fedmllm.benchmark.tracking import TRACKERS, numbers, require_trackers, tracked
+from fedmllm.benchmark.tracking import TRACKERS, Log, numbers, require_trackers, tracked
 from fedmllm.config import Experiment
 from fedmllm.errors import ConfigError
 
@@ -47,6 +50,26 @@ def test_tensorboard_reads_what_a_run_wrote(tiny: Experiment, tmp_path: Path) ->
     assert [event.step for event in read.Scalars("zero_shot/score")] == [0]
     assert all(math.isfinite(event.value) for event in read.Scalars("federated/loss"))
     assert "missing-0.3" in read.Tensors("experiment/text_summary")[0].tensor_proto.string_val[0].decode()
+
+
+def test_an_interruption_waits_until_a_round_is_written_down(tiny: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a tracker's lock in hand it would leave the thread behind it, and so the process, waiting for ever."""
+    written: list[int] = []
+
+    @contextmanager
+    def slow(*settings: object) -> Iterator[Log]:
+        def log(values: Mapping[str, float], round_num: int) -> None:
+            signal.raise_signal(signal.SIGINT)
+            written.append(round_num)
+
+        yield log
+
+    monkeypatch.setitem(TRACKERS, "tensorboard", slow)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), tracked(["tensorboard"], tmp_path, tiny, "tiny") as tell:
+        tell(RECORD)
+    assert written == [3]
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_nothing_is_written_down_unless_asked(tiny: Experiment, tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -59,10 +61,30 @@ def tracked(names: Sequence[str], folder: Path, experiment: Experiment, name: st
         logs = [stack.enter_context(TRACKERS[tracker](folder, experiment, name)) for tracker in names]
 
         def tell(record: Record) -> None:
-            for log in logs:
-                log(numbers(record), record["round"])
+            with _uninterrupted():
+                for log in logs:
+                    log(numbers(record), record["round"])
 
         yield tell
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """An interruption from the keyboard waits for the end of this block.
+
+    Trackers write in threads of their own: interrupted with a lock in hand that such a thread waits for, the process would never end.
+    """
+    before, caught = signal.getsignal(signal.SIGINT), []
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield
+        return
+    signal.signal(signal.SIGINT, lambda *seen: caught.append(seen))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if caught:
+        before(*caught[0])
 
 
 @contextmanager
@@ -70,13 +92,12 @@ def _tensorboard(folder: Path, experiment: Experiment, name: str) -> Iterator[Lo
     """Event files in the run folder, for ``tensorboard --logdir``."""
     from torch.utils.tensorboard import SummaryWriter
 
-    with SummaryWriter(str(folder / "tensorboard")) as writer:
+    with SummaryWriter(str(folder / "tensorboard"), max_queue=10_000, flush_secs=10) as writer:
         writer.add_text("experiment", f"    {experiment.to_yaml()}".replace("\n", "\n    "))
 
         def log(values: Mapping[str, float], round_num: int) -> None:
             for key, value in values.items():
                 writer.add_scalar(key, value, round_num)
-            writer.flush()
 
         yield log
 
