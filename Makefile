@@ -8,7 +8,7 @@ JOBS ?= 2
 .PHONY: help install demo test test-quantized test-tracking check format bench clean
 
 help:
-	@echo "make demo    train the embedded model on the embedded data (about two minutes) and print the scores"
+	@echo "make demo    train the embedded model on the embedded data (about a minute) and print the scores"
 	@echo "make test    run the tests"
 	@echo "make test-quantized  run the tests of 4-bit weights, with bitsandbytes in a folder of its own"
 	@echo "make test-tracking  run the tests of Weights & Biases and MLflow, in a folder of their own"
