@@ -8,16 +8,19 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from fedmllm.benchmark.comparison import read_sweep
 from fedmllm.benchmark.drawing import FILLS
-from fedmllm.benchmark.grid_figures import _unbeaten
+from fedmllm.benchmark.grid_figures import _levels, _unbeaten
 from fedmllm.benchmark.grid_report import write_sweep_report
-from fedmllm.benchmark.grid_tables import Entry, Table, hard_table, overview_table, score_table, to_latex, to_markdown
+from fedmllm.benchmark.grid_tables import Entry, Table, hard_table, overview_table, score_table, strategy_table, to_latex, to_markdown
+from fedmllm.benchmark.pairs import Pair, pairs
 from fedmllm.evaluation.answered import Answered, to_record
 from run_folders import Folder, Page, round_line, table_rows
 
@@ -110,6 +113,60 @@ def test_gains_are_over_the_cells_that_both_have(sweep: Path) -> None:
     low, high = (float(end) for end in interval.split(" to "))
     assert low < 20 < high
     assert [rows[method][6] for method in METHODS] == ["1.00 MB", "10.0 MB", "100 MB"]
+
+
+def changed(sweep: Path, method: str, config: str = "", **values: Any) -> None:
+    """Other results, and settings, of a method's cells."""
+    for names in (sweep / "cells").glob("*.json"):
+        folder = names.with_suffix("")
+        if json.loads(names.read_text())["method"] == method and (folder / "result.json").exists():
+            result = json.loads((folder / "result.json").read_text()) | values
+            (folder / "result.json").write_text(json.dumps(result))
+            (folder / "config.yaml").write_text((folder / "config.yaml").read_text() + config)
+
+
+def test_a_strategy_is_compared_with_the_same_without_it(sweep: Path) -> None:
+    published = {"algorithm": "FedMLLM(fedavg)", "strategies": ["agnostic_prompt", "adaptive_regularization"]}
+    changed(sweep, "FedProx_1 & co", "evaluation: {every: 2}\ndata: {prompt: agnostic}\n", **published)
+    changed(sweep, "<b>ours</b>", "training: {batch_size: 2}\n")
+    read = read_sweep(sweep)
+    assert pairs(read) == [Pair(("adaptive_regularization",), "FedProx_1 & co", "FedAvg")]
+    table = strategy_table(read, pairs(read))
+    assert table is not None
+    assert table.header == ("", "gain", "95 %", "won", "aligned", "missing")
+    (row,) = ([entry.text for entry in row] for row in table.rows)
+    assert row[0] == "adaptive_regularization on FedAvg"
+    assert (row[1], row[3]) == ("+10.0", "3 of 3")
+    assert row[4].startswith("+10.0 (")
+    html = write_sweep_report(sweep).read_text()
+    assert "adaptive_regularization on FedAvg" in Page(html).text
+    assert Page(html).tags.count("svg") == 4
+
+
+@pytest.mark.parametrize(
+    ("config", "values"),
+    [
+        ("", {"strategies": ["agnostic_prompt"]}),
+        ("", {"strategies": ["adaptive_regularization"]}),
+        ("training: {batch_size: 8}\n", {"strategies": ["agnostic_prompt", "adaptive_regularization"]}),
+        ("", {"strategies": ["agnostic_prompt", "adaptive_regularization"], "algorithm": "fedprox"}),
+    ],
+)
+def test_what_differs_in_more_or_less_is_no_pair(sweep: Path, config: str, values: dict[str, Any]) -> None:
+    changed(sweep, "FedProx_1 & co", config, **values)
+    changed(sweep, "<b>ours</b>", "training: {batch_size: 2}\n")
+    read = read_sweep(sweep)
+    assert pairs(read) == []
+    assert strategy_table(read, []) is None
+
+
+def test_a_baseline_out_of_reach_is_named_at_the_edge() -> None:
+    """Lines at 0.9 and 0.98 beside scores of 0.92 to 0.94 leave these their room; one at 0.3 would not."""
+    axes = Figure().add_subplot()
+    _levels(axes, {"zero_shot": 0.3, "local_mean": 0.9, "ceiling": 0.98}, [0.92, 0.94])
+    assert 0.85 < axes.get_ylim()[0] < 0.9
+    assert 0.98 < axes.get_ylim()[1] < 1
+    assert [text.get_text() for text in axes.texts] == ["not shown: zero-shot 0.3"]
 
 
 def test_the_page_is_whole_escaped_and_the_same_every_time(sweep: Path) -> None:

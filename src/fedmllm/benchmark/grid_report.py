@@ -13,11 +13,13 @@ from fedmllm.benchmark.grid_tables import (
     hard_table,
     overview_table,
     score_table,
+    strategy_table,
     tested_table,
     to_csv,
     to_latex,
     to_markdown,
 )
+from fedmllm.benchmark.pairs import pairs
 from fedmllm.benchmark.report import METRICS, page
 from fedmllm.engine.checkpoint import write_atomically
 
@@ -44,7 +46,8 @@ def _tables(sweep: Sweep) -> list[Table]:
     """The overview, scores by model and dataset, and what else was asked for."""
     parts = dict.fromkeys((column.model, column.dataset) for column in sweep.columns)
     scores = [score_table(sweep, model, dataset) for model, dataset in parts]
-    others = [*(hard_table(sweep, model, dataset) for model, dataset in parts), client_table(sweep), tested_table(sweep)]
+    others = [strategy_table(sweep, pairs(sweep)), *(hard_table(sweep, model, dataset) for model, dataset in parts)]
+    others += [client_table(sweep), tested_table(sweep)]
     return [overview_table(sweep), *scores, *(table for table in others if table is not None)]
 
 
@@ -52,6 +55,7 @@ def _context(sweep: Sweep, tables: list[Table]) -> dict[str, Any]:
     """Everything the template shows."""
     by_name, cells = {table.name: table for table in tables}, sweep.cells.values()
     metric = {cell.column.dataset: METRICS.get(cell.run.manifest.metric, cell.run.manifest.metric) for cell in cells}
+    added = pairs(sweep)
     curved = any(sum(line.score is not None for line in cell.run.rounds) > 1 for cell in cells)
     return {
         "title": sweep.name,
@@ -68,5 +72,7 @@ def _context(sweep: Sweep, tables: list[Table]) -> dict[str, Any]:
         "tested": by_name.get("tested"),
         "pareto_figure": grid_figures.pareto(sweep),
         "gains_figure": grid_figures.gains(sweep) if len(sweep.methods) > 1 else None,
+        "strategies": by_name.get("strategies"),
+        "strategies_figure": grid_figures.strategy_gains(sweep, added) if added else None,
         "curves_figure": grid_figures.curves(sweep, metric) if curved else None,
     }

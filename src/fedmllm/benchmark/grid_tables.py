@@ -10,6 +10,7 @@ from statistics import mean
 
 from fedmllm.benchmark.comparison import Chosen, Column, Gain, Sweep, Trained
 from fedmllm.benchmark.drawing import LOOKS, duration, human_bytes
+from fedmllm.benchmark.pairs import Pair, kinds
 from fedmllm.benchmark.report import METRICS
 from fedmllm.benchmark.results import worst_decile
 from fedmllm.evaluation.metrics import error_over_models
@@ -159,6 +160,25 @@ def _gain_entries(gain: Gain | None) -> list[Entry]:
         Entry(f"{100 * gain.low:+.1f} to {100 * gain.high:+.1f}"),
         Entry(f"{gain.won} of {gain.cells}"),
     ]
+
+
+def strategy_table(sweep: Sweep, found: Sequence[Pair]) -> Table | None:
+    """Each method above the same without some of its strategies: everywhere, and by kind of scenario; None where there is no such pair."""
+    groups = kinds(sweep)
+    rows = []
+    for pair in found:
+        gains = [sweep.gain(pair.method, pair.over, columns) for columns in groups.values()]
+        entries = [Entry(NOTHING) if gain is None else Entry(_interval(gain), gain.low > 0) for gain in gains]
+        rows.append((Entry(pair.label), *_gain_entries(sweep.gain(pair.method, pair.over)), *entries))
+    caption = (
+        "What strategies add to a method: mean difference in percentage points over the cells that have both, and the interval of 95 % of resampled seeds and "
+        "test samples; then the same by kind of scenario. In bold where the interval lies above zero."
+    )
+    return Table("strategies", caption, ("", "gain", "95 %", "won", *groups), tuple(rows)) if rows else None
+
+
+def _interval(gain: Gain) -> str:
+    return f"{100 * gain.mean:+.1f} ({100 * gain.low:+.1f} to {100 * gain.high:+.1f})"
 
 
 def _spread(cells: Sequence[Trained], of: Callable[[Trained], float], wording: Callable[[float], str]) -> str:
