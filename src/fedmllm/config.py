@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from fedmllm.algorithms import ALGORITHMS, AlgorithmConfig, build_algorithm
 from fedmllm.data.settings import DataConfig, FederationConfig
 from fedmllm.engine.compression import CompressionConfig
+from fedmllm.engine.failures import FailureConfig
 from fedmllm.engine.rounds import EngineConfig
 from fedmllm.errors import ConfigError, listing
 from fedmllm.evaluation.evaluate import EvaluationConfig
@@ -37,6 +38,7 @@ class Experiment(BaseModel):
     evaluation: EvaluationConfig = EvaluationConfig()
     engine: EngineConfig = EngineConfig()
     compression: CompressionConfig = CompressionConfig()
+    failures: FailureConfig = FailureConfig()
     seed: int = Field(0, ge=0)
     """All random numbers derive from it."""
 

@@ -51,7 +51,7 @@ class Display:
     @property
     def observer(self) -> Observer:
         """To be told about the run."""
-        return Observer(self._clock.start, self._round_done)
+        return Observer(self._clock.start, self._round_done, self._waiting)
 
     def __enter__(self) -> Display:
         if self._live:
@@ -61,6 +61,12 @@ class Display:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._live:
             self._live.__exit__(kind, error, trace)
+
+    def _waiting(self, record: Record) -> None:
+        """Say for whom."""
+        names = ", ".join(record["clients"])
+        where = f"{record['stage']} round {record['round']}"
+        self._console.print(f"{where} waits for {names}, asked for the {_nth(record['attempt'])} time", highlight=False, soft_wrap=True)
 
     def _round_done(self, record: Record) -> None:
         self._bytes += record.get("bytes_up", 0) + record.get("bytes_down", 0)
@@ -77,6 +83,10 @@ class Display:
             left=f"{self._clock.left()} left",
         )
         self._live.update(Group(_rounds_table(self._rows, self._bytes), self._bar))
+
+
+def _nth(number: int) -> str:
+    return {2: "second", 3: "third"}.get(number, f"{number}th")
 
 
 class _Clock:
@@ -123,7 +133,7 @@ def _line(record: Record, sent: int, left: str) -> str:
 
 def _cells(record: Record) -> dict[str, str]:
     loss, score = record.get("loss"), record.get("score")
-    refused = f" ({len(record['refused'])} refused)" if record.get("refused") else ""
+    refused = f" ({len(record['refused'])} refused{', skipped' if record.get('skipped') else ''})" if record.get("refused") else ""
     return {
         "round": f"{record['round']}/{record['num_rounds']}",
         "cohort": ",".join(c.removeprefix("client-") for c in record.get("clients", [])) + refused or "-",

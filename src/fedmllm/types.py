@@ -149,6 +149,7 @@ class ClientUpdate:
         profile: the client's samples by modalities.
         rank: LoRA rank of the client's tensors; None for the server's own.
         num_bytes: size on the way up, where it is not that of the tensors.
+        round_num: the round of the broadcast that it answers; None for this one.
     """
 
     client: str
@@ -159,6 +160,19 @@ class ClientUpdate:
     profile: Profile = field(default_factory=dict)
     rank: int | None = None
     num_bytes: int | None = None
+    round_num: int | None = None
+
+
+@dataclass(frozen=True)
+class ClientFailure:
+    """Instead of an update: what went wrong at a client, or on the way."""
+
+    client: str
+    reason: str
+
+
+Answer = ClientUpdate | ClientFailure
+"""What comes of asking a client."""
 
 
 @dataclass(frozen=True)

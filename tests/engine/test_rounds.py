@@ -45,7 +45,7 @@ def loop(folder: Path, engine: ScriptedEngine | None = None, seen: list[Record] 
     return Loop(
         build_algorithm(AlgorithmConfig()),
         engine or ScriptedEngine(),
-        TrainingConfig(),
+        TrainingConfig(learning_rate=1.0),  # so large that updates of the size of a client's number could be trained
         score,
         RunStore(folder),
         0,

@@ -72,6 +72,7 @@ class Round(Line):
     bytes_up: int
     bytes_down: int
     bytes_held: int = 0
+    skipped: bool = False
     refused: list[Refusal]
 
 

@@ -91,6 +91,7 @@ def _context(run: Run) -> dict[str, Any]:
         "seconds": run.result.seconds if run.result else sum(stage_seconds(run).values()),
         "refused": refused[:MAX_REFUSED],
         "num_refused": len(refused),
+        "skipped": [line.round for line in rounds if line.skipped],
         **_figures(run, {row.stage: row for row in rows}),
     }
 

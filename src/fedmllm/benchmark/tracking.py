@@ -27,7 +27,7 @@ def numbers(record: Record) -> dict[str, float]:
     values = {name: record.get(name) for name in _COUNTED} | dict(record.get("scores") or {})
     values |= {f"seconds_{name}": value for name, value in record["seconds"].items()}
     if "refused" in record:
-        values["refused"] = len(record["refused"])
+        values |= {"refused": len(record["refused"]), "skipped": int(record.get("skipped", False))}
     return {f"{record['stage']}/{name}": float(value) for name, value in values.items() if value is not None and math.isfinite(value)}
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -13,6 +15,7 @@ from fedmllm.algorithms import Algorithm, Client
 from fedmllm.data.modalities import profile
 from fedmllm.engine.checkpoint import ClientStates
 from fedmllm.engine.compression import UNCOMPRESSED, CompressionConfig, build_codec, sent_through
+from fedmllm.errors import FedMLLMError
 from fedmllm.models.load import VisionLanguageModel
 from fedmllm.models.lora import has_dropout, write_base
 from fedmllm.models.memory import clients_at_once
@@ -21,7 +24,9 @@ from fedmllm.training.batches import Encoder
 from fedmllm.training.calibration import calibrated
 from fedmllm.training.local import LocalTask, TrainingConfig, train_locally, train_together
 from fedmllm.training.rules import LocalResult, LocalRule, Upload
-from fedmllm.types import Broadcast, ClientUpdate, Sample, Slots
+from fedmllm.types import Answer, Broadcast, ClientFailure, ClientUpdate, Sample, Slots
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,7 @@ class Assignment:
         states: what clients keep for themselves.
         ranks: clients' own LoRA ranks, where they differ from the server's.
         compression: how updates are written for the way up.
+        deadline: seconds for the whole cohort; None for no limit.
     """
 
     broadcast: Broadcast
@@ -45,6 +51,7 @@ class Assignment:
     states: ClientStates
     ranks: Mapping[str, int] = field(default_factory=dict)
     compression: CompressionConfig = UNCOMPRESSED
+    deadline: float | None = None
 
 
 @dataclass(frozen=True)
@@ -73,13 +80,19 @@ class InProcessEngine:
     training: TrainingConfig
     together: int = 1
 
-    def map_clients(self, assignment: Assignment, clients: Mapping[str, Sequence[Sample]]) -> Iterator[ClientUpdate]:
-        """Updates in the order of the clients, those of a wave made when its first is asked for."""
+    def map_clients(self, assignment: Assignment, clients: Mapping[str, Sequence[Sample]]) -> Iterator[Answer]:
+        """Answers in the order of the clients, those of a wave made when its first is asked for.
+
+        A client whose training raises is a failure; what is wrong with settings or data (``FedMLLMError``) is raised.
+        """
         write_base(self.vlm, assignment.broadcast.base)
         size = min(self.together, clients_at_once(self.vlm) or self.together) if self._side_by_side else 1
-        turns = (self._turn(assignment, name, samples) for name, samples in clients.items())
-        while wave := list(islice(turns, size)):
-            yield from self._wave(assignment, wave)
+        begun, waiting = time.monotonic(), iter(clients.items())
+        while wave := list(islice(waiting, size)):
+            if assignment.deadline is not None and time.monotonic() - begun > assignment.deadline:
+                yield from (ClientFailure(name, f"not begun within the deadline of {assignment.deadline:g} s") for name, _ in wave)
+            else:
+                yield from self._wave(assignment, [self._turn(assignment, name, samples) for name, samples in wave])
 
     @cached_property
     def _side_by_side(self) -> bool:
@@ -91,19 +104,38 @@ class InProcessEngine:
         client = Client(name, assignment.states.load(name, broadcast.round_num), profile(samples))
         return _Turn(client, samples, assignment.algorithm.local_rule(broadcast, client), assignment.ranks.get(name))
 
-    def _wave(self, assignment: Assignment, turns: Sequence[_Turn]) -> Iterator[ClientUpdate]:
-        """Train, keep what is the clients' own, send the rest."""
+    def _wave(self, assignment: Assignment, turns: Sequence[_Turn]) -> Iterator[Answer]:
+        """Train and send. If side by side something breaks, one after another, so that no client takes others with it."""
+        try:
+            trained = self._trained(assignment, turns)
+        except FedMLLMError:
+            raise
+        except Exception as error:
+            if len(turns) == 1:
+                yield _failure(turns[0], error)
+            else:
+                for turn in turns:
+                    yield from self._wave(assignment, [turn])
+            return
+        for turn, result, personal in trained:
+            yield self._sent(assignment, turn, result, personal)
+
+    def _trained(self, assignment: Assignment, turns: Sequence[_Turn]) -> list[tuple[_Turn, LocalResult, Slots]]:
+        """What each came to, and the model of its own that it keeps, if its rule has one."""
         results = self._train(assignment, [(turn, turn.rule) for turn in turns])
         # What a strategy adds is for the federation's sake: the client's own model trains on its samples as they are.
         alone = [(turn, turn.rule.personal) for turn in turns if turn.rule.personal is not None]
-        personal = {turn.client.name: result.weights for (turn, _), result in zip(alone, self._train(assignment, alone), strict=True)}
-        for turn, result in zip(turns, results, strict=True):
-            upload = turn.rule.finish(result)
-            own = {"personal": personal[turn.client.name]} if turn.client.name in personal else {}
-            update, lost = _compressed(assignment.compression, _update(assignment, turn, result, upload), turn.client.state)
-            if keeps := {**upload.keeps, **own, **lost}:
-                assignment.states.save(turn.client.name, assignment.broadcast.round_num, keeps)
-            yield update
+        weights = {turn.client.name: result.weights for (turn, _), result in zip(alone, self._train(assignment, alone), strict=True)}
+        personal: list[Slots] = [{"personal": weights[turn.client.name]} if turn.client.name in weights else {} for turn in turns]
+        return list(zip(turns, results, personal, strict=True))
+
+    def _sent(self, assignment: Assignment, turn: _Turn, result: LocalResult, personal: Slots) -> ClientUpdate:
+        """Keep what is the client's own, send the rest."""
+        upload = turn.rule.finish(result)
+        update, lost = _compressed(assignment.compression, _update(assignment, turn, result, upload), turn.client.state)
+        if keeps := {**upload.keeps, **personal, **lost}:
+            assignment.states.save(turn.client.name, assignment.broadcast.round_num, keeps)
+        return update
 
     def _train(self, assignment: Assignment, turns: Sequence[tuple[_Turn, LocalRule]]) -> list[LocalResult]:
         tasks = [(self._task(assignment, turn, rule), rule) for turn, rule in turns]
@@ -122,13 +154,20 @@ class InProcessEngine:
         return LocalTask(turn.client.name, broadcast.round_num, assignment.seed, encoded, received, assignment.learning_rate)
 
 
+def _failure(turn: _Turn, error: Exception) -> ClientFailure:
+    """What is told of a client that raised; where, goes to the log."""
+    _LOG.warning("%s failed", turn.client.name, exc_info=error)
+    return ClientFailure(turn.client.name, f"{type(error).__name__}: {error}")
+
+
 def _update(assignment: Assignment, turn: _Turn, result: LocalResult, upload: Upload) -> ClientUpdate:
     """What a client sends, at its own rank."""
     round_num = assignment.broadcast.round_num
     sent = {name: tensor for name, tensor in upload.weights.items() if assignment.algorithm.uploads(round_num, name)}
     update = factors.cut(W.subtract(sent, result.received), turn.rank)
     extras = {kind: factors.cut(tensors, turn.rank) for kind, tensors in upload.extras.items()}
-    return ClientUpdate(turn.client.name, update, len(turn.samples), result.metrics, extras, turn.client.profile, turn.rank)
+    count, profile_ = len(turn.samples), turn.client.profile
+    return ClientUpdate(turn.client.name, update, count, result.metrics, extras, profile_, turn.rank, round_num=round_num)
 
 
 def _compressed(config: CompressionConfig, update: ClientUpdate, kept: Slots) -> tuple[ClientUpdate, Slots]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from fedmllm import factors
 from fedmllm import weights as W
 from fedmllm.algorithms import Aggregate, Aggregator, Algorithm, ServerState
-from fedmllm.errors import FederationError, listing
+from fedmllm.errors import listing
 from fedmllm.models.lora import describe_mismatch
-from fedmllm.types import ClientUpdate, Record, Weights
+from fedmllm.types import Answer, ClientFailure, ClientUpdate, Record, Weights
 
 
 class Intake:
@@ -19,45 +19,65 @@ class Intake:
         algorithm: how updates are aggregated.
         state: the server's, at the start of the round.
         ranks: clients' own LoRA ranks.
+        largest: number of samples -> the largest norm of an update that is taken; None for any.
     """
 
-    def __init__(self, algorithm: Algorithm, state: ServerState, ranks: Mapping[str, int]) -> None:
-        self._algorithm, self._state, self._ranks = algorithm, state, ranks
+    def __init__(
+        self, algorithm: Algorithm, state: ServerState, ranks: Mapping[str, int], largest: Callable[[int], float] | None = None
+    ) -> None:
+        self._algorithm, self._state, self._ranks, self._largest = algorithm, state, ranks, largest
         self._aggregator = Aggregator(algorithm, state)
+        self.accepted: set[str] = set()
+        """Clients whose updates are in the aggregate."""
         self._num_samples = self._bytes_up = 0
         self._losses: list[tuple[int, float]] = []
         self._refused: list[Record] = []
 
-    def take(self, update: ClientUpdate) -> None:
-        """Add an update to the aggregate, or refuse it."""
+    def take(self, update: Answer) -> None:
+        """Add an update to the aggregate, or refuse it; note a failure."""
+        if isinstance(update, ClientFailure):
+            self._refused.append({"client": update.client, "reason": update.reason})
+            return
         sent = W.num_bytes(update.update, *update.extras.values()) if update.num_bytes is None else update.num_bytes
         self._bytes_up += sent
         if reason := self._refusal(update):
             self._refused.append({"client": update.client, "reason": reason})
             return
         self._aggregator.add(update)
+        self.accepted.add(update.client)
         self._num_samples += update.num_samples
         if "loss" in update.metrics:
             self._losses.append((update.num_samples, update.metrics["loss"]))
 
     def _refusal(self, update: ClientUpdate) -> str | None:
+        if update.client in self.accepted:
+            return "this client's update is there already"
+        if update.round_num not in (None, self._state.round_num):
+            return f"it answers round {(update.round_num or 0) + 1}, this is round {self._state.round_num + 1}"
         rank = self._ranks.get(update.client)
         if update.rank != rank:
             return f"the update is of rank {update.rank}, the client's rank is {rank}"
         sent = {n: tensor for n, tensor in self._state.weights.items() if self._algorithm.uploads(self._state.round_num, n)}
-        return refusal(update, factors.cut(sent, rank), self._algorithm.client_sends)
+        return refusal(update, factors.cut(sent, rank), self._algorithm.client_sends) or self._too_large(update)
 
-    def aggregate(self, stage: str) -> Aggregate:
+    def _too_large(self, update: ClientUpdate) -> str | None:
+        if self._largest is None or (size := W.norm(update.update)) <= (limit := self._largest(update.num_samples)):
+            return None
+        return f"the norm of the update is {size:.3g}, training could give {limit:.3g} at most (failures.norm_limit)"
+
+    def missing(self, stage: str, needed: int) -> str:
+        """What to say where too few updates can be used."""
+        count, reasons = len(self.accepted), listing(f"{row['client']}: {row['reason']}" for row in self._refused)
+        what = f"{count} updates can be used, {needed} are needed" if count else "no update can be used"
+        where = f"stage {stage}, round {self._state.round_num + 1}"
+        return f"{where}: {what}:\n{reasons}\nlook into the reasons and go on with --resume, or have failures.below wait or skip"
+
+    def aggregate(self) -> Aggregate:
         """What the updates come to.
 
         Raises:
-            FederationError: if none can be used.
+            FederationError: if none has a positive weight.
         """
-        if self._num_samples == 0:
-            reasons = listing(f"{row['client']}: {row['reason']}" for row in self._refused)
-            raise FederationError(
-                f"stage {stage}, round {self._state.round_num + 1}: no update can be used:\n{reasons}\ntry a lower training.learning_rate"
-            )
         return self._aggregator.value()
 
     def record(self) -> Record:

@@ -15,12 +15,14 @@ from fedmllm.algorithms import Algorithm, ServerState
 from fedmllm.data.modalities import profile
 from fedmllm.engine.checkpoint import BackgroundCheckpoint, RunStore
 from fedmllm.engine.compression import UNCOMPRESSED, CompressionConfig
+from fedmllm.engine.failures import NONE_EXPECTED, FailureConfig
 from fedmllm.engine.in_process import Assignment
 from fedmllm.engine.intake import Intake
+from fedmllm.errors import FederationError
 from fedmllm.evaluation.metrics import error_over_models, over_models
 from fedmllm.randomness import generator
-from fedmllm.training.local import TrainingConfig, round_learning_rate
-from fedmllm.types import Broadcast, ClientUpdate, Metrics, Population, Record, Sample, Weights
+from fedmllm.training.local import TrainingConfig, reach, round_learning_rate
+from fedmllm.types import Answer, Broadcast, Metrics, Population, Record, Sample, Weights
 
 
 class EngineConfig(BaseModel):
@@ -44,8 +46,8 @@ class EngineConfig(BaseModel):
 class Engine(Protocol):
     """Runs the client rule over a cohort."""
 
-    def map_clients(self, assignment: Assignment, clients: Mapping[str, Sequence[Sample]]) -> Iterator[ClientUpdate]:
-        """One update per client, in the clients' order."""
+    def map_clients(self, assignment: Assignment, clients: Mapping[str, Sequence[Sample]]) -> Iterator[Answer]:
+        """One answer per client, in the clients' order."""
         ...
 
 
@@ -98,6 +100,8 @@ class Loop:
         seed: the experiment's.
         on_round: told each round's record.
         compression: how clients write their updates.
+        failures: what to do about clients that fail.
+        on_wait: told ``stage``, ``round``, ``attempt`` and ``clients`` when clients are asked again.
     """
 
     algorithm: Algorithm
@@ -108,6 +112,8 @@ class Loop:
     seed: int
     on_round: Callable[[Record], None] = field(default=lambda record: None)
     compression: CompressionConfig = UNCOMPRESSED
+    failures: FailureConfig = NONE_EXPECTED
+    on_wait: Callable[[Record], None] = field(default=lambda record: None)
 
 
 def run_stage(loop: Loop, stage: Stage, initial: ServerState) -> ServerState:
@@ -119,7 +125,7 @@ def run_stage(loop: Loop, stage: Stage, initial: ServerState) -> ServerState:
         initial: the method's state before the first round.
 
     Raises:
-        FederationError: if in some round no client's update can be used.
+        FederationError: if in some round too few clients' updates can be used, and the run is not to go on without.
     """
     state = replace(loop.store.load_state(stage.name) or initial, population=stage.population)
     loop.store.rewind(stage.name, state.round_num)
@@ -133,13 +139,11 @@ def run_stage(loop: Loop, stage: Stage, initial: ServerState) -> ServerState:
 def _round(loop: Loop, stage: Stage, state: ServerState, watch: _Watch, checkpoint: BackgroundCheckpoint) -> ServerState:
     """One round, from the cohort to the checkpoint."""
     cohort, before = stage.cohort(loop.seed, state.round_num), state
-    broadcast = loop.algorithm.broadcast(state)
-    learning_rate = round_learning_rate(loop.training, state.round_num, stage.num_rounds)
-    states = loop.store.client_states(stage.name)
-    assignment = Assignment(broadcast, loop.algorithm, learning_rate, loop.seed, states, stage.ranks, loop.compression)
-    updates = loop.engine.map_clients(assignment, {name: stage.clients[name] for name in cohort})
-    intake = _take_in(updates, Intake(loop.algorithm, state, stage.ranks), watch)
-    state = loop.algorithm.server_step(state, intake.aggregate(stage.name))
+    assignment = _assignment(loop, stage, state)
+    intake = Intake(loop.algorithm, state, stage.ranks, _largest(loop, assignment))
+    asked = _collect(loop, stage, assignment, cohort, intake, watch)
+    complete = len(intake.accepted) >= _needed(loop, stage)
+    state = loop.algorithm.server_step(state, intake.aggregate()) if complete else _skipped(state)
     watch.lap("aggregate")
     scores = evaluate_state(loop, stage, state) if stage.evaluates(state.round_num) else None
     watch.lap("evaluate")
@@ -147,11 +151,12 @@ def _round(loop: Loop, stage: Stage, state: ServerState, watch: _Watch, checkpoi
         "stage": stage.name,
         "round": state.round_num,
         "clients": cohort,
-        "learning_rate": learning_rate,
+        "learning_rate": assignment.learning_rate,
+        "skipped": not complete,
         **intake.record(),
         "score": scores["score"] if scores else None,
         "scores": scores,
-        "bytes_down": _bytes_down(loop.algorithm, stage, before, broadcast, cohort),
+        "bytes_down": _bytes_down(loop.algorithm, stage, before, assignment.broadcast, asked),
     }
     record["seconds"] = watch.reset()
     # The line first, then the state: a line whose state is missing is rewound, a state whose line is missing would stay a gap.
@@ -160,6 +165,55 @@ def _round(loop: Loop, stage: Stage, state: ServerState, watch: _Watch, checkpoi
     watch.lap("checkpoint")
     loop.on_round(record | {"num_rounds": stage.num_rounds})
     return state
+
+
+def _assignment(loop: Loop, stage: Stage, state: ServerState) -> Assignment:
+    """What the clients of a round are told."""
+    learning_rate = round_learning_rate(loop.training, state.round_num, stage.num_rounds)
+    states, deadline = loop.store.client_states(stage.name), loop.failures.deadline
+    return Assignment(
+        loop.algorithm.broadcast(state), loop.algorithm, learning_rate, loop.seed, states, stage.ranks, loop.compression, deadline
+    )
+
+
+def _needed(loop: Loop, stage: Stage) -> int:
+    """Updates that make a round complete; baselines are federations of one."""
+    return min(max(loop.failures.min_updates, loop.algorithm.smallest_cohort), stage.clients_per_round)
+
+
+def _largest(loop: Loop, assignment: Assignment) -> Callable[[int], float] | None:
+    """The largest norm of an update that is taken. What was received counts in: a method may make parts of it zero."""
+    factor, weights = loop.failures.norm_limit, assignment.broadcast.weights
+    if factor is None:
+        return None
+    size, entries = W.norm(weights), sum(tensor.numel() for tensor in weights.values())
+    return lambda count: factor * (reach(loop.training, assignment.learning_rate, count, entries) + size)
+
+
+def _collect(loop: Loop, stage: Stage, assignment: Assignment, cohort: Sequence[str], intake: Intake, watch: _Watch) -> list[str]:
+    """Ask the cohort, if need be again; the clients asked, one as often as it was.
+
+    Raises:
+        FederationError: if too few updates can be used, and the run is to stop then.
+    """
+    policy, needed = loop.failures, _needed(loop, stage)
+    asked: list[str] = []
+    for attempt in range(1, (policy.attempts if policy.below == "wait" else 1) + 1):
+        missing = [name for name in cohort if name not in intake.accepted]
+        if attempt > 1:
+            loop.on_wait({"stage": stage.name, "round": assignment.broadcast.round_num + 1, "attempt": attempt, "clients": missing})
+        asked += missing
+        _take_in(loop.engine.map_clients(assignment, {name: stage.clients[name] for name in missing}), intake, watch)
+        if len(intake.accepted) >= needed:
+            return asked
+    if policy.below == "skip":
+        return asked
+    raise FederationError(intake.missing(stage.name, needed))
+
+
+def _skipped(state: ServerState) -> ServerState:
+    """One round later, with nothing changed, and so with nothing new to be sent of the frozen weights' change."""
+    return replace(state, round_num=state.round_num + 1, slots={kind: slot for kind, slot in state.slots.items() if kind != "base_step"})
 
 
 def _bytes_down(algorithm: Algorithm, stage: Stage, state: ServerState, broadcast: Broadcast, cohort: Sequence[str]) -> int:
@@ -210,10 +264,9 @@ class _Watch:
         self._last = now
 
 
-def _take_in(updates: Iterable[ClientUpdate], intake: Intake, watch: _Watch) -> Intake:
+def _take_in(updates: Iterable[Answer], intake: Intake, watch: _Watch) -> None:
     """Aggregate updates as they come, refusing those that would spoil the aggregate."""
     for update in updates:
         watch.lap("train")
         intake.take(update)
         watch.lap("aggregate")
-    return intake

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -77,6 +77,27 @@ def round_learning_rate(config: TrainingConfig, round_num: int, num_rounds: int)
     return config.learning_rate * 0.5 * (1 + math.cos(math.pi * round_num / num_rounds))
 
 
+def reach(config: TrainingConfig, learning_rate: float, num_samples: int, num_entries: int) -> float:
+    """How far from where it began AdamW can get, as a Euclidean norm over all entries and without weight decay.
+
+    By Cauchy and Schwarz a step t moves an entry by ``lr c_t`` at most, whatever the gradients were:
+
+        c_t^2 = sum_i a_i^2 / b_i,  a_i = (1 - beta1) beta1^(t - i) / (1 - beta1^t),  b_i likewise of beta2,
+
+    so that all steps come to ``lr sqrt(num_entries) sum_t c_t``. It is infinite for long turns with ``beta1^2 >= beta2``.
+    """
+    steps = config.local_epochs * math.ceil(num_samples / (config.batch_size * config.accumulation))
+    beta1, beta2 = config.beta1, config.beta2
+    ratio = beta1**2 / beta2 if beta2 else math.inf if beta1 else 0.0
+    total, series, size = 0.0, 1.0, 0.0
+    # By then c_t has settled, if it does; a client that claims ever so many samples does not keep the server here.
+    for t in range(1, min(steps, 1000) + 1):
+        size = (1 - beta1) / (1 - beta1**t) * math.sqrt((1 - beta2**t) / (1 - beta2) * series)
+        total, series = total + size, 1 + series * ratio
+    rest = (steps - 1000) * (size if ratio < 1 else math.inf) if steps > 1000 else 0.0
+    return learning_rate * math.sqrt(num_entries) * (total + rest)
+
+
 def train_locally(vlm: VisionLanguageModel, task: LocalTask, rule: LocalRule, config: TrainingConfig) -> LocalResult:
     """Train the adapters on one client's samples, from what it received, with a fresh AdamW.
 
@@ -85,9 +106,8 @@ def train_locally(vlm: VisionLanguageModel, task: LocalTask, rule: LocalRule, co
     write_weights(vlm.model, _start(task, rule))
     with training_only(vlm.model, rule.trains), torch_randomness(vlm.device, task.seed, "dropout", task.round_num, task.client):
         turn = _Turn(vlm, task, rule, config, dict(trainable(vlm.model)))
-        vlm.model.train()
-        _train(vlm, [turn], _max_tokens(vlm, [turn], config), lambda turns, counts: nullcontext())
-        vlm.model.eval()
+        with _training_mode(vlm):
+            _train(vlm, [turn], _max_tokens(vlm, [turn], config), lambda turns, counts: nullcontext())
     return turn.result(read_weights(vlm.model))
 
 
@@ -101,15 +121,24 @@ def train_together(vlm: VisionLanguageModel, turns: Sequence[tuple[LocalTask, Lo
     own = dict(trainable(vlm.model))
     running = [_Turn(vlm, task, rule, config, _own_weights(own, task, rule)) for task, rule in turns]
     threads = min(torch.get_num_threads(), len(turns)) if vlm.device.type == "cpu" else 1
-    vlm.model.train()
     max_tokens = _max_tokens(vlm, running, config)
-    with side_by_side(vlm.model) as layers:
+    with _training_mode(vlm), side_by_side(vlm.model) as layers:
         _in_threads(
             lambda group: _train(vlm, group, max_tokens, lambda some, counts: stacked(layers, [turn.weights for turn in some], counts)),
             _shared_out(running, threads),
         )
-    vlm.model.eval()
     return [turn.result({name: tensor.detach().to("cpu", torch.float32) for name, tensor in turn.weights.items()}) for turn in running]
+
+
+@contextmanager
+def _training_mode(vlm: VisionLanguageModel) -> Iterator[None]:
+    """Left again whatever happens, with no gradient behind: a client may fail, and the model is needed for others."""
+    vlm.model.train()
+    try:
+        yield
+    finally:
+        vlm.model.eval()
+        vlm.model.zero_grad(set_to_none=True)
 
 
 def _max_tokens(vlm: VisionLanguageModel, turns: Sequence[_Turn], config: TrainingConfig) -> int:

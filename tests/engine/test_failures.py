@@ -1,0 +1,241 @@
+"""Clients that raise, are late, or send what is absurd: one policy, whatever the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedmllm.algorithms import AlgorithmConfig, ServerState, build_algorithm
+from fedmllm.data.federated import FederatedData
+from fedmllm.engine.checkpoint import RunStore
+from fedmllm.engine.failures import FailureConfig
+from fedmllm.engine.in_process import Assignment, InProcessEngine
+from fedmllm.engine.rounds import Loop, Stage, run_stage
+from fedmllm.errors import DataError, FederationError
+from fedmllm.models.load import VisionLanguageModel
+from fedmllm.models.lora import read_weights
+from fedmllm.training.batches import Encoder
+from fedmllm.training.local import TrainingConfig, reach
+from fedmllm.types import Answer, ClientFailure, ClientUpdate, Record, Sample
+
+START = {"w": torch.zeros(2)}
+SAMPLE = Sample("s", "?", "a", {"text": "t"})
+
+
+@dataclass
+class Flaky:
+    """Each client sends its number; those of the script fail at so many of their turns first."""
+
+    fails: dict[str, int] = field(default_factory=dict)
+    asked: list[list[str]] = field(default_factory=list)
+
+    def map_clients(self, assignment: Assignment, clients: Mapping[str, Sequence[Sample]]) -> Iterator[Answer]:
+        self.asked.append(list(clients))
+        for name in clients:
+            if self.fails.get(name, 0) > 0:
+                self.fails[name] -= 1
+                yield ClientFailure(name, "RuntimeError: out of memory")
+            else:
+                yield ClientUpdate(name, {"w": torch.full((2,), 0.01 * int(name[1:]))}, 1, {"loss": 2.0})
+
+
+def run(folder: Path, engine: Flaky, policy: FailureConfig, rounds: int = 1, told: list[Record] | None = None) -> ServerState:
+    method, training = build_algorithm(AlgorithmConfig()), TrainingConfig(learning_rate=1.0)
+    waited = [] if told is None else told
+    loop = Loop(method, engine, training, lambda w, base: {"score": 0.5}, RunStore(folder), 0, failures=policy, on_wait=waited.append)
+    return run_stage(loop, Stage("federated", {f"c{i}": [SAMPLE] for i in range(1, 11)}, rounds, 10), ServerState(START))
+
+
+def test_the_average_is_over_those_who_answered_and_the_others_are_named(tmp_path: Path) -> None:
+    """3 of 10 fail in every round."""
+    state = run(tmp_path, Flaky({f"c{i}": 99 for i in (1, 2, 3)}), FailureConfig(), rounds=4)
+    assert state.weights["w"].tolist() == pytest.approx([4 * 0.01 * np.mean(range(4, 11))] * 2)
+    records = RunStore(tmp_path).records("federated")
+    assert len(records) == 4
+    for record in records:
+        assert record["refused"] == [{"client": f"c{i}", "reason": "RuntimeError: out of memory"} for i in (1, 2, 3)]
+        assert (record["num_samples"], record["skipped"], record["bytes_down"]) == (7, False, 10 * 8)
+
+
+def test_too_few_updates_stop_the_run_which_then_resumes_to_the_same_end(tmp_path: Path) -> None:
+    whole = run(tmp_path / "whole", Flaky(), FailureConfig(), rounds=3)
+    policy = FailureConfig(min_updates=10)
+    run(tmp_path / "cut", Flaky(), policy, rounds=1)
+    with pytest.raises(FederationError, match=r"round 2: 9 updates can be used, 10 are needed:\n  - c4: RuntimeError: out of memory\n"):
+        run(tmp_path / "cut", Flaky({"c4": 1}), policy, rounds=3)
+    assert [record["round"] for record in RunStore(tmp_path / "cut").records("federated")] == [1]
+    assert torch.equal(run(tmp_path / "cut", Flaky(), policy, rounds=3).weights["w"], whole.weights["w"])
+
+
+def test_a_round_that_is_skipped_leaves_the_weights(tmp_path: Path) -> None:
+    engine = Flaky({f"c{i}": 1 for i in range(1, 11)})
+    state = run(tmp_path, engine, FailureConfig(below="skip"), rounds=2)
+    assert state.round_num == 2
+    assert state.weights["w"].tolist() == pytest.approx([0.055] * 2)
+    first, second = RunStore(tmp_path).records("federated")
+    assert (first["skipped"], first["num_samples"], first["loss"], len(first["refused"])) == (True, 0, None, 10)
+    assert (second["skipped"], second["refused"]) == (False, [])
+
+
+def test_waiting_asks_only_those_again_whose_updates_are_missing(tmp_path: Path) -> None:
+    told: list[Record] = []
+    engine = Flaky({"c1": 1, "c2": 2})
+    state = run(tmp_path, engine, FailureConfig(below="wait", min_updates=10), told=told)
+    assert engine.asked[1:] == [["c1", "c2"], ["c2"]]
+    assert [(record["attempt"], record["clients"]) for record in told] == [(2, ["c1", "c2"]), (3, ["c2"])]
+    assert state.weights["w"].tolist() == pytest.approx([0.055] * 2)
+    (record,) = RunStore(tmp_path).records("federated")
+    assert record["bytes_down"] == 13 * 8
+
+
+def test_waiting_ends(tmp_path: Path) -> None:
+    engine = Flaky({"c1": 99})
+    with pytest.raises(FederationError, match="9 updates can be used, 10 are needed"):
+        run(tmp_path, engine, FailureConfig(below="wait", min_updates=10, attempts=3))
+    assert len(engine.asked) == 3
+
+
+def test_a_method_that_needs_more_updates_is_not_given_less(tmp_path: Path) -> None:
+    krum = build_algorithm(AlgorithmConfig(name="krum", parameters={"num_byzantine": 1}))
+    engine = Flaky({f"c{i}": 99 for i in range(1, 7)})
+    loop = Loop(krum, engine, TrainingConfig(learning_rate=1.0), lambda w, base: {"score": 0.5}, RunStore(tmp_path), 0)
+    with pytest.raises(FederationError, match=f"4 updates can be used, {krum.smallest_cohort} are needed"):
+        run_stage(loop, Stage("federated", {f"c{i}": [SAMPLE] for i in range(1, 11)}, 1, 10), ServerState(START))
+
+
+@dataclass
+class Sends:
+    """All clients send the same."""
+
+    update: ClientUpdate
+
+    def map_clients(self, assignment: Assignment, clients: Mapping[str, Sequence[Sample]]) -> Iterator[Answer]:
+        for name in clients:
+            yield replace(self.update, client=name)
+
+
+@pytest.mark.parametrize(
+    ("update", "reason"),
+    [
+        (ClientUpdate("", {"w": torch.full((2,), 1e6)}, 1), "the norm of the update is 1.41e+06, training could give"),
+        (ClientUpdate("", {"w": torch.zeros(2)}, 1, round_num=3), "it answers round 4, this is round 1"),
+    ],
+)
+def test_what_no_training_gives_and_what_is_stale_is_refused(tmp_path: Path, update: ClientUpdate, reason: str) -> None:
+    loop = Loop(build_algorithm(AlgorithmConfig()), Sends(update), TrainingConfig(), lambda w, base: {"score": 0.5}, RunStore(tmp_path), 0)
+    with pytest.raises(FederationError) as caught:
+        run_stage(loop, Stage("federated", {"a": [SAMPLE]}, 1, 1), ServerState(START))
+    assert reason in str(caught.value)
+    unlimited = replace(loop, failures=FailureConfig(norm_limit=None), store=RunStore(tmp_path / "b"))
+    if "norm" in reason:
+        assert run_stage(unlimited, Stage("federated", {"a": [SAMPLE]}, 1, 1), ServerState(START)).round_num == 1
+
+
+def test_a_second_update_of_a_client_does_not_count(tmp_path: Path) -> None:
+    class Twice:
+        def map_clients(self, assignment: Assignment, clients: Mapping[str, Sequence[Sample]]) -> Iterator[Answer]:
+            for size in (0.1, 0.2):
+                yield ClientUpdate("a", {"w": torch.full((2,), size)}, 1)
+
+    loop = Loop(
+        build_algorithm(AlgorithmConfig()),
+        Twice(),
+        TrainingConfig(learning_rate=1.0),
+        lambda w, base: {"score": 0.5},
+        RunStore(tmp_path),
+        0,
+    )
+    state = run_stage(loop, Stage("federated", {"a": [SAMPLE]}, 1, 1), ServerState(START))
+    assert state.weights["w"].tolist() == pytest.approx([0.1] * 2)
+    assert RunStore(tmp_path).records("federated")[0]["refused"] == [{"client": "a", "reason": "this client's update is there already"}]
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 40), st.floats(0, 0.97), st.floats(0.5, 0.999), st.integers(0, 2**31))
+def test_no_gradients_take_adamw_further_than_its_reach(steps: int, beta1: float, beta2: float, seed: int) -> None:
+    """Gradients of all sizes and signs, the worst of them those whose size falls like Cauchy and Schwarz have it."""
+    rng = np.random.default_rng(seed)
+    sizes = rng.choice([1.0, 1e-3, 1e3], size=(steps, 3)) * rng.normal(size=(steps, 3))
+    sizes[:, 2] = (beta1 / beta2) ** np.arange(steps, 0, -1)
+    parameter = torch.nn.Parameter(torch.zeros(3, dtype=torch.float64))
+    optimizer = torch.optim.AdamW([parameter], lr=0.01, betas=(beta1, beta2), eps=1e-30, weight_decay=0.0)
+    for gradient in torch.tensor(sizes):
+        parameter.grad = gradient
+        optimizer.step()
+    limit = reach(TrainingConfig(batch_size=1, beta1=beta1, beta2=beta2), 0.01, steps, 3)
+    assert float(parameter.detach().norm()) <= limit * (1 + 1e-9)
+
+
+def test_the_reach_of_one_step_is_one_learning_rate_and_of_any_number_at_hand_at_once() -> None:
+    training = TrainingConfig(batch_size=1)
+    assert reach(training, 0.01, 1, 1) == pytest.approx(0.01)
+    assert reach(training, 0.01, 10**15, 1) == pytest.approx(0.01 * 10**15 * np.sqrt(0.2 / (1 - 0.81 / 0.95)), rel=1e-3)
+    assert reach(TrainingConfig(batch_size=1, beta2=0.5), 0.01, 10**15, 1) == float("inf")
+    assert reach(training, 0.01, 0, 1) == 0
+
+
+def real(vlm: VisionLanguageModel, together: int = 16, seconds: float | None = None) -> tuple[InProcessEngine, Assignment]:
+    method = build_algorithm(AlgorithmConfig())
+    broadcast = method.broadcast(ServerState(read_weights(vlm.model)))
+    training = TrainingConfig(batch_size=8)
+    assignment = Assignment(broadcast, method, 1e-3, 0, RunStore(Path("unused")).client_states("federated"), deadline=seconds)
+    return InProcessEngine(vlm, Encoder(vlm, "agnostic"), training, together), assignment
+
+
+@dataclass(frozen=True)
+class Breaks:
+    """A method's client rule that raises at one client while it trains."""
+
+    method: object
+    client: str
+    error: Exception
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.method, name)
+
+    def local_rule(self, broadcast: object, client: object) -> object:
+        rule = self.method.local_rule(broadcast, client)  # type: ignore[attr-defined]
+        return rule.with_penalty(self._raises) if client.name == self.client else rule  # type: ignore[attr-defined]
+
+    def _raises(self, *_: object) -> torch.Tensor:
+        raise self.error
+
+
+@pytest.mark.parametrize("together", [1, 16])
+def test_a_client_that_raises_takes_no_other_with_it(
+    vlm: VisionLanguageModel, federation: FederatedData, together: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine, assignment = real(vlm, together)
+    names = sorted(federation.clients)[:3]
+    clients = {name: federation.clients[name] for name in names}
+    alone = list(engine.map_clients(assignment, {name: clients[name] for name in (names[0], names[2])}))
+    broken = replace(assignment, algorithm=Breaks(assignment.algorithm, names[1], RuntimeError("CUDA out of memory")))  # type: ignore[arg-type]
+    first, second, third = engine.map_clients(broken, clients)
+    assert second == ClientFailure(names[1], "RuntimeError: CUDA out of memory")
+    assert "test_failures" in caplog.text
+    for expected, found in zip(alone, (first, third), strict=True):
+        assert isinstance(expected, ClientUpdate)
+        assert isinstance(found, ClientUpdate)
+        for name, tensor in expected.update.items():
+            torch.testing.assert_close(found.update[name], tensor, atol=2e-5, rtol=0)
+
+
+def test_what_is_wrong_with_settings_or_data_is_no_failure_of_a_client(vlm: VisionLanguageModel, federation: FederatedData) -> None:
+    engine, assignment = real(vlm)
+    name = min(federation.clients)
+    broken = replace(assignment, algorithm=Breaks(assignment.algorithm, name, DataError("row 3 is bad")))  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="row 3 is bad"):
+        list(engine.map_clients(broken, federation.clients))
+
+
+def test_clients_that_have_not_begun_by_the_deadline_are_left_out(vlm: VisionLanguageModel, federation: FederatedData) -> None:
+    engine, assignment = real(vlm, together=1, seconds=1e-9)
+    answers = list(engine.map_clients(assignment, federation.clients))
+    assert answers == [ClientFailure(name, "not begun within the deadline of 1e-09 s") for name in federation.clients]
