@@ -55,6 +55,15 @@ class Experiment(BaseModel):
         return cls.parse(values, places)
 
     @classmethod
+    def from_yaml(cls, text: str) -> Experiment:
+        """The opposite of ``to_yaml``.
+
+        Raises:
+            ConfigError: naming every setting that breaks a rule.
+        """
+        return cls.parse(yaml.safe_load(text))
+
+    @classmethod
     def parse(cls, values: Mapping[str, Any], places: Mapping[Path_, str] | None = None) -> Experiment:
         """Check settings given as nested mappings.
 

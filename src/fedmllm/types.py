@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Union
@@ -150,6 +150,7 @@ class ClientUpdate:
         rank: LoRA rank of the client's tensors; None for the server's own.
         num_bytes: size on the way up, where it is not that of the tensors.
         round_num: the round of the broadcast that it answers; None for this one.
+        packed: the update and the extras as they are written for the way, by tensor in parts; empty where they go as they are.
     """
 
     client: str
@@ -161,6 +162,7 @@ class ClientUpdate:
     rank: int | None = None
     num_bytes: int | None = None
     round_num: int | None = None
+    packed: Mapping[str, Mapping[str, Sequence[Tensor]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

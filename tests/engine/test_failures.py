@@ -87,7 +87,7 @@ def test_a_round_that_is_skipped_leaves_the_weights(tmp_path: Path) -> None:
 def test_waiting_asks_only_those_again_whose_updates_are_missing(tmp_path: Path) -> None:
     told: list[Record] = []
     engine = Flaky({"c1": 1, "c2": 2})
-    state = run(tmp_path, engine, FailureConfig(below="wait", min_updates=10), told=told)
+    state = run(tmp_path, engine, FailureConfig(below="wait", pause=0, min_updates=10), told=told)
     assert engine.asked[1:] == [["c1", "c2"], ["c2"]]
     assert [(record["attempt"], record["clients"]) for record in told] == [(2, ["c1", "c2"]), (3, ["c2"])]
     assert state.weights["w"].tolist() == pytest.approx([0.055] * 2)
@@ -98,7 +98,7 @@ def test_waiting_asks_only_those_again_whose_updates_are_missing(tmp_path: Path)
 def test_waiting_ends(tmp_path: Path) -> None:
     engine = Flaky({"c1": 99})
     with pytest.raises(FederationError, match="9 updates can be used, 10 are needed"):
-        run(tmp_path, engine, FailureConfig(below="wait", min_updates=10, attempts=3))
+        run(tmp_path, engine, FailureConfig(below="wait", pause=0, min_updates=10, attempts=3))
     assert len(engine.asked) == 3
 
 

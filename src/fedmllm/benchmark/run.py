@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -15,13 +16,15 @@ from fedmllm.benchmark.resident import Resident
 from fedmllm.benchmark.results import RunResult
 from fedmllm.benchmark.summary import summarize
 from fedmllm.benchmark.tracking import require_trackers, tracked
+from fedmllm.benchmark.worker import simulated
 from fedmllm.config import Experiment, differences
 from fedmllm.data.federated import FederatedData, manifest, spread
 from fedmllm.data.tested import own_kind, reduced_copy
 from fedmllm.engine.checkpoint import RunStore, write_atomically, write_json
 from fedmllm.engine.compression import UNCOMPRESSED
+from fedmllm.engine.flower import FlowerEngine, require_flower, simulation
 from fedmllm.engine.in_process import InProcessEngine
-from fedmllm.engine.rounds import Loop, Stage, evaluate_state, personal_models, run_stage
+from fedmllm.engine.rounds import Engine, Loop, Stage, evaluate_state, personal_models, run_stage
 from fedmllm.errors import RunError, listing
 from fedmllm.evaluation.answered import Answered, to_record
 from fedmllm.evaluation.evaluate import evaluate
@@ -88,6 +91,8 @@ def train(
     folder = Path(output) if output else default_folder(name)
     _check_folder(folder, experiment, resume)
     require_trackers(track)
+    if experiment.engine.name == "flower":
+        require_flower("ray")
     held = resident or Resident()
     data = spread(held.dataset(experiment), experiment.federation, experiment.seed)
     copies = {spec: reduced_copy(data.dataset.test, spec, experiment.seed) for spec in experiment.evaluation.tested}
@@ -175,7 +180,8 @@ class _Run:
         plain = replace(loop, algorithm=FedAvg(), compression=UNCOMPRESSED)
         federated, *baselines = stages
         self.asked.clear()
-        trained = run_stage(loop, federated, self.start)
+        with self._clients(federated) as engine:
+            trained = run_stage(replace(loop, engine=engine or loop.engine), federated, self.start)
         self._write_predictions(loop, federated, trained)
         models = personal_models(loop, federated, trained)
         ended = {f"fine_tuned-{client}": ServerState(weights, slots={"base": trained.base}) for client, weights in models.items()}
@@ -206,6 +212,18 @@ class _Run:
         if "fine_tuned" in evaluation.baselines:
             stages += [Stage(f"fine_tuned-{client}", {client: samples}, 1, 1) for client, samples in self.data.clients.items()]
         return stages
+
+    @contextmanager
+    def _clients(self, stage: Stage) -> Iterator[Engine | None]:
+        """Where the federation's clients are, if not in this process. Baselines are not of the federation and train here."""
+        e = self.experiment.engine
+        if e.name == "in_process":
+            yield None
+            return
+        states = self.folder.resolve() / "checkpoints" / f"{stage.name}-clients"
+        about = {"experiment": self.experiment.to_yaml(), "states": str(states)}
+        with simulation(simulated(), stage.clients_per_round, e.worker_cpus, e.worker_gpus) as (grid, nodes):
+            yield FlowerEngine(grid, stage.name, about, nodes)
 
     def _solo_rounds(self) -> int:
         """As many rounds as a client takes part in on average, so that every baseline sees each sample as often."""

@@ -9,10 +9,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-
 from fedmllm.algorithms import ServerState
+from fedmllm.engine.packing import pack, unpack
 from fedmllm.errors import RunError
 from fedmllm.types import Record, Slots, Weights
 
@@ -46,7 +44,8 @@ class RunStore:
 
     def save_state(self, stage: str, state: ServerState) -> None:
         """Replace a stage's checkpoint."""
-        write_atomically(self._state_file(stage), _packed({"weights": state.weights, **state.slots}, state.round_num))
+        content = pack({"weights": state.weights, **state.slots}, {"round_num": state.round_num})
+        write_atomically(self._state_file(stage), content)
 
     def load_state(self, stage: str) -> ServerState | None:
         """A stage's last checkpoint; None if it has none.
@@ -57,7 +56,7 @@ class RunStore:
         path = self._state_file(stage)
         if not path.is_file():
             return None
-        groups, round_num = _unpacked(path, "delete it to train this stage anew")
+        groups, round_num = _read(path, "delete it to train this stage anew")
         return ServerState(groups.pop("weights"), round_num, groups)
 
     def client_states(self, stage: str) -> ClientStates:
@@ -137,12 +136,12 @@ class ClientStates:
         before = [number for number in self._rounds(client) if number < round_num]
         if not before:
             return {}
-        return _unpacked(self._file(client, before[-1]), "start the run anew in another folder")[0]
+        return _read(self._file(client, before[-1]), "start the run anew in another folder")[0]
 
     def save(self, client: str, round_num: int, slots: Slots) -> None:
         """Keep what a client's turn in a round came to."""
         before = [number for number in self._rounds(client) if number < round_num]
-        write_atomically(self._file(client, round_num), _packed(slots, round_num))
+        write_atomically(self._file(client, round_num), pack(slots, {"round_num": round_num}))
         for number in before[:-2]:
             self._file(client, number).unlink()
 
@@ -153,21 +152,14 @@ class ClientStates:
         return self.folder / client / f"{round_num}.safetensors"
 
 
-def _packed(groups: Slots, round_num: int) -> bytes:
-    """Groups of tensors as one file in safetensors, under ``group/name``."""
-    tensors = {f"{group}/{name}": t.contiguous() for group, weights in groups.items() for name, t in weights.items()}
-    return bytes(save(tensors, {"round_num": str(round_num)}))
+def _read(path: Path, remedy: str) -> tuple[dict[str, Weights], int]:
+    """The groups of a file, and its round.
 
-
-def _unpacked(path: Path, remedy: str) -> tuple[dict[str, Weights], int]:
-    """The groups of a file, and its round."""
-    groups: dict[str, Weights] = {}
+    Raises:
+        RunError: if it is damaged.
+    """
     try:
-        with safe_open(str(path), framework="pt") as file:
-            round_num = int(file.metadata()["round_num"])
-            for key in file.keys():  # noqa: SIM118
-                group, _, name = key.partition("/")
-                groups.setdefault(group, {})[name] = file.get_tensor(key)
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        groups, facts = unpack(path.read_bytes())
+        return groups, int(facts["round_num"])
+    except (ValueError, KeyError, TypeError) as error:
         raise RunError(f"{path}: damaged checkpoint ({error}); {remedy}") from error
-    return groups, round_num

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -137,19 +137,34 @@ def build_codec(config: CompressionConfig) -> Codec | None:
     return codecs.get(config.name)
 
 
-def sent_through(codec: Codec, tensors: Weights, kept: Mapping[str, Tensor]) -> tuple[Weights, Weights, int]:
-    """What arrives of tensors, what is lost, and the bytes on the way.
+class Sent(NamedTuple):
+    """Tensors on their way.
+
+    Attributes:
+        received: as they arrive.
+        lost: what was to be sent less that.
+        packed: as they are sent.
+    """
+
+    received: Weights
+    lost: Weights
+    packed: Mapping[str, Packed]
+
+    @property
+    def num_bytes(self) -> int:
+        """On the way."""
+        return sum(part.nbytes for parts in self.packed.values() for part in parts)
+
+
+def sent_through(codec: Codec, tensors: Weights, kept: Mapping[str, Tensor]) -> Sent:
+    """Send ``tensors_i + kept_i``.
 
     Args:
         codec: how they are written.
         tensors: what is to be sent.
         kept: what was lost the last time, added to what is named alike; empty for no feedback.
-
-    Returns:
-        ``received_i``, ``tensors_i + kept_i - received_i``, bytes.
     """
     whole = {name: tensor + kept[name] if name in kept else tensor for name, tensor in tensors.items()}
     packed = {name: codec.pack(tensor) for name, tensor in whole.items()}
     received = {name: codec.unpack(packed[name], tensor.shape) for name, tensor in whole.items()}
-    lost = {name: tensor - received[name] for name, tensor in whole.items()}
-    return received, lost, sum(part.nbytes for parts in packed.values() for part in parts)
+    return Sent(received, {name: tensor - received[name] for name, tensor in whole.items()}, packed)

@@ -24,6 +24,8 @@ class FailureConfig(BaseModel):
     ``skip`` the round, which leaves the weights as they are."""
     attempts: int = Field(5, gt=1)
     """How often a client is asked at most, if ``below`` is ``wait``; then the run stops."""
+    pause: float = Field(10.0, ge=0)
+    """Seconds before clients are asked again; what died may need them to come back."""
     norm_limit: float | None = Field(10.0, ge=1)
     """An update is refused whose norm is more than so many times what training could give (``training.local.reach``); null to take any."""
 

@@ -175,12 +175,12 @@ def _compressed(config: CompressionConfig, update: ClientUpdate, kept: Slots) ->
     codec = build_codec(config)
     if codec is None:
         return update, {}
-    arrived, lost, size = {}, {}, 0
-    for kind, tensors in {"update": update.update, **update.extras}.items():
-        before = kept.get(f"lost_{kind}", {})
-        arrived[kind], left, sent = sent_through(codec, tensors, before)
-        size += sent
-        # What is not finite is refused; kept, it would spoil all of the client's later updates.
-        if config.error_feedback and W.is_finite(left):
-            lost[f"lost_{kind}"] = {**before, **left}
-    return replace(update, update=arrived.pop("update"), extras=arrived, num_bytes=size), lost
+    groups = {"update": update.update, **update.extras}
+    sent = {kind: sent_through(codec, tensors, kept.get(f"lost_{kind}", {})) for kind, tensors in groups.items()}
+    # What is not finite is refused; kept, it would spoil all of the client's later updates.
+    left = {kind: through.lost for kind, through in sent.items() if config.error_feedback and W.is_finite(through.lost)}
+    lost = {f"lost_{kind}": {**kept.get(f"lost_{kind}", {}), **tensors} for kind, tensors in left.items()}
+    arrived = {kind: through.received for kind, through in sent.items()}
+    packed = {kind: through.packed for kind, through in sent.items()}
+    size = sum(through.num_bytes for through in sent.values())
+    return replace(update, update=arrived.pop("update"), extras=arrived, num_bytes=size, packed=packed), lost

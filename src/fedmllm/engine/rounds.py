@@ -30,8 +30,12 @@ class EngineConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: Literal["in_process"] = "in_process"
-    """``in_process``: all clients in this process."""
+    name: Literal["in_process", "flower"] = "in_process"
+    """``in_process``: all clients in this process. ``flower``: the federation's clients in worker processes, through Flower's simulation on Ray."""
+    worker_cpus: float = Field(1.0, gt=0)
+    """Cores of one worker, of ``flower``; as many workers are started as there is room for."""
+    worker_gpus: float = Field(0.0, ge=0)
+    """GPUs of one worker, of ``flower``; a part, such as 0.25, lets workers share one."""
     device: str = "auto"
     """``auto`` (a GPU if there is one), ``cpu``, ``cuda``, ``cuda:1``, ..."""
     together: int = Field(16, gt=0)
@@ -202,6 +206,7 @@ def _collect(loop: Loop, stage: Stage, assignment: Assignment, cohort: Sequence[
         missing = [name for name in cohort if name not in intake.accepted]
         if attempt > 1:
             loop.on_wait({"stage": stage.name, "round": assignment.broadcast.round_num + 1, "attempt": attempt, "clients": missing})
+            time.sleep(policy.pause)
         asked += missing
         _take_in(loop.engine.map_clients(assignment, {name: stage.clients[name] for name in missing}), intake, watch)
         if len(intake.accepted) >= needed:

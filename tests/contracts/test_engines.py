@@ -1,0 +1,80 @@
+"""Every method, over every engine: the same cohorts, the same answers, the same end."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fedmllm.algorithms import ALGORITHMS, STRATEGIES
+from fedmllm.benchmark import run, worker
+from fedmllm.benchmark.resident import Resident
+from fedmllm.config import Experiment
+from fedmllm.engine.checkpoint import RunStore
+
+pytest.importorskip("flwr", reason="Flower is not installed: pip install 'fedmllm[flower]'")
+
+from loopback import loopback
+
+RESIDENT = Resident()
+"""Of the server's side; the worker has one of its own."""
+
+
+@pytest.fixture(autouse=True)
+def through_messages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "simulation", partial(loopback))
+    monkeypatch.setattr(run, "require_flower", lambda *modules: None)
+
+
+def experiment(name: str, engine: str, **sections: Any) -> Experiment:
+    parameters = {"server_learning_rate": 0.01} if name.startswith("feda") and name not in ("fedavg", "fedavgm") else {}
+    values: dict[str, Any] = {
+        "data": {"dataset": "digits-claims", "num_train": 40, "num_test": 8, "check_images": False},
+        "federation": {"num_clients": 6, "clients_per_round": 5, "num_rounds": 2, "scenario": "missing-0.3", "min_partition_size": 3},
+        "algorithm": {"name": name, "parameters": parameters, "strategies": [s for s in STRATEGIES if s != "agnostic_prompt"]},
+        "training": {"batch_size": 4, "learning_rate": 3e-3},
+        "evaluation": {"every": 0, "baselines": []},
+        "engine": {"device": "cpu", "together": 1, "name": engine},
+    }
+    if ALGORITHMS[name].heterogeneous_ranks:
+        values["lora"] = {"client_ranks": [2, 8, 4]}
+    return Experiment.parse(values | sections)
+
+
+def ends(settings: Experiment, folder: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]], dict[str, Any]]:
+    """The adapter, the rounds without their times, the scores."""
+    result = run.train(settings, folder, resident=RESIDENT, report=False)
+    rounds = [{k: v for k, v in record.items() if k != "seconds"} for record in RunStore(folder).records("federated")]
+    return load_file(folder / "adapter" / "adapter_model.safetensors"), rounds, result.scores
+
+
+@pytest.mark.parametrize("name", sorted(ALGORITHMS))
+def test_a_federation_ends_alike_in_one_process_and_over_messages(name: str, tmp_path: Path) -> None:
+    """Bit for bit: what is sent arrives as it is, what is not sent the client has. Bytes are those that a message holds."""
+    here, rounds, scores = ends(experiment(name, "in_process"), tmp_path / "here")
+    there, told, others = ends(experiment(name, "flower"), tmp_path / "there")
+    assert here.keys() == there.keys()
+    assert all(torch.equal(there[key], tensor) for key, tensor in here.items())
+    assert (told, others) == (rounds, scores)
+    assert not any(record["refused"] for record in rounds)
+
+
+@pytest.mark.parametrize("codec", ["bfloat16", "int8", "int4", "top_k"])
+def test_compressed_updates_travel_compressed(codec: str, tmp_path: Path) -> None:
+    compression = {"name": codec}
+    here, rounds, _ = ends(experiment("scaffold", "in_process", compression=compression), tmp_path / "here")
+    there, told, _ = ends(experiment("scaffold", "flower", compression=compression), tmp_path / "there")
+    assert all(torch.equal(there[key], tensor) for key, tensor in here.items())
+    assert told == rounds
+
+
+def test_a_worker_serves_one_run_after_another(tmp_path: Path) -> None:
+    """The second has other settings; the third is the first again."""
+    settings = [experiment("fedavg", "flower"), experiment("fedprox", "flower"), experiment("fedavg", "flower")]
+    first, _, third = (ends(one, tmp_path / str(i))[0] for i, one in enumerate(settings))
+    assert all(torch.equal(third[key], tensor) for key, tensor in first.items())
+    assert len(worker._WORKER) == 1

@@ -1,0 +1,179 @@
+"""Flower as the engine: faults of clients and of the way on a Grid in this process, and the simulation on Ray with a worker killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fedmllm.benchmark import run
+from fedmllm.benchmark.resident import Resident
+from fedmllm.config import Experiment
+from fedmllm.engine.checkpoint import RunStore
+from fedmllm.engine.messages import write_answer
+from fedmllm.engine.packing import pack, unpack
+from fedmllm.errors import ConfigError, FederationError
+
+pytest.importorskip("flwr", reason="Flower is not installed: pip install 'fedmllm[flower]'")
+
+from flwr.app import Error, Message
+
+from fedmllm.engine.flower import enclose, enclosed, require_flower
+from fedmllm.types import ClientFailure
+from loopback import Tamper, loopback
+
+RESIDENT = Resident()
+SETTINGS: dict[str, Any] = {
+    "data": {"dataset": "digits-claims", "num_train": 40, "num_test": 8, "check_images": False},
+    "federation": {"num_clients": 4, "clients_per_round": 4, "num_rounds": 2, "min_partition_size": 4, "partition": "iid"},
+    "training": {"batch_size": 4, "learning_rate": 3e-3},
+    "evaluation": {"every": 0, "baselines": []},
+    "engine": {"device": "cpu", "together": 1, "name": "flower"},
+}
+
+
+def trained(folder: Path, monkeypatch: pytest.MonkeyPatch, tamper: Tamper, **failures: Any) -> list[dict[str, Any]]:
+    monkeypatch.setattr(run, "simulation", partial(loopback, tamper=tamper))
+    monkeypatch.setattr(run, "require_flower", lambda *modules: None)
+    run.train(Experiment.parse(SETTINGS | {"failures": failures}), folder, resident=RESIDENT, report=False)
+    return RunStore(folder).records("federated")
+
+
+def client_of(reply: Message) -> str:
+    return str(unpack(enclosed(reply.content))[1]["client"])
+
+
+def of_client(change: Tamper, client: str = "client-02") -> Tamper:
+    return lambda reply: change(reply) if client_of(reply) == client else reply
+
+
+def not_a_number(reply: Message) -> Message:
+    groups, facts = unpack(enclosed(reply.content))
+    first = next(iter(groups["update"]))
+    groups["update"][first] = groups["update"][first] * float("nan")
+    reply.content = enclose(pack(groups, facts))
+    return reply
+
+
+def absurd(reply: Message) -> Message:
+    groups, facts = unpack(enclosed(reply.content))
+    reply.content = enclose(pack({"update": {name: tensor + 100.0 for name, tensor in groups["update"].items()}}, facts))
+    return reply
+
+
+def stale(reply: Message) -> Message:
+    groups, facts = unpack(enclosed(reply.content))
+    reply.content = enclose(pack(groups, facts | {"round_num": 7}))
+    return reply
+
+
+def garbage(reply: Message) -> Message:
+    reply.content = enclose(b"\x80\x04garbage")
+    return reply
+
+
+def an_error(reply: Message) -> Message:
+    return Message(Error(code=3, reason="Node Unavailable"), reply_to=Message(reply.content, dst_node_id=1, message_type="train"))
+
+
+def raised(reply: Message) -> Message:
+    reply.content = enclose(write_answer(ClientFailure("client-02", "RuntimeError: CUDA out of memory"), 0))
+    return reply
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        (not_a_number, "the update holds NaN or infinity"),
+        (absurd, "training could give"),
+        (stale, "it answers round 8, this is round"),
+        (garbage, "the answer cannot be read: no safetensors of ours"),
+        (an_error, "Flower: Node Unavailable"),
+        (raised, "RuntimeError: CUDA out of memory"),
+    ],
+)
+def test_a_bad_answer_is_refused_named_and_left_out(fault: Tamper, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for record in trained(tmp_path / "run", monkeypatch, of_client(fault)):
+        assert [row["client"] for row in record["refused"]] == ["client-02"]
+        assert reason in record["refused"][0]["reason"]
+        assert record["num_samples"] == 30
+
+
+def test_an_answer_that_does_not_come_is_not_waited_for_past_the_deadline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = time.monotonic()
+    records = trained(tmp_path / "run", monkeypatch, of_client(lambda reply: None), deadline=0.5)
+    assert time.monotonic() - start < 60
+    assert [record["refused"] for record in records] == [[{"client": "client-02", "reason": "no answer within the deadline of 0.5 s"}]] * 2
+
+
+def test_answers_that_are_there_when_time_is_up_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first client's does not come; while it was waited for, the others' did."""
+    records = trained(tmp_path / "run", monkeypatch, of_client(lambda reply: None, "client-00"), deadline=0.2)
+    assert all([row["client"] for row in record["refused"]] == ["client-00"] for record in records)
+
+
+def test_a_federation_without_answers_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(FederationError, match=r"round 1: no update can be used:\n  - client-00: no answer within the deadline"):
+        trained(tmp_path / "run", monkeypatch, lambda reply: None, deadline=0.1)
+
+
+def test_without_ray_the_engine_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"flower needs not_there; pip install 'fedmllm\[flower\]'"):
+        require_flower("not_there")
+
+
+def parent(pid: int) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+    except OSError:
+        return 0
+
+
+def workers_of(pid: int) -> list[int]:
+    """Ray's workers among the descendants of a process."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            here, is_worker = int(path.parent.name), path.read_bytes().startswith(b"ray::ClientAppActor")
+        except OSError:
+            continue
+        while is_worker and here > 1 and here != pid:
+            here = parent(here)
+        if is_worker and here == pid:
+            found.append(int(path.parent.name))
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for workers in /proc")
+def test_the_simulation_ends_alike_with_a_worker_killed(tmp_path: Path) -> None:
+    """The command, with real workers: one is killed after the first round, its clients are asked again."""
+    pytest.importorskip("ray", reason="Ray is not installed: pip install 'fedmllm[flower]'")
+    settings = Experiment.parse(SETTINGS | {"failures": {"below": "wait", "min_updates": 4, "pause": 2}})
+    (tmp_path / "x.yaml").write_text(settings.to_yaml())
+    command = [sys.executable, "-m", "fedmllm", "train", "x.yaml", "--track", "none", "federation.num_rounds=3", "--output"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    here = subprocess.Popen([*command, "here", "engine.name=in_process"], cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL)
+    assert here.wait(120) == 0
+    there = subprocess.Popen([*command, "there"], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True)
+    lines = tmp_path / "there" / "metrics.jsonl"
+    until = time.monotonic() + 180
+    while not (lines.exists() and lines.read_text()) and time.monotonic() < until:
+        time.sleep(0.05)
+    before = workers_of(there.pid)
+    os.kill(before[0], signal.SIGKILL)
+    output, _ = there.communicate(timeout=180)
+    assert there.returncode == 0, output
+    first, second = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("here", "there"))
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        torch.testing.assert_close(second[name], tensor, atol=1e-5, rtol=0)
+    assert not workers_of(there.pid)
