@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fedmllm.sites.commands import server_app, site_app
+
 if TYPE_CHECKING:
     from fedmllm.benchmark.results import RunResult
     from fedmllm.config import Experiment
@@ -24,6 +26,8 @@ data_app = typer.Typer(help="Look at data before training on them.", no_args_is_
 app.add_typer(data_app, name="data")
 models_app = typer.Typer(help="Look at models before training them.", no_args_is_help=True, pretty_exceptions_enable=False)
 app.add_typer(models_app, name="models")
+app.add_typer(server_app, name="server")
+app.add_typer(site_app, name="site")
 
 ExperimentFile = Annotated[Path, typer.Argument(help="Experiment in YAML, e.g. experiments/quickstart.yaml.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Settings as key.path=value, e.g. federation.num_rounds=5.")]

@@ -102,7 +102,7 @@ class _Clock:
     def start(self, stages: Sequence[Stage]) -> None:
         """Lay the stages end to end: rounds x cohort x mean client size."""
         for stage in stages:
-            mean_size = sum(map(len, stage.clients.values())) / len(stage.clients)
+            mean_size = stage.num_samples / len(stage.clients)
             self._costs[stage.name] = stage.num_rounds * stage.clients_per_round * mean_size
             self._ends[stage.name] = sum(self._costs.values())
         self._begin = time.monotonic()

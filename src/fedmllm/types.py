@@ -110,6 +110,14 @@ Profile = Mapping[str, int]
 
 
 @dataclass(frozen=True)
+class Holding:
+    """What a client that is elsewhere says it holds: how many samples, and how many of which modalities, if it says so."""
+
+    num_samples: int
+    profile: Profile = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Population:
     """What the server knows about all clients before the first round: how many there are, and what they hold together."""
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from fedmllm.algorithms import ALGORITHMS, STRATEGIES
-from fedmllm.benchmark import run, worker
+from fedmllm.benchmark import federation, run, worker
 from fedmllm.benchmark.resident import Resident
 from fedmllm.config import Experiment
 from fedmllm.engine.checkpoint import RunStore
@@ -26,8 +26,8 @@ RESIDENT = Resident()
 
 @pytest.fixture(autouse=True)
 def through_messages(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "simulation", partial(loopback))
-    monkeypatch.setattr(run, "require_flower", lambda *modules: None)
+    monkeypatch.setattr(federation, "simulation", partial(loopback))
+    monkeypatch.setattr(federation, "require_flower", lambda *modules: None)
 
 
 def experiment(name: str, engine: str, **sections: Any) -> Experiment:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fedmllm.benchmark import run
+from fedmllm.benchmark import federation, run
 from fedmllm.benchmark.resident import Resident
 from fedmllm.config import Experiment
 from fedmllm.engine.checkpoint import RunStore
@@ -42,8 +42,8 @@ SETTINGS: dict[str, Any] = {
 
 
 def trained(folder: Path, monkeypatch: pytest.MonkeyPatch, tamper: Tamper, **failures: Any) -> list[dict[str, Any]]:
-    monkeypatch.setattr(run, "simulation", partial(loopback, tamper=tamper))
-    monkeypatch.setattr(run, "require_flower", lambda *modules: None)
+    monkeypatch.setattr(federation, "simulation", partial(loopback, tamper=tamper))
+    monkeypatch.setattr(federation, "require_flower", lambda *modules: None)
     run.train(Experiment.parse(SETTINGS | {"failures": failures}), folder, resident=RESIDENT, report=False)
     return RunStore(folder).records("federated")
 

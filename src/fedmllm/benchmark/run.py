@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fedmllm.algorithms import Client, ServerState, build_algorithm
 from fedmllm.algorithms.fedavg import FedAvg
 from fedmllm.benchmark.card import adapter_card
+from fedmllm.benchmark.federation import Federation, federation
 from fedmllm.benchmark.report import write_report
 from fedmllm.benchmark.resident import Resident
 from fedmllm.benchmark.results import RunResult
 from fedmllm.benchmark.summary import summarize
 from fedmllm.benchmark.tracking import require_trackers, tracked
-from fedmllm.benchmark.worker import simulated
 from fedmllm.config import Experiment, differences
-from fedmllm.data.federated import FederatedData, manifest, spread
+from fedmllm.data.federated import FederatedData, manifest
 from fedmllm.data.tested import own_kind, reduced_copy
 from fedmllm.engine.checkpoint import RunStore, write_atomically, write_json
 from fedmllm.engine.compression import UNCOMPRESSED
-from fedmllm.engine.flower import FlowerEngine, require_flower, simulation
 from fedmllm.engine.in_process import InProcessEngine
-from fedmllm.engine.rounds import Engine, Loop, Stage, evaluate_state, personal_models, run_stage
+from fedmllm.engine.rounds import Loop, Stage, evaluate_state, personal_models, run_stage
 from fedmllm.errors import RunError, listing
 from fedmllm.evaluation.answered import Answered, to_record
 from fedmllm.evaluation.evaluate import evaluate
@@ -91,18 +89,16 @@ def train(
     folder = Path(output) if output else default_folder(name)
     _check_folder(folder, experiment, resume)
     require_trackers(track)
-    if experiment.engine.name == "flower":
-        require_flower("ray")
     held = resident or Resident()
-    data = spread(held.dataset(experiment), experiment.federation, experiment.seed)
-    copies = {spec: reduced_copy(data.dataset.test, spec, experiment.seed) for spec in experiment.evaluation.tested}
-    with held.model(experiment) as (vlm, trainable):
-        vlm.family.require(data.dataset.modalities)
+    with federation(experiment, held) as clients, held.model(experiment) as (vlm, trainable):
+        dataset = clients.data.dataset
+        copies = {spec: reduced_copy(dataset.test, spec, experiment.seed) for spec in experiment.evaluation.tested}
+        vlm.family.require(dataset.modalities)
         start = _start(experiment, vlm)
-        _open_folder(folder, experiment, data)
+        _open_folder(folder, experiment, clients.data)
         with tracked(track, folder, experiment, name) as tell:
             told = (observer or Observer()).beside(tell)
-            return _Run(experiment, folder, name, data, copies, vlm, trainable, held.encoder(experiment), start, told).finish(report)
+            return _Run(experiment, folder, name, clients, copies, vlm, trainable, held.encoder(experiment), start, told).finish(report)
 
 
 def default_folder(name: str) -> Path:
@@ -158,7 +154,7 @@ class _Run:
     experiment: Experiment
     folder: Path
     name: str
-    data: FederatedData
+    federation: Federation
     copies: Mapping[str, Sequence[Sample]]
     vlm: VisionLanguageModel
     parts: Sequence[Part]
@@ -167,6 +163,11 @@ class _Run:
     observer: Observer
     asked: list[Answered] = field(default_factory=list)
     """Answers to the test split, as they were scored."""
+
+    @property
+    def data(self) -> FederatedData:
+        """Of the federation."""
+        return self.federation.data
 
     def finish(self, report: bool) -> RunResult:
         """Train what is not trained yet, and write the rest."""
@@ -180,7 +181,7 @@ class _Run:
         plain = replace(loop, algorithm=FedAvg(), compression=UNCOMPRESSED)
         federated, *baselines = stages
         self.asked.clear()
-        with self._clients(federated) as engine:
+        with self.federation.engine(federated, self.folder) as engine:
             trained = run_stage(replace(loop, engine=engine or loop.engine), federated, self.start)
         self._write_predictions(loop, federated, trained)
         models = personal_models(loop, federated, trained)
@@ -203,8 +204,9 @@ class _Run:
         """The federation, then centralized training, each client alone, and each client from where the federation ended."""
         federation, evaluation = self.experiment.federation, self.experiment.evaluation
         ranks = {client: self.experiment.lora.rank_of(i) for i, client in enumerate(sorted(self.data.clients))}
-        own = {client: rank for client, rank in ranks.items() if rank is not None}
-        stages = [Stage("federated", self.data.clients, federation.num_rounds, federation.clients_per_round, evaluation.every, own)]
+        own = {client: rank for client, rank in ranks.items() if rank is not None} | dict(self.federation.ranks)
+        rounds, cohort, told = federation.num_rounds, federation.clients_per_round, self.data.told
+        stages = [Stage("federated", self.data.clients, rounds, cohort, evaluation.every, own, told)]
         if "centralized" in evaluation.baselines:
             stages.append(Stage("centralized", pooled(self.data.clients), self._solo_rounds(), 1))
         if "local" in evaluation.baselines:
@@ -212,18 +214,6 @@ class _Run:
         if "fine_tuned" in evaluation.baselines:
             stages += [Stage(f"fine_tuned-{client}", {client: samples}, 1, 1) for client, samples in self.data.clients.items()]
         return stages
-
-    @contextmanager
-    def _clients(self, stage: Stage) -> Iterator[Engine | None]:
-        """Where the federation's clients are, if not in this process. Baselines are not of the federation and train here."""
-        e = self.experiment.engine
-        if e.name == "in_process":
-            yield None
-            return
-        states = self.folder.resolve() / "checkpoints" / f"{stage.name}-clients"
-        about = {"experiment": self.experiment.to_yaml(), "states": str(states)}
-        with simulation(simulated(), stage.clients_per_round, e.worker_cpus, e.worker_gpus) as (grid, nodes):
-            yield FlowerEngine(grid, stage.name, about, nodes)
 
     def _solo_rounds(self) -> int:
         """As many rounds as a client takes part in on average, so that every baseline sees each sample as often."""

@@ -24,7 +24,8 @@ def summarize(
     final = {name: rows[-1]["scores"] for name, rows in records.items() if rows}
     local = {name.removeprefix("local-"): scores["score"] for name, scores in final.items() if name.startswith("local-")}
     seconds = {name: sum(sum(row["seconds"].values()) for row in rows) for name, rows in records.items() if rows}
-    majority = majority_score(dataset.metric, [s for samples in clients.values() for s in samples], dataset.test)
+    # Of answers that are elsewhere nobody here knows which is the most frequent.
+    majority = None if data.told else majority_score(dataset.metric, [s for samples in clients.values() for s in samples], dataset.test)
     return RunResult(
         experiment=name,
         metric=dataset.metric,

@@ -1,9 +1,9 @@
-"""A process that trains clients for a server elsewhere: it loads model and data once and answers tasks."""
+"""A process that trains clients for a server elsewhere: it loads model and data once and answers what it is asked."""
 
 from __future__ import annotations
 
 import atexit
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,15 +15,19 @@ from fedmllm.algorithms import Algorithm, build_algorithm
 from fedmllm.benchmark.resident import Resident
 from fedmllm.config import Experiment
 from fedmllm.data.federated import spread
+from fedmllm.data.modalities import profile
 from fedmllm.engine.checkpoint import ClientStates
 from fedmllm.engine.flower import enclose, enclosed
 from fedmllm.engine.in_process import Assignment, InProcessEngine
-from fedmllm.engine.messages import Task, read_task, write_answer
+from fedmllm.engine.messages import Presence, Task, TaskFacts, read_task, write_answer
+from fedmllm.engine.packing import pack
 from fedmllm.models.lora import frozen_weights, read_weights
 from fedmllm.types import Answer, Broadcast, ClientFailure, Sample
 
 if TYPE_CHECKING:
     from flwr.clientapp import ClientApp
+
+Clients = Mapping[str, tuple[Sample, ...]]
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,13 @@ class _Opened:
     engine: InProcessEngine
     algorithm: Algorithm
     own: Broadcast
-    clients: Mapping[str, tuple[Sample, ...]]
+    clients: Clients
+
+    def samples(self, client: str) -> tuple[Sample, ...]:
+        """Of a client."""
+        if client not in self.clients:
+            raise LookupError(f"{client!r} is no client of this worker; it has {', '.join(self.clients)}")
+        return self.clients[client]
 
     def train(self, task: Task, states: ClientStates) -> Answer:
         """One client's turn."""
@@ -56,56 +66,92 @@ class _Opened:
             {} if facts.rank is None else {facts.client: facts.rank},
             self.experiment.compression,
         )
-        (answer,) = self.engine.map_clients(assignment, {facts.client: self.clients[facts.client]})
+        (answer,) = self.engine.map_clients(assignment, {facts.client: self.samples(facts.client)})
         return answer
 
 
 class Worker:
-    """Answers tasks, one after another."""
+    """Answers tasks, one after another. This one trains clients of the experiment's own split; what they keep is where the task says."""
 
     def __init__(self) -> None:
-        self._resident, self._opened, self._settings = Resident(), ExitStack(), ""
+        self.resident = Resident()
+        self._opened, self._settings = ExitStack(), ""
         self._run: _Opened | None = None
 
-    def close(self) -> None:
-        """Let go of the run."""
-        self._run, self._settings = None, ""
-        self._opened.close()
+    def experiment(self, settings: str) -> Experiment:
+        """What the server's settings mean here."""
+        return Experiment.from_yaml(settings)
+
+    def clients(self, experiment: Experiment) -> Clients:
+        """Whom it trains."""
+        return spread(self.resident.dataset(experiment), experiment.federation, experiment.seed).clients
+
+    def states(self, facts: TaskFacts) -> ClientStates:
+        """Where clients keep what is their own."""
+        return ClientStates(Path(facts.about["states"]))
+
+    def told(self, presence: Presence) -> Presence:
+        """What the server is told of a client."""
+        return presence
+
+    def sent(self, answer: Answer, facts: TaskFacts) -> Answer:
+        """What the server is sent."""
+        return answer
+
+    def failed(self, client: str, error: Exception) -> ClientFailure:
+        """What the server is told of an error."""
+        return ClientFailure(client, f"{type(error).__name__}: {error}")
 
     def answer(self, content: bytes) -> bytes:
         """An update, or what went wrong: a worker outlives what a task does to it."""
         task = read_task(content)
         facts = task.facts
         try:
-            states = ClientStates(Path(facts.about["states"]))
-            answer = self._open(facts.about["experiment"]).train(task, states)
-            return write_answer(answer, facts.round_num)
+            answer = self._open(facts).train(task, self.states(facts))
+            return write_answer(self.sent(answer, facts), facts.round_num)
         except Exception as error:
-            return write_answer(ClientFailure(facts.client, f"{type(error).__name__}: {error}"), facts.round_num)
+            return write_answer(self.failed(facts.client, error), facts.round_num)
 
-    def _open(self, settings: str) -> _Opened:
+    def present(self, content: bytes) -> bytes:
+        """A client's word about itself, once model and data are there."""
+        facts = read_task(content).facts
+        try:
+            samples = self._open(facts).samples(facts.client)
+            counted = dict(profile(samples))
+            presence = Presence(client=facts.client, num_samples=len(samples), profile=counted, rank=None, trial=True)
+            return pack({}, self.told(presence).model_dump())
+        except Exception as error:
+            return write_answer(self.failed(facts.client, error), 0)
+
+    def _open(self, facts: TaskFacts) -> _Opened:
         """The run of these settings; another than the last is set up anew, with model and data as far as they are the same."""
+        settings = str(facts.about["experiment"])
         if self._run is None or settings != self._settings:
             self.close()
-            self._run, self._settings = self._set_up(Experiment.from_yaml(settings)), settings
+            self._run, self._settings = self._set_up(self.experiment(settings)), settings
         return self._run
 
     def _set_up(self, experiment: Experiment) -> _Opened:
         torch.set_num_threads(max(1, int(experiment.engine.worker_cpus)))
-        data = spread(self._resident.dataset(experiment), experiment.federation, experiment.seed)
-        vlm, _ = self._opened.enter_context(self._resident.model(experiment))
+        clients = self.clients(experiment)
+        vlm, _ = self._opened.enter_context(self.resident.model(experiment))
         method = build_algorithm(experiment.algorithm)
         own = method.broadcast(method.init(read_weights(vlm.model), frozen_weights(vlm)))
-        engine = InProcessEngine(vlm, self._resident.encoder(experiment), experiment.training)
-        return _Opened(experiment, engine, method, own, data.clients)
+        engine = InProcessEngine(vlm, self.resident.encoder(experiment), experiment.training)
+        return _Opened(experiment, engine, method, own, clients)
+
+    def close(self) -> None:
+        """Let go of the run."""
+        self._run, self._settings = None, ""
+        self._opened.close()
 
 
-_WORKER: list[Worker] = []
-"""This process's."""
+def client_app(worker: Callable[[], Worker]) -> ClientApp:
+    """What Flower runs at a node.
 
-
-def simulated() -> ClientApp:
-    """What Flower's simulation runs at every node, in as many processes as it has workers."""
+    Args:
+        worker: gives this process's.
+    """
     from flwr.app import Context, Message
     from flwr.clientapp import ClientApp
 
@@ -113,9 +159,17 @@ def simulated() -> ClientApp:
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        return Message(enclose(resident_worker().answer(enclosed(message.content))), reply_to=message)
+        return Message(enclose(worker().answer(enclosed(message.content))), reply_to=message)
+
+    @app.query()
+    def query(message: Message, context: Context) -> Message:
+        return Message(enclose(worker().present(enclosed(message.content))), reply_to=message)
 
     return app
+
+
+_WORKER: list[Worker] = []
+"""This process's."""
 
 
 def resident_worker() -> Worker:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fedmllm.data import reference
@@ -18,7 +18,7 @@ from fedmllm.data.quality import parse_part
 from fedmllm.data.settings import DataConfig, FederationConfig
 from fedmllm.errors import ConfigError, DataError, listing
 from fedmllm.randomness import generator
-from fedmllm.types import Record, Sample
+from fedmllm.types import Holding, Record, Sample
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,13 @@ class FederatedData:
         dataset: where the samples come from; its test split is complete and shared by all.
         clients: training samples by client id.
         dropped: samples that lost every modality and were left out.
+        told: of clients whose samples are elsewhere and not in ``clients``, what they say they hold.
     """
 
     dataset: Dataset
     clients: Mapping[str, tuple[Sample, ...]]
     dropped: int
+    told: Mapping[str, Holding] = field(default_factory=dict)
 
 
 def federate(data: DataConfig, federation: FederationConfig, seed: int) -> FederatedData:
@@ -149,6 +151,11 @@ def manifest(data: FederatedData, scenario: str, seed: int) -> Record:
     clients = [
         {"id": name, **_counts(samples), "samples": [{"id": s.id, "modalities": list(s.modalities)} for s in samples]}
         for name, samples in data.clients.items()
+        if name not in data.told
+    ]
+    clients += [
+        {"id": name, "num_samples": held.num_samples, "labels": {}, "modalities": dict(held.profile), "samples": []}
+        for name, held in data.told.items()
     ]
     dataset = data.dataset
     return {

@@ -10,10 +10,10 @@ import queue
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from fedmllm.engine.in_process import Assignment
 from fedmllm.engine.messages import expected, read_answer, write_task
@@ -71,6 +71,18 @@ def enclosed(record: RecordDict) -> bytes:
         raise ValueError("the message holds no record of ours") from error
 
 
+class Carrier(Protocol):
+    """What of Flower's Grid is used."""
+
+    def push_messages(self, messages: list[Message]) -> Iterable[str]:
+        """Send; the messages' ids."""
+        ...
+
+    def pull_messages(self, message_ids: list[str]) -> Iterable[Message]:
+        """The replies that are there."""
+        ...
+
+
 @dataclass(frozen=True)
 class FlowerEngine:
     """Sends a round's tasks to nodes, and takes the answers in the clients' order, one at a time.
@@ -79,49 +91,65 @@ class FlowerEngine:
         grid: Flower's.
         stage: what the rounds belong to.
         about: what workers are told beside.
-        nodes: where the clients of a round are reached, by their place in it.
+        nodes: where clients can be reached now, by name; those that cannot are left out.
     """
 
-    grid: Grid
+    grid: Carrier
     stage: str
     about: Mapping[str, Any]
-    nodes: Sequence[int]
+    nodes: Callable[[Sequence[str]], Mapping[str, int]]
 
     def map_clients(self, assignment: Assignment, clients: Mapping[str, Sequence[Sample]]) -> Iterator[Answer]:
         """Answers in the clients' order. Those that come earlier wait outside of this process where Flower has a server of its own."""
-        begun = time.monotonic()
-        sent = {name: self._send(assignment, name, node) for name, node in zip(clients, self.nodes, strict=False)}
-        for name, message_id in sent.items():
-            yield self._receive(assignment, name, message_id, begun)
-
-    def _send(self, assignment: Assignment, client: str, node: int) -> str:
-        """One at a time, so that no more than one is held here."""
-        from flwr.app import Message
-
-        life = _NEVER if assignment.deadline is None else assignment.deadline + _GRACE
-        content = enclose(write_task(assignment, self.stage, client, self.about))
-        (message_id,) = self.grid.push_messages([Message(content, dst_node_id=node, message_type="train", ttl=life)])
-        return message_id
-
-    def _receive(self, assignment: Assignment, client: str, message_id: str, begun: float) -> Answer:
-        """Look until the answer is there, or it is too late."""
-        while True:
-            # Asked before the clock: what is there when time is up still counts, however long the ones before it took.
-            late = assignment.deadline is not None and time.monotonic() - begun > assignment.deadline
-            for reply in self.grid.pull_messages([message_id]):
-                return _read(reply, client, assignment)
-            if late:
-                return ClientFailure(client, f"no answer within the deadline of {assignment.deadline:g} s")
-            time.sleep(_POLL)
+        contents = ((name, write_task(assignment, self.stage, name, self.about)) for name in clients)
+        for name, content in ask(self.grid, "train", contents, self.nodes(list(clients)), assignment.deadline):
+            yield content if isinstance(content, ClientFailure) else read_answer(content, name, expected(assignment, name))
 
 
-def _read(reply: Message, client: str, assignment: Assignment) -> Answer:
-    if reply.has_error():
-        return ClientFailure(client, f"Flower: {reply.error.reason}")
+def ask(
+    grid: Carrier, kind: str, contents: Iterable[tuple[str, bytes]], nodes: Mapping[str, int], deadline: float | None
+) -> Iterator[tuple[str, bytes | ClientFailure]]:
+    """Send every client its message, one at a time, so that no more than one is held here; then take the answers in the same order.
+
+    Args:
+        grid: Flower's. It raises a ``ConnectionError`` where what it leads to is gone.
+        kind: of message.
+        contents: what to send, by client.
+        nodes: where clients are reached.
+        deadline: seconds until which answers are waited for; None for ever.
+    """
+    begun = time.monotonic()
+    sent = {client: _send(grid, kind, client, content, nodes.get(client), deadline) for client, content in contents}
+    for client, message_id in sent.items():
+        yield client, message_id if isinstance(message_id, ClientFailure) else _receive(grid, client, message_id, begun, deadline)
+
+
+def _send(grid: Carrier, kind: str, client: str, content: bytes, node: int | None, deadline: float | None) -> str | ClientFailure:
+    from flwr.app import Message
+
+    if node is None:
+        return ClientFailure(client, "not connected")
+    life = _NEVER if deadline is None else deadline + _GRACE
     try:
-        return read_answer(enclosed(reply.content), client, expected(assignment, client))
-    except ValueError as error:
+        (message_id,) = grid.push_messages([Message(enclose(content), dst_node_id=node, message_type=kind, ttl=life)])
+    except ConnectionError as error:
         return ClientFailure(client, str(error))
+    return message_id or ClientFailure(client, "Flower did not take the message")
+
+
+def _receive(grid: Carrier, client: str, message_id: str, begun: float, deadline: float | None) -> bytes | ClientFailure:
+    """Look until the answer is there, or it is too late."""
+    while True:
+        # Asked before the clock: what is there when time is up still counts, however long the ones before it took.
+        late = deadline is not None and time.monotonic() - begun > deadline
+        try:
+            for reply in grid.pull_messages([message_id]):
+                return ClientFailure(client, f"Flower: {reply.error.reason}") if reply.has_error() else enclosed(reply.content)
+        except (ConnectionError, ValueError) as error:
+            return ClientFailure(client, str(error))
+        if late:
+            return ClientFailure(client, f"no answer within the deadline of {deadline:g} s")
+        time.sleep(_POLL)
 
 
 @contextmanager

@@ -51,6 +51,17 @@ class AnswerFacts(_Facts):
     rank: int | None
 
 
+class Presence(_Facts):
+    """What a client says of itself before the first round."""
+
+    client: str
+    num_samples: int = Field(gt=0, lt=2**40)
+    profile: dict[str, int]
+    rank: int | None
+    trial: bool
+    """Whether it trains its part of the experiment's own split, as a simulated client does, and no data of its own."""
+
+
 class Failed(_Facts):
     """Instead of an update."""
 
@@ -140,6 +151,26 @@ def write_answer(answer: ClientUpdate | ClientFailure, round_num: int) -> bytes:
         rank=answer.rank,
     )
     return pack(groups, facts.model_dump())
+
+
+def write_question(client: str, about: Mapping[str, Any]) -> bytes:
+    """What a client is asked before the first round: a task of nothing."""
+    facts = TaskFacts(
+        stage="presence", client=client, round_num=0, seed=0, learning_rate=0.0, rank=None, num_clients=0, profile={}, about=dict(about)
+    )
+    return pack({}, facts.model_dump())
+
+
+def read_presence(content: bytes, client: str) -> Presence | ClientFailure:
+    """A client's word about itself; what cannot be read is a failure."""
+    try:
+        _, facts = unpack(content)
+        if "failure" in facts:
+            return ClientFailure(client, Failed.model_validate(facts).failure)
+        told = Presence.model_validate(facts)
+        return told if told.client == client else ClientFailure(client, f"it says that it is {told.client!r}")
+    except ValueError as error:
+        return ClientFailure(client, f"its word about itself cannot be read: {error}")
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -22,7 +24,7 @@ from fedmllm.errors import FederationError
 from fedmllm.evaluation.metrics import error_over_models, over_models
 from fedmllm.randomness import generator
 from fedmllm.training.local import TrainingConfig, reach, round_learning_rate
-from fedmllm.types import Answer, Broadcast, Metrics, Population, Record, Sample, Weights
+from fedmllm.types import Answer, Broadcast, Holding, Metrics, Population, Record, Sample, Weights
 
 
 class EngineConfig(BaseModel):
@@ -31,7 +33,10 @@ class EngineConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: Literal["in_process", "flower"] = "in_process"
-    """``in_process``: all clients in this process. ``flower``: the federation's clients in worker processes, through Flower's simulation on Ray."""
+    """``in_process``: all clients in this process. ``flower``: the federation's clients elsewhere, through Flower: in worker processes on Ray, or at
+    the sites of ``server``."""
+    server: Path | None = None
+    """``server.yaml`` of a federation of sites, of ``flower``; left out for worker processes on this machine."""
     worker_cpus: float = Field(1.0, gt=0)
     """Cores of one worker, of ``flower``; as many workers are started as there is room for."""
     worker_gpus: float = Field(0.0, ge=0)
@@ -66,6 +71,7 @@ class Stage:
         clients_per_round: size of a cohort.
         evaluate_every: rounds between evaluations, 0 for the last only.
         ranks: clients' own LoRA ranks, where they differ from the server's.
+        told: of clients whose samples are elsewhere, what they say they hold.
     """
 
     name: str
@@ -74,11 +80,20 @@ class Stage:
     clients_per_round: int
     evaluate_every: int = 0
     ranks: Mapping[str, int] = field(default_factory=dict)
+    told: Mapping[str, Holding] = field(default_factory=dict)
 
     @property
     def population(self) -> Population:
         """What the server knows of all clients: each has told how many samples it holds of which modalities."""
-        return Population(len(self.clients), profile(sample for samples in self.clients.values() for sample in samples))
+        counts = Counter(profile(sample for samples in self.clients.values() for sample in samples))
+        for held in self.told.values():
+            counts.update(held.profile)
+        return Population(len(self.clients), dict(counts))
+
+    @property
+    def num_samples(self) -> int:
+        """Of all clients."""
+        return sum(map(len, self.clients.values())) + sum(held.num_samples for held in self.told.values())
 
     def cohort(self, seed: int, round_num: int) -> list[str]:
         """The clients of a round, drawn without replacement, sorted."""

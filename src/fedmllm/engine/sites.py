@@ -1,0 +1,114 @@
+"""The files ``server.yaml`` and ``site.yaml``."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from fedmllm.data.settings import DataConfig
+from fedmllm.engine.superlink import SuperLink
+from fedmllm.errors import ConfigError, listing
+
+NAME = re.compile(r"\w[\w.-]{0,63}", re.ASCII)
+"""Files are named after sites."""
+
+
+class _File(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    folder: Path = Field(exclude=True)
+    """Where the file is, and what belongs to it."""
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read the file.
+
+        Raises:
+            ConfigError: naming every setting that breaks a rule.
+        """
+        try:
+            values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path}: cannot be read ({error}); fedmllm site init writes it") from error
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+        try:
+            return cls.model_validate({**values, "folder": path.resolve().parent})
+        except (ValidationError, TypeError) as error:
+            found = error.errors() if isinstance(error, ValidationError) else [{"loc": (), "msg": "no mapping"}]
+            problems = [f"{'.'.join(map(str, detail['loc']))}: {detail['msg']}" for detail in found]
+            raise ConfigError(f"{path}: {len(problems)} error{'s' * (len(problems) > 1)}:\n{listing(problems)}") from None
+
+
+class ServerConfig(_File):
+    """``server.yaml``: the SuperLink, and who may connect to it. Keys and certificates are beside it."""
+
+    address: str
+    """``host:port`` under which sites reach it; the host is in the certificate."""
+    listen: str = "127.0.0.1"
+    """Address of this machine on which it listens: 0.0.0.0 for all."""
+    sites: tuple[str, ...] = Field(min_length=1)
+    """Their names; ``NAME.pub`` beside the file is a site's public key."""
+
+    @field_validator("sites")
+    @classmethod
+    def _plain(cls, sites: tuple[str, ...]) -> tuple[str, ...]:
+        if wrong := [name for name in sites if not NAME.fullmatch(name)]:
+            raise ValueError(f"{wrong[0]!r} is no plain name: letters, digits, _ . - only, 64 at most")
+        if len(set(sites)) < len(sites):
+            raise ValueError("a name is there twice")
+        return tuple(sorted(sites))
+
+    @property
+    def port(self) -> int:
+        """Of the address."""
+        return int(self.address.rpartition(":")[2])
+
+    @property
+    def link(self) -> SuperLink:
+        """How a server of runs reaches it."""
+        return SuperLink(self.address, self.folder / "ca.crt", self.folder / "secret")
+
+    def keys(self) -> dict[str, bytes]:
+        """Public keys by site.
+
+        Raises:
+            ConfigError: if one is not there.
+        """
+        if missing := [name for name in self.sites if not (self.folder / f"{name}.pub").is_file()]:
+            raise ConfigError(f"{self.folder / missing[0]}.pub: no public key of site {missing[0]}; put it there, or take the site out")
+        return {name: (self.folder / f"{name}.pub").read_bytes() for name in self.sites}
+
+
+Withheld = Literal["metrics", "profile", "num_samples"]
+
+
+class SiteConfig(_File):
+    """``site.yaml``: what this site trains on, and what of it the server is told. Only the site reads it."""
+
+    name: str = Field(pattern=NAME.pattern)
+    """Under which the server admits it."""
+    server: str
+    """``host:port`` of the server."""
+    port: int = Field(9094, gt=0, lt=65536)
+    """Of this machine, on 127.0.0.1, between the site's own processes."""
+    data: DataConfig | None = None
+    """The site's own data: a dataset's name, folder and options. Left out for a trial, in which the site trains its part of the
+    experiment's own split of embedded data."""
+    modalities: tuple[str, ...] = ()
+    """Which of its samples' modalities are used; left out for all."""
+    model: str | None = None
+    """Folder of the model at this site; left out for the embedded one. The experiment's own name for it is not followed."""
+    rank: int | None = Field(None, gt=0)
+    """LoRA rank of this site, where the method lets ranks differ; left out for the experiment's."""
+    device: str = "auto"
+    """``auto``, ``cpu``, ``cuda``, ..."""
+    cpus: int = Field(1, gt=0)
+    """Cores to compute with."""
+    withhold: tuple[Withheld, ...] = ()
+    """What the server is not told: ``metrics`` (training loss and steps), ``profile`` (samples by modality), ``num_samples`` (the site
+    then weighs as one sample)."""

@@ -1,0 +1,210 @@
+"""A site's worker: it loads the model once and answers what the site's SuperNode receives. ``python -m fedmllm.sites.client site.yaml``.
+
+Flower would start a process for every message, which would load the model anew, and run the code that came with the run. This process takes the
+messages instead, over the SuperNode's interface on this machine, and runs what is installed here.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fedmllm.benchmark.worker import Clients, Worker, client_app
+from fedmllm.config import Experiment
+from fedmllm.engine.checkpoint import ClientStates
+from fedmllm.engine.flower import require_flower
+from fedmllm.engine.messages import Presence, TaskFacts
+from fedmllm.engine.sites import NAME, SiteConfig
+from fedmllm.errors import ConfigError, FedMLLMError
+from fedmllm.types import Answer, ClientFailure, ClientUpdate, Sample
+
+_LOG = logging.getLogger("fedmllm.site")
+_POLL = 0.05
+"""Seconds between two looks for a message."""
+
+
+class SiteWorker(Worker):
+    """Trains this site on its own data, whatever the server's settings say about data, paths and devices.
+
+    Args:
+        site: its settings.
+    """
+
+    def __init__(self, site: SiteConfig) -> None:
+        super().__init__()
+        self._site = site
+
+    def experiment(self, settings: str) -> Experiment:
+        """The server's, with model, device and data of this site. Nothing of it leads to a path, a download or code that comes with a model."""
+        told, site = Experiment.from_yaml(settings), self._site
+        if site.model is None and told.model.name != "nano":
+            raise ConfigError(f"the experiment trains {told.model.name!r}; set model in site.yaml to its folder at this site")
+        if site.data is None and not told.data.dataset.startswith("digits-"):
+            raise ConfigError("a site without data of its own tries out embedded data only; set data in site.yaml")
+        model = told.model.model_copy(update={"name": site.model or "nano", "trust_remote_code": False, "revision": None})
+        engine = told.engine.model_copy(update={"device": site.device, "worker_cpus": float(site.cpus)})
+        data = told.data if site.data is None else site.data.model_copy(update={"prompt": told.data.prompt})
+        return told.model_copy(update={"model": model, "engine": engine, "data": data})
+
+    def clients(self, experiment: Experiment) -> Clients:
+        """One: this site."""
+        name = self._site.name
+        if self._site.data is not None:
+            return {name: self._used(self.resident.dataset(experiment).train)}
+        clients = super().clients(experiment)
+        if name not in clients:
+            raise ConfigError(f"a site without data of its own is named like one of the experiment's clients; {name!r} is none of them")
+        return {name: self._used(clients[name])}
+
+    def _used(self, samples: tuple[Sample, ...]) -> tuple[Sample, ...]:
+        """With the modalities that are used here."""
+        chosen = self._site.modalities
+        if not chosen:
+            return samples
+        kept = (replace(s, content={m: c for m, c in s.content.items() if m in chosen}) for s in samples)
+        if not (found := tuple(sample for sample in kept if sample.content)):
+            raise ConfigError(f"modalities: no sample has any of {list(chosen)}")
+        return found
+
+    def states(self, facts: TaskFacts) -> ClientStates:
+        """In the site's folder, by run and stage."""
+        run = str(facts.about["run"])
+        if not (NAME.fullmatch(run) and NAME.fullmatch(facts.stage)):
+            raise ConfigError(f"the server's name for its run, {run!r}, is no plain name")
+        return ClientStates(self._site.folder / "state" / run / facts.stage)
+
+    def told(self, presence: Presence) -> Presence:
+        """Without what is withheld."""
+        hidden = self._site.withhold
+        kept = presence.model_copy(update={"rank": self._site.rank, "trial": self._site.data is None})
+        if "profile" in hidden:
+            kept = kept.model_copy(update={"profile": {}})
+        if "num_samples" in hidden:
+            kept = kept.model_copy(update={"num_samples": 1})
+        self._note({"kind": "presence", **kept.model_dump()})
+        return kept
+
+    def sent(self, answer: Answer, facts: TaskFacts) -> Answer:
+        """Without what is withheld; what is sent is noted."""
+        if isinstance(answer, ClientFailure):
+            return self._noted(replace(answer, reason=answer.reason.partition(":")[0] + "; more is in the site's log"), facts)
+        hidden = self._site.withhold
+        if "metrics" in hidden:
+            answer = replace(answer, metrics={})
+        if "profile" in hidden:
+            answer = replace(answer, profile={})
+        if "num_samples" in hidden:
+            answer = replace(answer, num_samples=1)
+        return self._noted(answer, facts)
+
+    def failed(self, client: str, error: Exception) -> ClientFailure:
+        """Its kind, and the words of errors of our own; others' may hold what is private, and stay here."""
+        _LOG.error("failed", exc_info=error)
+        words = f": {error}" if isinstance(error, FedMLLMError) else "; more is in the site's log"
+        return ClientFailure(client, type(error).__name__ + words)
+
+    def _noted(self, answer: Answer, facts: TaskFacts) -> Answer:
+        record: dict[str, Any] = {"kind": "answer", "run": facts.about["run"], "stage": facts.stage, "round": facts.round_num + 1}
+        if isinstance(answer, ClientFailure):
+            record |= {"failure": answer.reason}
+        else:
+            record |= _described(answer)
+        self._note(record)
+        return answer
+
+    def _note(self, record: dict[str, Any]) -> None:
+        """A line of ``sent.jsonl``."""
+        with (self._site.folder / "sent.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S"), **record}) + "\n")
+
+
+def _described(update: ClientUpdate) -> dict[str, Any]:
+    """What an update holds, in words and numbers."""
+    groups = {"update": update.update, **update.extras}
+    size = sum(t.nbytes for tensors in groups.values() for t in tensors.values()) if update.num_bytes is None else update.num_bytes
+    return {
+        "tensors": [f"{kind}/{name}" for kind, tensors in groups.items() for name in tensors],
+        "bytes": size,
+        "num_samples": update.num_samples,
+        "metrics": update.metrics,
+        "profile": dict(update.profile),
+    }
+
+
+def serve(site: SiteConfig) -> None:
+    """Answer what the SuperNode receives, until the process ends."""
+    require_flower()
+    from flwr.supercore.interceptors import SuperExecAuthHttpInterceptor
+
+    worker = SiteWorker(site)
+    app = client_app(lambda: worker)
+    guarded = frozenset({"/flwr.proto.Runtime/AcquireTask"})
+    secret = (site.folder / "secret").read_bytes()
+    node = _connected(site, "SuperExec", SuperExecAuthHttpInterceptor(master_secret=secret, protected_methods=guarded))
+    _LOG.info("%s waits for work", site.name)
+    while True:
+        if token := _next_task(node):
+            _answer(site, app, token)
+        else:
+            time.sleep(_POLL)
+
+
+def _connected(site: SiteConfig, component: str, interceptor: Any) -> Any:
+    """To the SuperNode of this machine. What listens there is on 127.0.0.1 and asks for the site's secret."""
+    from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
+    from flwr.supercore.runtime import RuntimeHttpClient
+
+    every = [RuntimeVersionHttpInterceptor(component_name=component), interceptor]
+    return RuntimeHttpClient.from_server_address(f"127.0.0.1:{site.port}", True, None, every)
+
+
+def _next_task(node: Any) -> str:
+    """The token of a message that waits; empty for none."""
+    import httpx
+    from flwr.proto.runtime_pb2 import AcquireTaskRequest
+
+    try:
+        taken = node.AcquireTask(AcquireTaskRequest(supported_task_types=["flwr-clientapp"]))
+    except httpx.TransportError:
+        # The SuperNode is not there yet, or is being started anew.
+        time.sleep(1)
+        return ""
+    return str(taken.token) if taken.HasField("task") else ""
+
+
+def _answer(site: SiteConfig, app: Any, token: str) -> None:
+    """Take a message, run it, and hand the reply to the SuperNode. What happens to one message does not end the process."""
+    from flwr.common.constant import SubStatus
+    from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
+    from flwr.supercore.interceptors import RuntimeTokenHttpInterceptor
+    from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
+
+    own = _connected(site, "flwr-clientapp", RuntimeTokenHttpInterceptor(token))
+    heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(own))
+    heartbeat.start()
+    try:
+        message, context, _, _ = pull_task_input(own)
+        _LOG.info("%s: a message of kind %s", site.name, message.metadata.message_type)
+        push_message(own, app(message=message, context=context), context)
+        push_task_output(own, context, SubStatus.COMPLETED, "")
+    except Exception as error:
+        _LOG.error("a message was lost", exc_info=error)
+        push_task_output(own, None, SubStatus.FAILED, type(error).__name__)
+    finally:
+        heartbeat.stop()
+        own.close()
+
+
+def main() -> None:
+    """The process."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    serve(SiteConfig.load(Path(sys.argv[1])))
+
+
+if __name__ == "__main__":
+    main()

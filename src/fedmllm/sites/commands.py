@@ -1,0 +1,60 @@
+"""``fedmllm server`` and ``fedmllm site``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+server_app = typer.Typer(help="The server of a federation of sites.", no_args_is_help=True, pretty_exceptions_enable=False)
+site_app = typer.Typer(help="A site of a federation, and the keys of all.", no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+@site_app.command("init")
+def init(
+    folder: Annotated[Path, typer.Argument(help="That is not there yet.")],
+    address: Annotated[str, typer.Option(help="host:port under which sites reach the server.")],
+    site: Annotated[list[str], typer.Option(help="A site's name; once for each.")],
+    days: Annotated[int, typer.Option(help="Until the certificates expire.", min=1)] = 825,
+) -> None:
+    """Make keys, certificates and settings: a folder for the server, and one for each site to be handed to it."""
+    from fedmllm.engine.flower import require_flower
+    from fedmllm.sites import keys
+
+    require_flower()
+    keys.init(folder, address, site, days)
+    typer.echo(f"server     {folder / 'server' / 'server.yaml'}")
+    for name in sorted(site):
+        typer.echo(f"site       {folder / 'sites' / name / 'site.yaml'}")
+    typer.echo(f"authority  {folder / 'authority' / 'ca.key'} (keep it away from both)")
+
+
+@server_app.command("up")
+def server_up(file: Annotated[Path, typer.Argument(help="server.yaml of fedmllm site init.")]) -> None:
+    """Run the SuperLink that sites connect to, and admit them by their keys; until interrupted."""
+    from fedmllm.engine.flower import require_flower
+    from fedmllm.engine.sites import ServerConfig
+    from fedmllm.sites.processes import keep_up, superlink
+
+    require_flower()
+    server = ServerConfig.load(file)
+    admitted = server.keys()
+
+    def ready() -> None:
+        server.link.register(admitted)
+        typer.echo(f"admitted   {', '.join(server.sites)}\nready at   {server.address}")
+
+    keep_up([superlink(server)], typer.echo, ready)
+
+
+@site_app.command("up")
+def site_up(file: Annotated[Path, typer.Argument(help="site.yaml of fedmllm site init.")]) -> None:
+    """Connect this site to its server, and train when asked to; until interrupted."""
+    from fedmllm.engine.flower import require_flower
+    from fedmllm.engine.sites import SiteConfig
+    from fedmllm.sites.processes import keep_up, supernode, worker
+
+    require_flower()
+    site = SiteConfig.load(file)
+    keep_up([supernode(site), worker(site, file.resolve())], typer.echo)

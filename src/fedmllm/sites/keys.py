@@ -1,0 +1,119 @@
+"""Keys and certificates of a federation: an authority, the server's certificate, and a key pair for each site."""
+
+from __future__ import annotations
+
+import ipaddress
+import secrets
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import yaml
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+from cryptography.x509.oid import NameOID
+
+from fedmllm.engine.sites import NAME
+from fedmllm.errors import ConfigError, RunError
+
+DAYS = 825
+"""How long certificates are valid; some systems refuse longer ones."""
+
+
+def init(folder: Path, address: str, sites: Sequence[str], days: int = DAYS) -> None:
+    """Make everything that a federation needs to be started: ``server/`` and ``sites/NAME/``, and the authority's key in ``authority/``.
+
+    Args:
+        folder: that is not there yet, or empty.
+        address: ``host:port`` under which sites reach the server.
+        sites: their names.
+        days: until the certificates expire.
+
+    Raises:
+        ConfigError: if address or names are wrong.
+        RunError: if the folder is not empty.
+    """
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise ConfigError(f"--address: {address!r} is not host:port, e.g. server.example.org:8000")
+    if wrong := [name for name in sites if not NAME.fullmatch(name)]:
+        raise ConfigError(f"--site: {wrong[0]!r} is no plain name: letters, digits, _ . - only, 64 at most")
+    if len(set(sites)) < max(len(sites), 1):
+        raise ConfigError("--site: name each site once, and at least one")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RunError(f"{folder}: not empty; choose another folder, keys are not written over")
+    authority = ec.generate_private_key(ec.SECP384R1())
+    root = _certificate("fedmllm authority", authority.public_key(), authority, "fedmllm authority", days, ca=True)
+    key = ec.generate_private_key(ec.SECP384R1())
+    certificate = _certificate("fedmllm server", key.public_key(), authority, "fedmllm authority", days, host=host.strip("[]"))
+    server = folder / "server"
+    _write(folder / "authority" / "ca.key", _private(authority))
+    for place in (folder / "authority", server):
+        _write(place / "ca.crt", root.public_bytes(Encoding.PEM), secret=False)
+    _write(server / "server.crt", certificate.public_bytes(Encoding.PEM), secret=False)
+    _write(server / "server.key", _private(key))
+    _write(server / "secret", secrets.token_bytes(32))
+    for i, name in enumerate(sorted(sites)):
+        _init_site(folder, address, name, 9094 + i, root)
+    head = "# fedmllm server up server.yaml\n"
+    _write(server / "server.yaml", (head + _yaml({"address": address, "listen": "0.0.0.0", "sites": sorted(sites)})).encode(), secret=False)
+
+
+def _init_site(folder: Path, address: str, name: str, port: int, root: x509.Certificate) -> None:
+    key, own = ec.generate_private_key(ec.SECP384R1()), folder / "sites" / name
+    _write(own / "site.key", key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
+    _write(folder / "server" / f"{name}.pub", key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH), secret=False)
+    _write(own / "ca.crt", root.public_bytes(Encoding.PEM), secret=False)
+    _write(own / "secret", secrets.token_bytes(32))
+    head = "# fedmllm site up site.yaml\n"
+    _write(own / "site.yaml", (head + _yaml({"name": name, "server": address, "port": port})).encode(), secret=False)
+
+
+def _certificate(
+    name: str,
+    key: ec.EllipticCurvePublicKey,
+    authority: ec.EllipticCurvePrivateKey,
+    issuer: str,
+    days: int,
+    host: str = "",
+    ca: bool = False,
+) -> x509.Certificate:
+    """For a server its host is what clients compare, whether it is a name or an address."""
+    now = datetime.now(UTC)
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]))
+        .issuer_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, issuer)]))
+        .public_key(key)
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - timedelta(minutes=5))
+        .not_valid_after(now + timedelta(days=days))
+        .add_extension(x509.BasicConstraints(ca=ca, path_length=0 if ca else None), critical=True)
+    )
+    if host:
+        builder = builder.add_extension(x509.SubjectAlternativeName([_alternative(host)]), critical=False)
+    return builder.sign(authority, hashes.SHA384())
+
+
+def _alternative(host: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ipaddress.ip_address(host))
+    except ValueError:
+        return x509.DNSName(host)
+
+
+def _private(key: ec.EllipticCurvePrivateKey) -> bytes:
+    return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+
+
+def _yaml(values: dict[str, object]) -> str:
+    return yaml.safe_dump(values, sort_keys=False)
+
+
+def _write(path: Path, content: bytes, secret: bool = True) -> None:
+    """Secrets are for the owner's eyes from the first byte on."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch(mode=0o600 if secret else 0o644)
+    path.write_bytes(content)
