@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from fedmllm.data.settings import DataConfig
 from fedmllm.engine.superlink import SuperLink
@@ -90,15 +90,15 @@ Withheld = Literal["metrics", "profile", "num_samples"]
 class SiteConfig(_File):
     """``site.yaml``: what this site trains on, and what of it the server is told. Only the site reads it."""
 
-    name: str = Field(pattern=NAME.pattern)
+    name: str = Field(pattern=rf"^{NAME.pattern}$")
     """Under which the server admits it."""
     server: str
     """``host:port`` of the server."""
     port: int = Field(9094, gt=0, lt=65536)
     """Of this machine, on 127.0.0.1, between the site's own processes."""
     data: DataConfig | None = None
-    """The site's own data: a dataset's name, folder and options. Left out for a trial, in which the site trains its part of the
-    experiment's own split of embedded data."""
+    """The site's own data: a dataset's name, folder (relative to this file) and options. Left out for a trial, in which the site trains its part
+    of the experiment's own split of embedded data."""
     modalities: tuple[str, ...] = ()
     """Which of its samples' modalities are used; left out for all."""
     model: str | None = None
@@ -112,3 +112,11 @@ class SiteConfig(_File):
     withhold: tuple[Withheld, ...] = ()
     """What the server is not told: ``metrics`` (training loss and steps), ``profile`` (samples by modality), ``num_samples`` (the site
     then weighs as one sample)."""
+
+    @model_validator(mode="after")
+    def _beside_the_file(self) -> SiteConfig:
+        if self.data is None or self.data.root is None or self.data.root.is_absolute():
+            return self
+        data = self.data.model_copy(update={"root": self.folder / self.data.root})
+        object.__setattr__(self, "data", data)
+        return self

@@ -24,7 +24,7 @@ from fedmllm.errors import ConfigError, FedMLLMError
 from fedmllm.types import Answer, ClientFailure, ClientUpdate, Sample
 
 _LOG = logging.getLogger("fedmllm.site")
-_POLL = 0.05
+_POLL = 0.1
 """Seconds between two looks for a message."""
 
 
@@ -203,6 +203,7 @@ def _answer(site: SiteConfig, app: Any, token: str) -> None:
 def main() -> None:
     """The process."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
     serve(SiteConfig.load(Path(sys.argv[1])))
 
 

@@ -40,7 +40,9 @@ class Kept:
     def tend(self, tell: Callable[[str], None]) -> None:
         """Start it if it is to be started; note its end."""
         if self.process is not None and self.process.poll() is not None:
-            tell(f"{self.name} ended with code {self.process.returncode}; see {self.log}; started anew in {self.delay:g} s")
+            tell(
+                f"{self.name} ended with code {self.process.returncode}{_reason(self.log)}; see {self.log}; started anew in {self.delay:g} s"
+            )
             self.process, self.due = None, time.monotonic() + self.delay
         if self.process is None and time.monotonic() >= self.due:
             with self.log.open("ab") as log:
@@ -60,6 +62,13 @@ class Kept:
         except subprocess.TimeoutExpired:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
+
+
+def _reason(log: Path) -> str:
+    """What Flower's process said last about why it ends, in a line; empty if it said nothing."""
+    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace")[-4000:].splitlines()]
+    said = [i for i, line in enumerate(lines) if "Exit Code:" in line]
+    return f" ({' '.join(' '.join(lines[said[-1] + 1 : said[-1] + 4]).split())})" if said else ""
 
 
 def keep_up(processes: Sequence[Kept], tell: Callable[[str], None], ready: Callable[[], None] = lambda: None) -> None:

@@ -1,0 +1,120 @@
+"""A federation of real processes on this machine: a server and sites, each started by the command that a user gives."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+
+def free_ports(count: int) -> list[int]:
+    """That nobody listens on."""
+    sockets = [socket.socket() for _ in range(count)]
+    for one in sockets:
+        one.bind(("127.0.0.1", 0))
+    ports = [int(one.getsockname()[1]) for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
+class Processes:
+    """Use as a context: all end with it.
+
+    Args:
+        folder: of the federation.
+        sites: their names, and what is added to their ``site.yaml``.
+    """
+
+    def __init__(self, folder: Path, sites: Mapping[str, Mapping[str, Any]]) -> None:
+        self.folder, self.names = folder, sorted(sites)
+        first, *others = free_ports(len(sites) + 1)
+        self.address = f"127.0.0.1:{first}"
+        self.run("site", "init", str(folder), "--address", self.address, *(word for name in sites for word in ("--site", name)))
+        for name, port in zip(self.names, others, strict=True):
+            path = self.site(name)
+            path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), "port": port, "device": "cpu", **sites[name]}))
+        self.started: dict[str, subprocess.Popen[bytes]] = {}
+
+    @property
+    def server(self) -> Path:
+        return self.folder / "server" / "server.yaml"
+
+    def site(self, name: str) -> Path:
+        return self.folder / "sites" / name / "site.yaml"
+
+    def __enter__(self) -> Processes:
+        self.start("server", "server", "up", str(self.server))
+        self.wait_for(self.folder / "server.out", "ready at")
+        for name in self.names:
+            self.start(name, "site", "up", str(self.site(name)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self.started.values():
+            process.send_signal(signal.SIGINT)
+        for process in self.started.values():
+            process.wait(60)
+
+    def start(self, name: str, *words: str) -> None:
+        with (self.folder / f"{name}.out").open("ab") as output:
+            self.started[name] = subprocess.Popen(
+                [sys.executable, "-m", "fedmllm", *words], stdout=output, stderr=subprocess.STDOUT, env=ENVIRONMENT
+            )
+
+    def run(self, *words: str, cwd: Path | None = None, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """A command, to its end."""
+        command = [sys.executable, "-m", "fedmllm", *words]
+        return subprocess.run(command, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=400, check=check)
+
+    def train(self, experiment: Mapping[str, Any], output: Path, *overrides: str) -> subprocess.Popen[str]:
+        """Begin to train over the sites."""
+        output.parent.mkdir(parents=True, exist_ok=True)
+        file = output.with_suffix(".yaml")
+        file.write_text(yaml.safe_dump(dict(experiment)))
+        words = ["train", str(file), "--output", str(output), "--track", "none", "engine.name=flower", f"engine.server={self.server}"]
+        return subprocess.Popen(
+            [sys.executable, "-m", "fedmllm", *words, *overrides],
+            env=ENVIRONMENT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def kill(self, log: Path, name: str) -> int:
+        """End a process by force, the last of that name that the site's or the server's output tells of."""
+        lines = [line for line in log.read_text().splitlines() if line.startswith(f"{name} started, process ")]
+        pid = int(lines[-1].split("process ")[1].split(",")[0])
+        os.kill(pid, signal.SIGKILL)
+        return pid
+
+    @staticmethod
+    def wait_for(path: Path, text: str, seconds: float = 60) -> None:
+        until = time.monotonic() + seconds
+        while not (path.exists() and text in path.read_text()):
+            if time.monotonic() > until:
+                raise TimeoutError(f"{text!r} is not in {path}:\n{path.read_text() if path.exists() else '(not there)'}")
+            time.sleep(0.1)
+
+
+def ended(process: subprocess.Popen[str], seconds: float = 300) -> str:
+    """The output of a process that must end well."""
+    output, _ = process.communicate(timeout=seconds)
+    assert process.returncode == 0, output
+    return output
+
+
+def rounds(folder: Path) -> Sequence[str]:
+    """Lines of metrics so far."""
+    path = folder / "metrics.jsonl"
+    return path.read_text().splitlines() if path.exists() else []

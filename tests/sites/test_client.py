@@ -1,0 +1,148 @@
+"""What a site's worker makes of the server's settings, and what leaves it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("flwr", reason="Flower is not installed: pip install 'fedmllm[flower]'")
+
+from fedmllm.algorithms import build_algorithm
+from fedmllm.benchmark.federation import settings
+from fedmllm.benchmark.resident import Resident
+from fedmllm.config import Experiment
+from fedmllm.data.federated import federate
+from fedmllm.engine.checkpoint import ClientStates
+from fedmllm.engine.in_process import Assignment
+from fedmllm.engine.messages import Presence, expected, read_answer, read_presence, write_question, write_task
+from fedmllm.engine.sites import SiteConfig
+from fedmllm.models.lora import frozen_weights, read_weights
+from fedmllm.sites.client import SiteWorker
+from fedmllm.types import ClientFailure, ClientUpdate
+
+RESIDENT = Resident()
+OWN = {"dataset": "digits-claims", "num_train": 12, "num_test": 4, "check_images": False}
+
+
+@pytest.fixture
+def experiment(tiny: Experiment) -> Experiment:
+    return tiny
+
+
+def worker(folder: Path, **values: Any) -> SiteWorker:
+    found = SiteWorker(SiteConfig.model_validate({"name": "client-00", "server": "host:1", "device": "cpu", "folder": folder, **values}))
+    found.resident = RESIDENT
+    return found
+
+
+def presence(site: SiteWorker, experiment: Experiment, name: str = "client-00") -> Presence | ClientFailure:
+    told = read_presence(site.present(write_question(name, {"experiment": settings(experiment), "run": "r"})), name)
+    site.close()
+    return told
+
+
+def answer(site: SiteWorker, experiment: Experiment, run: str = "r") -> ClientUpdate | ClientFailure:
+    with RESIDENT.model(experiment) as (vlm, _):
+        method = build_algorithm(experiment.algorithm)
+        state = method.init(read_weights(vlm.model), frozen_weights(vlm))
+        assignment = Assignment(method.broadcast(state), method, 1e-3, 0, ClientStates(Path("unused")))
+    content = write_task(assignment, "federated", "client-00", {"experiment": settings(experiment), "run": run})
+    found = read_answer(site.answer(content), "client-00", expected(assignment, "client-00"))
+    site.close()
+    return found
+
+
+def sent(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "sent.jsonl").read_text().splitlines()]
+
+
+def test_a_site_trains_on_its_own_data_with_its_own_modalities(experiment: Experiment, tmp_path: Path) -> None:
+    told = presence(worker(tmp_path, data=OWN, modalities=["image"]), experiment)
+    assert told == Presence(client="client-00", num_samples=12, profile={"image": 12}, rank=None, trial=False)
+
+
+def test_a_site_without_data_trains_its_part_of_the_embedded_split(experiment: Experiment, tmp_path: Path) -> None:
+    told = presence(worker(tmp_path), experiment)
+    assert isinstance(told, Presence)
+    assert told.trial
+    data = federate(experiment.data, experiment.federation, experiment.seed)
+    assert told.num_samples == len(data.clients["client-00"])
+
+
+def test_what_leaves_the_site_is_written_down(experiment: Experiment, tmp_path: Path) -> None:
+    site = worker(tmp_path, data=OWN)
+    presence(site, experiment)
+    found = answer(site, experiment)
+    assert isinstance(found, ClientUpdate)
+    first, second = sent(tmp_path)
+    assert (first["kind"], first["num_samples"], first["profile"]) == ("presence", 12, {"image+text": 12})
+    assert (second["run"], second["stage"], second["round"], second["bytes"]) == ("r", "federated", 1, found.num_bytes)
+    assert sorted(second["tensors"]) == sorted(f"update/{name}" for name in found.update)
+    assert second["metrics"] == found.metrics
+    assert second["profile"] == dict(found.profile)
+
+
+def test_what_is_withheld_does_not_leave(experiment: Experiment, tmp_path: Path) -> None:
+    site = worker(tmp_path, data=OWN, withhold=["metrics", "profile", "num_samples"])
+    told = presence(site, experiment)
+    assert told == Presence(client="client-00", num_samples=1, profile={}, rank=None, trial=False)
+    found = answer(site, experiment)
+    assert isinstance(found, ClientUpdate)
+    assert (found.num_samples, found.metrics, found.profile) == (1, {}, {})
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"model": {"name": "/etc"}}, "ConfigError: the experiment trains '/etc'; set model in site.yaml to its folder at this site"),
+        (
+            {"data": {"dataset": "jsonl", "root": "/etc", "options": {"columns": {"question": "q", "answer": "a", "text": "t"}}}},
+            "embedded data only",
+        ),
+    ],
+)
+def test_the_servers_settings_lead_to_no_path_of_the_site(
+    experiment: Experiment, tmp_path: Path, changes: dict[str, Any], reason: str
+) -> None:
+    told = presence(worker(tmp_path), Experiment.parse(experiment.model_dump(mode="json", exclude_none=True) | changes))
+    assert isinstance(told, ClientFailure)
+    assert reason in told.reason
+
+
+def test_code_of_a_model_is_not_run_for_the_server(experiment: Experiment, tmp_path: Path) -> None:
+    asked = experiment.model_copy(update={"model": experiment.model.model_copy(update={"trust_remote_code": True, "revision": "main"})})
+    here = worker(tmp_path, model="/models/qwen").experiment(settings(asked))
+    assert (here.model.name, here.model.trust_remote_code, here.model.revision) == ("/models/qwen", False, None)
+    assert here.engine.device == "cpu"
+
+
+def test_a_run_cannot_name_a_folder_elsewhere(experiment: Experiment, tmp_path: Path) -> None:
+    found = answer(worker(tmp_path, data=OWN), experiment, run="../../elsewhere")
+    assert isinstance(found, ClientFailure)
+    assert "no plain name" in found.reason
+
+
+def test_an_errors_words_stay_at_the_site_unless_they_are_ours(experiment: Experiment, tmp_path: Path) -> None:
+    class Broken(SiteWorker):
+        def clients(self, experiment: Experiment) -> Any:
+            raise OSError("/wards/7/patient-123.png is damaged")
+
+    site = Broken(SiteConfig.model_validate({"name": "client-00", "server": "host:1", "folder": tmp_path}))
+    told = presence(site, experiment)
+    assert told == ClientFailure("client-00", "OSError; more is in the site's log")
+
+
+def test_another_client_is_not_trained_here(experiment: Experiment, tmp_path: Path) -> None:
+    told = presence(worker(tmp_path, data=OWN), experiment, "client-01")
+    assert isinstance(told, ClientFailure)
+    assert told.reason == "LookupError; more is in the site's log"
+
+
+def test_the_server_tells_workers_no_path_of_its_own(experiment: Experiment) -> None:
+    changes = {"engine": experiment.engine.model_copy(update={"name": "flower", "server": Path("/srv/federation/server.yaml")})}
+    text = settings(experiment.model_copy(update=changes))
+    assert "/srv" not in text
+    assert Experiment.from_yaml(text).engine.server is None

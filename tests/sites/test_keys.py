@@ -1,0 +1,137 @@
+"""What ``fedmllm site init`` makes, and the settings beside it."""
+
+from __future__ import annotations
+
+import ssl
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+pytest.importorskip("flwr", reason="Flower is not installed: pip install 'fedmllm[flower]'")
+
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
+
+from fedmllm.engine.sites import ServerConfig, SiteConfig
+from fedmllm.errors import ConfigError, RunError
+from fedmllm.sites import keys
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("made") / "federation"
+    keys.init(folder, "server.example.org:8000", ["b", "a"])
+    return folder
+
+
+def test_secrets_are_for_their_owner_only(made: Path) -> None:
+    secret = {path.name for path in made.rglob("*") if path.is_file() and path.stat().st_mode & 0o077 == 0}
+    assert secret == {"ca.key", "server.key", "secret", "site.key"}
+    assert not list(made.glob("server/ca.key"))
+    assert not list(made.glob("sites/*/ca.key"))
+
+
+def test_a_site_gets_nothing_of_another_or_of_the_server(made: Path) -> None:
+    contents = {path.relative_to(made).as_posix(): path.read_bytes() for path in made.rglob("*") if path.is_file()}
+    for name, content in contents.items():
+        if name.endswith((".key", "secret")):
+            assert sum(content == other for other in contents.values()) == 1, name
+
+
+def test_the_servers_certificate_holds_for_its_host_and_comes_from_the_authority(made: Path) -> None:
+    certificate = x509.load_pem_x509_certificate((made / "server" / "server.crt").read_bytes())
+    authority = x509.load_pem_x509_certificate((made / "sites" / "a" / "ca.crt").read_bytes())
+    certificate.verify_directly_issued_by(authority)
+    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert names.get_values_for_type(x509.DNSName) == ["server.example.org"]
+    assert 824 <= (certificate.not_valid_after_utc - certificate.not_valid_before_utc).days <= 825
+    ssl.create_default_context(cafile=str(made / "sites" / "b" / "ca.crt"))
+
+
+def test_an_address_may_be_a_number(tmp_path: Path) -> None:
+    keys.init(tmp_path / "f", "192.0.2.7:443", ["a"])
+    certificate = x509.load_pem_x509_certificate((tmp_path / "f" / "server" / "server.crt").read_bytes())
+    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert [str(address) for address in names.get_values_for_type(x509.IPAddress)] == ["192.0.2.7"]
+
+
+def test_the_server_has_each_sites_public_key(made: Path) -> None:
+    server = ServerConfig.load(made / "server" / "server.yaml")
+    assert server.sites == ("a", "b")
+    assert server.port == 8000
+    for name, content in server.keys().items():
+        private = load_ssh_private_key((made / "sites" / name / "site.key").read_bytes(), None)
+        public = load_ssh_public_key(content)
+        assert isinstance(private, ec.EllipticCurvePrivateKey)
+        assert isinstance(public, ec.EllipticCurvePublicKey)
+        assert private.public_key().public_numbers() == public.public_numbers()
+
+
+def test_sites_have_ports_of_their_own(made: Path) -> None:
+    sites = [SiteConfig.load(made / "sites" / name / "site.yaml") for name in ("a", "b")]
+    assert [site.port for site in sites] == [9094, 9095]
+    assert {site.server for site in sites} == {"server.example.org:8000"}
+
+
+@pytest.mark.parametrize(
+    ("address", "sites", "rule"),
+    [
+        ("localhost", ["a"], "'localhost' is not host:port"),
+        (":8000", ["a"], "is not host:port"),
+        ("host:99999", ["a"], "is not host:port"),
+        ("host:1", ["a b"], "'a b' is no plain name"),
+        ("host:1", ["../a"], "'../a' is no plain name"),
+        ("host:1", ["a", "a"], "name each site once"),
+        ("host:1", [], "name each site once, and at least one"),
+    ],
+)
+def test_what_cannot_be_made_is_refused_before_anything_is_written(tmp_path: Path, address: str, sites: list[str], rule: str) -> None:
+    with pytest.raises(ConfigError, match=rule):
+        keys.init(tmp_path / "f", address, sites)
+    assert not (tmp_path / "f").exists()
+
+
+def test_keys_are_not_written_over(made: Path) -> None:
+    before = (made / "authority" / "ca.key").read_bytes()
+    with pytest.raises(RunError, match="not empty"):
+        keys.init(made, "host:1", ["a"])
+    assert (made / "authority" / "ca.key").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("values", "rule"),
+    [
+        ({"nmae": "a"}, "nmae: Extra inputs are not permitted"),
+        ({"name": "a/b"}, "name: String should match pattern"),
+        ({"withhold": ["weights"]}, "withhold.0: Input should be 'metrics', 'profile' or 'num_samples'"),
+        ({"data": {"dataset": "mnist"}}, "data.dataset: Value error, 'mnist' is no dataset"),
+    ],
+)
+def test_a_sites_file_is_checked(tmp_path: Path, values: dict[str, Any], rule: str) -> None:
+    path = tmp_path / "site.yaml"
+    path.write_text(yaml.safe_dump({"name": "a", "server": "host:1"} | values))
+    with pytest.raises(ConfigError) as caught:
+        SiteConfig.load(path)
+    assert rule in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+def test_files_that_are_none_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cannot be read .* fedmllm site init writes it"):
+        ServerConfig.load(tmp_path / "server.yaml")
+    (tmp_path / "server.yaml").write_text("- a\n")
+    with pytest.raises(ConfigError, match="no mapping"):
+        ServerConfig.load(tmp_path / "server.yaml")
+    (tmp_path / "server.yaml").write_text("address: host:1\nsites: [a]\n")
+    with pytest.raises(ConfigError, match=r"a\.pub: no public key of site a"):
+        ServerConfig.load(tmp_path / "server.yaml").keys()
+
+
+def test_a_sites_data_lie_beside_its_file(tmp_path: Path) -> None:
+    (tmp_path / "site.yaml").write_text("{name: a, server: 'host:1', data: {dataset: vqa_rad, root: data}}")
+    data = SiteConfig.load(tmp_path / "site.yaml").data
+    assert data is not None
+    assert data.root == tmp_path / "data"

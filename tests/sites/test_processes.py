@@ -1,0 +1,137 @@
+"""Real processes on this machine: training over sites ends as in one process, whoever is not admitted is refused, and what dies comes back."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+pytest.importorskip("flwr", reason="Flower is not installed: pip install 'fedmllm[flower]'")
+
+from federation_processes import ENVIRONMENT, Processes, ended, rounds
+from fedmllm.engine.flower import QUIET
+from fedmllm.engine.sites import ServerConfig, SiteConfig
+from fedmllm.engine.superlink import SuperLink
+from fedmllm.sites import keys
+from fedmllm.sites.processes import supernode
+
+SITES = ("client-00", "client-01", "client-02")
+EXPERIMENT: dict[str, Any] = {
+    "data": {"dataset": "digits-claims", "num_train": 60, "num_test": 12},
+    "federation": {"num_clients": 3, "clients_per_round": 3, "num_rounds": 2, "scenario": "missing-0.3", "min_partition_size": 10},
+    "training": {"batch_size": 8, "learning_rate": 6.0e-3},
+    "evaluation": {"every": 0, "baselines": []},
+    "compression": {"name": "int8"},
+    "engine": {"device": "cpu", "together": 1},
+    "failures": {"deadline": 200, "below": "wait", "min_updates": 3, "pause": 2, "attempts": 60},
+}
+
+
+def alike(here: Path, there: Path) -> None:
+    first, second = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (here, there))
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        torch.testing.assert_close(second[name], tensor, atol=1e-5, rtol=0)
+
+
+def in_one_process(processes: Processes, experiment: dict[str, Any], output: Path) -> None:
+    file = output.with_suffix(".yaml")
+    file.write_text(json.dumps(experiment))
+    processes.run("train", str(file), "--output", str(output), "--track", "none")
+
+
+def refused(command: list[str], words: str, seconds: float = 60) -> str:
+    """The output of a process that is to say why it is not let in."""
+    process = subprocess.Popen(command, env={**ENVIRONMENT, **QUIET}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    until, said = time.monotonic() + seconds, ""
+    assert process.stdout is not None
+    while words not in said and time.monotonic() < until and (line := process.stdout.readline()):
+        said += line
+    process.kill()
+    process.communicate()
+    return said
+
+
+def test_training_over_sites_ends_as_in_one_process_and_strangers_are_refused(tmp_path: Path) -> None:
+    with Processes(tmp_path / "federation", {name: {} for name in SITES}) as processes:
+        run = processes.train(EXPERIMENT, tmp_path / "there")
+        in_one_process(processes, EXPERIMENT, tmp_path / "here")
+        ended(run)
+        alike(tmp_path / "here", tmp_path / "there")
+        here, there = ([json.loads(line) for line in rounds(tmp_path / name)] for name in ("here", "there"))
+        # Waiting for a site that is slow to start may be part of a run, but not of its end.
+        for ours, theirs in zip(here, there, strict=True):
+            assert [theirs[key] for key in ("clients", "num_samples", "bytes_up")] == [
+                ours[key] for key in ("clients", "num_samples", "bytes_up")
+            ]
+            assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-4)
+        _strangers_are_refused(processes, tmp_path)
+
+
+def _strangers_are_refused(processes: Processes, folder: Path) -> None:
+    site = SiteConfig.load(processes.site("client-00"))
+    keys.init(folder / "others", processes.address, ["client-00"])
+    other = SiteConfig.load(folder / "others" / "sites" / "client-00" / "site.yaml").model_copy(update={"port": site.port + 1000})
+    # A key of one's own, with the right authority: not admitted.
+    (folder / "others" / "sites" / "client-00" / "ca.crt").write_bytes((site.folder / "ca.crt").read_bytes())
+    assert "failed to activate" in (said := refused(list(supernode(other).command), "activate").lower()), said
+    # The right key, with another authority: whoever answers at the address is not believed.
+    (other.folder / "ca.crt").write_bytes((folder / "others" / "authority" / "ca.crt").read_bytes())
+    (other.folder / "site.key").write_bytes((site.folder / "site.key").read_bytes())
+    assert "certificate" in (said := refused(list(supernode(other).command), "certificate").lower()), said
+    # Who holds no secret of the server's serves no runs.
+    link = ServerConfig.load(processes.server).link
+    stranger = SuperLink(link.address, link.certificate, folder / "others" / "server" / "secret", patience=5)
+    with pytest.raises(ConnectionError, match="turns this down: Client error '401 Unauthorized'"):
+        stranger.begin()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["worker", "SuperNode", "SuperLink"])
+def test_what_is_killed_comes_back_and_the_run_ends_alike(what: str, tmp_path: Path) -> None:
+    experiment = EXPERIMENT | {"federation": EXPERIMENT["federation"] | {"num_rounds": 5}}
+    with Processes(tmp_path / "federation", {name: {} for name in SITES}) as processes:
+        run = processes.train(experiment, tmp_path / "there")
+        while len(rounds(tmp_path / "there")) < 2 and run.poll() is None:
+            time.sleep(0.05)
+        time.sleep(1)
+        processes.kill(processes.folder / f"{'server' if what == 'SuperLink' else 'client-01'}.out", what)
+        in_one_process(processes, experiment, tmp_path / "here")
+        ended(run, 500)
+        alike(tmp_path / "here", tmp_path / "there")
+
+
+@pytest.mark.slow
+def test_a_server_that_is_killed_goes_on_with_resume(tmp_path: Path) -> None:
+    experiment = EXPERIMENT | {"federation": EXPERIMENT["federation"] | {"num_rounds": 4}, "algorithm": {"name": "scaffold"}}
+    with Processes(tmp_path / "federation", {name: {} for name in SITES}) as processes:
+        run = processes.train(experiment, tmp_path / "there")
+        while len(rounds(tmp_path / "there")) < 2 and run.poll() is None:
+            time.sleep(0.05)
+        run.kill()
+        run.communicate()
+        ended(processes.train(experiment, tmp_path / "there", "--resume"))
+        in_one_process(processes, experiment, tmp_path / "here")
+        alike(tmp_path / "here", tmp_path / "there")
+
+
+@pytest.mark.slow
+def test_a_site_that_stays_away_is_named_and_not_waited_for_past_the_deadline(tmp_path: Path) -> None:
+    policy = {"deadline": 60, "below": "skip", "min_updates": 2}
+    with Processes(tmp_path / "federation", {name: {} for name in SITES}) as processes:
+        experiment = EXPERIMENT | {"failures": policy, "federation": EXPERIMENT["federation"] | {"num_rounds": 4}}
+        deadline = {"failures": {"deadline": 200, "below": "wait", "min_updates": 2, "pause": 2, "attempts": 60}}
+        run = processes.train(experiment | deadline, tmp_path / "there")
+        while len(rounds(tmp_path / "there")) < 1 and run.poll() is None:
+            time.sleep(0.05)
+        processes.started["client-02"].terminate()
+        ended(run)
+        last = json.loads(rounds(tmp_path / "there")[-1])
+        assert [row["client"] for row in last["refused"]] == ["client-02"]
+        assert last["num_samples"] > 0
