@@ -87,3 +87,19 @@ def test_the_clients_own_scores_stand_below_the_others() -> None:
 def test_no_rows_for_clients_that_were_not_asked() -> None:
     assert "own kind" not in table_text({})
     assert "own kind" not in table_text({"federated": {}})
+
+
+def test_a_run_that_waits_says_for_whom() -> None:
+    out = StringIO()
+    with Display(4, Console(file=out, force_terminal=True, width=140)) as display:
+        display.observer.started(STAGES)
+        display.observer.answered({"stage": "federated", "round": 1, "clients": [f"site-{i}" for i in range(6)]})
+        display.observer.round_done(record("federated", 1, 4))
+        display.observer.waiting({"stage": "federated", "round": 2, "attempt": 2, "clients": ["site-5"]})
+    assert "waits for site-0, site-1, site-2, site-3 and 2 more" in out.getvalue()
+    assert "federated round 2 waits for site-5, asked for the second time" in out.getvalue()
+
+
+def test_a_skipped_round_is_marked() -> None:
+    skipped = record("federated", 1, 4) | {"refused": [{"client": "client-01", "reason": "NaN"}], "skipped": True}
+    assert "(1 refused, skipped)" in shown(False, [skipped])

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 ROWS = 8
 """Rounds listed in the live display."""
+WAITING = 4
+"""Clients named there of those that a round waits for."""
 
 
 class Display:
@@ -40,9 +42,13 @@ class Display:
     def __init__(self, num_rounds: int, console: Console | None = None) -> None:
         self._console = console or Console()
         self._bar = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[left]}"), console=self._console
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[left]} {task.fields[waiting]}"),
+            console=self._console,
         )
-        self._task = self._bar.add_task("starting", total=num_rounds, left="")
+        self._task = self._bar.add_task("starting", total=num_rounds, left="", waiting="")
         self._rows: list[Record] = []
         self._clock = _Clock()
         self._bytes = 0
@@ -51,7 +57,7 @@ class Display:
     @property
     def observer(self) -> Observer:
         """To be told about the run."""
-        return Observer(self._clock.start, self._round_done, self._waiting)
+        return Observer(self._clock.start, self._round_done, self._waiting, self._answered)
 
     def __enter__(self) -> Display:
         if self._live:
@@ -67,6 +73,12 @@ class Display:
         names = ", ".join(record["clients"])
         where = f"{record['stage']} round {record['round']}"
         self._console.print(f"{where} waits for {names}, asked for the {_nth(record['attempt'])} time", highlight=False, soft_wrap=True)
+
+    def _answered(self, record: Record) -> None:
+        """In a terminal, for whom the round waits now."""
+        names = record["clients"]
+        shown = ", ".join(names[:WAITING]) + (f" and {len(names) - WAITING} more" if len(names) > WAITING else "")
+        self._bar.update(self._task, waiting=f"waits for {shown}" if names else "")
 
     def _round_done(self, record: Record) -> None:
         self._bytes += record.get("bytes_up", 0) + record.get("bytes_down", 0)

@@ -35,6 +35,10 @@ def test_a_round_as_numbers() -> None:
         "seconds_train": 2.0,
     }
     assert numbers(RECORD) == {f"federated/{name}": value for name, value in expected.items()}
+    told = numbers(RECORD | {"losses": {"a": 0.5, "b": float("nan")}})
+    assert told["federated/loss of a"] == 0.5
+    assert told.keys() - numbers(RECORD).keys() == {"federated/loss of a"}
+    assert "federated/loss of 0" not in numbers(RECORD | {"losses": {str(i): 0.5 for i in range(51)}})
     zero_shot = {"stage": "zero_shot", "round": 0, "score": 0.25, "scores": {"score": 0.25}, "seconds": {"evaluate": 1.0}}
     assert numbers(zero_shot) == {"zero_shot/score": 0.25, "zero_shot/seconds_evaluate": 1.0}
 

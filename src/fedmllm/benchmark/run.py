@@ -42,11 +42,13 @@ class Observer:
         started: told the stages to come, before the first.
         round_done: told each round's record, as in ``metrics.jsonl``, with the stage's ``num_rounds``.
         waiting: told ``stage``, ``round``, ``attempt`` and ``clients`` when clients are asked again.
+        answered: told ``stage``, ``round`` and ``clients``, those that are still waited for, when clients are asked and at each answer.
     """
 
     started: Callable[[Sequence[Stage]], None] = lambda stages: None
     round_done: Callable[[Record], None] = lambda record: None
     waiting: Callable[[Record], None] = lambda record: None
+    answered: Callable[[Record], None] = lambda record: None
 
     def beside(self, tell: Callable[[Record], None]) -> Observer:
         """The same, and another that is told each round's record."""
@@ -225,8 +227,10 @@ class _Run:
         engine = InProcessEngine(self.vlm, self.encoder, e.training, e.engine.together)
         score = self._scorer(dataset.test, dataset.metric, self.asked)
         store, told = RunStore(self.folder), self.observer.round_done
-        waiting = self.observer.waiting
-        return Loop(build_algorithm(e.algorithm), engine, e.training, score, store, e.seed, told, e.compression, e.failures, waiting)
+        again, answered = self.observer.waiting, self.observer.answered
+        return Loop(
+            build_algorithm(e.algorithm), engine, e.training, score, store, e.seed, told, e.compression, e.failures, again, answered
+        )
 
     def _scorer(self, samples: Sequence[Sample], metric: str, kept: list[Answered] | None = None) -> Callable[[Weights, Weights], Metrics]:
         """Scores given weights, and what was merged into the frozen ones, on some samples."""

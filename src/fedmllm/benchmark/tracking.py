@@ -20,12 +20,16 @@ Log = Callable[[Mapping[str, float], int], None]
 """(numbers by name, round) -> written down."""
 _COUNTED = ("score", "loss", "learning_rate", "bytes_up", "bytes_down", "num_samples")
 """Of a round's record."""
+_NAMED = 50
+"""Clients of a round, up to which each one's loss is written down."""
 
 
 def numbers(record: Record) -> dict[str, float]:
-    """A round's record as ``stage/name``: scores, loss, bytes, seconds by activity, how many updates were refused."""
+    """A round's record as ``stage/name``: scores, loss, in all and by client, bytes, seconds by activity, how many updates were refused."""
     values = {name: record.get(name) for name in _COUNTED} | dict(record.get("scores") or {})
     values |= {f"seconds_{name}": value for name, value in record["seconds"].items()}
+    if len(losses := record.get("losses", {})) <= _NAMED:
+        values |= {f"loss of {client}": loss for client, loss in losses.items()}
     if "refused" in record:
         values |= {"refused": len(record["refused"]), "skipped": int(record.get("skipped", False))}
     return {f"{record['stage']}/{name}": float(value) for name, value in values.items() if value is not None and math.isfinite(value)}

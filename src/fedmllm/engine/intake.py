@@ -30,7 +30,7 @@ class Intake:
         self.accepted: set[str] = set()
         """Clients whose updates are in the aggregate."""
         self._num_samples = self._bytes_up = 0
-        self._losses: list[tuple[int, float]] = []
+        self._losses: dict[str, tuple[int, float]] = {}
         self._refused: list[Record] = []
 
     def take(self, update: Answer) -> None:
@@ -47,7 +47,7 @@ class Intake:
         self.accepted.add(update.client)
         self._num_samples += update.num_samples
         if "loss" in update.metrics:
-            self._losses.append((update.num_samples, update.metrics["loss"]))
+            self._losses[update.client] = (update.num_samples, update.metrics["loss"])
 
     def _refusal(self, update: ClientUpdate) -> str | None:
         if update.client in self.accepted:
@@ -82,10 +82,11 @@ class Intake:
 
     def record(self) -> Record:
         """The round's numbers about its clients; the loss is None where none of them took a step."""
-        weight = sum(count for count, _ in self._losses)
+        weight = sum(count for count, _ in self._losses.values())
         return {
             "num_samples": self._num_samples,
-            "loss": sum(count * loss for count, loss in self._losses) / weight if weight else None,
+            "loss": sum(count * loss for count, loss in self._losses.values()) / weight if weight else None,
+            "losses": {client: loss for client, (_, loss) in self._losses.items()},
             "bytes_up": self._bytes_up,
             "bytes_held": self._aggregator.num_bytes,
             "refused": self._refused,

@@ -121,6 +121,7 @@ class Loop:
         compression: how clients write their updates.
         failures: what to do about clients that fail.
         on_wait: told ``stage``, ``round``, ``attempt`` and ``clients`` when clients are asked again.
+        on_answer: told ``stage``, ``round`` and ``clients``, those that are still waited for, when clients are asked and at each answer.
     """
 
     algorithm: Algorithm
@@ -133,6 +134,7 @@ class Loop:
     compression: CompressionConfig = UNCOMPRESSED
     failures: FailureConfig = NONE_EXPECTED
     on_wait: Callable[[Record], None] = field(default=lambda record: None)
+    on_answer: Callable[[Record], None] = field(default=lambda record: None)
 
 
 def run_stage(loop: Loop, stage: Stage, initial: ServerState) -> ServerState:
@@ -223,7 +225,8 @@ def _collect(loop: Loop, stage: Stage, assignment: Assignment, cohort: Sequence[
             loop.on_wait({"stage": stage.name, "round": assignment.broadcast.round_num + 1, "attempt": attempt, "clients": missing})
             time.sleep(policy.pause)
         asked += missing
-        _take_in(loop.engine.map_clients(assignment, {name: stage.clients[name] for name in missing}), intake, watch)
+        answers = loop.engine.map_clients(assignment, {name: stage.clients[name] for name in missing})
+        _take_in(_told(answers, missing, loop, stage.name, assignment.broadcast.round_num + 1), intake, watch)
         if len(intake.accepted) >= needed:
             return asked
     if policy.below == "skip":
@@ -282,6 +285,16 @@ class _Watch:
         now = time.perf_counter()
         self.seconds[name] += now - self._last
         self._last = now
+
+
+def _told(answers: Iterable[Answer], asked: Sequence[str], loop: Loop, stage: str, round_num: int) -> Iterator[Answer]:
+    """The same, with a word at each about who is still waited for."""
+    waiting = dict.fromkeys(asked)
+    loop.on_answer({"stage": stage, "round": round_num, "clients": list(waiting)})
+    for answer in answers:
+        waiting.pop(answer.client, None)
+        loop.on_answer({"stage": stage, "round": round_num, "clients": list(waiting)})
+        yield answer
 
 
 def _take_in(updates: Iterable[Answer], intake: Intake, watch: _Watch) -> None:
