@@ -15,7 +15,6 @@ import contextlib
 import json
 import os
 import platform
-import signal
 import statistics
 import subprocess
 import sys
@@ -75,7 +74,7 @@ def where(engine: str, clients: int, folder: Path) -> Iterator[tuple[list[str], 
         yield ["engine.name=flower", f"engine.server={server}"], [process.pid for process in started]
     finally:
         for process in started:
-            process.send_signal(signal.SIGINT)
+            process.terminate()
         for process in started:
             process.wait(90)
 

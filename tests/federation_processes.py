@@ -62,7 +62,7 @@ class Processes:
 
     def __exit__(self, *_: object) -> None:
         for process in self.started.values():
-            process.send_signal(signal.SIGINT)
+            process.terminate()
         for process in self.started.values():
             process.wait(60)
 

@@ -19,7 +19,7 @@ from fedmllm.engine.flower import QUIET
 from fedmllm.engine.sites import ServerConfig, SiteConfig
 from fedmllm.engine.superlink import SuperLink
 from fedmllm.sites import keys
-from fedmllm.sites.processes import supernode
+from fedmllm.sites.start import supernode
 
 SITES = ("client-00", "client-01", "client-02")
 EXPERIMENT: dict[str, Any] = {

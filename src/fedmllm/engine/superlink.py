@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -61,12 +62,12 @@ class SuperLink:
         from flwr.proto.control_pb2 import ListNodesRequest, RegisterNodeRequest
         from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
-        control = self._control()
-        known = {node.name: node.public_key for node in self.reached(lambda: control.ListNodes(ListNodesRequest())).nodes_info}
-        for name, key in keys.items():
-            content = public_key_to_bytes(_public_key(name, key))
-            if known.get(name, b"") not in (content, content.decode()):
-                control.RegisterNode(RegisterNodeRequest(public_key=content, name=name))
+        with closing(self._control()) as control:
+            known = {node.name: node.public_key for node in self.reached(lambda: control.ListNodes(ListNodesRequest())).nodes_info}
+            for name, key in keys.items():
+                content = public_key_to_bytes(_public_key(name, key))
+                if known.get(name, b"") not in (content, content.decode()):
+                    control.RegisterNode(RegisterNodeRequest(public_key=content, name=name))
 
     def reached(self, call: Callable[[], T]) -> T:
         """The result of a call; where there is no connection, tried again for as long as there is patience.
@@ -111,7 +112,8 @@ class SuperLink:
 
         app = empty_app()
         request = StartRunRequest(fab=Fab(hash_str=hashlib.sha256(app).hexdigest(), content=app))
-        run = self.reached(lambda: self._control().StartRun(request)).run_id
+        with closing(self._control()) as control:
+            run = self.reached(lambda: control.StartRun(request)).run_id
         return run, self._take_over(run)
 
     def _take_over(self, run: int) -> str:
@@ -122,13 +124,13 @@ class SuperLink:
 
         guarded = frozenset({"/flwr.proto.Runtime/AcquireTask"})
         shown = SuperExecAuthHttpInterceptor(master_secret=self.secret.read_bytes(), protected_methods=guarded)
-        client = self._client(RuntimeHttpClient, "SuperExec", shown)
         request, until = AcquireTaskRequest(supported_task_types=["flwr-serverapp"]), time.monotonic() + self.patience
-        while time.monotonic() < until:
-            taken = self.reached(lambda: client.AcquireTask(request))
-            if taken.HasField("task") and taken.task.run_id == run:
-                return str(taken.token)
-            time.sleep(_POLL)
+        with closing(self._client(RuntimeHttpClient, "SuperExec", shown)) as client:
+            while time.monotonic() < until:
+                taken = self.reached(lambda: client.AcquireTask(request))
+                if taken.HasField("task") and taken.task.run_id == run:
+                    return str(taken.token)
+                time.sleep(_POLL)
         raise ConnectionError(f"the SuperLink at {self.address} does not hand over run {run}; is another server taking its runs?")
 
 
@@ -137,7 +139,10 @@ def empty_app() -> bytes:
     """What Flower wants of a run, with no code in it."""
     from flwr.cli.build import build_fab_from_files
 
-    return build_fab_from_files({"pyproject.toml": _PROJECT.encode(), "installed.py": b""})[0]
+    with warnings.catch_warnings():
+        # Of a library that Flower uses.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return build_fab_from_files({"pyproject.toml": _PROJECT.encode(), "installed.py": b""})[0]
 
 
 def _public_key(name: str, content: bytes) -> Any:

@@ -35,17 +35,12 @@ def server_up(file: Annotated[Path, typer.Argument(help="server.yaml of fedmllm 
     """Run the SuperLink that sites connect to, and admit them by their keys; until interrupted."""
     from fedmllm.engine.flower import require_flower
     from fedmllm.engine.sites import ServerConfig
-    from fedmllm.sites.processes import keep_up, superlink
+    from fedmllm.sites.start import at_server, become
 
     require_flower()
     server = ServerConfig.load(file)
-    admitted = server.keys()
-
-    def ready() -> None:
-        server.link.register(admitted)
-        typer.echo(f"admitted   {', '.join(server.sites)}\nready at   {server.address}")
-
-    keep_up([superlink(server)], typer.echo, ready)
+    server.keys()
+    become(at_server(server, file.resolve()))
 
 
 @site_app.command("up")
@@ -53,8 +48,7 @@ def site_up(file: Annotated[Path, typer.Argument(help="site.yaml of fedmllm site
     """Connect this site to its server, and train when asked to; until interrupted."""
     from fedmllm.engine.flower import require_flower
     from fedmllm.engine.sites import SiteConfig
-    from fedmllm.sites.processes import keep_up, supernode, worker
+    from fedmllm.sites.start import at_site, become
 
     require_flower()
-    site = SiteConfig.load(file)
-    keep_up([supernode(site), worker(site, file.resolve())], typer.echo)
+    become(at_site(SiteConfig.load(file), file.resolve()))

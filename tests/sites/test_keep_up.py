@@ -1,0 +1,82 @@
+"""Processes that are kept up, with small ones of the test's own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from fedmllm.sites.processes import Kept
+
+
+def script(text: str) -> list[str]:
+    return [sys.executable, "-c", text]
+
+
+def tended(kept: Kept, until: str, told: list[str], seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
+    while not any(until in line for line in told) and time.monotonic() < end:
+        kept.tend(told.append)
+        time.sleep(0.05)
+    assert any(until in line for line in told), told
+
+
+def test_what_ends_is_started_anew_after_a_delay_and_says_why(tmp_path: Path) -> None:
+    told: list[str] = []
+    words = "print('Exit Code: 7'); print('the key'); print('was refused.'); import sys; sys.exit(1)"
+    kept = Kept("node", script(words), tmp_path / "log", 0.5)
+    tended(kept, "ended", told)
+    assert told[-1] == f"node ended with code 1 (the key was refused.); see {tmp_path / 'log'}; started anew in 0.5 s"
+    since = time.monotonic()
+    while len(told) < 3:
+        kept.tend(told.append)
+        time.sleep(0.02)
+    assert time.monotonic() - since > 0.4
+    assert told[2].startswith("node started, process ")
+    kept.stop()
+
+
+def test_what_is_done_once_is_not_started_again(tmp_path: Path) -> None:
+    told: list[str] = []
+    kept = Kept("admitting", script("print('hello')"), tmp_path / "log", 0, once=True)
+    while not kept.done:
+        kept.tend(told.append)
+        time.sleep(0.02)
+    kept.tend(told.append)
+    assert kept.process is None
+    assert told == []
+    kept.stop()
+
+
+def test_what_does_not_end_by_itself_is_ended(tmp_path: Path) -> None:
+    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True); time.sleep(60)"
+    kept = Kept("deaf", script(deaf), tmp_path / "log", 1)
+    kept.tend(lambda words: None)
+    while "deaf" not in (tmp_path / "log").read_text():
+        time.sleep(0.02)
+    process, kept.patience = kept.process, 0.2
+    assert process is not None
+    kept.stop()
+    assert process.poll() == -9
+
+
+def test_all_end_with_the_one_that_keeps_them_up(tmp_path: Path) -> None:
+    """The process of ``fedmllm site up``: terminated, it terminates its own, and ends well."""
+    code = (
+        "import sys; from pathlib import Path; from fedmllm.sites.processes import Kept, keep_up\n"
+        f"keep_up([Kept('a', [sys.executable, '-c', 'import time; time.sleep(60)'], Path({str(tmp_path / 'log')!r}), 1)],\n"
+        "        lambda words: print(words, flush=True))"
+    )
+    with subprocess.Popen(script(code), stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        child = int(process.stdout.readline().split("process ")[1].split(",")[0])
+        process.terminate()
+        assert process.wait(20) == 0
+        assert process.stdout.read() == "stopping\n"
+    assert not Path(f"/proc/{child}").exists()
+
+
+def test_nothing_heavy_is_imported_to_keep_processes_up() -> None:
+    code = "import sys, fedmllm.sites.processes; print(sorted({name.split('.')[0] for name in sys.modules} & {'torch', 'numpy', 'flwr', 'pydantic'}))"
+    assert subprocess.run(script(code), capture_output=True, text=True, check=True).stdout == "[]\n"
