@@ -407,7 +407,7 @@ def test_bad_updates_are_refused_with_the_client_named(name: str) -> None:
     assert [row["client"] for row in refused] == [update.client for update in bad]
     assert "NaN" in refused[0]["reason"]
     assert "shape (2, 2)" in refused[1]["reason"]
-    partial = algorithm.server_step(state, intake.aggregate("federated"))
+    partial = algorithm.server_step(state, intake.aggregate())
     expected = server_round(algorithm, state, sent[3:])
     assert all(torch.equal(partial.weights[n], expected.weights[n]) for n in expected.weights)
 

@@ -36,7 +36,8 @@ def unpack(content: bytes) -> tuple[dict[str, Weights], Record]:
         raise ValueError(f"no safetensors of ours ({type(error).__name__}: {error})") from error
     if not isinstance(facts, dict):
         raise ValueError(f"the facts are a {type(facts).__name__}, no mapping")
-    for key, tensor in tensors.items():
+    # In one order, whatever was written first: norms and clipping sum over tensors, and rounding depends on their order.
+    for key, tensor in sorted(tensors.items()):
         group, _, name = key.partition("/")
         groups.setdefault(group, {})[name] = tensor
     return groups, facts
