@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ssl
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ pytest.importorskip("flwr", reason="Flower is not installed: pip install 'fedmll
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
 from fedmllm.engine.sites import ServerConfig, SiteConfig
 from fedmllm.errors import ConfigError, RunError
@@ -135,3 +137,17 @@ def test_a_sites_data_lie_beside_its_file(tmp_path: Path) -> None:
     data = SiteConfig.load(tmp_path / "site.yaml").data
     assert data is not None
     assert data.root == tmp_path / "data"
+
+
+def test_a_node_is_a_site_by_its_key_and_not_by_its_name(made: Path) -> None:
+    link = ServerConfig.load(made / "server" / "server.yaml").link
+    own = public_key_to_bytes(load_ssh_public_key(link.keys["a"]))  # type: ignore[arg-type]
+    other = public_key_to_bytes(ec.generate_private_key(ec.SECP384R1()).public_key())
+    nodes = [
+        SimpleNamespace(name="a", public_key=other),
+        SimpleNamespace(name="z", public_key=own),
+        SimpleNamespace(name="b", public_key=other),
+    ]
+    assert link.sites_of(nodes) == {"a": nodes[1]}
+    nodes[1].public_key = own.decode()
+    assert link.sites_of(nodes) == {"a": nodes[1]}

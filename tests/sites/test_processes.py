@@ -87,7 +87,7 @@ def _strangers_are_refused(processes: Processes, folder: Path) -> None:
     assert "certificate" in (said := refused(list(supernode(other).command), "certificate").lower()), said
     # Who holds no secret of the server's serves no runs.
     link = ServerConfig.load(processes.server).link
-    stranger = SuperLink(link.address, link.certificate, folder / "others" / "server" / "secret", patience=5)
+    stranger = SuperLink(link.address, link.certificate, folder / "others" / "server" / "secret", link.keys, patience=5)
     with pytest.raises(ConnectionError, match="turns this down: Client error '401 Unauthorized'"):
         stranger.begin()
 

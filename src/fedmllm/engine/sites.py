@@ -71,7 +71,7 @@ class ServerConfig(_File):
     @property
     def link(self) -> SuperLink:
         """How a server of runs reaches it."""
-        return SuperLink(self.address, self.folder / "ca.crt", self.folder / "secret")
+        return SuperLink(self.address, self.folder / "ca.crt", self.folder / "secret", self.keys())
 
     def keys(self) -> dict[str, bytes]:
         """Public keys by site.

@@ -45,29 +45,35 @@ class SuperLink:
         address: ``host:port``.
         certificate: file of the authority that its certificate is checked against.
         secret: file of the secret that lets one be the server of runs.
+        keys: sites' public keys by name, in OpenSSH's format.
         patience: seconds for which it is waited for where it cannot be reached.
     """
 
     address: str
     certificate: Path
     secret: Path
+    keys: Mapping[str, bytes]
     patience: float = 60.0
 
-    def register(self, keys: Mapping[str, bytes]) -> None:
-        """Admit sites by their public keys, in OpenSSH's format; those that are admitted already stay so.
+    def register(self) -> None:
+        """Admit the sites by their keys; those that are admitted already stay so.
 
         Raises:
             RunError: if a key is none, or another site has it.
         """
         from flwr.proto.control_pb2 import ListNodesRequest, RegisterNodeRequest
-        from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
         with closing(self._control()) as control:
-            known = {node.name: node.public_key for node in self.reached(lambda: control.ListNodes(ListNodesRequest())).nodes_info}
-            for name, key in keys.items():
-                content = public_key_to_bytes(_public_key(name, key))
-                if known.get(name, b"") not in (content, content.decode()):
-                    control.RegisterNode(RegisterNodeRequest(public_key=content, name=name))
+            known = self.sites_of(self.reached(lambda: control.ListNodes(ListNodesRequest())).nodes_info)
+            for name, key in self.keys.items():
+                if name not in known:
+                    control.RegisterNode(RegisterNodeRequest(public_key=_public_key(name, key), name=name))
+
+    def sites_of(self, nodes: Iterable[Any]) -> dict[str, Any]:
+        """Those of Flower's nodes that have a site's key, by the site. Names are no proof: Flower lets anybody admit a node under any."""
+        keys = {_public_key(name, key): name for name, key in self.keys.items()}
+        found = ((keys.get(node.public_key if isinstance(node.public_key, bytes) else node.public_key.encode()), node) for node in nodes)
+        return {name: node for name, node in found if name is not None}
 
     def reached(self, call: Callable[[], T]) -> T:
         """The result of a call; where there is no connection, tried again for as long as there is patience.
@@ -145,11 +151,13 @@ def empty_app() -> bytes:
         return build_fab_from_files({"pyproject.toml": _PROJECT.encode(), "installed.py": b""})[0]
 
 
-def _public_key(name: str, content: bytes) -> Any:
+def _public_key(name: str, content: bytes) -> bytes:
+    """As Flower writes it."""
     from cryptography.hazmat.primitives.serialization import load_ssh_public_key
+    from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
     try:
-        return load_ssh_public_key(content)
+        return public_key_to_bytes(load_ssh_public_key(content))  # type: ignore[arg-type]
     except ValueError as error:
         raise RunError(f"{name}: no public key of OpenSSH ({error}); fedmllm site init makes them") from error
 
@@ -193,9 +201,9 @@ class RunGrid:
         return self._alive(lambda: self._grid.pull_messages(message_ids))
 
     def online(self, names: Sequence[str]) -> dict[str, int]:
-        """Sites that are connected, by the names they were admitted under."""
-        nodes = self._alive(lambda: self._grid.get_nodes())
-        return {node.name: node.node_id for node in nodes if node.name in names and node.status == "online"}
+        """Sites that are connected, known by their keys."""
+        sites = self._link.sites_of(self._alive(lambda: self._grid.get_nodes()))
+        return {name: node.node_id for name, node in sites.items() if name in names and node.status == "online"}
 
     def _alive(self, call: Callable[[], T]) -> T:
         try:

@@ -11,7 +11,7 @@ from fedmllm.engine.sites import ServerConfig
 def main() -> None:
     """The process. It waits for the SuperLink."""
     server = ServerConfig.load(Path(sys.argv[1]))
-    server.link.register(server.keys())
+    server.link.register()
     print(f"admitted   {', '.join(server.sites)}\nready at   {server.address}", flush=True)  # noqa: T201
 
 
