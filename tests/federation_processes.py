@@ -34,10 +34,11 @@ class Processes:
     Args:
         folder: of the federation.
         sites: their names, and what is added to their ``site.yaml``.
+        later: sites that are not started with the others.
     """
 
-    def __init__(self, folder: Path, sites: Mapping[str, Mapping[str, Any]]) -> None:
-        self.folder, self.names = folder, sorted(sites)
+    def __init__(self, folder: Path, sites: Mapping[str, Mapping[str, Any]], later: Sequence[str] = ()) -> None:
+        self.folder, self.names, self.later = folder, sorted(sites), later
         first, *others = free_ports(len(sites) + 1)
         self.address = f"127.0.0.1:{first}"
         self.run("site", "init", str(folder), "--address", self.address, *(word for name in sites for word in ("--site", name)))
@@ -57,7 +58,8 @@ class Processes:
         self.start("server", "server", "up", str(self.server))
         self.wait_for(self.folder / "server.out", "ready at")
         for name in self.names:
-            self.start(name, "site", "up", str(self.site(name)))
+            if name not in self.later:
+                self.up(name)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -65,6 +67,10 @@ class Processes:
             process.terminate()
         for process in self.started.values():
             process.wait(60)
+
+    def up(self, name: str) -> None:
+        """Start a site."""
+        self.start(name, "site", "up", str(self.site(name)))
 
     def start(self, name: str, *words: str) -> None:
         with (self.folder / f"{name}.out").open("ab") as output:

@@ -71,6 +71,7 @@ def test_a_key_in_the_wrong_section_is_sent_to_the_right_one() -> None:
         ({"algorithm": {"name": "fedavgg"}}, "is no method; known: ditto"),
         ({"algorithm": {"name": "fedprox", "parameters": {"mu": 1}}}, "takes proximal_mu"),
         ({"training": {"local_epochs": 0}}, "leave one of them out"),
+        ({"engine": {"server": "server.yaml"}}, "server.yaml leads to sites, which name: in_process does not reach; use name: flower"),
         ({"seed": -1}, "greater than or equal to 0"),
         ({"evaluation": {"baselines": ["zeroshot"]}}, "'zero_shot', 'local', 'centralized' or 'fine_tuned'"),
     ],

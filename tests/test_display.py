@@ -100,6 +100,14 @@ def test_a_run_that_waits_says_for_whom() -> None:
     assert "federated round 2 waits for site-5, asked for the second time" in out.getvalue()
 
 
+def test_a_run_says_for_which_sites_it_waits_before_it_begins_and_whom_it_begins_without() -> None:
+    out = StringIO()
+    tell = Display(3, Console(file=out, width=100)).observer.waiting
+    tell({"stage": "start", "clients": ["notes", "both"], "given_up": False})
+    tell({"stage": "start", "clients": ["both"], "given_up": True})
+    assert out.getvalue() == "waits for notes, both\nbegins without both\n"
+
+
 def test_a_skipped_round_is_marked() -> None:
     skipped = record("federated", 1, 4) | {"refused": [{"client": "client-01", "reason": "NaN"}], "skipped": True}
     assert "(1 refused, skipped)" in shown(False, [skipped])

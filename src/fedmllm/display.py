@@ -71,8 +71,11 @@ class Display:
     def _waiting(self, record: Record) -> None:
         """Say for whom."""
         names = ", ".join(record["clients"])
-        where = f"{record['stage']} round {record['round']}"
-        self._console.print(f"{where} waits for {names}, asked for the {_nth(record['attempt'])} time", highlight=False, soft_wrap=True)
+        if record["stage"] == "start":
+            words = f"begins without {names}" if record["given_up"] else f"waits for {names}"
+        else:
+            words = f"{record['stage']} round {record['round']} waits for {names}, asked for the {_nth(record['attempt'])} time"
+        self._console.print(words, highlight=False, soft_wrap=True)
 
     def _answered(self, record: Record) -> None:
         """In a terminal, for whom the round waits now."""

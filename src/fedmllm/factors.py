@@ -61,6 +61,11 @@ def products(weights: Mapping[str, Tensor]) -> Weights:
     return {module: pair.product() for module, pair in pairs(weights)}
 
 
+def accumulated(gained: Mapping[str, Tensor], step: Mapping[str, Tensor]) -> Weights:
+    """Matrices of full size, by module, and the products of factors added to them in float64, rounded once to float32; from zero if there are none."""
+    return {module: (gained[module].double() + term if gained else term).float() for module, term in products(step).items()}
+
+
 def product_norm(weights: Mapping[str, Tensor]) -> float:
     """Frobenius norm of all products together, from the factors' Gram matrices: ``||B A||^2 = <B'B, A A'>``."""
     squares = [((p.b.double().T @ p.b.double()) * (p.a.double() @ p.a.double().T)).sum() for _, p in pairs(weights)]

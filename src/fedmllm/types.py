@@ -134,6 +134,7 @@ class Broadcast:
         weights: the global weights the clients start from.
         extras: further tensors that a method needs at its clients (SCAFFOLD's server control, say).
         base: what has been merged into the frozen weights so far, by module of the adapter, without LoRA's factor alpha / r.
+        base_step: factors of the last round's part of it.
         population: of all clients.
     """
 
@@ -141,6 +142,7 @@ class Broadcast:
     weights: Weights
     extras: Slots = field(default_factory=dict)
     base: Weights = field(default_factory=dict)
+    base_step: Weights = field(default_factory=dict)
     population: Population = field(default_factory=Population)
 
 

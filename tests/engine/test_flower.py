@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fedmllm import weights as W
 from fedmllm.benchmark import federation, run
 from fedmllm.benchmark.resident import Resident
 from fedmllm.config import Experiment
@@ -29,7 +32,7 @@ from flwr.app import Error, Message
 
 from fedmllm.engine.flower import enclose, enclosed, require_flower
 from fedmllm.types import ClientFailure
-from loopback import Tamper, loopback
+from loopback import LoopbackGrid, Tamper, loopback
 
 RESIDENT = Resident()
 SETTINGS: dict[str, Any] = {
@@ -76,6 +79,12 @@ def stale(reply: Message) -> Message:
     return reply
 
 
+def boastful(reply: Message) -> Message:
+    groups, facts = unpack(enclosed(reply.content))
+    reply.content = enclose(pack(groups, facts | {"num_samples": 10**9}))
+    return reply
+
+
 def garbage(reply: Message) -> Message:
     reply.content = enclose(b"\x80\x04garbage")
     return reply
@@ -95,6 +104,7 @@ def raised(reply: Message) -> Message:
     [
         (not_a_number, "the update holds NaN or infinity"),
         (absurd, "training could give"),
+        (boastful, "it says that it trained on 1,000,000,000 samples, it has told of 10"),
         (stale, "it answers round 8, this is round"),
         (garbage, "the answer cannot be read: no safetensors of ours"),
         (an_error, "Flower: Node Unavailable"),
@@ -129,6 +139,26 @@ def test_a_federation_without_answers_stops(tmp_path: Path, monkeypatch: pytest.
 def test_without_ray_the_engine_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"flower needs not_there; pip install 'fedmllm\[flower\]'"):
         require_flower("not_there")
+
+
+def test_what_is_merged_into_the_frozen_weights_travels_as_factors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Messages hold as many bytes as the rounds count, names and settings aside, and not the matrices of full size."""
+    grids: list[LoopbackGrid] = []
+
+    @contextmanager
+    def kept(*arguments: Any, **named: Any) -> Iterator[Any]:
+        with loopback(*arguments, **named) as (grid, nodes):
+            grids.append(grid)
+            yield grid, nodes
+
+    monkeypatch.setattr(federation, "simulation", kept)
+    monkeypatch.setattr(federation, "require_flower", lambda *modules: None)
+    rounds = {"federation": SETTINGS["federation"] | {"num_rounds": 3}, "algorithm": {"name": "fedex_lora"}}
+    run.train(Experiment.parse(SETTINGS | rounds), tmp_path / "run", resident=RESIDENT, report=False)
+    tasks = [unpack(enclosed(message.content))[0] for message in grids[0].sent]
+    held = [W.num_bytes(*groups.values()) for groups in tasks]
+    assert [sum(held[i : i + 4]) for i in (0, 4, 8)] == [record["bytes_down"] for record in RunStore(tmp_path / "run").records("federated")]
+    assert {kind for groups in tasks[8:] for kind in groups} == {"weights", "step.2"}
 
 
 def parent(pid: int) -> int:

@@ -16,6 +16,7 @@ from safetensors.torch import save
 from fedmllm.algorithms import AlgorithmConfig, build_algorithm
 from fedmllm.engine.checkpoint import ClientStates
 from fedmllm.engine.compression import CompressionConfig
+from fedmllm.engine.frozen import KeptBase, Missing
 from fedmllm.engine.in_process import Assignment
 from fedmllm.engine.messages import SLACK, Expected, expected, read_answer, read_task, write_answer, write_task
 from fedmllm.engine.packing import pack, unpack
@@ -24,6 +25,7 @@ from fedmllm.types import Broadcast, ClientFailure, ClientUpdate, Population
 A, B, EMBEDDING = "layer.q_proj.lora_A.weight", "layer.q_proj.lora_B.weight", "embed.weight"
 WEIGHTS = {A: torch.randn(4, 6), B: torch.randn(5, 4), EMBEDDING: torch.randn(3, 2)}
 UPDATE = ClientUpdate("c1", WEIGHTS, 7, {"loss": 0.5}, {}, {"image": 3, "text": 4}, None, round_num=2)
+KEPT = KeptBase(Path("unused"))
 WANTED = Expected(WEIGHTS, ("update",), CompressionConfig())
 
 
@@ -65,10 +67,10 @@ def test_tensors_keep_their_bits_and_their_dtypes() -> None:
 @pytest.mark.parametrize("name", ["fedavg", "scaffold", "ffa_lora", "fedsa_lora", "hetlora"])
 def test_a_task_arrives_as_it_was_broadcast(name: str) -> None:
     asked = assignment(name)
-    task = read_task(write_task(asked, "federated", "c1", {"settings": "seed: 0"}))
+    task = read_task(write_task(asked, "federated", "c1", {"settings": "seed: 0"}, Missing()))
     assert (task.facts.stage, task.facts.client, task.facts.round_num, task.facts.seed) == ("federated", "c1", 2, 11)
     assert task.facts.about == {"settings": "seed: 0"}
-    received = task.broadcast(asked.algorithm.broadcast(asked.algorithm.init(WEIGHTS, {})))
+    received = task.broadcast(asked.algorithm.broadcast(asked.algorithm.init(WEIGHTS, {})), KEPT)
     assert received.round_num == 2
     assert received.population == Population(9, {"image": 30})
     assert all(torch.equal(received.weights[key], tensor) for key, tensor in asked.broadcast.weights.items())
@@ -76,18 +78,18 @@ def test_a_task_arrives_as_it_was_broadcast(name: str) -> None:
 
 
 def test_what_never_changes_is_not_sent_and_a_lower_rank_is_sent_its_own() -> None:
-    assert read_task(write_task(assignment("ffa_lora"), "s", "c1", {})).weights.keys() == {B, EMBEDDING}
-    task = read_task(write_task(assignment("hetlora", {"c1": 2}), "s", "c1", {}))
+    assert read_task(write_task(assignment("ffa_lora"), "s", "c1", {}, Missing())).weights.keys() == {B, EMBEDDING}
+    task = read_task(write_task(assignment("hetlora", {"c1": 2}), "s", "c1", {}, Missing()))
     assert [tuple(task.weights[name].shape) for name in (A, B, EMBEDDING)] == [(2, 6), (5, 2), (3, 2)]
-    received = task.broadcast(Broadcast(0, WEIGHTS)).weights[A]
+    received = task.broadcast(Broadcast(0, WEIGHTS), KEPT).weights[A]
     assert torch.equal(received[:2], WEIGHTS[A][:2])
     assert not received[2:].any()
 
 
 def test_a_server_with_another_model_is_told_so() -> None:
-    task = read_task(write_task(assignment(), "s", "c1", {}))
+    task = read_task(write_task(assignment(), "s", "c1", {}, Missing()))
     with pytest.raises(ValueError, match=r"1 tensors that this client's model does not have, e\.g\. embed\.weight"):
-        task.broadcast(Broadcast(0, {A: WEIGHTS[A], B: WEIGHTS[B]}))
+        task.broadcast(Broadcast(0, {A: WEIGHTS[A], B: WEIGHTS[B]}), KEPT)
 
 
 def test_an_answer_arrives_as_it_was_sent() -> None:

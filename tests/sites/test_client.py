@@ -16,6 +16,7 @@ from fedmllm.benchmark.resident import Resident
 from fedmllm.config import Experiment
 from fedmllm.data.federated import federate
 from fedmllm.engine.checkpoint import ClientStates
+from fedmllm.engine.frozen import Missing
 from fedmllm.engine.in_process import Assignment
 from fedmllm.engine.messages import Presence, expected, read_answer, read_presence, write_question, write_task
 from fedmllm.engine.sites import SiteConfig
@@ -44,12 +45,12 @@ def presence(site: SiteWorker, experiment: Experiment, name: str = "client-00") 
     return told
 
 
-def answer(site: SiteWorker, experiment: Experiment, run: str = "r") -> ClientUpdate | ClientFailure:
+def answer(site: SiteWorker, experiment: Experiment, run: str = "r", trial: bool = False) -> ClientUpdate | ClientFailure:
     with RESIDENT.model(experiment) as (vlm, _):
         method = build_algorithm(experiment.algorithm)
         state = method.init(read_weights(vlm.model), frozen_weights(vlm))
         assignment = Assignment(method.broadcast(state), method, 1e-3, 0, ClientStates(Path("unused")))
-    content = write_task(assignment, "federated", "client-00", {"experiment": settings(experiment), "run": run})
+    content = write_task(assignment, "federated", "client-00", {"experiment": settings(experiment), "run": run, "trial": trial}, Missing())
     found = read_answer(site.answer(content), "client-00", expected(assignment, "client-00"))
     site.close()
     return found
@@ -123,6 +124,26 @@ def test_a_run_cannot_name_a_folder_elsewhere(experiment: Experiment, tmp_path: 
     found = answer(worker(tmp_path, data=OWN), experiment, run="../../elsewhere")
     assert isinstance(found, ClientFailure)
     assert "no plain name" in found.reason
+
+
+@pytest.mark.parametrize(
+    ("own", "trial", "reason"),
+    [
+        (
+            {"data": OWN, "rank": 4},
+            False,
+            "ConfigError: rank: this site trains at rank 4, the task is of rank None; the server was not told so",
+        ),
+        ({"data": OWN}, True, "ConfigError: data: this site has data of its own, the server was not told so when the run began"),
+        ({}, False, "ConfigError: data: this site only tries out, the server was not told so when the run began"),
+    ],
+)
+def test_a_site_that_comes_later_does_not_train_what_it_has_not_told_of(
+    experiment: Experiment, tmp_path: Path, own: dict[str, Any], trial: bool, reason: str
+) -> None:
+    found = answer(worker(tmp_path, **own), experiment, trial=trial)
+    assert isinstance(found, ClientFailure)
+    assert found.reason.startswith(reason)
 
 
 def test_an_errors_words_stay_at_the_site_unless_they_are_ours(experiment: Experiment, tmp_path: Path) -> None:

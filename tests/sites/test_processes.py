@@ -135,3 +135,19 @@ def test_a_site_that_stays_away_is_named_and_not_waited_for_past_the_deadline(tm
         last = json.loads(rounds(tmp_path / "there")[-1])
         assert [row["client"] for row in last["refused"]] == ["client-02"]
         assert last["num_samples"] > 0
+
+
+@pytest.mark.slow
+def test_a_run_begins_without_a_site_that_is_not_there_and_goes_on_with_it_when_it_comes(tmp_path: Path) -> None:
+    policy = {"deadline": 20, "below": "skip", "min_updates": 2}
+    with Processes(tmp_path / "federation", {name: {} for name in SITES}, later=["client-02"]) as processes:
+        experiment = EXPERIMENT | {"failures": policy, "federation": EXPERIMENT["federation"] | {"num_rounds": 20}}
+        run = processes.train(experiment | {"training": EXPERIMENT["training"] | {"local_epochs": 4}}, tmp_path / "there")
+        while len(rounds(tmp_path / "there")) < 1 and run.poll() is None:
+            time.sleep(0.05)
+        processes.up("client-02")
+        output = ended(run)
+    assert "begins without client-02" in output
+    first, *_, last = (json.loads(line) for line in rounds(tmp_path / "there"))
+    assert first["refused"] == [{"client": "client-02", "reason": "not connected"}]
+    assert sorted(last["losses"]) == list(SITES)

@@ -168,7 +168,8 @@ class ServerAverage:
 
     def broadcast(self, state: ServerState) -> Broadcast:
         """The global weights, what was merged into the frozen ones, and the population."""
-        return Broadcast(state.round_num, state.weights, base=state.base, population=state.population)
+        step = state.slots.get("base_step", {})
+        return Broadcast(state.round_num, state.weights, base=state.base, base_step=step, population=state.population)
 
     def uploads(self, round_num: int, name: str) -> bool:
         """Everything."""
@@ -257,10 +258,7 @@ def merge(state: ServerState, gained: Mapping[str, factors.Pair]) -> dict[str, W
     ``base_step`` keeps the factors, in float32: they are what every client must be sent.
     """
     step = factors.to_float(gained.items())
-    base = {module: pair.product() for module, pair in factors.pairs(step)}
-    if state.base:
-        base = {module: state.base[module].double() + tensor for module, tensor in base.items()}
-    return {"base": {module: tensor.float() for module, tensor in base.items()}, "base_step": step}
+    return {"base": factors.accumulated(state.base, step), "base_step": step}
 
 
 def zeros(weights: Weights) -> Weights:

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import secrets
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from fedmllm.algorithms import build_algorithm
 from fedmllm.benchmark.resident import Resident
+from fedmllm.benchmark.roll_call import RollCall
 from fedmllm.benchmark.worker import client_app, resident_worker
 from fedmllm.config import Experiment
 from fedmllm.data.federated import FederatedData, spread
 from fedmllm.engine.checkpoint import write_atomically
-from fedmllm.engine.flower import FlowerEngine, ask, require_flower, simulation
-from fedmllm.engine.messages import Presence, read_presence, write_question
+from fedmllm.engine.flower import FlowerEngine, require_flower, simulation
+from fedmllm.engine.frozen import BaseHistory
 from fedmllm.engine.rounds import Engine, Stage
 from fedmllm.engine.sites import ServerConfig
 from fedmllm.engine.superlink import RunGrid, serving
-from fedmllm.errors import ConfigError, FederationError, listing
-from fedmllm.types import ClientFailure, Holding
+from fedmllm.errors import ConfigError, FederationError
+from fedmllm.types import Holding, Record
 
 
 @dataclass(frozen=True)
@@ -33,37 +34,47 @@ class Federation:
         data: their samples, or what they say of them, and the test split, which is here.
         ranks: LoRA ranks that sites ask for.
         grid: what leads to sites; None where there are none.
+        trial: whether sites try out the experiment's own split.
     """
 
     experiment: Experiment
     data: FederatedData
     ranks: Mapping[str, int] = field(default_factory=dict)
     grid: RunGrid | None = None
+    trial: bool = False
 
     @contextmanager
     def engine(self, stage: Stage, folder: Path) -> Iterator[Engine | None]:
         """Trains the clients where they are; None for here. Baselines are not of the federation and train here."""
-        e, about = self.experiment.engine, {"experiment": settings(self.experiment)}
+        e, about = self.experiment.engine, dict[str, Any](experiment=settings(self.experiment))
+        history = BaseHistory(folder / "checkpoints" / f"{stage.name}-base")
         if self.grid is not None:
-            yield FlowerEngine(self.grid, stage.name, about | {"run": _run_id(folder)}, self.grid.online)
+            about |= {"run": _run_id(folder), "trial": self.trial}
+            yield FlowerEngine(self.grid, stage.name, about, self.grid.online, history)
         elif e.name == "flower":
             states = folder.resolve() / "checkpoints" / f"{stage.name}-clients"
             with simulation(client_app(resident_worker), stage.clients_per_round, e.worker_cpus, e.worker_gpus) as (grid, nodes):
-                yield FlowerEngine(grid, stage.name, about | {"states": str(states)}, lambda names: dict(zip(names, nodes, strict=False)))
+                reached = lambda names: dict(zip(names, nodes, strict=False))  # noqa: E731
+                yield FlowerEngine(grid, stage.name, about | {"states": str(states)}, reached, history)
         else:
             yield None
 
 
 @contextmanager
-def federation(experiment: Experiment, held: Resident) -> Iterator[Federation]:
+def federation(experiment: Experiment, held: Resident, waiting: Callable[[Record], None] = lambda record: None) -> Iterator[Federation]:
     """The clients of an experiment, for the time of a block.
+
+    Args:
+        experiment: whose.
+        held: what earlier runs of this process left.
+        waiting: told ``stage``, which is ``start``, and ``clients`` when sites are waited for, with ``given_up`` when the run begins without them.
 
     Raises:
         ConfigError: if settings and sites do not fit each other, or Flower is not installed.
         FederationError: if sites cannot be reached, or one says what is wrong there.
     """
     if experiment.engine.server is not None:
-        with _sites(experiment, held, ServerConfig.load(experiment.engine.server)) as found:
+        with _sites(experiment, held, ServerConfig.load(experiment.engine.server), waiting) as found:
             yield found
         return
     if experiment.engine.name == "flower":
@@ -72,11 +83,13 @@ def federation(experiment: Experiment, held: Resident) -> Iterator[Federation]:
 
 
 @contextmanager
-def _sites(experiment: Experiment, held: Resident, server: ServerConfig) -> Iterator[Federation]:
+def _sites(experiment: Experiment, held: Resident, server: ServerConfig, waiting: Callable[[Record], None]) -> Iterator[Federation]:
     require_flower()
     _require_fit(experiment, server)
     with serving(server.link) as grid:
-        present = _present(experiment, server.sites, grid)
+        policy, method = experiment.failures, build_algorithm(experiment.algorithm)
+        needed = min(max(policy.min_updates, method.smallest_cohort), experiment.federation.clients_per_round)
+        present = RollCall(server.sites, grid, settings(experiment), policy, needed, waiting).present()
         trial = {told.trial for told in present.values()}
         if len(trial) > 1:
             own = [name for name, told in present.items() if not told.trial]
@@ -89,8 +102,8 @@ def _sites(experiment: Experiment, held: Resident, server: ServerConfig) -> Iter
         else:
             _require_own(experiment)
             holdings = {name: Holding(told.num_samples, told.profile) for name, told in present.items()}
-            data = FederatedData(dataset, dict.fromkeys(holdings, ()), 0, holdings)
-        yield Federation(experiment, data, ranks, grid)
+            data = FederatedData(dataset, dict.fromkeys(server.sites, ()), 0, holdings)
+        yield Federation(experiment, data, ranks, grid, trial == {True})
 
 
 def _require_fit(experiment: Experiment, server: ServerConfig) -> None:
@@ -120,26 +133,6 @@ def _require_own(experiment: Experiment) -> None:
         raise ConfigError(f"evaluation.baselines: {', '.join(needs)} need the sites' samples, which stay there; leave zero_shot only")
     if experiment.evaluation.client_samples:
         raise ConfigError("evaluation.client_samples: needs to know the sites' samples, which stay there; leave it out")
-
-
-def _present(experiment: Experiment, sites: Sequence[str], grid: RunGrid) -> dict[str, Presence]:
-    """What every site says of itself, once it has loaded model and data; asked again, if failures.below is to wait, until all have."""
-    about, policy = {"experiment": settings(experiment)}, experiment.failures
-    found: dict[str, Presence] = {}
-    problems: dict[str, str] = {}
-    for _ in range(policy.attempts if policy.below == "wait" else 1):
-        questions = [(name, write_question(name, about)) for name in sites if name not in found]
-        for name, content in ask(grid, "query", questions, grid.online(sites), policy.deadline):
-            told = content if isinstance(content, ClientFailure) else read_presence(content, name)
-            if isinstance(told, ClientFailure):
-                problems[name] = told.reason
-            else:
-                found[name] = told
-        if len(found) == len(sites):
-            return {name: found[name] for name in sites}
-        time.sleep(policy.pause if policy.below == "wait" else 0)
-    reasons = listing(f"{name}: {problems[name]}" for name in sites if name not in found)
-    raise FederationError(f"not all sites are there:\n{reasons}\nstart them with fedmllm site up, or have failures.below wait")
 
 
 def settings(experiment: Experiment) -> str:

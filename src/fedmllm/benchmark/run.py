@@ -41,7 +41,8 @@ class Observer:
     Attributes:
         started: told the stages to come, before the first.
         round_done: told each round's record, as in ``metrics.jsonl``, with the stage's ``num_rounds``.
-        waiting: told ``stage``, ``round``, ``attempt`` and ``clients`` when clients are asked again.
+        waiting: told ``stage``, ``round``, ``attempt`` and ``clients`` when clients are asked again; before the first round ``stage``, which is
+            ``start``, and ``clients`` when sites are waited for, with ``given_up`` when the run begins without them.
         answered: told ``stage``, ``round`` and ``clients``, those that are still waited for, when clients are asked and at each answer.
     """
 
@@ -91,16 +92,16 @@ def train(
     folder = Path(output) if output else default_folder(name)
     _check_folder(folder, experiment, resume)
     require_trackers(track)
-    held = resident or Resident()
-    with federation(experiment, held) as clients, held.model(experiment) as (vlm, trainable):
+    held, told = resident or Resident(), observer or Observer()
+    with federation(experiment, held, told.waiting) as clients, held.model(experiment) as (vlm, trainable):
         dataset = clients.data.dataset
         copies = {spec: reduced_copy(dataset.test, spec, experiment.seed) for spec in experiment.evaluation.tested}
         vlm.family.require(dataset.modalities)
         start = _start(experiment, vlm)
         _open_folder(folder, experiment, clients.data)
         with tracked(track, folder, experiment, name) as tell:
-            told = (observer or Observer()).beside(tell)
-            return _Run(experiment, folder, name, clients, copies, vlm, trainable, held.encoder(experiment), start, told).finish(report)
+            encoder = held.encoder(experiment)
+            return _Run(experiment, folder, name, clients, copies, vlm, trainable, encoder, start, told.beside(tell)).finish(report)
 
 
 def default_folder(name: str) -> Path:

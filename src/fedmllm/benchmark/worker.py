@@ -18,6 +18,7 @@ from fedmllm.data.federated import spread
 from fedmllm.data.modalities import profile
 from fedmllm.engine.checkpoint import ClientStates
 from fedmllm.engine.flower import enclose, enclosed
+from fedmllm.engine.frozen import KeptBase
 from fedmllm.engine.in_process import Assignment, InProcessEngine
 from fedmllm.engine.messages import Presence, Task, TaskFacts, read_task, write_answer
 from fedmllm.engine.packing import pack
@@ -58,7 +59,7 @@ class _Opened:
         """One client's turn."""
         facts = task.facts
         assignment = Assignment(
-            task.broadcast(self.own),
+            task.broadcast(self.own, KeptBase(states.folder.with_name(states.folder.name + "-base"))),
             self.algorithm,
             facts.learning_rate,
             facts.seed,
@@ -90,6 +91,9 @@ class Worker:
         """Where clients keep what is their own."""
         return ClientStates(Path(facts.about["states"]))
 
+    def require(self, facts: TaskFacts) -> None:
+        """Refuse a task that does not suit this worker."""
+
     def told(self, presence: Presence) -> Presence:
         """What the server is told of a client."""
         return presence
@@ -107,6 +111,7 @@ class Worker:
         task = read_task(content)
         facts = task.facts
         try:
+            self.require(facts)
             answer = self._open(facts).train(task, self.states(facts))
             return write_answer(self.sent(answer, facts), facts.round_num)
         except Exception as error:

@@ -56,7 +56,7 @@ class RunStore:
         path = self._state_file(stage)
         if not path.is_file():
             return None
-        groups, round_num = _read(path, "delete it to train this stage anew")
+        groups, round_num = read_checkpoint(path, "delete it to train this stage anew")
         return ServerState(groups.pop("weights"), round_num, groups)
 
     def client_states(self, stage: str) -> ClientStates:
@@ -136,7 +136,7 @@ class ClientStates:
         before = [number for number in self._rounds(client) if number < round_num]
         if not before:
             return {}
-        return _read(self._file(client, before[-1]), "start the run anew in another folder")[0]
+        return read_checkpoint(self._file(client, before[-1]), "start the run anew in another folder")[0]
 
     def save(self, client: str, round_num: int, slots: Slots) -> None:
         """Keep what a client's turn in a round came to."""
@@ -152,7 +152,7 @@ class ClientStates:
         return self.folder / client / f"{round_num}.safetensors"
 
 
-def _read(path: Path, remedy: str) -> tuple[dict[str, Weights], int]:
+def read_checkpoint(path: Path, remedy: str) -> tuple[dict[str, Weights], int]:
     """The groups of a file, and its round.
 
     Raises:

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from fedmllm.engine.frozen import BaseHistory
 from fedmllm.engine.in_process import Assignment
 from fedmllm.engine.messages import expected, read_answer, write_task
 from fedmllm.errors import ConfigError, FederationError
@@ -92,18 +93,27 @@ class FlowerEngine:
         stage: what the rounds belong to.
         about: what workers are told beside.
         nodes: where clients can be reached now, by name; those that cannot are left out.
+        history: of the change to the frozen weights.
     """
 
     grid: Carrier
     stage: str
     about: Mapping[str, Any]
     nodes: Callable[[Sequence[str]], Mapping[str, int]]
+    history: BaseHistory
 
     def map_clients(self, assignment: Assignment, clients: Mapping[str, Sequence[Sample]]) -> Iterator[Answer]:
         """Answers in the clients' order. Those that come earlier wait outside of this process where Flower has a server of its own."""
-        contents = ((name, write_task(assignment, self.stage, name, self.about)) for name in clients)
+        broadcast, history = assignment.broadcast, self.history
+        history.note(broadcast)
+        contents = ((name, write_task(assignment, self.stage, name, self.about, history.missing(name, broadcast))) for name in clients)
         for name, content in ask(self.grid, "train", contents, self.nodes(list(clients)), assignment.deadline):
-            yield content if isinstance(content, ClientFailure) else read_answer(content, name, expected(assignment, name))
+            if isinstance(content, ClientFailure):
+                yield content
+                continue
+            answer = read_answer(content, name, expected(assignment, name))
+            history.answered(name, broadcast, isinstance(answer, ClientFailure))
+            yield answer
 
 
 def ask(

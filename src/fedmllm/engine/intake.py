@@ -20,12 +20,18 @@ class Intake:
         state: the server's, at the start of the round.
         ranks: clients' own LoRA ranks.
         largest: number of samples -> the largest norm of an update that is taken; None for any.
+        claim: client -> the number of samples it told of before the first round; None where that is not known.
     """
 
     def __init__(
-        self, algorithm: Algorithm, state: ServerState, ranks: Mapping[str, int], largest: Callable[[int], float] | None = None
+        self,
+        algorithm: Algorithm,
+        state: ServerState,
+        ranks: Mapping[str, int],
+        largest: Callable[[int], float] | None = None,
+        claim: Callable[[str], int | None] = lambda client: None,
     ) -> None:
-        self._algorithm, self._state, self._ranks, self._largest = algorithm, state, ranks, largest
+        self._algorithm, self._state, self._ranks, self._largest, self._claim = algorithm, state, ranks, largest, claim
         self._aggregator = Aggregator(algorithm, state)
         self.accepted: set[str] = set()
         """Clients whose updates are in the aggregate."""
@@ -57,6 +63,8 @@ class Intake:
         rank = self._ranks.get(update.client)
         if update.rank != rank:
             return f"the update is of rank {update.rank}, the client's rank is {rank}"
+        if (claim := self._claim(update.client)) is not None and update.num_samples > claim:
+            return f"it says that it trained on {update.num_samples:,} samples, it has told of {claim:,}"
         sent = {n: tensor for n, tensor in self._state.weights.items() if self._algorithm.uploads(self._state.round_num, n)}
         return refusal(update, factors.cut(sent, rank), self._algorithm.client_sends) or self._too_large(update)
 

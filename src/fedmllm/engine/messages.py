@@ -13,6 +13,7 @@ from fedmllm import factors
 from fedmllm import weights as W
 from fedmllm.algorithms import Algorithm
 from fedmllm.engine.compression import CompressionConfig, build_codec
+from fedmllm.engine.frozen import KeptBase, Missing
 from fedmllm.engine.in_process import Assignment
 from fedmllm.engine.packing import pack, unpack
 from fedmllm.types import Broadcast, ClientFailure, ClientUpdate, Population, Record, Slots, Weights
@@ -26,7 +27,12 @@ class _Facts(BaseModel):
 
 
 class TaskFacts(_Facts):
-    """What a client is told beside tensors."""
+    """What a client is told beside tensors.
+
+    Attributes:
+        base_since, sitting: as in ``Missing``.
+        about: what the worker needs beside, e.g. the experiment's settings; the engine does not look at it.
+    """
 
     stage: str
     client: str
@@ -36,8 +42,9 @@ class TaskFacts(_Facts):
     rank: int | None
     num_clients: int
     profile: dict[str, int]
+    base_since: int | None
+    sitting: str = Field(pattern=r"^[0-9a-f]{8}$")
     about: dict[str, Any]
-    """What the worker needs beside, e.g. the experiment's settings; the engine does not look at it."""
 
 
 class AnswerFacts(_Facts):
@@ -76,29 +83,32 @@ class Task:
 
     Attributes:
         facts: plain values.
-        weights, extras, base: as far as they were sent, at the client's own rank.
+        weights, extras: as far as they were sent, at the client's own rank.
+        missing: what the client lacked of the change to the frozen weights.
     """
 
     facts: TaskFacts
     weights: Weights
     extras: Slots = field(default_factory=dict)
-    base: Weights = field(default_factory=dict)
+    missing: Missing = field(default_factory=Missing)
 
-    def broadcast(self, own: Broadcast) -> Broadcast:
+    def broadcast(self, own: Broadcast, kept: KeptBase) -> Broadcast:
         """What the server broadcast: what was sent, in the place of what the client has from the beginning.
 
         Args:
             own: of the method's state before the first round, which server and client make alike.
+            kept: what the client has of the change to the frozen weights.
         """
         weights = {**own.weights, **factors.padded({n: t for n, t in self.weights.items() if n in own.weights}, own.weights)}
         if unknown := sorted(self.weights.keys() - own.weights.keys()):
             raise ValueError(f"the server sent {len(unknown)} tensors that this client's model does not have, e.g. {unknown[0]}")
         extras = {kind: {**own.extras.get(kind, {}), **self.extras.get(kind, {})} for kind in {**own.extras, **self.extras}}
         population = Population(self.facts.num_clients, self.facts.profile)
-        return Broadcast(self.facts.round_num, weights, extras, self.base, population)
+        base = kept.brought_up(self.missing, self.facts.round_num, own.base)
+        return Broadcast(self.facts.round_num, weights, extras, base, population=population)
 
 
-def write_task(assignment: Assignment, stage: str, client: str, about: Mapping[str, Any]) -> bytes:
+def write_task(assignment: Assignment, stage: str, client: str, about: Mapping[str, Any], missing: Missing) -> bytes:
     """What a client is sent: what it does not have yet of the broadcast, at its own rank."""
     broadcast, method, rank = assignment.broadcast, assignment.algorithm, assignment.ranks.get(client)
     weights = factors.cut({name: tensor for name, tensor in broadcast.weights.items() if method.downloads(name)}, rank)
@@ -115,9 +125,12 @@ def write_task(assignment: Assignment, stage: str, client: str, about: Mapping[s
         rank=rank,
         num_clients=broadcast.population.num_clients,
         profile=dict(broadcast.population.profile),
+        base_since=missing.since,
+        sitting=missing.sitting,
         about=dict(about),
     )
-    return pack({"weights": weights, "base": broadcast.base, **extras}, facts.model_dump())
+    steps = {f"step.{number}": step for number, step in missing.steps.items()}
+    return pack({"weights": weights, "base": missing.whole, **steps, **extras}, facts.model_dump())
 
 
 def read_task(content: bytes) -> Task:
@@ -126,9 +139,12 @@ def read_task(content: bytes) -> Task:
     Raises:
         ValueError: if it is no task.
     """
-    groups, facts = unpack(content)
+    groups, values = unpack(content)
+    facts = TaskFacts.model_validate(values)
     extras = {kind.removeprefix("extras."): tensors for kind, tensors in groups.items() if kind.startswith("extras.")}
-    return Task(TaskFacts.model_validate(facts), groups.get("weights", {}), extras, groups.get("base", {}))
+    steps = {int(kind.removeprefix("step.")): tensors for kind, tensors in groups.items() if kind.startswith("step.")}
+    missing = Missing(facts.base_since, steps, groups.get("base", {}), facts.sitting)
+    return Task(facts, groups.get("weights", {}), extras, missing)
 
 
 def write_answer(answer: ClientUpdate | ClientFailure, round_num: int) -> bytes:
@@ -156,7 +172,17 @@ def write_answer(answer: ClientUpdate | ClientFailure, round_num: int) -> bytes:
 def write_question(client: str, about: Mapping[str, Any]) -> bytes:
     """What a client is asked before the first round: a task of nothing."""
     facts = TaskFacts(
-        stage="presence", client=client, round_num=0, seed=0, learning_rate=0.0, rank=None, num_clients=0, profile={}, about=dict(about)
+        stage="presence",
+        client=client,
+        round_num=0,
+        seed=0,
+        learning_rate=0.0,
+        rank=None,
+        num_clients=0,
+        profile={},
+        base_since=0,
+        sitting=Missing().sitting,
+        about=dict(about),
     )
     return pack({}, facts.model_dump())
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, Protocol
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fedmllm import factors
 from fedmllm import weights as W
@@ -50,6 +50,14 @@ class EngineConfig(BaseModel):
     """Compute the last decoder layer where answers are, as far as it is known how."""
     feature_bytes: int = Field(4 << 30, ge=0)
     """Room on disk for what the frozen vision part makes of pictures, each once; 0 to compute it anew in every pass."""
+
+    @model_validator(mode="after")
+    def _sites_over_flower(self) -> EngineConfig:
+        if self.server is not None and self.name != "flower":
+            raise ValueError(
+                f"server: {self.server} leads to sites, which name: {self.name} does not reach; use name: flower, or leave server out"
+            )
+        return self
 
 
 class Engine(Protocol):
@@ -94,6 +102,11 @@ class Stage:
     def num_samples(self) -> int:
         """Of all clients."""
         return sum(map(len, self.clients.values())) + sum(held.num_samples for held in self.told.values())
+
+    def claim(self, client: str) -> int | None:
+        """How many samples a client holds, as far as that is known: one that was not there before the first round has not told."""
+        held = self.told[client].num_samples if client in self.told else len(self.clients[client])
+        return held or None
 
     def cohort(self, seed: int, round_num: int) -> list[str]:
         """The clients of a round, drawn without replacement, sorted."""
@@ -161,7 +174,7 @@ def _round(loop: Loop, stage: Stage, state: ServerState, watch: _Watch, checkpoi
     """One round, from the cohort to the checkpoint."""
     cohort, before = stage.cohort(loop.seed, state.round_num), state
     assignment = _assignment(loop, stage, state)
-    intake = Intake(loop.algorithm, state, stage.ranks, _largest(loop, assignment))
+    intake = Intake(loop.algorithm, state, stage.ranks, _largest(loop, assignment), stage.claim)
     asked = _collect(loop, stage, assignment, cohort, intake, watch)
     complete = len(intake.accepted) >= _needed(loop, stage)
     state = loop.algorithm.server_step(state, intake.aggregate()) if complete else _skipped(state)

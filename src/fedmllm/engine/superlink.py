@@ -201,8 +201,12 @@ class RunGrid:
         return self._alive(lambda: self._grid.pull_messages(message_ids))
 
     def online(self, names: Sequence[str]) -> dict[str, int]:
-        """Sites that are connected, known by their keys."""
-        sites = self._link.sites_of(self._alive(lambda: self._grid.get_nodes()))
+        """Sites that are connected, known by their keys; none where the SuperLink is gone, or was."""
+        try:
+            nodes = self._alive(lambda: self._grid.get_nodes())
+        except ConnectionError:
+            return {}
+        sites = self._link.sites_of(nodes)
         return {name: node.node_id for name, node in sites.items() if name in names and node.status == "online"}
 
     def _alive(self, call: Callable[[], T]) -> T:

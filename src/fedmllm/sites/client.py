@@ -78,6 +78,14 @@ class SiteWorker(Worker):
             raise ConfigError(f"the server's name for its run, {run!r}, is no plain name")
         return ClientStates(self._site.folder / "state" / run / facts.stage)
 
+    def require(self, facts: TaskFacts) -> None:
+        """One that was not there when the run began has not told the server what it is."""
+        site, told = self._site, "the server was not told so when the run began; it will be when it is started anew, with --resume"
+        if site.rank is not None and facts.rank != site.rank:
+            raise ConfigError(f"rank: this site trains at rank {site.rank}, the task is of rank {facts.rank}; {told}")
+        if facts.about["trial"] != (site.data is None):
+            raise ConfigError(f"data: this site {'only tries out' if site.data is None else 'has data of its own'}, {told}")
+
     def told(self, presence: Presence) -> Presence:
         """Without what is withheld."""
         hidden = self._site.withhold
