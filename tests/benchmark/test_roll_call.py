@@ -17,8 +17,8 @@ from fedmllm.benchmark import roll_call
 from fedmllm.benchmark.roll_call import RollCall
 from fedmllm.engine.failures import FailureConfig
 from fedmllm.engine.flower import enclose, enclosed
-from fedmllm.engine.messages import Presence, read_task, write_answer
-from fedmllm.engine.packing import pack
+from fedmllm.engine.messages import read_task
+from fedmllm.engine.words import Presence, write_word
 from fedmllm.errors import FederationError
 from fedmllm.types import ClientFailure, Record
 from loopback import LoopbackGrid
@@ -41,9 +41,9 @@ class Sites(LoopbackGrid):
         def query(message: Message, context: Context) -> Message:
             client = read_task(enclosed(message.content)).facts.client
             if client in wrong:
-                return Message(enclose(write_answer(ClientFailure(client, "no data"), 0)), reply_to=message)
+                return Message(enclose(write_word(ClientFailure(client, "no data"))), reply_to=message)
             told = Presence(client=client, num_samples=5, profile={}, rank=None, trial=False)
-            return Message(enclose(pack({}, told.model_dump())), reply_to=message)
+            return Message(enclose(write_word(told)), reply_to=message)
 
         super().__init__(app)
         self._since, self._begun = since, time.monotonic()

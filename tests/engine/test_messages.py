@@ -20,6 +20,7 @@ from fedmllm.engine.frozen import KeptBase, Missing
 from fedmllm.engine.in_process import Assignment
 from fedmllm.engine.messages import SLACK, Expected, expected, read_answer, read_task, write_answer, write_task
 from fedmllm.engine.packing import pack, unpack
+from fedmllm.engine.words import Presence, Scores, read_word, write_word
 from fedmllm.types import Broadcast, ClientFailure, ClientUpdate, Population
 
 A, B, EMBEDDING = "layer.q_proj.lora_A.weight", "layer.q_proj.lora_B.weight", "embed.weight"
@@ -102,6 +103,30 @@ def test_an_answer_arrives_as_it_was_sent() -> None:
 
 def test_a_failure_arrives_with_its_reason() -> None:
     assert reason(write_answer(ClientFailure("c1", "RuntimeError: " + "x" * 9999), 2)) == "RuntimeError: " + "x" * 1986
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (write_word(ClientFailure("c1", "no data")), "no data"),
+        (write_word(Scores(client="c2", round_num=1, metric="auc", metrics={"score": 0.5})), "it says that it is 'c2'"),
+        (pack({}, {"client": "c1", "round_num": 1, "metric": "auc", "metrics": {"score": "0.5"}}), "its word cannot be read"),
+        (b"\x80garbage", "its word cannot be read: no safetensors of ours"),
+    ],
+)
+def test_a_word_that_is_none_is_a_failure(content: bytes, reason: str) -> None:
+    told = read_word(content, "c1", Scores)
+    assert isinstance(told, ClientFailure)
+    assert told.client == "c1"
+    assert told.reason.startswith(reason)
+
+
+def test_a_word_arrives_as_it_was_said() -> None:
+    for word in (
+        Scores(client="c1", round_num=3, metric="auc", metrics={"score": 0.25, "failures": 0.0}),
+        Presence(client="c1", num_samples=4, profile={"image": 4}, rank=2, trial=True),
+    ):
+        assert read_word(write_word(word), "c1", type(word)) == word
 
 
 def facts(**changes: Any) -> dict[str, Any]:

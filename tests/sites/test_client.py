@@ -18,8 +18,9 @@ from fedmllm.data.federated import federate
 from fedmllm.engine.checkpoint import ClientStates
 from fedmllm.engine.frozen import Missing
 from fedmllm.engine.in_process import Assignment
-from fedmllm.engine.messages import Presence, expected, read_answer, read_presence, write_question, write_task
+from fedmllm.engine.messages import expected, read_answer, write_question, write_task
 from fedmllm.engine.sites import SiteConfig
+from fedmllm.engine.words import Presence, read_word
 from fedmllm.models.lora import frozen_weights, read_weights
 from fedmllm.sites.client import SiteWorker
 from fedmllm.types import ClientFailure, ClientUpdate
@@ -40,7 +41,7 @@ def worker(folder: Path, **values: Any) -> SiteWorker:
 
 
 def presence(site: SiteWorker, experiment: Experiment, name: str = "client-00") -> Presence | ClientFailure:
-    told = read_presence(site.present(write_question(name, {"experiment": settings(experiment), "run": "r"})), name)
+    told = read_word(site.present(write_question(name, {"experiment": settings(experiment), "run": "r"})), name, Presence)
     site.close()
     return told
 

@@ -18,7 +18,7 @@ from fedmllm.data.federated import FederatedData, spread
 from fedmllm.engine.checkpoint import write_atomically
 from fedmllm.engine.flower import FlowerEngine, require_flower, simulation
 from fedmllm.engine.frozen import BaseHistory
-from fedmllm.engine.rounds import Engine, Stage
+from fedmllm.engine.rounds import Stage
 from fedmllm.engine.sites import ServerConfig
 from fedmllm.engine.superlink import RunGrid, serving
 from fedmllm.errors import ConfigError, FederationError
@@ -43,8 +43,13 @@ class Federation:
     grid: RunGrid | None = None
     trial: bool = False
 
+    @property
+    def at_sites(self) -> bool:
+        """Whether clients, and what they keep, are elsewhere."""
+        return self.grid is not None
+
     @contextmanager
-    def engine(self, stage: Stage, folder: Path) -> Iterator[Engine | None]:
+    def engine(self, stage: Stage, folder: Path) -> Iterator[FlowerEngine | None]:
         """Trains the clients where they are; None for here. Baselines are not of the federation and train here."""
         e, about = self.experiment.engine, dict[str, Any](experiment=settings(self.experiment))
         history = BaseHistory(folder / "checkpoints" / f"{stage.name}-base")
@@ -112,9 +117,11 @@ def _require_fit(experiment: Experiment, server: ServerConfig) -> None:
         raise ConfigError(f"federation.num_clients: {count}, but {server.folder / 'server.yaml'} names {sites} sites; make them the same")
     if experiment.failures.deadline is None:
         raise ConfigError("failures.deadline: with sites a round needs one, e.g. failures.deadline=600; nothing waits for ever")
-    if build_algorithm(experiment.algorithm).personalized:
+    evaluation = experiment.evaluation
+    if build_algorithm(experiment.algorithm).personalized and ("fine_tuned" in evaluation.baselines or evaluation.client_samples):
         raise ConfigError(
-            f"algorithm.name: {experiment.algorithm.name} is scored by the clients' own models, which stay at their sites; use another method"
+            f"evaluation: {experiment.algorithm.name}'s models of the clients stay at their sites, where evaluation.client_samples and the baseline "
+            "fine_tuned cannot use them; leave both out"
         )
 
 

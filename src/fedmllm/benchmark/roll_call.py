@@ -9,7 +9,8 @@ from typing import Protocol
 
 from fedmllm.engine.failures import FailureConfig
 from fedmllm.engine.flower import Carrier, ask
-from fedmllm.engine.messages import Presence, read_presence, write_question
+from fedmllm.engine.messages import write_question
+from fedmllm.engine.words import Presence, read_word
 from fedmllm.errors import FederationError, listing
 from fedmllm.types import ClientFailure, Record
 
@@ -87,7 +88,7 @@ class RollCall:
             self._note(name, content)
 
     def _note(self, name: str, content: bytes | ClientFailure) -> None:
-        told = content if isinstance(content, ClientFailure) else read_presence(content, name)
+        told = content if isinstance(content, ClientFailure) else read_word(content, name, Presence)
         if isinstance(told, Presence):
             self.found[name] = told
             return

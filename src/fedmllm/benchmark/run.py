@@ -21,6 +21,7 @@ from fedmllm.data.federated import FederatedData, manifest
 from fedmllm.data.tested import own_kind, reduced_copy
 from fedmllm.engine.checkpoint import RunStore, write_atomically, write_json
 from fedmllm.engine.compression import UNCOMPRESSED
+from fedmllm.engine.flower import FlowerEngine
 from fedmllm.engine.in_process import InProcessEngine
 from fedmllm.engine.rounds import Loop, Stage, evaluate_state, personal_models, run_stage
 from fedmllm.errors import RunError, listing
@@ -185,8 +186,10 @@ class _Run:
         federated, *baselines = stages
         self.asked.clear()
         with self.federation.engine(federated, self.folder) as engine:
-            trained = run_stage(replace(loop, engine=engine or loop.engine), federated, self.start)
-        self._write_predictions(loop, federated, trained)
+            loop = self._there(loop, engine)
+            trained = run_stage(loop, federated, self.start)
+            self._write_predictions(loop, federated, trained)
+            tested = self._tested(loop, federated, trained, engine)
         models = personal_models(loop, federated, trained)
         ended = {f"fine_tuned-{client}": ServerState(weights, slots={"base": trained.base}) for client, weights in models.items()}
         for stage in baselines:
@@ -194,7 +197,7 @@ class _Run:
         self._save_adapters(trained, models if loop.algorithm.personalized else {})
         result = replace(
             summarize(self.experiment, self.name, self.data, loop.store, stages, self.parts),
-            tested=self._tested(loop, federated, trained),
+            tested=tested,
             clients=self._by_client(loop.store, models, trained.base),
         )
         self._write_cards(result)
@@ -202,6 +205,13 @@ class _Run:
         if report:
             write_report(self.folder)
         return result
+
+    def _there(self, loop: Loop, engine: FlowerEngine | None, copy: str = "") -> Loop:
+        """The loop with clients where they are, and so their own models."""
+        metric = self.data.dataset.metric
+        if engine is None or not (self.federation.at_sites and loop.algorithm.personalized):
+            return replace(loop, engine=engine or loop.engine)
+        return replace(loop, engine=engine, scores=lambda assignment, clients: engine.scores(assignment, clients, metric, copy))
 
     def stages(self) -> list[Stage]:
         """The federation, then centralized training, each client alone, and each client from where the federation ended."""
@@ -244,16 +254,20 @@ class _Run:
         return score
 
     def _write_predictions(self, loop: Loop, stage: Stage, trained: ServerState) -> None:
-        """What the final model answered to the test split, or each of a personalized method's; asked again if it was in an earlier sitting."""
+        """What the final model answered to the test split, or each of a personalized method's; asked again if it was in an earlier sitting.
+        What was answered elsewhere nobody knows here."""
+        if loop.scores is not None:
+            return
         if not self.asked:
             evaluate_state(loop, stage, trained)
         count = len(stage.clients) if loop.algorithm.personalized else 1
         write_json(self.folder / "predictions.json", to_record(self.asked[-count:]))
 
-    def _tested(self, loop: Loop, stage: Stage, trained: ServerState) -> dict[str, Metrics]:
+    def _tested(self, loop: Loop, stage: Stage, trained: ServerState, engine: FlowerEngine | None) -> dict[str, Metrics]:
         """The trained model on the copies of the test split."""
         scorers = {spec: self._scorer(copy, self.data.dataset.metric) for spec, copy in self.copies.items()}
-        return {spec: evaluate_state(replace(loop, evaluate=score), stage, trained) for spec, score in scorers.items()}
+        loops = {spec: replace(self._there(loop, engine, spec), evaluate=score) for spec, score in scorers.items()}
+        return {spec: evaluate_state(one, stage, trained) for spec, one in loops.items()}
 
     def _by_client(self, store: RunStore, models: Mapping[str, Weights], trained_base: Weights) -> dict[str, dict[str, float]]:
         """Accuracy of each client's models on test samples of its own kind, by model and client."""

@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import atexit
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from fedmllm.algorithms import Algorithm, build_algorithm
+from fedmllm.algorithms import Algorithm, ServerState, build_algorithm
 from fedmllm.benchmark.resident import Resident
 from fedmllm.config import Experiment
 from fedmllm.data.federated import spread
 from fedmllm.data.modalities import profile
+from fedmllm.data.tested import reduced_copy
 from fedmllm.engine.checkpoint import ClientStates
 from fedmllm.engine.flower import enclose, enclosed
 from fedmllm.engine.frozen import KeptBase
 from fedmllm.engine.in_process import Assignment, InProcessEngine
-from fedmllm.engine.messages import Presence, Task, TaskFacts, read_task, write_answer
-from fedmllm.engine.packing import pack
-from fedmllm.models.lora import frozen_weights, read_weights
-from fedmllm.types import Answer, Broadcast, ClientFailure, Sample
+from fedmllm.engine.messages import Task, TaskFacts, read_task, write_answer
+from fedmllm.engine.words import Presence, Scores, write_word
+from fedmllm.evaluation.evaluate import evaluate
+from fedmllm.models.lora import frozen_weights, read_weights, write_base, write_weights
+from fedmllm.models.saved import save_adapter
+from fedmllm.types import Answer, Broadcast, ClientFailure, Metrics, Sample
 
 if TYPE_CHECKING:
     from flwr.clientapp import ClientApp
@@ -41,6 +44,8 @@ class _Opened:
         algorithm: the method.
         own: the broadcast of its state before the first round.
         clients: whom it can be asked for.
+        test: samples to score a client's own model on.
+        metric: its score.
     """
 
     experiment: Experiment
@@ -48,6 +53,8 @@ class _Opened:
     algorithm: Algorithm
     own: Broadcast
     clients: Clients
+    test: Sequence[Sample]
+    metric: str
 
     def samples(self, client: str) -> tuple[Sample, ...]:
         """Of a client."""
@@ -59,7 +66,7 @@ class _Opened:
         """One client's turn."""
         facts = task.facts
         assignment = Assignment(
-            task.broadcast(self.own, KeptBase(states.folder.with_name(states.folder.name + "-base"))),
+            _received(task, self.own, states),
             self.algorithm,
             facts.learning_rate,
             facts.seed,
@@ -69,6 +76,25 @@ class _Opened:
         )
         (answer,) = self.engine.map_clients(assignment, {facts.client: self.samples(facts.client)})
         return answer
+
+    def personal(self, task: Task, states: ClientStates) -> ServerState:
+        """The model that a client ends with: the weights, and what was merged into the frozen ones."""
+        received, client = _received(task, self.own, states), task.facts.client
+        state = ServerState(received.weights, received.round_num, {"base": received.base})
+        return replace(state, weights=self.algorithm.personal(state, states.load(client, received.round_num)))
+
+    def score(self, model: ServerState, copy: str) -> Metrics:
+        """Of a model on a copy of the test split; empty for the complete one."""
+        vlm, settings = self.engine.vlm, self.experiment.evaluation
+        write_base(vlm, model.base)
+        write_weights(vlm.model, model.weights)
+        asked = reduced_copy(self.test, copy, self.experiment.seed) if copy else self.test
+        return evaluate(vlm, asked, self.engine.encoder, self.metric, settings, self.experiment.seed)
+
+
+def _received(task: Task, own: Broadcast, states: ClientStates) -> Broadcast:
+    """A task's broadcast. What was merged into the frozen weights is kept beside what clients keep."""
+    return task.broadcast(own, KeptBase(states.folder.with_name(states.folder.name + "-base")))
 
 
 class Worker:
@@ -87,6 +113,10 @@ class Worker:
         """Whom it trains."""
         return spread(self.resident.dataset(experiment), experiment.federation, experiment.seed).clients
 
+    def test(self, samples: tuple[Sample, ...]) -> tuple[Sample, ...]:
+        """What of a test split a client's own model is scored on."""
+        return samples
+
     def states(self, facts: TaskFacts) -> ClientStates:
         """Where clients keep what is their own."""
         return ClientStates(Path(facts.about["states"]))
@@ -101,6 +131,10 @@ class Worker:
     def sent(self, answer: Answer, facts: TaskFacts) -> Answer:
         """What the server is sent."""
         return answer
+
+    def scored(self, scores: Scores, facts: TaskFacts, model: ServerState) -> Scores | ClientFailure:
+        """What the server is told of a client's own model."""
+        return scores
 
     def failed(self, client: str, error: Exception) -> ClientFailure:
         """What the server is told of an error."""
@@ -124,9 +158,23 @@ class Worker:
             samples = self._open(facts).samples(facts.client)
             counted = dict(profile(samples))
             presence = Presence(client=facts.client, num_samples=len(samples), profile=counted, rank=None, trial=True)
-            return pack({}, self.told(presence).model_dump())
+            return write_word(self.told(presence))
         except Exception as error:
-            return write_answer(self.failed(facts.client, error), 0)
+            return write_word(self.failed(facts.client, error))
+
+    def score(self, content: bytes) -> bytes:
+        """How a client's own model scores where it is."""
+        task = read_task(content)
+        facts = task.facts
+        try:
+            self.require(facts)
+            run = self._open(facts)
+            model = run.personal(task, self.states(facts))
+            metrics = run.score(model, str(facts.about["tested"]))
+            word = Scores(client=facts.client, round_num=facts.round_num, metric=run.metric, metrics=metrics)
+            return write_word(self.scored(word, facts, model), facts.round_num)
+        except Exception as error:
+            return write_word(self.failed(facts.client, error), facts.round_num)
 
     def _open(self, facts: TaskFacts) -> _Opened:
         """The run of these settings; another than the last is set up anew, with model and data as far as they are the same."""
@@ -143,7 +191,14 @@ class Worker:
         method = build_algorithm(experiment.algorithm)
         own = method.broadcast(method.init(read_weights(vlm.model), frozen_weights(vlm)))
         engine = InProcessEngine(vlm, self.resident.encoder(experiment), experiment.training)
-        return _Opened(experiment, engine, method, own, clients)
+        dataset = self.resident.dataset(experiment)
+        return _Opened(experiment, engine, method, own, clients, self.test(dataset.test), dataset.metric)
+
+    def save(self, model: ServerState, folder: Path) -> None:
+        """A client's own model of the run that is open, as an adapter."""
+        if self._run is not None:
+            folder.parent.mkdir(exist_ok=True)
+            save_adapter(self._run.engine.vlm, model.weights, folder, model.base)
 
     def close(self) -> None:
         """Let go of the run."""
@@ -165,6 +220,10 @@ def client_app(worker: Callable[[], Worker]) -> ClientApp:
     @app.train()
     def train(message: Message, context: Context) -> Message:
         return Message(enclose(worker().answer(enclosed(message.content))), reply_to=message)
+
+    @app.evaluate()
+    def evaluate(message: Message, context: Context) -> Message:
+        return Message(enclose(worker().score(enclosed(message.content))), reply_to=message)
 
     @app.query()
     def query(message: Message, context: Context) -> Message:

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 from fedmllm.engine.frozen import BaseHistory
 from fedmllm.engine.in_process import Assignment
 from fedmllm.engine.messages import expected, read_answer, write_task
-from fedmllm.errors import ConfigError, FederationError
-from fedmllm.types import Answer, ClientFailure, Sample
+from fedmllm.engine.words import Scores, read_word
+from fedmllm.errors import ConfigError, FederationError, listing
+from fedmllm.types import Answer, ClientFailure, Metrics, Sample
 
 if TYPE_CHECKING:
     from flwr.app import Message, RecordDict
@@ -114,6 +115,38 @@ class FlowerEngine:
             answer = read_answer(content, name, expected(assignment, name))
             history.answered(name, broadcast, isinstance(answer, ClientFailure))
             yield answer
+
+    def scores(self, assignment: Assignment, clients: Sequence[str], metric: str, copy: str = "") -> dict[str, Metrics]:
+        """What clients' own models score where they are, by client; those that do not tell are left out.
+
+        Args:
+            assignment: as if the next round began.
+            clients: whom to ask.
+            metric: the experiment's, by which all must score.
+            copy: of the test split, as in ``evaluation.tested``; empty for the complete one.
+
+        Raises:
+            FederationError: if nobody tells.
+        """
+        broadcast, about = assignment.broadcast, {**self.about, "tested": copy}
+        self.history.note(broadcast)
+        contents = ((name, write_task(assignment, self.stage, name, about, self.history.missing(name, broadcast))) for name in clients)
+        told: list[Scores | ClientFailure] = []
+        for name, content in ask(self.grid, "evaluate", contents, self.nodes(clients), assignment.deadline):
+            told.append(content if isinstance(content, ClientFailure) else _scores(content, name, metric, broadcast.round_num))
+        if found := {word.client: word.metrics for word in told if isinstance(word, Scores)}:
+            return found
+        reasons = listing(f"{word.client}: {word.reason}" for word in told if isinstance(word, ClientFailure))
+        raise FederationError(f"after round {broadcast.round_num} no client tells the score of its own model:\n{reasons}")
+
+
+def _scores(content: bytes, client: str, metric: str, round_num: int) -> Scores | ClientFailure:
+    told = read_word(content, client, Scores)
+    if isinstance(told, Scores) and told.metric != metric:
+        return ClientFailure(client, f"its score is {told.metric}, the experiment's {metric}")
+    if isinstance(told, Scores) and (told.round_num != round_num or "score" not in told.metrics):
+        return ClientFailure(client, "its scores are of another round, or without the score itself")
+    return told
 
 
 def ask(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from fedmllm import factors
 from fedmllm import weights as W
@@ -16,17 +16,14 @@ from fedmllm.engine.compression import CompressionConfig, build_codec
 from fedmllm.engine.frozen import KeptBase, Missing
 from fedmllm.engine.in_process import Assignment
 from fedmllm.engine.packing import pack, unpack
+from fedmllm.engine.words import Facts, Failed, write_word
 from fedmllm.types import Broadcast, ClientFailure, ClientUpdate, Population, Record, Slots, Weights
 
 SLACK = 1 << 20
 """Bytes that a message may have beside its tensors' data: their names, and the facts."""
 
 
-class _Facts(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class TaskFacts(_Facts):
+class TaskFacts(Facts):
     """What a client is told beside tensors.
 
     Attributes:
@@ -47,7 +44,7 @@ class TaskFacts(_Facts):
     about: dict[str, Any]
 
 
-class AnswerFacts(_Facts):
+class AnswerFacts(Facts):
     """What the server is told beside tensors."""
 
     client: str
@@ -56,25 +53,6 @@ class AnswerFacts(_Facts):
     metrics: dict[str, float]
     profile: dict[str, int]
     rank: int | None
-
-
-class Presence(_Facts):
-    """What a client says of itself before the first round."""
-
-    client: str
-    num_samples: int = Field(gt=0, lt=2**40)
-    profile: dict[str, int]
-    rank: int | None
-    trial: bool
-    """Whether it trains its part of the experiment's own split, as a simulated client does, and no data of its own."""
-
-
-class Failed(_Facts):
-    """Instead of an update."""
-
-    client: str
-    round_num: int = Field(ge=0)
-    failure: str = Field(max_length=2000)
 
 
 @dataclass(frozen=True)
@@ -150,7 +128,7 @@ def read_task(content: bytes) -> Task:
 def write_answer(answer: ClientUpdate | ClientFailure, round_num: int) -> bytes:
     """What a client sends: its update, packed if it is compressed, or why there is none."""
     if isinstance(answer, ClientFailure):
-        return pack({}, Failed(client=answer.client, round_num=round_num, failure=answer.reason[:2000]).model_dump())
+        return write_word(answer, round_num)
     groups: dict[str, Weights] = {}
     for kind, tensors in {"update": answer.update, **answer.extras}.items():
         if kind not in answer.packed:
@@ -185,18 +163,6 @@ def write_question(client: str, about: Mapping[str, Any]) -> bytes:
         about=dict(about),
     )
     return pack({}, facts.model_dump())
-
-
-def read_presence(content: bytes, client: str) -> Presence | ClientFailure:
-    """A client's word about itself; what cannot be read is a failure."""
-    try:
-        _, facts = unpack(content)
-        if "failure" in facts:
-            return ClientFailure(client, Failed.model_validate(facts).failure)
-        told = Presence.model_validate(facts)
-        return told if told.client == client else ClientFailure(client, f"it says that it is {told.client!r}")
-    except ValueError as error:
-        return ClientFailure(client, f"its word about itself cannot be read: {error}")
 
 
 @dataclass(frozen=True)

@@ -134,6 +134,7 @@ class Loop:
         compression: how clients write their updates.
         failures: what to do about clients that fail.
         on_wait: told ``stage``, ``round``, ``attempt`` and ``clients`` when clients are asked again.
+        scores: the scores of clients' own models, where those are elsewhere, by client; None where they are here.
         on_answer: told ``stage``, ``round`` and ``clients``, those that are still waited for, when clients are asked and at each answer.
     """
 
@@ -148,6 +149,7 @@ class Loop:
     failures: FailureConfig = NONE_EXPECTED
     on_wait: Callable[[Record], None] = field(default=lambda record: None)
     on_answer: Callable[[Record], None] = field(default=lambda record: None)
+    scores: Callable[[Assignment, Sequence[str]], Mapping[str, Metrics]] | None = None
 
 
 def run_stage(loop: Loop, stage: Stage, initial: ServerState) -> ServerState:
@@ -262,7 +264,10 @@ def _bytes_down(algorithm: Algorithm, stage: Stage, state: ServerState, broadcas
 
 
 def personal_models(loop: Loop, stage: Stage, state: ServerState) -> dict[str, Weights]:
-    """The weights each client ends with, by client: the global ones, unless the method gives it its own from what it keeps."""
+    """The weights each client ends with, by client: the global ones, unless the method gives it its own from what it keeps. None where those are
+    elsewhere."""
+    if loop.algorithm.personalized and loop.scores is not None:
+        return {}
     if not loop.algorithm.personalized:
         return dict.fromkeys(sorted(stage.clients), state.weights)
     states = loop.store.client_states(stage.name)
@@ -276,7 +281,10 @@ def evaluate_state(loop: Loop, stage: Stage, state: ServerState) -> Metrics:
     """
     if not loop.algorithm.personalized:
         return loop.evaluate(state.weights, state.base)
-    rows = [loop.evaluate(weights, state.base) for weights in personal_models(loop, stage, state).values()]
+    if loop.scores is not None:
+        rows = list(loop.scores(_assignment(loop, stage, state), sorted(stage.clients)).values())
+    else:
+        rows = [loop.evaluate(weights, state.base) for weights in personal_models(loop, stage, state).values()]
     error = error_over_models([row["score"] for row in rows])
     return over_models(rows) | ({} if error is None else {"standard_error": error})
 

@@ -110,8 +110,8 @@ class SiteConfig(_File):
     cpus: int = Field(1, gt=0)
     """Cores to compute with."""
     withhold: tuple[Withheld, ...] = ()
-    """What the server is not told: ``metrics`` (training loss and steps), ``profile`` (samples by modality), ``num_samples`` (the site
-    then weighs as one sample)."""
+    """What the server is not told: ``metrics`` (training loss and steps, scores of the site's own model), ``profile`` (samples by modality),
+    ``num_samples`` (the site then weighs as one sample)."""
 
     @model_validator(mode="after")
     def _beside_the_file(self) -> SiteConfig:

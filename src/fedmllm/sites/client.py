@@ -14,12 +14,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from fedmllm.algorithms import ServerState
 from fedmllm.benchmark.worker import Clients, Worker, client_app
 from fedmllm.config import Experiment
 from fedmllm.engine.checkpoint import ClientStates
 from fedmllm.engine.flower import require_flower
-from fedmllm.engine.messages import Presence, TaskFacts
+from fedmllm.engine.messages import TaskFacts
 from fedmllm.engine.sites import NAME, SiteConfig
+from fedmllm.engine.words import Presence, Scores
 from fedmllm.errors import ConfigError, FedMLLMError
 from fedmllm.types import Answer, ClientFailure, ClientUpdate, Sample
 
@@ -71,6 +73,10 @@ class SiteWorker(Worker):
             raise ConfigError(f"modalities: no sample has any of {list(chosen)}")
         return found
 
+    def test(self, samples: tuple[Sample, ...]) -> tuple[Sample, ...]:
+        """With the modalities that are used here."""
+        return self._used(samples)
+
     def states(self, facts: TaskFacts) -> ClientStates:
         """In the site's folder, by run and stage."""
         run = str(facts.about["run"])
@@ -109,6 +115,16 @@ class SiteWorker(Worker):
         if "num_samples" in hidden:
             answer = replace(answer, num_samples=1)
         return self._noted(answer, facts)
+
+    def scored(self, scores: Scores, facts: TaskFacts, model: ServerState) -> Scores | ClientFailure:
+        """Nothing if metrics are withheld. The model is left in the site's folder, under the run's name."""
+        if not facts.about["tested"]:
+            self.save(model, self._site.folder / "adapters" / str(facts.about["run"]))
+        record = {"run": facts.about["run"], "round": facts.round_num, "tested": facts.about["tested"]}
+        if "metrics" in self._site.withhold:
+            return ClientFailure(scores.client, "it does not tell its scores")
+        self._note({"kind": "scores", **record, "metrics": scores.metrics})
+        return scores
 
     def failed(self, client: str, error: Exception) -> ClientFailure:
         """Its kind, and the words of errors of our own; others' may hold what is private, and stay here."""

@@ -1,0 +1,141 @@
+"""Methods that end with a model for each client, over sites: the models stay there, and are scored there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+pytest.importorskip("flwr", reason="Flower is not installed: pip install 'fedmllm[flower]'")
+
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+from fedmllm.benchmark import federation, run
+from fedmllm.benchmark.resident import Resident
+from fedmllm.benchmark.results import RunResult
+from fedmllm.benchmark.worker import client_app
+from fedmllm.config import Experiment
+from fedmllm.engine.checkpoint import RunStore
+from fedmllm.engine.sites import SiteConfig
+from fedmllm.errors import ConfigError, FederationError
+from fedmllm.sites import keys
+from fedmllm.sites.client import SiteWorker
+from loopback import LoopbackGrid
+
+RESIDENT = Resident()
+NAMES = ("client-00", "client-01", "client-02")
+SETTINGS: dict[str, Any] = {
+    "data": {"dataset": "digits-claims", "num_train": 45, "num_test": 10, "check_images": False},
+    "federation": {"num_clients": 3, "clients_per_round": 2, "num_rounds": 2, "scenario": "missing-0.3", "min_partition_size": 3},
+    "training": {"batch_size": 4, "learning_rate": 6e-3},
+    "evaluation": {"every": 1, "baselines": [], "tested": ["image"]},
+    "failures": {"deadline": 60},
+    "engine": {"device": "cpu", "together": 1},
+}
+OWN = {"data": {"dataset": "digits-claims", "num_train": 12, "num_test": 6, "check_images": False}}
+
+
+class Sites(LoopbackGrid):
+    """A worker for each site, all of this process."""
+
+    def __init__(self, workers: Mapping[str, SiteWorker]) -> None:
+        self._names = list(workers)
+        app, apps = ClientApp(), {i: client_app(lambda worker=worker: worker) for i, worker in enumerate(workers.values())}  # type: ignore[misc]
+
+        def passed(message: Message, context: Context) -> Message:
+            return apps[context.node_id](message, context)
+
+        app.train()(passed), app.query()(passed), app.evaluate()(passed)
+        super().__init__(app)
+
+    def online(self, names: Sequence[str]) -> dict[str, int]:
+        return {name: self._names.index(name) for name in names}
+
+
+@pytest.fixture
+def over_sites(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    def trained(folder: Path, own: Mapping[str, Mapping[str, Any]], **sections: Any) -> RunResult:
+        if not (tmp_path / "federation").exists():
+            keys.init(tmp_path / "federation", "127.0.0.1:8000", NAMES)
+        workers = {}
+        for name in NAMES:
+            values = {"name": name, "server": "127.0.0.1:8000", "device": "cpu", **own.get(name, {})}
+            workers[name] = SiteWorker(SiteConfig.model_validate({**values, "folder": tmp_path / "federation" / "sites" / name}))
+
+        @contextmanager
+        def serving(link: object) -> Iterator[Sites]:
+            yield Sites(workers)
+
+        monkeypatch.setattr(federation, "serving", serving)
+        engine = SETTINGS["engine"] | {"name": "flower", "server": str(tmp_path / "federation" / "server" / "server.yaml")}
+        try:
+            return run.train(Experiment.parse(SETTINGS | {"engine": engine} | sections), folder, resident=RESIDENT, report=False)
+        finally:
+            for worker in workers.values():
+                worker.close()
+
+    return trained
+
+
+def scored(folder: Path) -> list[Any]:
+    return [record["scores"] for record in RunStore(folder).records("federated")]
+
+
+@pytest.mark.parametrize("name", ["ditto", "fedsa_lora"])
+def test_models_stay_at_their_sites_and_score_as_in_one_process(name: str, over_sites: Any, tmp_path: Path) -> None:
+    here = run.train(Experiment.parse(SETTINGS | {"algorithm": {"name": name}}), tmp_path / "here", resident=RESIDENT, report=False)
+    there = over_sites(tmp_path / "there", {}, algorithm={"name": name})
+    assert (there.scores, there.tested, there.standard_errors) == (here.scores, here.tested, here.standard_errors)
+    assert scored(tmp_path / "there") == scored(tmp_path / "here")
+    assert not (tmp_path / "there" / "adapters").exists()
+    for client in NAMES:
+        (kept,) = (tmp_path / "federation" / "sites" / client / "adapters").iterdir()
+        ours = load_file(tmp_path / "here" / "adapters" / client / "adapter_model.safetensors")
+        theirs = load_file(kept / "adapter_model.safetensors")
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(theirs[key], tensor) for key, tensor in ours.items())
+
+
+def test_a_site_scores_its_model_on_its_own_test_data_and_writes_down_what_it_tells(over_sites: Any, tmp_path: Path) -> None:
+    own = dict.fromkeys(NAMES, OWN) | {"client-01": OWN | {"withhold": ["metrics"]}}
+    result = over_sites(
+        tmp_path / "there", own, algorithm={"name": "fedsa_lora"}, federation=SETTINGS["federation"] | {"clients_per_round": 3}
+    )
+    lines = {name: (tmp_path / "federation" / "sites" / name / "sent.jsonl").read_text().splitlines() for name in NAMES}
+    told = {name: [row for row in map(json.loads, rows) if row["kind"] == "scores"] for name, rows in lines.items()}
+    assert [(row["round"], row["tested"]) for row in told["client-00"]] == [(1, ""), (2, ""), (2, "image")]
+    assert told["client-01"] == []
+    scores = [told[name][1]["metrics"] for name in ("client-00", "client-02")]
+    assert result.scores["federated"] == pytest.approx(sum(row["score"] for row in scores) / 2)
+    assert result.details["federated"]["num_samples"] == sum(row["num_samples"] for row in scores) == 12
+    assert (tmp_path / "federation" / "sites" / "client-01" / "adapters").exists()
+
+
+def test_a_federation_of_which_no_site_tells_its_score_says_so(over_sites: Any, tmp_path: Path) -> None:
+    own = {name: OWN | {"withhold": ["metrics"]} for name in NAMES}
+    with pytest.raises(
+        FederationError, match=r"after round 1 no client tells the score of its own model:\n  - client-00: it does not tell its scores"
+    ):
+        over_sites(tmp_path / "there", own, algorithm={"name": "ditto"})
+
+
+def test_a_score_by_another_metric_is_not_averaged_with_the_others(over_sites: Any, tmp_path: Path) -> None:
+    triage = {"data": OWN["data"] | {"dataset": "digits-triage"}}
+    result = over_sites(tmp_path / "there", {NAMES[0]: triage, NAMES[1]: OWN, NAMES[2]: OWN}, algorithm={"name": "ditto"})
+    assert result.details["federated"]["num_samples"] == 12
+    reasons = r"client-00: its score is macro_f1, the experiment's auc"
+    with pytest.raises(FederationError, match=reasons):
+        over_sites(tmp_path / "none", dict.fromkeys(NAMES, triage), algorithm={"name": "ditto"})
+
+
+def test_what_would_need_the_sites_models_here_is_refused(over_sites: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="ditto's models of the clients stay at their sites"):
+        over_sites(tmp_path / "there", {}, algorithm={"name": "ditto"}, evaluation={"baselines": [], "client_samples": 5})
+    assert not (tmp_path / "there").exists()
