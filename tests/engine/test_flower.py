@@ -28,9 +28,10 @@ from fedmllm.errors import ConfigError, FederationError
 
 pytest.importorskip("flwr", reason="Flower is not installed: pip install 'fedmllm[flower]'")
 
-from flwr.app import Error, Message
+from flwr.app import Context, Error, Message
+from flwr.clientapp import ClientApp
 
-from fedmllm.engine.flower import enclose, enclosed, require_flower
+from fedmllm.engine.flower import ask, enclose, enclosed, require_flower
 from fedmllm.types import ClientFailure
 from loopback import LoopbackGrid, Tamper, loopback
 
@@ -129,6 +130,26 @@ def test_answers_that_are_there_when_time_is_up_count(tmp_path: Path, monkeypatc
     """The first client's does not come; while it was waited for, the others' did."""
     records = trained(tmp_path / "run", monkeypatch, of_client(lambda reply: None, "client-00"), deadline=0.2)
     assert all([row["client"] for row in record["refused"]] == ["client-00"] for record in records)
+
+
+def test_no_more_messages_are_on_their_way_than_asked_for() -> None:
+    """The next is made and sent when the first of them is answered, so that as many are held."""
+    app, made = ClientApp(), []
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        return Message(message.content, reply_to=message)
+
+    def contents() -> Iterator[tuple[str, bytes]]:
+        for i in range(7):
+            made.append(i)
+            yield f"c{i}", bytes([i])
+
+    answered = []
+    for name, content in ask(LoopbackGrid(app), "train", contents(), {f"c{i}": i for i in range(7) if i != 4}, None, ahead=3):
+        answered.append((name, content if isinstance(content, bytes) else content.reason))
+        assert len(made) == min(7, len(answered) + 2)
+    assert answered == [(f"c{i}", "not connected" if i == 4 else bytes([i])) for i in range(7)]
 
 
 def test_a_federation_without_answers_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 import secrets
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -60,7 +62,9 @@ class Federation:
             states = folder.resolve() / "checkpoints" / f"{stage.name}-clients"
             with simulation(client_app(resident_worker), stage.clients_per_round, e.worker_cpus, e.worker_gpus) as (grid, nodes):
                 reached = lambda names: dict(zip(names, nodes, strict=False))  # noqa: E731
-                yield FlowerEngine(grid, stage.name, about | {"states": str(states)}, reached, history)
+                # Flower's simulation holds messages in this process. Twice as many as there are workers keep all of them at work.
+                ahead = 2 * math.ceil((os.cpu_count() or 1) / e.worker_cpus)
+                yield FlowerEngine(grid, stage.name, about | {"states": str(states)}, reached, history, ahead)
         else:
             yield None
 

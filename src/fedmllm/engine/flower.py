@@ -10,9 +10,11 @@ import queue
 import threading
 import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fedmllm.engine.frozen import BaseHistory
@@ -95,6 +97,7 @@ class FlowerEngine:
         about: what workers are told beside.
         nodes: where clients can be reached now, by name; those that cannot are left out.
         history: of the change to the frozen weights.
+        ahead: tasks that are on their way at once; None for all. Where messages are held in this process, this bounds their memory.
     """
 
     grid: Carrier
@@ -102,13 +105,14 @@ class FlowerEngine:
     about: Mapping[str, Any]
     nodes: Callable[[Sequence[str]], Mapping[str, int]]
     history: BaseHistory
+    ahead: int | None = None
 
     def map_clients(self, assignment: Assignment, clients: Mapping[str, Sequence[Sample]]) -> Iterator[Answer]:
         """Answers in the clients' order. Those that come earlier wait outside of this process where Flower has a server of its own."""
         broadcast, history = assignment.broadcast, self.history
         history.note(broadcast)
         contents = ((name, write_task(assignment, self.stage, name, self.about, history.missing(name, broadcast))) for name in clients)
-        for name, content in ask(self.grid, "train", contents, self.nodes(list(clients)), assignment.deadline):
+        for name, content in ask(self.grid, "train", contents, self.nodes(list(clients)), assignment.deadline, self.ahead):
             if isinstance(content, ClientFailure):
                 yield content
                 continue
@@ -150,7 +154,12 @@ def _scores(content: bytes, client: str, metric: str, round_num: int) -> Scores 
 
 
 def ask(
-    grid: Carrier, kind: str, contents: Iterable[tuple[str, bytes]], nodes: Mapping[str, int], deadline: float | None
+    grid: Carrier,
+    kind: str,
+    contents: Iterable[tuple[str, bytes]],
+    nodes: Mapping[str, int],
+    deadline: float | None,
+    ahead: int | None = None,
 ) -> Iterator[tuple[str, bytes | ClientFailure]]:
     """Send every client its message, one at a time, so that no more than one is held here; then take the answers in the same order.
 
@@ -160,11 +169,15 @@ def ask(
         contents: what to send, by client.
         nodes: where clients are reached.
         deadline: seconds until which answers are waited for; None for ever.
+        ahead: messages that are on their way at once; None for all. The next is sent when the first of them is answered.
     """
     begun = time.monotonic()
-    sent = {client: _send(grid, kind, client, content, nodes.get(client), deadline) for client, content in contents}
-    for client, message_id in sent.items():
+    sent = ((client, _send(grid, kind, client, content, nodes.get(client), deadline)) for client, content in contents)
+    waiting = deque(islice(sent, ahead))
+    while waiting:
+        client, message_id = waiting.popleft()
         yield client, message_id if isinstance(message_id, ClientFailure) else _receive(grid, client, message_id, begun, deadline)
+        waiting.extend(islice(sent, 1))
 
 
 def _send(grid: Carrier, kind: str, client: str, content: bytes, node: int | None, deadline: float | None) -> str | ClientFailure:
