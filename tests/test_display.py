@@ -6,9 +6,10 @@ import pytest
 from rich.console import Console
 
 from fedmllm.benchmark.results import SCORES, RunResult
-from fedmllm.display import Display, result_table
-from fedmllm.engine.rounds import Stage
+from fedmllm.display import Display
+from fedmllm.engine.stages import Stage
 from fedmllm.types import Record, Sample
+from fedmllm.views import result_table
 
 SAMPLES = [Sample(str(i), "q", "a", {"text": "t"}) for i in range(10)]
 STAGES = [Stage("federated", {"client-00": SAMPLES, "client-01": SAMPLES}, 4, 1), Stage("centralized", {"client-00": SAMPLES}, 2, 1)]

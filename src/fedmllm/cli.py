@@ -47,12 +47,13 @@ def train(
 ) -> None:
     """Train an experiment; write numbers, adapter and report into a run folder."""
     from fedmllm.benchmark import run
+    from fedmllm.benchmark.folders import default_folder, unfinished_folder
     from fedmllm.config import Experiment
     from fedmllm.display import Display
 
     settings = Experiment.load(experiment, overrides or [])
     name = experiment.stem
-    folder = output or (run.unfinished_folder(name) if resume else run.default_folder(name))
+    folder = output or (unfinished_folder(name) if resume else default_folder(name))
     _print_plan(settings)
     try:
         with Display(settings.federation.num_rounds) as display:
@@ -178,7 +179,7 @@ def methods(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = 
         return
     from rich.console import Console
 
-    from fedmllm.display import methods_view
+    from fedmllm.views import methods_view
 
     Console().print(methods_view(rows))
 
@@ -234,7 +235,7 @@ def data_show(
         return
     from rich.console import Console
 
-    from fedmllm.display import split_view
+    from fedmllm.views import split_view
 
     Console().print(split_view(record))
 
@@ -290,7 +291,7 @@ def models_plan(
         return
     from rich.console import Console
 
-    from fedmllm.display import plan_view
+    from fedmllm.views import plan_view
 
     Console().print(plan_view(record))
 
@@ -298,8 +299,8 @@ def models_plan(
 def _print_plan(settings: Experiment) -> None:
     """What training will take, before the model is loaded; nothing for a model that cannot be planned, of which loading will tell more."""
     from fedmllm.benchmark.models_view import describe
-    from fedmllm.display import plan_line
     from fedmllm.errors import ModelError
+    from fedmllm.views import plan_line
 
     try:
         typer.echo(plan_line(describe(settings)))
@@ -311,7 +312,7 @@ def _print_result(result: RunResult) -> None:
     """The final table: each score beside its standard error."""
     from rich.console import Console
 
-    from fedmllm.display import result_table
+    from fedmllm.views import result_table
 
     Console().print(result_table(result))
 

@@ -14,7 +14,7 @@ from fedmllm.algorithms import ALGORITHMS, AlgorithmConfig, build_algorithm
 from fedmllm.data.settings import DataConfig, FederationConfig
 from fedmllm.engine.compression import CompressionConfig
 from fedmllm.engine.failures import FailureConfig
-from fedmllm.engine.rounds import EngineConfig
+from fedmllm.engine.settings import EngineConfig
 from fedmllm.errors import ConfigError, listing
 from fedmllm.evaluation.evaluate import EvaluationConfig
 from fedmllm.models.load import ModelConfig

@@ -14,15 +14,16 @@ from fedmllm import weights as W
 from fedmllm.algorithms import ALGORITHMS, STRATEGIES
 from fedmllm.benchmark.methods_view import catalog, costs
 from fedmllm.data.federated import FederatedData
-from fedmllm.display import methods_view
 from fedmllm.engine.checkpoint import RunStore
 from fedmllm.engine.in_process import InProcessEngine
-from fedmllm.engine.rounds import Loop, Stage, run_stage
+from fedmllm.engine.rounds import Loop, run_stage
+from fedmllm.engine.stages import Stage
 from fedmllm.models.load import VisionLanguageModel
 from fedmllm.models.lora import frozen_weights, read_weights
 from fedmllm.training.batches import Encoder
 from fedmllm.training.local import TrainingConfig
 from fedmllm.types import Record
+from fedmllm.views import methods_view
 
 
 @pytest.fixture(scope="module")

@@ -22,8 +22,9 @@ from safetensors.torch import load_file
 
 from fedmllm.algorithms import ServerState
 from fedmllm.benchmark.folder import Round, read_run
+from fedmllm.benchmark.observer import Observer
 from fedmllm.benchmark.results import SCORES, RunResult
-from fedmllm.benchmark.run import Observer, pooled, train
+from fedmllm.benchmark.run import pooled, train
 from fedmllm.benchmark.scoring import score_adapter
 from fedmllm.config import Experiment
 from fedmllm.data.federated import FederatedData, federate

@@ -13,7 +13,8 @@ from fedmllm.algorithms import ALGORITHMS, STRATEGIES, AlgorithmConfig, ServerSt
 from fedmllm.data.federated import FederatedData
 from fedmllm.engine.checkpoint import RunStore
 from fedmllm.engine.in_process import InProcessEngine
-from fedmllm.engine.rounds import Loop, Stage, run_stage
+from fedmllm.engine.rounds import Loop, run_stage
+from fedmllm.engine.stages import Stage
 from fedmllm.models.load import VisionLanguageModel
 from fedmllm.models.lora import frozen_weights, read_weights, write_weights
 from fedmllm.training.batches import Encoder

@@ -17,7 +17,8 @@ from fedmllm.data.federated import FederatedData
 from fedmllm.engine.checkpoint import RunStore
 from fedmllm.engine.failures import FailureConfig
 from fedmllm.engine.in_process import Assignment, InProcessEngine
-from fedmllm.engine.rounds import Loop, Stage, run_stage
+from fedmllm.engine.rounds import Loop, run_stage
+from fedmllm.engine.stages import Stage
 from fedmllm.errors import DataError, FederationError
 from fedmllm.models.load import VisionLanguageModel
 from fedmllm.models.lora import read_weights

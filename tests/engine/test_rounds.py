@@ -14,7 +14,8 @@ from fedmllm.data.federated import FederatedData
 from fedmllm.engine.checkpoint import RunStore
 from fedmllm.engine.in_process import Assignment, InProcessEngine
 from fedmllm.engine.intake import refusal
-from fedmllm.engine.rounds import Loop, Stage, evaluate_state, run_stage
+from fedmllm.engine.rounds import Loop, evaluate_state, run_stage
+from fedmllm.engine.stages import Stage
 from fedmllm.errors import FederationError
 from fedmllm.models.load import VisionLanguageModel
 from fedmllm.models.lora import read_weights

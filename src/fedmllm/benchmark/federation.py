@@ -20,8 +20,8 @@ from fedmllm.data.federated import FederatedData, spread
 from fedmllm.engine.checkpoint import write_atomically
 from fedmllm.engine.flower import FlowerEngine, require_flower, simulation
 from fedmllm.engine.frozen import BaseHistory
-from fedmllm.engine.rounds import Stage
 from fedmllm.engine.sites import ServerConfig
+from fedmllm.engine.stages import Stage
 from fedmllm.engine.superlink import RunGrid, serving
 from fedmllm.errors import ConfigError, FederationError
 from fedmllm.types import Holding, Record

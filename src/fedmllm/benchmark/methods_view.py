@@ -18,7 +18,8 @@ from fedmllm.algorithms import ALGORITHMS, PUBLISHED, STRATEGIES, Algorithm, Cli
 from fedmllm.algorithms.strategies import Strategy
 from fedmllm.engine.checkpoint import RunStore
 from fedmllm.engine.in_process import Assignment
-from fedmllm.engine.rounds import Loop, Stage, run_stage
+from fedmllm.engine.rounds import Loop, run_stage
+from fedmllm.engine.stages import Stage
 from fedmllm.randomness import generator
 from fedmllm.training.local import TrainingConfig
 from fedmllm.training.rules import LocalResult

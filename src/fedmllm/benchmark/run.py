@@ -11,20 +11,22 @@ from fedmllm.algorithms import Client, ServerState, build_algorithm
 from fedmllm.algorithms.fedavg import FedAvg
 from fedmllm.benchmark.card import adapter_card
 from fedmllm.benchmark.federation import Federation, federation
+from fedmllm.benchmark.folders import check_folder, default_folder, open_folder
+from fedmllm.benchmark.observer import Observer
 from fedmllm.benchmark.report import write_report
 from fedmllm.benchmark.resident import Resident
 from fedmllm.benchmark.results import RunResult
 from fedmllm.benchmark.summary import summarize
 from fedmllm.benchmark.tracking import require_trackers, tracked
-from fedmllm.config import Experiment, differences
-from fedmllm.data.federated import FederatedData, manifest
+from fedmllm.config import Experiment
+from fedmllm.data.federated import FederatedData
 from fedmllm.data.tested import own_kind, reduced_copy
 from fedmllm.engine.checkpoint import RunStore, write_atomically, write_json
 from fedmllm.engine.compression import UNCOMPRESSED
 from fedmllm.engine.flower import FlowerEngine
 from fedmllm.engine.in_process import InProcessEngine
-from fedmllm.engine.rounds import Loop, Stage, evaluate_state, personal_models, run_stage
-from fedmllm.errors import RunError, listing
+from fedmllm.engine.rounds import Loop, evaluate_state, personal_models, run_stage
+from fedmllm.engine.stages import Stage
 from fedmllm.evaluation.answered import Answered, to_record
 from fedmllm.evaluation.evaluate import evaluate
 from fedmllm.models.load import VisionLanguageModel
@@ -32,34 +34,7 @@ from fedmllm.models.lora import frozen_weights, read_weights, write_base, write_
 from fedmllm.models.parts import Part
 from fedmllm.models.saved import save_adapter
 from fedmllm.training.batches import Encoder
-from fedmllm.types import Metrics, Record, Sample, Weights
-
-
-@dataclass(frozen=True)
-class Observer:
-    """Whom a run tells about its progress.
-
-    Attributes:
-        started: told the stages to come, before the first.
-        round_done: told each round's record, as in ``metrics.jsonl``, with the stage's ``num_rounds``.
-        waiting: told ``stage``, ``round``, ``attempt`` and ``clients`` when clients are asked again; before the first round ``stage``, which is
-            ``start``, and ``clients`` when sites are waited for, with ``given_up`` when the run begins without them.
-        answered: told ``stage``, ``round`` and ``clients``, those that are still waited for, when clients are asked and at each answer.
-    """
-
-    started: Callable[[Sequence[Stage]], None] = lambda stages: None
-    round_done: Callable[[Record], None] = lambda record: None
-    waiting: Callable[[Record], None] = lambda record: None
-    answered: Callable[[Record], None] = lambda record: None
-
-    def beside(self, tell: Callable[[Record], None]) -> Observer:
-        """The same, and another that is told each round's record."""
-
-        def both(record: Record) -> None:
-            self.round_done(record)
-            tell(record)
-
-        return replace(self, round_done=both)
+from fedmllm.types import Metrics, Sample, Weights
 
 
 def train(
@@ -91,7 +66,7 @@ def train(
         FedMLLMError: see the kinds in ``fedmllm.errors``.
     """
     folder = Path(output) if output else default_folder(name)
-    _check_folder(folder, experiment, resume)
+    check_folder(folder, experiment, resume)
     require_trackers(track)
     held, told = resident or Resident(), observer or Observer()
     with federation(experiment, held, told.waiting) as clients, held.model(experiment) as (vlm, trainable):
@@ -99,41 +74,10 @@ def train(
         copies = {spec: reduced_copy(dataset.test, spec, experiment.seed) for spec in experiment.evaluation.tested}
         vlm.family.require(dataset.modalities)
         start = _start(experiment, vlm)
-        _open_folder(folder, experiment, clients.data)
+        open_folder(folder, experiment, clients.data)
         with tracked(track, folder, experiment, name) as tell:
             encoder = held.encoder(experiment)
             return _Run(experiment, folder, name, clients, copies, vlm, trainable, encoder, start, told.beside(tell)).finish(report)
-
-
-def default_folder(name: str) -> Path:
-    """``runs/<name>-<time>``."""
-    return Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-
-
-def unfinished_folder(name: str) -> Path:
-    """The newest run of that name in ``runs/`` without a result.
-
-    Raises:
-        RunError: if there is none.
-    """
-    found = [
-        path for path in sorted(Path("runs").glob(f"{name}-*")) if (path / "config.yaml").is_file() and not (path / "result.json").is_file()
-    ]
-    if not found:
-        raise RunError(f"runs/{name}-*: no unfinished run to resume; name the folder with --output")
-    return found[-1]
-
-
-def _check_folder(folder: Path, experiment: Experiment, resume: bool) -> None:
-    """Refuse to mix two runs in one folder."""
-    config = folder / "config.yaml"
-    if not resume:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise RunError(f"{folder}: the run folder is not empty; choose another --output, or go on with --resume")
-    elif not config.is_file():
-        raise RunError(f"{folder}: no config.yaml, so there is no run to resume; leave --resume out")
-    elif changed := differences(Experiment.load(config), experiment):
-        raise RunError(f"{folder}: cannot resume with other settings than the run began with (there and now):\n{listing(changed)}")
 
 
 def _start(experiment: Experiment, vlm: VisionLanguageModel) -> ServerState:
@@ -142,13 +86,6 @@ def _start(experiment: Experiment, vlm: VisionLanguageModel) -> ServerState:
     state = algorithm.init(read_weights(vlm.model), frozen_weights(vlm))
     algorithm.local_rule(algorithm.broadcast(state), Client())
     return state
-
-
-def _open_folder(folder: Path, experiment: Experiment, data: FederatedData) -> None:
-    """The folder with what is known before training. Both files are functions of the experiment: a resume rewrites them alike."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "config.yaml", experiment.to_yaml().encode())
-    write_json(folder / "manifest.json", manifest(data, experiment.federation.scenario, experiment.seed))
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from fedmllm.benchmark.results import RunResult, versions
 from fedmllm.config import Experiment
 from fedmllm.data.federated import FederatedData
 from fedmllm.engine.checkpoint import RunStore
-from fedmllm.engine.rounds import Stage
+from fedmllm.engine.stages import Stage
 from fedmllm.evaluation.metrics import error_over_models, majority_score
 from fedmllm.models.parts import Part
 from fedmllm.types import Metrics

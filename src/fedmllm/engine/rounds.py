@@ -3,61 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Literal, Protocol
-
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from typing import Protocol
 
 from fedmllm import factors
 from fedmllm import weights as W
 from fedmllm.algorithms import Algorithm, ServerState
-from fedmllm.data.modalities import profile
 from fedmllm.engine.checkpoint import BackgroundCheckpoint, RunStore
 from fedmllm.engine.compression import UNCOMPRESSED, CompressionConfig
 from fedmllm.engine.failures import NONE_EXPECTED, FailureConfig
 from fedmllm.engine.in_process import Assignment
 from fedmllm.engine.intake import Intake
+from fedmllm.engine.stages import Stage
 from fedmllm.errors import FederationError
 from fedmllm.evaluation.metrics import error_over_models, over_models
-from fedmllm.randomness import generator
 from fedmllm.training.local import TrainingConfig, reach, round_learning_rate
-from fedmllm.types import Answer, Broadcast, Holding, Metrics, Population, Record, Sample, Weights
-
-
-class EngineConfig(BaseModel):
-    """Where clients run."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    name: Literal["in_process", "flower"] = "in_process"
-    """``in_process``: all clients in this process. ``flower``: the federation's clients elsewhere, through Flower: in worker processes on Ray, or at
-    the sites of ``server``."""
-    server: Path | None = None
-    """``server.yaml`` of a federation of sites, of ``flower``; left out for worker processes on this machine."""
-    worker_cpus: float = Field(1.0, gt=0)
-    """Cores of one worker, of ``flower``; as many workers are started as there is room for."""
-    worker_gpus: float = Field(0.0, ge=0)
-    """GPUs of one worker, of ``flower``; a part, such as 0.25, lets workers share one."""
-    device: str = "auto"
-    """``auto`` (a GPU if there is one), ``cpu``, ``cuda``, ``cuda:1``, ..."""
-    together: int = Field(16, gt=0)
-    """Clients of a cohort that train side by side in the same passes of the model; 1 for one after another. With dropout, or
-    where more than adapters of the decoder trains, always 1; a GPU's free memory may allow fewer."""
-    answers_only: bool = True
-    """Compute the last decoder layer where answers are, as far as it is known how."""
-    feature_bytes: int = Field(4 << 30, ge=0)
-    """Room on disk for what the frozen vision part makes of pictures, each once; 0 to compute it anew in every pass."""
-
-    @model_validator(mode="after")
-    def _sites_over_flower(self) -> EngineConfig:
-        if self.server is not None and self.name != "flower":
-            raise ValueError(
-                f"server: {self.server} leads to sites, which name: {self.name} does not reach; use name: flower, or leave server out"
-            )
-        return self
+from fedmllm.types import Answer, Broadcast, Metrics, Record, Sample, Weights
 
 
 class Engine(Protocol):
@@ -66,57 +28,6 @@ class Engine(Protocol):
     def map_clients(self, assignment: Assignment, clients: Mapping[str, Sequence[Sample]]) -> Iterator[Answer]:
         """One answer per client, in the clients' order."""
         ...
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A federation to train. Centralized and local training are federations of one.
-
-    Attributes:
-        name: names its checkpoint and its lines of metrics.
-        clients: samples by client.
-        num_rounds: rounds to train.
-        clients_per_round: size of a cohort.
-        evaluate_every: rounds between evaluations, 0 for the last only.
-        ranks: clients' own LoRA ranks, where they differ from the server's.
-        told: of clients whose samples are elsewhere, what they say they hold.
-    """
-
-    name: str
-    clients: Mapping[str, Sequence[Sample]]
-    num_rounds: int
-    clients_per_round: int
-    evaluate_every: int = 0
-    ranks: Mapping[str, int] = field(default_factory=dict)
-    told: Mapping[str, Holding] = field(default_factory=dict)
-
-    @property
-    def population(self) -> Population:
-        """What the server knows of all clients: each has told how many samples it holds of which modalities."""
-        counts = Counter(profile(sample for samples in self.clients.values() for sample in samples))
-        for held in self.told.values():
-            counts.update(held.profile)
-        return Population(len(self.clients), dict(counts))
-
-    @property
-    def num_samples(self) -> int:
-        """Of all clients."""
-        return sum(map(len, self.clients.values())) + sum(held.num_samples for held in self.told.values())
-
-    def claim(self, client: str) -> int | None:
-        """How many samples a client holds, as far as that is known: one that was not there before the first round has not told."""
-        held = self.told[client].num_samples if client in self.told else len(self.clients[client])
-        return held or None
-
-    def cohort(self, seed: int, round_num: int) -> list[str]:
-        """The clients of a round, drawn without replacement, sorted."""
-        names = sorted(self.clients)
-        chosen = generator(seed, "cohort", round_num).choice(len(names), size=self.clients_per_round, replace=False)
-        return [names[i] for i in sorted(chosen)]
-
-    def evaluates(self, round_num: int) -> bool:
-        """Whether the global model is evaluated after this round (counted from 1)."""
-        return round_num == self.num_rounds or (self.evaluate_every > 0 and round_num % self.evaluate_every == 0)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,36 @@
+"""Whom a run tells about its progress."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from fedmllm.engine.stages import Stage
+from fedmllm.types import Record
+
+
+@dataclass(frozen=True)
+class Observer:
+    """Whom a run tells about its progress.
+
+    Attributes:
+        started: told the stages to come, before the first.
+        round_done: told each round's record, as in ``metrics.jsonl``, with the stage's ``num_rounds``.
+        waiting: told ``stage``, ``round``, ``attempt`` and ``clients`` when clients are asked again; before the first round ``stage``, which is
+            ``start``, and ``clients`` when sites are waited for, with ``given_up`` when the run begins without them.
+        answered: told ``stage``, ``round`` and ``clients``, those that are still waited for, when clients are asked and at each answer.
+    """
+
+    started: Callable[[Sequence[Stage]], None] = lambda stages: None
+    round_done: Callable[[Record], None] = lambda record: None
+    waiting: Callable[[Record], None] = lambda record: None
+    answered: Callable[[Record], None] = lambda record: None
+
+    def beside(self, tell: Callable[[Record], None]) -> Observer:
+        """The same, and another that is told each round's record."""
+
+        def both(record: Record) -> None:
+            self.round_done(record)
+            tell(record)
+
+        return replace(self, round_done=both)

@@ -1,0 +1,62 @@
+"""Who trains, and for how long: the federation, and the baselines beside it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from fedmllm.data.modalities import profile
+from fedmllm.randomness import generator
+from fedmllm.types import Holding, Population, Sample
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A federation to train. Centralized and local training are federations of one.
+
+    Attributes:
+        name: names its checkpoint and its lines of metrics.
+        clients: samples by client.
+        num_rounds: rounds to train.
+        clients_per_round: size of a cohort.
+        evaluate_every: rounds between evaluations, 0 for the last only.
+        ranks: clients' own LoRA ranks, where they differ from the server's.
+        told: of clients whose samples are elsewhere, what they say they hold.
+    """
+
+    name: str
+    clients: Mapping[str, Sequence[Sample]]
+    num_rounds: int
+    clients_per_round: int
+    evaluate_every: int = 0
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    told: Mapping[str, Holding] = field(default_factory=dict)
+
+    @property
+    def population(self) -> Population:
+        """What the server knows of all clients: each has told how many samples it holds of which modalities."""
+        counts = Counter(profile(sample for samples in self.clients.values() for sample in samples))
+        for held in self.told.values():
+            counts.update(held.profile)
+        return Population(len(self.clients), dict(counts))
+
+    @property
+    def num_samples(self) -> int:
+        """Of all clients."""
+        return sum(map(len, self.clients.values())) + sum(held.num_samples for held in self.told.values())
+
+    def claim(self, client: str) -> int | None:
+        """How many samples a client holds, as far as that is known: one that was not there before the first round has not told."""
+        held = self.told[client].num_samples if client in self.told else len(self.clients[client])
+        return held or None
+
+    def cohort(self, seed: int, round_num: int) -> list[str]:
+        """The clients of a round, drawn without replacement, sorted."""
+        names = sorted(self.clients)
+        chosen = generator(seed, "cohort", round_num).choice(len(names), size=self.clients_per_round, replace=False)
+        return [names[i] for i in sorted(chosen)]
+
+    def evaluates(self, round_num: int) -> bool:
+        """Whether the global model is evaluated after this round (counted from 1)."""
+        return round_num == self.num_rounds or (self.evaluate_every > 0 and round_num % self.evaluate_every == 0)
