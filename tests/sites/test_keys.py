@@ -48,7 +48,7 @@ def test_the_servers_certificate_holds_for_its_host_and_comes_from_the_authority
     authority = x509.load_pem_x509_certificate((made / "sites" / "a" / "ca.crt").read_bytes())
     certificate.verify_directly_issued_by(authority)
     names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    assert names.get_values_for_type(x509.DNSName) == ["server.example.org"]
+    assert names.get_values_for_type(x509.DNSName) == ["server.example.org", "localhost"]
     assert 824 <= (certificate.not_valid_after_utc - certificate.not_valid_before_utc).days <= 825
     ssl.create_default_context(cafile=str(made / "sites" / "b" / "ca.crt"))
 
@@ -57,13 +57,13 @@ def test_an_address_may_be_a_number(tmp_path: Path) -> None:
     keys.init(tmp_path / "f", "192.0.2.7:443", ["a"])
     certificate = x509.load_pem_x509_certificate((tmp_path / "f" / "server" / "server.crt").read_bytes())
     names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    assert [str(address) for address in names.get_values_for_type(x509.IPAddress)] == ["192.0.2.7"]
+    assert [str(address) for address in names.get_values_for_type(x509.IPAddress)] == ["192.0.2.7", "127.0.0.1"]
 
 
 def test_the_server_has_each_sites_public_key(made: Path) -> None:
     server = ServerConfig.load(made / "server" / "server.yaml")
     assert server.sites == ("a", "b")
-    assert server.port == 8000
+    assert server.listening == ("0.0.0.0", 8000)
     for name, content in server.keys().items():
         private = load_ssh_private_key((made / "sites" / name / "site.key").read_bytes(), None)
         public = load_ssh_public_key(content)
@@ -151,3 +151,21 @@ def test_a_node_is_a_site_by_its_key_and_not_by_its_name(made: Path) -> None:
     assert link.sites_of(nodes) == {"a": nodes[1]}
     nodes[1].public_key = own.decode()
     assert link.sites_of(nodes) == {"a": nodes[1]}
+
+
+def test_behind_a_proxy_runs_are_served_past_it(made: Path) -> None:
+    values = {"address": "hospital.example.org:8000", "sites": ["a", "b"], "folder": made / "server"}
+    behind = ServerConfig.model_validate({**values, "listen": "127.0.0.1:8001"})
+    assert (behind.listening, behind.link.address) == (("127.0.0.1", 8001), "127.0.0.1:8001")
+    everywhere = ServerConfig.model_validate({**values, "listen": "0.0.0.0:8001"})
+    assert (everywhere.listening, everywhere.link.address) == (("0.0.0.0", 8001), "127.0.0.1:8001")
+    plain = ServerConfig.model_validate(values)
+    assert (plain.listening, plain.link.address) == (("127.0.0.1", 8000), "hospital.example.org:8000")
+
+
+@pytest.mark.parametrize(("name", "value"), [("address", "host"), ("address", "host:0"), ("listen", "127.0.0.1:port"), ("listen", ":8001")])
+def test_an_address_that_is_none_is_refused(made: Path, name: str, value: str) -> None:
+    file = made / "server" / "wrong.yaml"
+    file.write_text(yaml.safe_dump({"address": "host:8000", "sites": ["a"], name: value}))
+    with pytest.raises(ConfigError, match=f"{name}: .*{value!r} is not host:port"):
+        ServerConfig.load(file)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from fedmllm.data.settings import DataConfig
 from fedmllm.engine.superlink import SuperLink
@@ -50,7 +50,8 @@ class ServerConfig(_File):
     address: str
     """``host:port`` under which sites reach it; the host is in the certificate."""
     listen: str = "127.0.0.1"
-    """Address of this machine on which it listens: 0.0.0.0 for all."""
+    """Address of this machine on which it listens: 0.0.0.0 for all. With a port, such as 127.0.0.1:8001, it listens there and not on the port of
+    ``address``, at which then a proxy passes on what sites send."""
     sites: tuple[str, ...] = Field(min_length=1)
     """Their names; ``NAME.pub`` beside the file is a site's public key."""
 
@@ -63,15 +64,27 @@ class ServerConfig(_File):
             raise ValueError("a name is there twice")
         return tuple(sorted(sites))
 
+    @field_validator("address", "listen")
+    @classmethod
+    def _with_a_port(cls, text: str, info: ValidationInfo) -> str:
+        host, colon, port = text.rpartition(":")
+        needed = info.field_name == "address"
+        if (colon or needed) and not (host and port.isdigit() and 0 < int(port) < 65536):
+            raise ValueError(f"{text!r} is not host:port" + ("" if needed else ", nor a host alone"))
+        return text
+
     @property
-    def port(self) -> int:
-        """Of the address."""
-        return int(self.address.rpartition(":")[2])
+    def listening(self) -> tuple[str, int]:
+        """Host and port of this machine."""
+        host, colon, port = self.listen.rpartition(":")
+        return (host, int(port)) if colon else (self.listen, int(self.address.rpartition(":")[2]))
 
     @property
     def link(self) -> SuperLink:
-        """How a server of runs reaches it."""
-        return SuperLink(self.address, self.folder / "ca.crt", self.folder / "secret", self.keys())
+        """How a server of runs reaches it: past the proxy, where there is one."""
+        host, colon, port = self.listen.rpartition(":")
+        nearest = self.address if not colon else f"{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
+        return SuperLink(nearest, self.folder / "ca.crt", self.folder / "secret", self.keys())
 
     def keys(self) -> dict[str, bytes]:
         """Public keys by site.

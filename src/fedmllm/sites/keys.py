@@ -80,7 +80,7 @@ def _certificate(
     host: str = "",
     ca: bool = False,
 ) -> x509.Certificate:
-    """For a server its host is what clients compare, whether it is a name or an address."""
+    """For a server its host is what clients compare, whether it is a name or an address; and this machine, for what connects from it."""
     now = datetime.now(UTC)
     builder = (
         x509.CertificateBuilder()
@@ -93,7 +93,8 @@ def _certificate(
         .add_extension(x509.BasicConstraints(ca=ca, path_length=0 if ca else None), critical=True)
     )
     if host:
-        builder = builder.add_extension(x509.SubjectAlternativeName([_alternative(host)]), critical=False)
+        names = [_alternative(name) for name in dict.fromkeys([host, "localhost", "127.0.0.1"])]
+        builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
     return builder.sign(authority, hashes.SHA384())
 
 

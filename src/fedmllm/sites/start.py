@@ -38,13 +38,13 @@ def at_site(site: SiteConfig, file: Path) -> list[Kept]:
 
 def superlink(server: ServerConfig) -> Kept:
     """Flower's SuperLink: TLS, sites by their keys, a database, and no code of others run."""
-    folder = server.folder
+    folder, (host, port) = server.folder, server.listening
     command = [
         _script("flower-superlink"),
         *("--ssl-ca-certfile", str(folder / "ca.crt"), "--ssl-certfile", str(folder / "server.crt")),
         *("--ssl-keyfile", str(folder / "server.key"), "--enable-supernode-auth"),
         *("--isolation", "process", "--superexec-auth-secret-file", str(folder / "secret")),
-        *("--host", server.listen, "--port", str(server.port), "--database", str(folder / "state.db")),
+        *("--host", host, "--port", str(port), "--database", str(folder / "state.db")),
     ]
     return Kept("SuperLink", command, folder / "superlink.log", 2)
 
