@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -117,6 +118,29 @@ def test_a_bad_answer_is_refused_named_and_left_out(fault: Tamper, reason: str, 
         assert [row["client"] for row in record["refused"]] == ["client-02"]
         assert reason in record["refused"][0]["reason"]
         assert record["num_samples"] == 30
+
+
+def test_with_three_of_ten_clients_failing_in_every_round_the_run_goes_on_with_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In each round others, each in another way; what is averaged is the seven that are left."""
+    ways: list[Tamper] = [not_a_number, garbage, an_error, absurd, lambda reply: None]
+    faults: dict[int, dict[str, Tamper]] = {}
+
+    def fail(reply: Message) -> Message | None:
+        round_num, client = (int(unpack(enclosed(reply.content))[1]["round_num"]), client_of(reply))
+        if round_num not in faults:
+            chosen = random.Random(round_num).sample([f"client-{i:02d}" for i in range(10)], 3)
+            faults[round_num] = {name: ways[(round_num + i) % len(ways)] for i, name in enumerate(chosen)}
+        change = faults[round_num].get(client)
+        return change(reply) if change else reply
+
+    monkeypatch.setitem(SETTINGS, "federation", SETTINGS["federation"] | {"num_clients": 10, "clients_per_round": 10, "num_rounds": 5})
+    records = trained(tmp_path / "run", monkeypatch, fail, deadline=0.5, min_updates=7)
+    assert [{row["client"] for row in record["refused"]} for record in records] == [faults[i].keys() for i in range(5)]
+    assert [record["num_samples"] for record in records] == [28] * 5
+    assert all(len(record["losses"]) == 7 for record in records)
+    assert 0 <= records[-1]["score"] <= 1
 
 
 def test_an_answer_that_does_not_come_is_not_waited_for_past_the_deadline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
