@@ -54,6 +54,19 @@ def test_means_and_errors_over_seeds() -> None:
     assert one == pytest.approx((table[0].mean(), table[0].std(ddof=1) / np.sqrt(3)))
 
 
+def test_columns_that_all_methods_have() -> None:
+    full, part = scores(), scores(1)
+    part[1] = np.nan
+    part[2, 0] = np.nan
+    found = sweep({"fedavg": full, "ditto": part})
+    assert found.shared == (COLUMNS[0], *COLUMNS[2:])
+    assert len(found.of("fedavg", found.shared)) == 3 * len(found.shared)
+    part[:] = np.nan
+    part[0] = 0.5
+    full[0] = np.nan
+    assert sweep({"fedavg": full, "ditto": part}).shared == COLUMNS
+
+
 def test_a_seed_counts_where_it_has_all_columns() -> None:
     table = scores()
     table[2, 1] = np.nan

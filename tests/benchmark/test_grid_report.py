@@ -15,11 +15,22 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
+from fedmllm.benchmark import grid_tables
 from fedmllm.benchmark.comparison import read_sweep
 from fedmllm.benchmark.drawing import FILLS
 from fedmllm.benchmark.grid_figures import _levels, _unbeaten
 from fedmllm.benchmark.grid_report import write_sweep_report
-from fedmllm.benchmark.grid_tables import Entry, Table, hard_table, overview_table, score_table, strategy_table, to_latex, to_markdown
+from fedmllm.benchmark.grid_tables import (
+    Entry,
+    Table,
+    client_table,
+    hard_table,
+    overview_table,
+    score_table,
+    strategy_table,
+    to_latex,
+    to_markdown,
+)
 from fedmllm.benchmark.pairs import Pair, pairs
 from fedmllm.evaluation.answered import Answered, to_record
 from run_folders import Folder, Page, round_line, table_rows
@@ -201,6 +212,19 @@ def test_a_browser_shows_the_page_without_a_network(sweep: Path, tmp_path: Path)
     inked = (pixels < 200).any(-1)
     assert np.flatnonzero(inked.any(1)).max() < 3100
     assert not inked[:, -20:].any()
+
+
+def test_plain_means_are_over_the_columns_that_all_methods_have(sweep: Path) -> None:
+    """The third method has no cell of one scenario; what the others have there does not enter."""
+    shutil.rmtree(sweep / "cells" / "2-aligned-0")
+    for method, score in METHODS.items():
+        changed(sweep, method, tested={"image": {"score": score - 0.1}}, clients={"federated": {"a": score, "b": score}})
+    found = read_sweep(sweep)
+    where = "averaged over runs of the 1 of 2 columns that all methods have (missing-0.4)."
+    for table, numbers in ((grid_tables.tested_table(found), ["51.0", "40.0"]), (client_table(found), ["50.0", "50.0", "0.0", "2"])):
+        assert table is not None
+        assert table.caption.endswith(where)
+        assert [entry.text for entry in table.rows[0]][1:] == numbers
 
 
 def test_a_line_for_each_cell(sweep: Path) -> None:

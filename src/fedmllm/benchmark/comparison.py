@@ -139,9 +139,16 @@ class Sweep:
         """The method that others are compared with."""
         return self.methods[0]
 
-    def of(self, method: str) -> list[Trained]:
+    @property
+    def shared(self) -> tuple[Column, ...]:
+        """Columns in which every method has a cell, in which alone numbers that are no differences can be compared; all of them where there is none."""
+        held = {(method, column) for method, column, _ in self.cells}
+        return tuple(c for c in self.columns if all((method, c) in held for method in self.methods)) or self.columns
+
+    def of(self, method: str, columns: Sequence[Column] = ()) -> list[Trained]:
         """A method's cells."""
-        return [cell for (name, _, _), cell in self.cells.items() if name == method]
+        chosen = columns or self.columns
+        return [cell for (name, column, _), cell in self.cells.items() if name == method and column in chosen]
 
     def scores(self, method: str, columns: Sequence[Column] = ()) -> dict[int, float]:
         """By seed, the mean over columns, of the seeds that have all of them."""

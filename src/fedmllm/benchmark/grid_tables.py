@@ -190,12 +190,24 @@ def client_table(sweep: Sweep) -> Table | None:
     """Accuracy on samples of each client's own kind by method; None where no run asked for it."""
     rows = []
     for method in sweep.methods:
-        own = [list(cell.result.clients["federated"].values()) for cell in sweep.of(method) if "federated" in cell.result.clients]
+        own = [
+            list(cell.result.clients["federated"].values()) for cell in sweep.of(method, sweep.shared) if "federated" in cell.result.clients
+        ]
         if own:
             numbers = (mean(map(mean, own)), mean(map(worst_decile, own)), mean(max(scores) - min(scores) for scores in own))
             rows.append((Entry(method), *(Entry(f"{100 * number:.1f}") for number in numbers), Entry(str(len(own)))))
-    caption = "Accuracy in percent on test samples of each client's own kind: mean and worst decile over the clients, and the range, averaged over runs."
+    caption = (
+        "Accuracy in percent on test samples of each client's own kind: mean and worst decile over the clients, and the range, averaged over runs"
+        f"{_where(sweep)}."
+    )
     return Table("clients", caption, ("", "mean", "worst decile", "range", "runs"), tuple(rows)) if rows else None
+
+
+def _where(sweep: Sweep) -> str:
+    """Words for the columns that all methods have, where they are not all."""
+    count, shared = len(sweep.columns), sweep.shared
+    kept = list(dict.fromkeys(column.scenario for column in shared))
+    return "" if len(shared) == count else f" of the {len(shared)} of {count} columns that all methods have ({', '.join(kept)})"
 
 
 def tested_table(sweep: Sweep) -> Table | None:
@@ -203,13 +215,14 @@ def tested_table(sweep: Sweep) -> Table | None:
     copies = list(dict.fromkeys(copy for cell in sweep.cells.values() for copy in cell.result.tested))
     rows = []
     for method in sweep.methods:
-        own = [cell for cell in sweep.of(method) if cell.result.tested]
+        own = [cell for cell in sweep.of(method, sweep.shared) if cell.result.tested]
         if own:
             numbers = [[c.result.tested[copy]["score"] for c in own if copy in c.result.tested] for copy in copies]
             whole = mean(cell.score for cell in own)
             rows.append((Entry(method), Entry(f"{100 * whole:.1f}"), *(Entry(f"{100 * mean(n):.1f}" if n else NOTHING) for n in numbers)))
     caption = (
-        "Scores in percent of the final models on copies of the test split with only these modalities, or altered, averaged over runs."
+        "Scores in percent of the final models on copies of the test split with only these modalities, or altered, averaged over runs"
+        f"{_where(sweep)}."
     )
     return Table("tested", caption, ("", "complete", *copies), tuple(rows)) if rows else None
 
