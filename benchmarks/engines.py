@@ -3,7 +3,7 @@
     python benchmarks/engines.py [--engines in_process ray sites] [--clients 2 10 50] [--megabytes 4 100] [--output benchmarks/results/engines.json]
 
 Clients take no step (``training.local_epochs: 0``) and send an adapter of the asked size, which is a matter of LoRA's rank. Seconds are medians
-over rounds 2 to 5. Memory is the most that all processes together had, what they share counted once, and of it the server's own. Loopback: bytes
+over rounds 2 to 5, or 2 and 3 where a round carries two gigabytes or more. Memory is the most that all processes together had, what they share counted once, and of it the server's own. Loopback: bytes
 that passed the machine's loopback interface per round, of an otherwise idle machine; with sites each message passes it several times. Sites take
 0.6 GiB each; where there is no memory for so many, they are left out.
 """
@@ -29,7 +29,6 @@ import yaml
 
 from fedmllm.benchmark.results import versions
 
-ROUNDS = 5
 BYTES_OF_RANK = 36_864
 """An adapter of the embedded model has so many bytes for each rank."""
 GIB_OF_SITE = 0.7
@@ -43,7 +42,7 @@ def experiment(clients: int, megabytes: float) -> dict[str, Any]:
         "federation": {
             "num_clients": clients,
             "clients_per_round": clients,
-            "num_rounds": ROUNDS,
+            "num_rounds": 5 if clients * megabytes < 2000 else 3,
             "partition": "iid",
             "min_partition_size": 1,
         },

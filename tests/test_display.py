@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import time
 from io import StringIO
 
 import pytest
 from rich.console import Console
 
+from fedmllm import display
 from fedmllm.benchmark.results import SCORES, RunResult
 from fedmllm.display import Display
 from fedmllm.engine.stages import Stage
@@ -99,6 +101,22 @@ def test_a_run_that_waits_says_for_whom() -> None:
         display.observer.waiting({"stage": "federated", "round": 2, "attempt": 2, "clients": ["site-5"]})
     assert "waits for site-0, site-1, site-2, site-3 and 2 more" in out.getvalue()
     assert "federated round 2 waits for site-5, asked for the second time" in out.getvalue()
+
+
+def test_where_there_is_no_terminal_a_long_silence_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(display, "SILENCE", 0.1)
+    out = StringIO()
+    with Display(4, Console(file=out, width=100)) as shown:
+        shown.observer.started(STAGES)
+        for names in (["a", "b", "c"], ["b", "c"], []):
+            shown.observer.answered({"stage": "federated", "round": 3, "clients": names})
+        time.sleep(0.3)
+        assert out.getvalue() == ""
+        shown.observer.answered({"stage": "federated", "round": 4, "clients": ["b", "c"]})
+        time.sleep(0.4)
+        shown.observer.answered({"stage": "federated", "round": 4, "clients": ["c"]})
+    time.sleep(0.3)
+    assert out.getvalue() == "federated round 4 waits for b, c\n"
 
 
 def test_a_run_says_for_which_sites_it_waits_before_it_begins_and_whom_it_begins_without() -> None:

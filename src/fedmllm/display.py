@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import partial
+from threading import Timer
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -27,6 +29,8 @@ ROWS = 8
 """Rounds listed in the live display."""
 WAITING = 4
 """Clients named there of those that a round waits for."""
+SILENCE = 60.0
+"""Seconds without an answer after which it is said elsewhere too."""
 
 
 class Display:
@@ -45,6 +49,7 @@ class Display:
         self._rows: list[Record] = []
         self._clock = _Clock()
         self._bytes = 0
+        self._silence = Timer(SILENCE, lambda: None)
         self._live = Live(self._bar, console=self._console, refresh_per_second=4) if self._console.is_terminal else None
 
     @property
@@ -58,6 +63,7 @@ class Display:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._silence.cancel()
         if self._live:
             self._live.__exit__(kind, error, trace)
 
@@ -71,10 +77,16 @@ class Display:
         self._console.print(words, highlight=False, soft_wrap=True)
 
     def _answered(self, record: Record) -> None:
-        """In a terminal, for whom the round waits now."""
+        """For whom the round waits now: at once in a terminal, elsewhere if it waits for long."""
         names = record["clients"]
         shown = ", ".join(names[:WAITING]) + (f" and {len(names) - WAITING} more" if len(names) > WAITING else "")
         self._bar.update(self._task, waiting=f"waits for {shown}" if names else "")
+        self._silence.cancel()
+        if names and self._live is None:
+            words = f"{record['stage']} round {record['round']} waits for {shown}"
+            self._silence = Timer(SILENCE, partial(self._console.print, words, highlight=False, soft_wrap=True))
+            self._silence.daemon = True
+            self._silence.start()
 
     def _round_done(self, record: Record) -> None:
         self._bytes += record.get("bytes_up", 0) + record.get("bytes_down", 0)
