@@ -4,8 +4,8 @@
 
 Clients take no step (``training.local_epochs: 0``) and send an adapter of the asked size, which is a matter of LoRA's rank. Seconds are medians
 over rounds 2 to 5, or 2 and 3 where a round carries two gigabytes or more. Memory is the most that all processes together had, what they share
-counted once, and of it the server's own. Loopback: bytes that passed the machine's loopback interface per round, of an otherwise idle machine; with sites each message passes it several times. Sites take
-0.6 GiB each; where there is no memory for so many, they are left out.
+counted once, and of it the server's own. Loopback: bytes that passed the machine's loopback interface per round, of an otherwise idle machine; with
+sites each message passes it several times. Sites take 0.6 GiB each; where there is no memory for so many, they are left out.
 """
 
 from __future__ import annotations
