@@ -18,7 +18,7 @@ def zeros_like(weights: Weights, dtype: torch.dtype | None = None) -> Weights:
 
 def add(a: Weights, b: Mapping[str, Tensor], scale: float = 1.0) -> Weights:
     """``a + scale * b``, summed in float64 and rounded once to the dtype of ``a``; what ``b`` does not name stays as it is."""
-    return {name: (tensor.double() + scale * b[name].double()).to(tensor.dtype) if name in b else tensor for name, tensor in a.items()}
+    return {n: torch.add(t.double(), b[n], alpha=scale).to(t.dtype) if n in b else t for n, t in a.items()}
 
 
 def subtract(a: Weights, b: Weights) -> Weights:
@@ -28,12 +28,13 @@ def subtract(a: Weights, b: Weights) -> Weights:
 
 def norm(weights: Weights) -> float:
     """Euclidean norm over all tensors together."""
-    return float(torch.stack([tensor.double().square().sum() for tensor in weights.values()]).sum().sqrt())
+    return float(torch.stack([torch.linalg.vector_norm(tensor, dtype=torch.float64) for tensor in weights.values()]).norm())
 
 
 def is_finite(weights: Weights) -> bool:
     """Whether no entry is infinite or NaN."""
-    return all(bool(torch.isfinite(tensor).all()) for tensor in weights.values())
+    # A sum is finite only if all entries are, and takes a tenth of the time; that of large entries may be infinite without.
+    return all(bool(tensor.sum().isfinite()) or bool(torch.isfinite(tensor).all()) for tensor in weights.values())
 
 
 def num_bytes(*groups: Mapping[str, Tensor]) -> int:

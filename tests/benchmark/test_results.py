@@ -1,4 +1,4 @@
-"""The committed results: what the tables say is what the cells hold."""
+"""The committed results: what the tables say is what the cells hold, and the cells are the grid's."""
 
 from __future__ import annotations
 
@@ -7,38 +7,37 @@ from pathlib import Path
 
 import pytest
 
-from fedmllm.benchmark.comparison import read_sweep
+from fedmllm.benchmark.comparison import Sweep, read_sweep
 from fedmllm.benchmark.grid import cells, load_grid
 from fedmllm.benchmark.grid_tables import overview_table, score_table, to_csv, to_markdown
 
 ROOT = Path(__file__).parents[2]
-RESULTS = ROOT / "docs" / "results" / "nano-settings"
+GRIDS = {"nano-settings": ("settings.yaml", 1296), "nano-medical": ("medical.yaml", 72)}
 
 
-@pytest.fixture(scope="module")
-def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=GRIDS)
+def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Sweep]:
     folder = tmp_path_factory.mktemp("results")
-    with tarfile.open(RESULTS / "cells.tar.xz") as archive:
+    with tarfile.open(ROOT / "docs" / "results" / request.param / "cells.tar.xz") as archive:
         archive.extractall(folder, filter="data")
-    return folder
+    return request.param, read_sweep(folder)
 
 
-def test_the_tables_are_made_of_the_cells(unpacked: Path) -> None:
-    sweep = read_sweep(unpacked)
-    assert to_csv(sweep) == (RESULTS / "results.csv").read_text()
-    written = (RESULTS / "tables.md").read_text()
-    for dataset in ("claims", "triage"):
+def test_the_tables_are_made_of_the_cells(results: tuple[str, Sweep]) -> None:
+    name, sweep = results
+    folder = ROOT / "docs" / "results" / name
+    assert to_csv(sweep) == (folder / "results.csv").read_text()
+    written = (folder / "tables.md").read_text()
+    for dataset in {column.dataset for column in sweep.columns}:
         assert to_markdown(score_table(sweep, "nano", dataset)) in written
+    # Gains and their intervals too.
+    assert to_markdown(overview_table(sweep)) in written
     assert {cell.code for cell in sweep.cells.values()} == {"97c166288a84"}
 
 
-def test_the_overview_and_its_intervals_too(unpacked: Path) -> None:
-    assert to_markdown(overview_table(read_sweep(unpacked))) in (RESULTS / "tables.md").read_text()
-
-
-def test_the_cells_are_the_grids(unpacked: Path) -> None:
-    sweep = read_sweep(unpacked)
-    asked = {(c.method, c.dataset, c.scenario, c.seed) for c in cells(load_grid(ROOT / "experiments" / "nano" / "settings.yaml"))}
-    there = {(method, column.dataset, column.scenario, seed) for method, column, seed in sweep.cells}
-    assert there <= asked
-    assert len(there) == 816
+def test_the_cells_are_all_of_the_grids(results: tuple[str, Sweep]) -> None:
+    name, sweep = results
+    file, count = GRIDS[name]
+    asked = {(c.method, c.dataset, c.scenario, c.seed) for c in cells(load_grid(ROOT / "experiments" / "nano" / file))}
+    assert {(method, column.dataset, column.scenario, seed) for method, column, seed in sweep.cells} == asked
+    assert len(asked) == count
