@@ -103,7 +103,7 @@ def measure(engine: str, clients: int, megabytes: float) -> dict[str, Any]:
         "server_mib": own / 2**20,
         "payload": lines[-1]["bytes_up"] + lines[-1]["bytes_down"],
         "loopback": passed / len(later),
-        "failures": sum(len(line["refused"]) for line in lines),
+        "failures": [row["reason"] for line in lines for row in line["refused"]],
     }
 
 
