@@ -1,11 +1,12 @@
-"""What it costs to carry a round: in one process, in worker processes on Ray, at sites over TLS. Nothing is trained, so that only the carrying is timed.
+"""What it costs to carry a round: in one process, in worker processes on Ray, at sites over TLS. Next to nothing is trained.
 
     python benchmarks/engines.py [--engines in_process ray sites] [--clients 2 10 50] [--megabytes 4 100] [--output benchmarks/results/engines.json]
 
-Clients take no step (``training.local_epochs: 0``) and send an adapter of the asked size, which is a matter of LoRA's rank. Seconds are medians
-over rounds 2 to 5, or 2 and 3 where a round carries two gigabytes or more. Memory is the most that all processes together had, what they share
-counted once, and of it the server's own. Loopback: bytes that passed the machine's loopback interface per round, of an otherwise idle machine; with
-sites each message passes it several times. Sites take 0.6 GiB each; where there is no memory for so many, they are left out.
+Clients take one step on one sample, since equal pieces of messages, such as zeros, would be sent once only, and send an adapter of the asked size, which
+is a matter of LoRA's rank. Seconds are medians over rounds 2 to 5, or 2 and 3 where a round carries two gigabytes or more. Memory is the most that all
+processes together had, what they share counted once, and of it the server's own. Loopback: bytes that passed the machine's loopback interface per
+round, of an otherwise idle machine; with sites each message passes it several times. Sites take 0.6 GiB each; where there is no memory for so many, they are
+left out.
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ COMMAND = [sys.executable, "-W", "ignore", "-m", "fedmllm"]
 
 
 def experiment(clients: int, megabytes: float) -> dict[str, Any]:
-    """Rounds of nothing but messages."""
+    """Rounds of little but messages."""
     return {
-        "data": {"dataset": "digits-claims", "num_train": 10 * clients, "num_test": 4, "check_images": False},
+        "data": {"dataset": "digits-claims", "num_train": clients, "num_test": 4, "check_images": False},
         "federation": {
             "num_clients": clients,
             "clients_per_round": clients,
@@ -47,7 +48,7 @@ def experiment(clients: int, megabytes: float) -> dict[str, Any]:
             "min_partition_size": 1,
         },
         "lora": {"r": round(megabytes * 1e6 / BYTES_OF_RANK)},
-        "training": {"local_epochs": 0},
+        "training": {"local_epochs": 1, "batch_size": 1},
         "evaluation": {"every": 0, "baselines": []},
         "engine": {"device": "cpu"},
         "failures": {"deadline": 900, "min_updates": clients, "below": "wait", "pause": 2, "attempts": 60},

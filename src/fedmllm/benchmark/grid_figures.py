@@ -149,20 +149,21 @@ def _curve(sweep: Sweep, method: str, columns: Sequence[Column]) -> dict[int, fl
 
 @svg
 def pareto(sweep: Sweep) -> Figure:
-    """Mean score against the bytes that all clients of a run send and receive; a line along the methods that none beats in both."""
+    """Mean score against the bytes that all clients of a run send and receive, over the columns that all methods have; a line along the methods
+    that none beats in both."""
     points = {}
     for method in sweep.methods:
-        own = [cell.result for cell in sweep.of(method)]
-        if found := sweep.mean_and_error(method):
+        own = [cell.result for cell in sweep.of(method, sweep.shared)]
+        if found := sweep.mean_and_error(method, sweep.shared):
             points[method] = (mean(result.bytes_up + result.bytes_down for result in own) / 1e6, *found)
-    figure = Figure((WIDTH, 4.4))
+    figure = Figure((WIDTH, max(4.4, 0.9 + 0.15 * (len(points) + len(BASELINES)))))
     axes = panel(figure, 0.6, 0.55, 2.9, 0.15)
     for (method, (size, score, error)), color, marker in zip(points.items(), cycle(FILLS), cycle(MARKERS), strict=False):
         drawn = axes.errorbar(size, 100 * score, None if error is None else 100 * error, fmt=marker, color=color, markeredgecolor=INK)
         drawn.lines[0].set_label(short(method, 34))
     front = [points[name] for name in _unbeaten({name: point[:2] for name, point in points.items()})]
     axes.plot([point[0] for point in front], [100 * point[1] for point in front], color=GRAY, linewidth=1, linestyle="--", zorder=0)
-    levels = {key: 100 * level[0] for key in BASELINES if (level := baseline(sweep, key, sweep.columns))}
+    levels = {key: 100 * level[0] for key in BASELINES if (level := baseline(sweep, key, sweep.shared))}
     _levels(axes, levels, [100 * (score + sign * (error or 0)) for _, score, error in points.values() for sign in (-1, 1)])
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12))

@@ -1,4 +1,4 @@
-"""Where clients run."""
+"""The section ``engine`` of an experiment."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class EngineConfig(BaseModel):
-    """The section ``engine`` of an experiment."""
+    """Where clients run."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
