@@ -38,7 +38,7 @@ test-quantized: $(READY)
 	PYTHONPATH=build/quantized $(BIN)/python -m pytest --quiet tests/models/test_quantized.py
 
 test-sites: $(READY)
-	$(BIN)/python -m pytest --quiet tests/sites -m slow
+	$(BIN)/python -m pytest --numprocesses=$(JOBS) --quiet tests/sites -m slow
 
 test-tracking: $(READY)
 	$(BIN)/python -m pip install --quiet --target build/tracking --upgrade --constraint constraints.txt "wandb>=0.19" "mlflow-skinny>=3" sqlalchemy alembic

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 pytest.importorskip("flwr", reason="Flower is not installed: pip install 'fedmllm[flower]'")
@@ -21,8 +22,9 @@ from fedmllm.engine.in_process import Assignment
 from fedmllm.engine.messages import expected, read_answer, write_question, write_task
 from fedmllm.engine.sites import SiteConfig
 from fedmllm.engine.words import Presence, read_word
+from fedmllm.errors import RunError
 from fedmllm.models.lora import frozen_weights, read_weights
-from fedmllm.sites.client import SiteWorker
+from fedmllm.sites.client import SiteWorker, _next_task
 from fedmllm.types import ClientFailure, ClientUpdate
 
 RESIDENT = Resident()
@@ -168,3 +170,18 @@ def test_the_server_tells_workers_no_path_of_its_own(experiment: Experiment) -> 
     text = settings(experiment.model_copy(update=changes))
     assert "/srv" not in text
     assert Experiment.from_yaml(text).engine.server is None
+
+
+def test_a_port_that_another_process_has_is_named(tmp_path: Path) -> None:
+    """Flower's interface there answers that the secret is not its own."""
+
+    class Other:
+        def AcquireTask(self, request: object) -> None:
+            answer = httpx.Response(401, request=httpx.Request("POST", "http://127.0.0.1:9094/"))
+            raise httpx.HTTPStatusError("no", request=answer.request, response=answer)
+
+    site = SiteConfig.model_validate({"name": "client-00", "server": "host:1", "folder": tmp_path})
+    with pytest.raises(
+        RunError, match=r"port 9094 of this machine is not this site's SuperNode \(401\); end it, or set another port in site\.yaml"
+    ):
+        _next_task(site, Other())

@@ -77,6 +77,35 @@ def test_all_end_with_the_one_that_keeps_them_up(tmp_path: Path) -> None:
     assert not Path(f"/proc/{child}").exists()
 
 
+def test_an_impatient_end_leaves_no_process_behind(tmp_path: Path) -> None:
+    """Terminated again while it waits for its own to end, which takes a second."""
+    slow = (
+        "import signal, time; signal.signal(signal.SIGTERM, lambda *_: (time.sleep(1), exit())); print('there', flush=True); time.sleep(60)"
+    )
+    code = (
+        "import sys; from pathlib import Path; from fedmllm.sites.processes import Kept, keep_up\n"
+        f"keep_up([Kept(name, [sys.executable, '-c', {slow!r}], Path({str(tmp_path)!r}) / name, 1) for name in 'ab'],\n"
+        "        lambda words: print(words, flush=True))"
+    )
+    with subprocess.Popen(script(code), stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        children = [int(process.stdout.readline().split("process ")[1].split(",")[0]) for _ in "ab"]
+        while not all((tmp_path / name).exists() and (tmp_path / name).read_text() for name in "ab"):
+            time.sleep(0.02)
+        for _ in range(3):
+            process.terminate()
+            time.sleep(0.3)
+        assert process.wait(20) == 0
+    assert not any(Path(f"/proc/{child}").exists() for child in children)
+
+
+def test_the_last_line_says_why_where_flower_does_not(tmp_path: Path) -> None:
+    told: list[str] = []
+    kept = Kept("worker", script("raise SystemExit('the port is taken')"), tmp_path / "log", 60)
+    tended(kept, "ended", told)
+    assert told[-1].startswith("worker ended with code 1 (the port is taken); see ")
+
+
 def test_nothing_heavy_is_imported_to_keep_processes_up() -> None:
     code = "import sys, fedmllm.sites.processes; print(sorted({name.split('.')[0] for name in sys.modules} & {'torch', 'numpy', 'flwr', 'pydantic'}))"
     assert subprocess.run(script(code), capture_output=True, text=True, check=True).stdout == "[]\n"

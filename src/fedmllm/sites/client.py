@@ -22,7 +22,7 @@ from fedmllm.engine.flower import require_flower
 from fedmllm.engine.messages import TaskFacts
 from fedmllm.engine.sites import NAME, SiteConfig
 from fedmllm.engine.words import Presence, Scores
-from fedmllm.errors import ConfigError, FedMLLMError
+from fedmllm.errors import ConfigError, FedMLLMError, RunError
 from fedmllm.types import Answer, ClientFailure, ClientUpdate, Sample
 
 _LOG = logging.getLogger("fedmllm.site")
@@ -172,7 +172,7 @@ def serve(site: SiteConfig) -> None:
     node = _connected(site, "SuperExec", SuperExecAuthHttpInterceptor(master_secret=secret, protected_methods=guarded))
     _LOG.info("%s waits for work", site.name)
     while True:
-        if token := _next_task(node):
+        if token := _next_task(site, node):
             _answer(site, app, token)
         else:
             time.sleep(_POLL)
@@ -187,13 +187,22 @@ def _connected(site: SiteConfig, component: str, interceptor: Any) -> Any:
     return RuntimeHttpClient.from_server_address(f"127.0.0.1:{site.port}", True, None, every)
 
 
-def _next_task(node: Any) -> str:
-    """The token of a message that waits; empty for none."""
+def _next_task(site: SiteConfig, node: Any) -> str:
+    """The token of a message that waits; empty for none.
+
+    Raises:
+        RunError: if another than the site's SuperNode listens there.
+    """
     import httpx
     from flwr.proto.runtime_pb2 import AcquireTaskRequest
 
     try:
         taken = node.AcquireTask(AcquireTaskRequest(supported_task_types=["flwr-clientapp"]))
+    except httpx.HTTPStatusError as error:
+        raise RunError(
+            f"what listens on port {site.port} of this machine is not this site's SuperNode ({error.response.status_code}); "
+            "end it, or set another port in site.yaml"
+        ) from None
     except httpx.TransportError:
         # The SuperNode is not there yet, or is being started anew.
         time.sleep(1)

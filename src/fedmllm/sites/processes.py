@@ -71,10 +71,11 @@ class Kept:
 
 
 def _reason(log: Path) -> str:
-    """What Flower's process said last about why it ends, in a line; empty if it said nothing."""
+    """What a process said last about why it ends, in a line: Flower's words for it, or the last line; empty if it said nothing."""
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace")[-4000:].splitlines()]
     said = [i for i, line in enumerate(lines) if "Exit Code:" in line]
-    return f" ({' '.join(' '.join(lines[said[-1] + 1 : said[-1] + 4]).split())})" if said else ""
+    words = " ".join(lines[said[-1] + 1 : said[-1] + 4] if said else [line for line in lines if line][-1:])
+    return f" ({' '.join(words.split())})" if words else ""
 
 
 def keep_up(processes: Sequence[Kept], tell: Callable[[str], None]) -> None:
@@ -93,6 +94,9 @@ def keep_up(processes: Sequence[Kept], tell: Callable[[str], None]) -> None:
     except KeyboardInterrupt:
         tell("stopping")
     finally:
+        # Whoever is impatient does not leave processes behind: each of them is ended, in the end by force.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
         for process in reversed(processes):
             process.stop()
 
