@@ -14,6 +14,15 @@ def script(text: str) -> list[str]:
     return [sys.executable, "-c", text]
 
 
+def keeper(names: str, text: str, folder: Path) -> list[str]:
+    """A process that keeps up one of that text for each letter; their logs are named so."""
+    return script(
+        "import sys; from pathlib import Path; from fedmllm.sites.processes import Kept, keep_up\n"
+        f"keep_up([Kept(name, [sys.executable, '-c', {text!r}], Path({str(folder)!r}) / name, 1) for name in {names!r}],\n"
+        "        lambda words: print(words, flush=True))"
+    )
+
+
 def tended(kept: Kept, until: str, told: list[str], seconds: float = 20) -> None:
     end = time.monotonic() + seconds
     while not any(until in line for line in told) and time.monotonic() < end:
@@ -63,12 +72,7 @@ def test_what_does_not_end_by_itself_is_ended(tmp_path: Path) -> None:
 
 def test_all_end_with_the_one_that_keeps_them_up(tmp_path: Path) -> None:
     """The process of ``fedmllm site up``: terminated, it terminates its own, and ends well."""
-    code = (
-        "import sys; from pathlib import Path; from fedmllm.sites.processes import Kept, keep_up\n"
-        f"keep_up([Kept('a', [sys.executable, '-c', 'import time; time.sleep(60)'], Path({str(tmp_path / 'log')!r}), 1)],\n"
-        "        lambda words: print(words, flush=True))"
-    )
-    with subprocess.Popen(script(code), stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(keeper("a", "import time; time.sleep(60)", tmp_path), stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         child = int(process.stdout.readline().split("process ")[1].split(",")[0])
         process.terminate()
@@ -82,12 +86,7 @@ def test_an_impatient_end_leaves_no_process_behind(tmp_path: Path) -> None:
     slow = (
         "import signal, time; signal.signal(signal.SIGTERM, lambda *_: (time.sleep(1), exit())); print('there', flush=True); time.sleep(60)"
     )
-    code = (
-        "import sys; from pathlib import Path; from fedmllm.sites.processes import Kept, keep_up\n"
-        f"keep_up([Kept(name, [sys.executable, '-c', {slow!r}], Path({str(tmp_path)!r}) / name, 1) for name in 'ab'],\n"
-        "        lambda words: print(words, flush=True))"
-    )
-    with subprocess.Popen(script(code), stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(keeper("ab", slow, tmp_path), stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         children = [int(process.stdout.readline().split("process ")[1].split(",")[0]) for _ in "ab"]
         while not all((tmp_path / name).exists() and (tmp_path / name).read_text() for name in "ab"):

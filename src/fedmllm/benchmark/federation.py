@@ -97,7 +97,7 @@ def _sites(experiment: Experiment, held: Resident, server: ServerConfig, waiting
     _require_fit(experiment, server)
     with serving(server.link) as grid:
         policy, method = experiment.failures, build_algorithm(experiment.algorithm)
-        needed = min(max(policy.min_updates, method.smallest_cohort), experiment.federation.clients_per_round)
+        needed = policy.needed(method.smallest_cohort, experiment.federation.clients_per_round)
         present = RollCall(server.sites, grid, settings(experiment), policy, needed, waiting).present()
         trial = {told.trial for told in present.values()}
         if len(trial) > 1:

@@ -44,7 +44,7 @@ class _Opened:
         algorithm: the method.
         own: the broadcast of its state before the first round.
         clients: whom it can be asked for.
-        test: samples to score a client's own model on.
+        test: the test split.
         metric: its score.
     """
 
@@ -53,7 +53,7 @@ class _Opened:
     algorithm: Algorithm
     own: Broadcast
     clients: Clients
-    test: Sequence[Sample]
+    test: tuple[Sample, ...]
     metric: str
 
     def samples(self, client: str) -> tuple[Sample, ...]:
@@ -83,12 +83,12 @@ class _Opened:
         state = ServerState(received.weights, received.round_num, {"base": received.base})
         return replace(state, weights=self.algorithm.personal(state, states.load(client, received.round_num)))
 
-    def score(self, model: ServerState, copy: str) -> Metrics:
-        """Of a model on a copy of the test split; empty for the complete one."""
+    def score(self, model: ServerState, samples: Sequence[Sample], copy: str) -> Metrics:
+        """Of a model on a copy of some samples; empty for themselves."""
         vlm, settings = self.engine.vlm, self.experiment.evaluation
         write_base(vlm, model.base)
         write_weights(vlm.model, model.weights)
-        asked = reduced_copy(self.test, copy, self.experiment.seed) if copy else self.test
+        asked = reduced_copy(samples, copy, self.experiment.seed) if copy else samples
         return evaluate(vlm, asked, self.engine.encoder, self.metric, settings, self.experiment.seed)
 
 
@@ -170,7 +170,7 @@ class Worker:
             self.require(facts)
             run = self._open(facts)
             model = run.personal(task, self.states(facts))
-            metrics = run.score(model, str(facts.about["tested"]))
+            metrics = run.score(model, self.test(run.test), str(facts.about["tested"]))
             word = Scores(client=facts.client, round_num=facts.round_num, metric=run.metric, metrics=metrics)
             return write_word(self.scored(word, facts, model), facts.round_num)
         except Exception as error:
@@ -192,7 +192,7 @@ class Worker:
         own = method.broadcast(method.init(read_weights(vlm.model), frozen_weights(vlm)))
         engine = InProcessEngine(vlm, self.resident.encoder(experiment), experiment.training)
         dataset = self.resident.dataset(experiment)
-        return _Opened(experiment, engine, method, own, clients, self.test(dataset.test), dataset.metric)
+        return _Opened(experiment, engine, method, own, clients, dataset.test, dataset.metric)
 
     def save(self, model: ServerState, folder: Path) -> None:
         """A client's own model of the run that is open, as an adapter."""

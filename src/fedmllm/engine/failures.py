@@ -29,6 +29,10 @@ class FailureConfig(BaseModel):
     norm_limit: float | None = Field(10.0, ge=1)
     """An update is refused whose norm is more than so many times what training could give (``training.local.reach``); null to take any."""
 
+    def needed(self, smallest_cohort: int, cohort: int) -> int:
+        """Updates that make a round complete, of a method that needs so many, in rounds of so many clients; baselines are federations of one."""
+        return min(max(self.min_updates, smallest_cohort), cohort)
+
 
 NONE_EXPECTED = FailureConfig()
 """The defaults."""

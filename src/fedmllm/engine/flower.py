@@ -109,16 +109,22 @@ class FlowerEngine:
 
     def map_clients(self, assignment: Assignment, clients: Mapping[str, Sequence[Sample]]) -> Iterator[Answer]:
         """Answers in the clients' order. Those that come earlier wait outside of this process where Flower has a server of its own."""
-        broadcast, history = assignment.broadcast, self.history
-        history.note(broadcast)
-        contents = ((name, write_task(assignment, self.stage, name, self.about, history.missing(name, broadcast))) for name in clients)
-        for name, content in ask(self.grid, "train", contents, self.nodes(list(clients)), assignment.deadline, self.ahead):
+        for name, content in self._ask("train", assignment, list(clients), self.about):
             if isinstance(content, ClientFailure):
                 yield content
                 continue
             answer = read_answer(content, name, expected(assignment, name))
-            history.answered(name, broadcast, isinstance(answer, ClientFailure))
+            self.history.answered(name, assignment.broadcast, isinstance(answer, ClientFailure))
             yield answer
+
+    def _ask(
+        self, kind: str, assignment: Assignment, clients: Sequence[str], about: Mapping[str, Any]
+    ) -> Iterator[tuple[str, bytes | ClientFailure]]:
+        """Send each client its task, and take what it answers."""
+        broadcast, history = assignment.broadcast, self.history
+        history.note(broadcast)
+        contents = ((name, write_task(assignment, self.stage, name, about, history.missing(name, broadcast))) for name in clients)
+        return ask(self.grid, kind, contents, self.nodes(clients), assignment.deadline, self.ahead)
 
     def scores(self, assignment: Assignment, clients: Sequence[str], metric: str, copy: str = "") -> dict[str, Metrics]:
         """What clients' own models score where they are, by client; those that do not tell are left out.
@@ -132,16 +138,14 @@ class FlowerEngine:
         Raises:
             FederationError: if nobody tells.
         """
-        broadcast, about = assignment.broadcast, {**self.about, "tested": copy}
-        self.history.note(broadcast)
-        contents = ((name, write_task(assignment, self.stage, name, about, self.history.missing(name, broadcast))) for name in clients)
+        round_num = assignment.broadcast.round_num
         told: list[Scores | ClientFailure] = []
-        for name, content in ask(self.grid, "evaluate", contents, self.nodes(clients), assignment.deadline):
-            told.append(content if isinstance(content, ClientFailure) else _scores(content, name, metric, broadcast.round_num))
+        for name, content in self._ask("evaluate", assignment, clients, {**self.about, "tested": copy}):
+            told.append(content if isinstance(content, ClientFailure) else _scores(content, name, metric, round_num))
         if found := {word.client: word.metrics for word in told if isinstance(word, Scores)}:
             return found
         reasons = listing(f"{word.client}: {word.reason}" for word in told if isinstance(word, ClientFailure))
-        raise FederationError(f"after round {broadcast.round_num} no client tells the score of its own model:\n{reasons}")
+        raise FederationError(f"after round {round_num} no client tells the score of its own model:\n{reasons}")
 
 
 def _scores(content: bytes, client: str, metric: str, round_num: int) -> Scores | ClientFailure:

@@ -124,8 +124,8 @@ def _assignment(loop: Loop, stage: Stage, state: ServerState) -> Assignment:
 
 
 def _needed(loop: Loop, stage: Stage) -> int:
-    """Updates that make a round complete; baselines are federations of one."""
-    return min(max(loop.failures.min_updates, loop.algorithm.smallest_cohort), stage.clients_per_round)
+    """Updates that make a round of the stage complete."""
+    return loop.failures.needed(loop.algorithm.smallest_cohort, stage.clients_per_round)
 
 
 def _largest(loop: Loop, assignment: Assignment) -> Callable[[int], float] | None:
