@@ -99,7 +99,7 @@ def test_a_run_that_waits_says_for_whom() -> None:
         display.observer.answered({"stage": "federated", "round": 1, "clients": [f"site-{i}" for i in range(6)]})
         display.observer.round_done(record("federated", 1, 4))
         display.observer.waiting({"stage": "federated", "round": 2, "attempt": 2, "clients": ["site-5"]})
-    assert "waits for site-0, site-1, site-2, site-3 and 2 more" in out.getvalue()
+    assert "waits for site-0, 5 more after it" in out.getvalue()
     assert "federated round 2 waits for site-5, asked for the second time" in out.getvalue()
 
 
@@ -116,7 +116,17 @@ def test_where_there_is_no_terminal_a_long_silence_is_explained(monkeypatch: pyt
         time.sleep(0.4)
         shown.observer.answered({"stage": "federated", "round": 4, "clients": ["c"]})
     time.sleep(0.3)
-    assert out.getvalue() == "federated round 4 waits for b, c\n"
+    assert out.getvalue() == "federated round 4 waits for b, 1 more after it\n"
+
+
+def test_a_long_silence_before_the_first_round_is_explained_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(display, "SILENCE", 0.1)
+    out = StringIO()
+    with Display(4, Console(file=out, width=100)) as shown:
+        shown.observer.answered({"stage": "start", "clients": ["b"]})
+        time.sleep(0.3)
+        shown.observer.answered({"stage": "start", "clients": []})
+    assert out.getvalue() == "waits for b\n"
 
 
 def test_a_run_says_for_which_sites_it_waits_before_it_begins_and_whom_it_begins_without() -> None:

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from fedmllm.benchmark.drawing import duration, human_bytes
-from fedmllm.benchmark.observer import Observer
+from fedmllm.benchmark.observer import START, Observer
 from fedmllm.benchmark.sweep import Outcome, Places
 from fedmllm.types import Record
 
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
 ROWS = 8
 """Rounds listed in the live display."""
-WAITING = 4
-"""Clients named there of those that a round waits for."""
 SILENCE = 60.0
 """Seconds without an answer after which it is said elsewhere too."""
 
@@ -70,21 +68,22 @@ class Display:
     def _waiting(self, record: Record) -> None:
         """Say for whom."""
         names = ", ".join(record["clients"])
-        if record["stage"] == "start":
+        if record["stage"] == START:
             words = f"begins without {names}" if record["given_up"] else f"waits for {names}"
         else:
             words = f"{record['stage']} round {record['round']} waits for {names}, asked for the {_nth(record['attempt'])} time"
         self._console.print(words, highlight=False, soft_wrap=True)
 
     def _answered(self, record: Record) -> None:
-        """For whom the round waits now: at once in a terminal, elsewhere if it waits for long."""
+        """For whom is waited now: at once in a terminal, elsewhere if it is for long. Answers are taken in order; whether those after it are there
+        is not known."""
         names = record["clients"]
-        shown = ", ".join(names[:WAITING]) + (f" and {len(names) - WAITING} more" if len(names) > WAITING else "")
-        self._bar.update(self._task, waiting=f"waits for {shown}" if names else "")
+        words = f"waits for {names[0]}" + (f", {len(names) - 1} more after it" if names[1:] else "") if names else ""
+        self._bar.update(self._task, waiting=words)
         self._silence.cancel()
         if names and self._live is None:
-            words = f"{record['stage']} round {record['round']} waits for {shown}"
-            self._silence = Timer(SILENCE, partial(self._console.print, words, highlight=False, soft_wrap=True))
+            when = "" if record["stage"] == START else f"{record['stage']} round {record['round']} "
+            self._silence = Timer(SILENCE, partial(self._console.print, when + words, highlight=False, soft_wrap=True))
             self._silence.daemon = True
             self._silence.start()
 

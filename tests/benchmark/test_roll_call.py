@@ -14,6 +14,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from fedmllm.benchmark import roll_call
+from fedmllm.benchmark.observer import Observer
 from fedmllm.benchmark.roll_call import RollCall
 from fedmllm.engine.failures import FailureConfig
 from fedmllm.engine.flower import enclose, enclosed
@@ -55,7 +56,7 @@ class Sites(LoopbackGrid):
 
 def called(grid: Sites, needed: int = 3, **policy: Any) -> tuple[Callable[[], dict[str, Presence]], list[Record]]:
     said: list[Record] = []
-    return RollCall(NAMES, grid, "seed: 0", FailureConfig(**policy), needed, said.append).present, said
+    return RollCall(NAMES, grid, "seed: 0", FailureConfig(**policy), needed, Observer(waiting=said.append)).present, said
 
 
 def test_sites_that_are_there_are_asked_once_and_nobody_is_waited_for() -> None:
@@ -64,6 +65,13 @@ def test_sites_that_are_there_are_asked_once_and_nobody_is_waited_for() -> None:
     assert list(present()) == list(NAMES)
     assert said == []
     assert len(grid.sent) == 3
+
+
+def test_it_is_told_whose_answer_is_waited_for() -> None:
+    told: list[Record] = []
+    grid, policy = Sites({"a": 0, "c": 0}), FailureConfig(deadline=0.1)
+    RollCall(NAMES, grid, "seed: 0", policy, 2, Observer(answered=told.append)).present()
+    assert [record["clients"] for record in told][:3] == [["a", "c"], ["c"], []]
 
 
 def test_a_site_that_connects_later_is_waited_for_by_name() -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import os
 import secrets
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fedmllm.algorithms import build_algorithm
+from fedmllm.benchmark.observer import UNOBSERVED, Observer
 from fedmllm.benchmark.resident import Resident
 from fedmllm.benchmark.roll_call import RollCall
 from fedmllm.benchmark.worker import client_app, resident_worker
@@ -24,7 +25,7 @@ from fedmllm.engine.sites import ServerConfig
 from fedmllm.engine.stages import Stage
 from fedmllm.engine.superlink import RunGrid, serving
 from fedmllm.errors import ConfigError, FederationError
-from fedmllm.types import Holding, Record
+from fedmllm.types import Holding
 
 
 @dataclass(frozen=True)
@@ -70,20 +71,20 @@ class Federation:
 
 
 @contextmanager
-def federation(experiment: Experiment, held: Resident, waiting: Callable[[Record], None] = lambda record: None) -> Iterator[Federation]:
+def federation(experiment: Experiment, held: Resident, observer: Observer = UNOBSERVED) -> Iterator[Federation]:
     """The clients of an experiment, for the time of a block.
 
     Args:
         experiment: whose.
         held: what earlier runs of this process left.
-        waiting: told ``stage``, which is ``start``, and ``clients`` when sites are waited for, with ``given_up`` when the run begins without them.
+        observer: told for which sites the run waits.
 
     Raises:
         ConfigError: if settings and sites do not fit each other, or Flower is not installed.
         FederationError: if sites cannot be reached, or one says what is wrong there.
     """
     if experiment.engine.server is not None:
-        with _sites(experiment, held, ServerConfig.load(experiment.engine.server), waiting) as found:
+        with _sites(experiment, held, ServerConfig.load(experiment.engine.server), observer) as found:
             yield found
         return
     if experiment.engine.name == "flower":
@@ -92,13 +93,13 @@ def federation(experiment: Experiment, held: Resident, waiting: Callable[[Record
 
 
 @contextmanager
-def _sites(experiment: Experiment, held: Resident, server: ServerConfig, waiting: Callable[[Record], None]) -> Iterator[Federation]:
+def _sites(experiment: Experiment, held: Resident, server: ServerConfig, observer: Observer) -> Iterator[Federation]:
     require_flower()
     _require_fit(experiment, server)
     with serving(server.link) as grid:
         policy, method = experiment.failures, build_algorithm(experiment.algorithm)
         needed = policy.needed(method.smallest_cohort, experiment.federation.clients_per_round)
-        present = RollCall(server.sites, grid, settings(experiment), policy, needed, waiting).present()
+        present = RollCall(server.sites, grid, settings(experiment), policy, needed, observer).present()
         trial = {told.trial for told in present.values()}
         if len(trial) > 1:
             own = [name for name, told in present.items() if not told.trial]

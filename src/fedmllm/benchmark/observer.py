@@ -8,6 +8,9 @@ from dataclasses import dataclass, replace
 from fedmllm.engine.stages import Stage
 from fedmllm.types import Record
 
+START = "start"
+"""Stands for the stage before the first round, in which sites are asked whether they are there."""
+
 
 @dataclass(frozen=True)
 class Observer:
@@ -18,7 +21,8 @@ class Observer:
         round_done: told each round's record, as in ``metrics.jsonl``, with the stage's ``num_rounds``.
         waiting: told ``stage``, ``round``, ``attempt`` and ``clients`` when clients are asked again; before the first round ``stage``, which is
             ``start``, and ``clients`` when sites are waited for, with ``given_up`` when the run begins without them.
-        answered: told ``stage``, ``round`` and ``clients``, those that are still waited for, when clients are asked and at each answer.
+        answered: told ``stage``, ``round`` (but at the start) and ``clients``, those whose answers are still to come, in the order in which they are
+            taken, when clients are asked and at each answer.
     """
 
     started: Callable[[Sequence[Stage]], None] = lambda stages: None
@@ -34,3 +38,7 @@ class Observer:
             tell(record)
 
         return replace(self, round_done=both)
+
+
+UNOBSERVED = Observer()
+"""Nobody."""

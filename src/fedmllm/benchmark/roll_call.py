@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from fedmllm.benchmark.observer import START, Observer
 from fedmllm.engine.failures import FailureConfig
 from fedmllm.engine.flower import Carrier, ask
 from fedmllm.engine.messages import write_question
 from fedmllm.engine.words import Presence, read_word
 from fedmllm.errors import FederationError, listing
-from fedmllm.types import ClientFailure, Record
+from fedmllm.types import ClientFailure
 
 _POLL = 1.0
 """Seconds between two looks for sites that are not there yet."""
@@ -36,7 +37,7 @@ class RollCall:
         settings: of the experiment, as sites are told them; they load model and data before they answer.
         policy: how long they are waited for.
         needed: without how many the first round would not be complete.
-        waiting: told ``stage``, which is ``start``, and ``clients`` when sites are waited for, with ``given_up`` when the run begins without them.
+        observer: told whom the run waits for, and whom it begins without.
     """
 
     names: Sequence[str]
@@ -44,7 +45,7 @@ class RollCall:
     settings: str
     policy: FailureConfig
     needed: int
-    waiting: Callable[[Record], None]
+    observer: Observer
     found: dict[str, Presence] = field(default_factory=dict, init=False)
     problems: dict[str, str] = field(default_factory=dict, init=False)
 
@@ -63,7 +64,7 @@ class RollCall:
             self._until(time.monotonic() + (self.policy.deadline or 0.0))
             if len(self.found) >= self.needed:
                 if self._missing:
-                    self.waiting({"stage": "start", "clients": self._missing, "given_up": True})
+                    self.observer.waiting({"stage": START, "clients": self._missing, "given_up": True})
                 return {name: self.found[name] for name in self.names if name in self.found}
         reasons = listing(f"{name}: {self.problems[name]}" for name in self._missing)
         raise FederationError(f"{len(self.found)} sites are there, {self.needed} are needed:\n{reasons}\nstart them with fedmllm site up")
@@ -75,7 +76,7 @@ class RollCall:
         while self._missing and time.monotonic() < end:
             if self._missing != told:
                 told = self._missing
-                self.waiting({"stage": "start", "clients": told, "given_up": False})
+                self.observer.waiting({"stage": START, "clients": told, "given_up": False})
             time.sleep(_POLL)
             self._ask(end)
 
@@ -84,7 +85,11 @@ class RollCall:
         nodes = self.grid.online(names)
         self.problems.update({name: "not connected" for name in names if name not in nodes})
         questions = [(name, write_question(name, {"experiment": self.settings})) for name in names if name in nodes]
+        left = [name for name, _ in questions]
+        self.observer.answered({"stage": START, "clients": list(left)})
         for name, content in ask(self.grid, "query", questions, nodes, max(0.0, end - time.monotonic())):
+            left.remove(name)
+            self.observer.answered({"stage": START, "clients": list(left)})
             self._note(name, content)
 
     def _note(self, name: str, content: bytes | ClientFailure) -> None:

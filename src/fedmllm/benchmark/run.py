@@ -12,7 +12,7 @@ from fedmllm.algorithms.fedavg import FedAvg
 from fedmllm.benchmark.card import adapter_card
 from fedmllm.benchmark.federation import Federation, federation
 from fedmllm.benchmark.folders import check_folder, default_folder, open_folder
-from fedmllm.benchmark.observer import Observer
+from fedmllm.benchmark.observer import UNOBSERVED, Observer
 from fedmllm.benchmark.report import write_report
 from fedmllm.benchmark.resident import Resident
 from fedmllm.benchmark.results import RunResult
@@ -68,8 +68,8 @@ def train(
     folder = Path(output) if output else default_folder(name)
     check_folder(folder, experiment, resume)
     require_trackers(track)
-    held, told = resident or Resident(), observer or Observer()
-    with federation(experiment, held, told.waiting) as clients, held.model(experiment) as (vlm, trainable):
+    held, told = resident or Resident(), observer or UNOBSERVED
+    with federation(experiment, held, told) as clients, held.model(experiment) as (vlm, trainable):
         dataset = clients.data.dataset
         copies = {spec: reduced_copy(dataset.test, spec, experiment.seed) for spec in experiment.evaluation.tested}
         vlm.family.require(dataset.modalities)

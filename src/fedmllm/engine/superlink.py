@@ -2,7 +2,7 @@
 
 A run of Flower is begun for each training, and its server's part is taken over by this process, which needs the SuperLink's secret. Code is not
 sent: what Flower calls the app is empty here, and sites run what they have installed. All that is not Flower's public interface is in this file and in
-``fedmllm.sites.client``; both are written for flwr 1.41.
+``fedmllm.sites.supernode``; both are written for flwr 1.41.
 """
 
 from __future__ import annotations

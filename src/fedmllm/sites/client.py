@@ -1,7 +1,7 @@
 """A site's worker: it loads the model once and answers what the site's SuperNode receives. ``python -m fedmllm.sites.client site.yaml``.
 
 Flower would start a process for every message, which would load the model anew, and run the code that came with the run. This process takes the
-messages instead, over the SuperNode's interface on this machine, and runs what is installed here.
+messages instead (``fedmllm.sites.supernode``), and runs what is installed here.
 """
 
 from __future__ import annotations
@@ -22,12 +22,11 @@ from fedmllm.engine.flower import require_flower
 from fedmllm.engine.messages import TaskFacts
 from fedmllm.engine.sites import NAME, SiteConfig
 from fedmllm.engine.words import Presence, Scores
-from fedmllm.errors import ConfigError, FedMLLMError, RunError
+from fedmllm.errors import ConfigError, FedMLLMError
+from fedmllm.sites.supernode import serve
 from fedmllm.types import Answer, ClientFailure, ClientUpdate, Sample
 
 _LOG = logging.getLogger("fedmllm.site")
-_POLL = 0.1
-"""Seconds between two looks for a message."""
 
 
 class SiteWorker(Worker):
@@ -160,84 +159,14 @@ def _described(update: ClientUpdate) -> dict[str, Any]:
     }
 
 
-def serve(site: SiteConfig) -> None:
-    """Answer what the SuperNode receives, until the process ends."""
-    require_flower()
-    from flwr.supercore.interceptors import SuperExecAuthHttpInterceptor
-
-    worker = SiteWorker(site)
-    app = client_app(lambda: worker)
-    guarded = frozenset({"/flwr.proto.Runtime/AcquireTask"})
-    secret = (site.folder / "secret").read_bytes()
-    node = _connected(site, "SuperExec", SuperExecAuthHttpInterceptor(master_secret=secret, protected_methods=guarded))
-    _LOG.info("%s waits for work", site.name)
-    while True:
-        if token := _next_task(site, node):
-            _answer(site, app, token)
-        else:
-            time.sleep(_POLL)
-
-
-def _connected(site: SiteConfig, component: str, interceptor: Any) -> Any:
-    """To the SuperNode of this machine. What listens there is on 127.0.0.1 and asks for the site's secret."""
-    from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
-    from flwr.supercore.runtime import RuntimeHttpClient
-
-    every = [RuntimeVersionHttpInterceptor(component_name=component), interceptor]
-    return RuntimeHttpClient.from_server_address(f"127.0.0.1:{site.port}", True, None, every)
-
-
-def _next_task(site: SiteConfig, node: Any) -> str:
-    """The token of a message that waits; empty for none.
-
-    Raises:
-        RunError: if another than the site's SuperNode listens there.
-    """
-    import httpx
-    from flwr.proto.runtime_pb2 import AcquireTaskRequest
-
-    try:
-        taken = node.AcquireTask(AcquireTaskRequest(supported_task_types=["flwr-clientapp"]))
-    except httpx.HTTPStatusError as error:
-        raise RunError(
-            f"what listens on port {site.port} of this machine is not this site's SuperNode ({error.response.status_code}); "
-            "end it, or set another port in site.yaml"
-        ) from None
-    except httpx.TransportError:
-        # The SuperNode is not there yet, or is being started anew.
-        time.sleep(1)
-        return ""
-    return str(taken.token) if taken.HasField("task") else ""
-
-
-def _answer(site: SiteConfig, app: Any, token: str) -> None:
-    """Take a message, run it, and hand the reply to the SuperNode. What happens to one message does not end the process."""
-    from flwr.common.constant import SubStatus
-    from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
-    from flwr.supercore.interceptors import RuntimeTokenHttpInterceptor
-    from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
-
-    own = _connected(site, "flwr-clientapp", RuntimeTokenHttpInterceptor(token))
-    heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(own))
-    heartbeat.start()
-    try:
-        message, context, _, _ = pull_task_input(own)
-        _LOG.info("%s: a message of kind %s", site.name, message.metadata.message_type)
-        push_message(own, app(message=message, context=context), context)
-        push_task_output(own, context, SubStatus.COMPLETED, "")
-    except Exception as error:
-        _LOG.error("a message was lost", exc_info=error)
-        push_task_output(own, None, SubStatus.FAILED, type(error).__name__)
-    finally:
-        heartbeat.stop()
-        own.close()
-
-
 def main() -> None:
     """The process."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    serve(SiteConfig.load(Path(sys.argv[1])))
+    site = SiteConfig.load(Path(sys.argv[1]))
+    require_flower()
+    worker = SiteWorker(site)
+    serve(site, client_app(lambda: worker))
 
 
 if __name__ == "__main__":
