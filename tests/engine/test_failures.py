@@ -139,6 +139,21 @@ def test_what_no_training_gives_and_what_is_stale_is_refused(tmp_path: Path, upd
         assert run_stage(unlimited, Stage("federated", {"a": [SAMPLE]}, 1, 1), ServerState(START)).round_num == 1
 
 
+def test_controls_that_are_no_gradients_are_refused(tmp_path: Path) -> None:
+    """Their root mean square is 10.1, then 9.9, with a limit of 10."""
+    scaffold = build_algorithm(AlgorithmConfig(name="scaffold"))
+    start = scaffold.init(START, {})
+    for size, taken in ((10.1, False), (9.9, True)):
+        update = ClientUpdate("", {"w": torch.zeros(2)}, 1, extras={"control": {"w": torch.full((2,), size)}})
+        loop = Loop(scaffold, Sends(update), TrainingConfig(), lambda w, base: {"score": 0.5}, RunStore(tmp_path / str(size)), 0)
+        stage = Stage("federated", {"a": [SAMPLE]}, 1, 1)
+        if taken:
+            assert run_stage(loop, stage, start).slots["control"]["w"].tolist() == pytest.approx([9.9, 9.9])
+        else:
+            with pytest.raises(FederationError, match=r"the norm of the control is 14\.3, training could give 14\.1 at most"):
+                run_stage(loop, stage, start)
+
+
 def test_a_second_update_of_a_client_does_not_count(tmp_path: Path) -> None:
     class Twice:
         def map_clients(self, assignment: Assignment, clients: Mapping[str, Sequence[Sample]]) -> Iterator[Answer]:

@@ -27,7 +27,8 @@ class FailureConfig(BaseModel):
     pause: float = Field(10.0, ge=0)
     """Seconds before clients are asked again; what died may need them to come back."""
     norm_limit: float | None = Field(10.0, ge=1)
-    """An update is refused whose norm is more than so many times what training could give (``training.local.reach``); null to take any."""
+    """An update is refused whose norm is more than so many times what training could give (``training.local.reach``), or with controls (SCAFFOLD)
+    that are more than this in each entry, as a root mean square; null to take any."""
 
     def needed(self, smallest_cohort: int, cohort: int) -> int:
         """Updates that make a round complete, of a method that needs so many, in rounds of so many clients; baselines are federations of one."""

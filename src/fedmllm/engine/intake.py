@@ -19,7 +19,8 @@ class Intake:
         algorithm: how updates are aggregated.
         state: the server's, at the start of the round.
         ranks: clients' own LoRA ranks.
-        largest: number of samples -> the largest norm of an update that is taken; None for any.
+        largest: what it is of (``update``, or what the method sends besides) and number of samples -> the largest norm that is taken; None for
+            any.
         claim: client -> the number of samples it told of before the first round; None where that is not known.
     """
 
@@ -28,7 +29,7 @@ class Intake:
         algorithm: Algorithm,
         state: ServerState,
         ranks: Mapping[str, int],
-        largest: Callable[[int], float] | None = None,
+        largest: Callable[[str, int], float] | None = None,
         claim: Callable[[str], int | None] = lambda client: None,
     ) -> None:
         self._algorithm, self._state, self._ranks, self._largest, self._claim = algorithm, state, ranks, largest, claim
@@ -69,9 +70,12 @@ class Intake:
         return refusal(update, factors.cut(sent, rank), self._algorithm.client_sends) or self._too_large(update)
 
     def _too_large(self, update: ClientUpdate) -> str | None:
-        if self._largest is None or (size := W.norm(update.update)) <= (limit := self._largest(update.num_samples)):
+        if self._largest is None:
             return None
-        return f"the norm of the update is {size:.3g}, training could give {limit:.3g} at most (failures.norm_limit)"
+        for kind, tensors in {"update": update.update, **update.extras}.items():
+            if (size := W.norm(tensors)) > (limit := self._largest(kind, update.num_samples)):
+                return f"the norm of the {kind} is {size:.3g}, training could give {limit:.3g} at most (failures.norm_limit)"
+        return None
 
     def missing(self, stage: str, needed: int) -> str:
         """What to say where too few updates can be used."""

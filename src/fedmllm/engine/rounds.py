@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -128,13 +129,21 @@ def _needed(loop: Loop, stage: Stage) -> int:
     return loop.failures.needed(loop.algorithm.smallest_cohort, stage.clients_per_round)
 
 
-def _largest(loop: Loop, assignment: Assignment) -> Callable[[int], float] | None:
-    """The largest norm of an update that is taken. What was received counts in: a method may make parts of it zero."""
+def _largest(loop: Loop, assignment: Assignment) -> Callable[[str, int], float] | None:
+    """The largest norm that is taken, of an update or of what the method sends besides.
+
+    What was received counts in: a method may make parts of it zero. Besides, methods send gradients, which have no such bound; those of a mean
+    negative log-likelihood are far below one in each entry.
+    """
     factor, weights = loop.failures.norm_limit, assignment.broadcast.weights
     if factor is None:
         return None
     size, entries = W.norm(weights), sum(tensor.numel() for tensor in weights.values())
-    return lambda count: factor * (reach(loop.training, assignment.learning_rate, count, entries) + size)
+
+    def largest(kind: str, count: int) -> float:
+        return factor * (math.sqrt(entries) if kind != "update" else reach(loop.training, assignment.learning_rate, count, entries) + size)
+
+    return largest
 
 
 def _collect(loop: Loop, stage: Stage, assignment: Assignment, cohort: Sequence[str], intake: Intake, watch: _Watch) -> list[str]:
