@@ -7,7 +7,9 @@ import sys
 import time
 from pathlib import Path
 
-from fedmllm.sites.processes import Kept
+import pytest
+
+from fedmllm.sites.processes import Kept, tend
 
 
 def script(text: str) -> list[str]:
@@ -56,6 +58,32 @@ def test_what_is_done_once_is_not_started_again(tmp_path: Path) -> None:
     assert kept.process is None
     assert told == []
     kept.stop()
+
+
+@pytest.mark.parametrize("deaf", [False, True])
+def test_what_ends_with_another_is_started_anew_at_once_unless_it_had_to_be_forced(deaf: bool, tmp_path: Path) -> None:
+    told: list[str] = []
+    words = (
+        "import signal, time; "
+        + ("signal.signal(signal.SIGTERM, signal.SIG_IGN); " if deaf else "")
+        + "print(1, flush=True); time.sleep(60)"
+    )
+    node = Kept("node", script(words), tmp_path / "node", 1.5, patience=0.2 if deaf else 10, ends_with="worker")
+    worker = Kept("worker", script("import time; time.sleep(60)"), tmp_path / "worker", 60)
+    tend([node, worker], told.append)
+    while not (tmp_path / "node").read_text():
+        time.sleep(0.02)
+    assert node.process is not None
+    assert worker.process is not None
+    first = node.process.pid
+    worker.process.kill()
+    worker.process.wait()
+    tend([node, worker], told.append)
+    assert told[-1] == f"node is ended with worker; started anew in {1.5 if deaf else 0:g} s"
+    assert not Path(f"/proc/{first}").exists()
+    tend([node, worker], told.append)
+    assert (node.process is None) == deaf
+    node.stop()
 
 
 def test_what_does_not_end_by_itself_is_ended(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -117,6 +118,44 @@ def test_a_server_that_is_killed_goes_on_with_resume(tmp_path: Path) -> None:
         run.kill()
         run.communicate()
         ended(processes.train(experiment, tmp_path / "there", "--resume"))
+        in_one_process(processes, experiment, tmp_path / "here")
+        alike(tmp_path / "here", tmp_path / "there")
+
+
+@pytest.mark.slow
+def test_a_run_whose_superlink_is_gone_for_good_stops_by_its_deadline_and_says_so(tmp_path: Path) -> None:
+    experiment = EXPERIMENT | {"federation": EXPERIMENT["federation"] | {"num_rounds": 50}, "failures": {"deadline": 40}}
+    with Processes(tmp_path / "federation", {name: {} for name in SITES}) as processes:
+        run = processes.train(experiment, tmp_path / "there")
+        while len(rounds(tmp_path / "there")) < 2 and run.poll() is None:
+            time.sleep(0.05)
+        processes.started["server"].kill()
+        processes.kill(processes.folder / "server.out", "SuperLink")
+        start = time.monotonic()
+        output, _ = run.communicate(timeout=300)
+        # The rest of a round, or the wait for its begin; not so many seconds for each client.
+        assert time.monotonic() - start < 40 + 40 / 2
+    assert run.returncode == 1
+    assert "no update can be used" in output
+    assert "the SuperLink at 127.0.0.1" in output
+    assert "cannot be reached" in output
+
+
+@pytest.mark.slow
+def test_a_server_that_slept_goes_on_with_a_new_run(tmp_path: Path) -> None:
+    """Flower ends a run whose server gives no sign of life for a minute."""
+    experiment = EXPERIMENT | {"federation": EXPERIMENT["federation"] | {"num_rounds": 4}, "algorithm": {"name": "scaffold"}}
+    with Processes(tmp_path / "federation", {name: {} for name in SITES}) as processes:
+        run = processes.train(experiment, tmp_path / "there")
+        while len(rounds(tmp_path / "there")) < 2 and run.poll() is None:
+            time.sleep(0.05)
+        time.sleep(1)
+        run.send_signal(signal.SIGSTOP)
+        time.sleep(70)
+        run.send_signal(signal.SIGCONT)
+        output = ended(run)
+        assert "Traceback" not in output
+        assert "federated round 3 waits for client-00, client-01, client-02, asked for the second time" in output
         in_one_process(processes, experiment, tmp_path / "here")
         alike(tmp_path / "here", tmp_path / "there")
 

@@ -7,7 +7,7 @@ import os
 import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,14 @@ from fedmllm.benchmark.worker import client_app, resident_worker
 from fedmllm.config import Experiment
 from fedmllm.data.federated import FederatedData, spread
 from fedmllm.engine.checkpoint import write_atomically
-from fedmllm.engine.flower import FlowerEngine, require_flower, simulation
+from fedmllm.engine.failures import FailureConfig
+from fedmllm.engine.flower import FlowerEngine, require_flower
 from fedmllm.engine.frozen import BaseHistory
+from fedmllm.engine.run_grid import RunGrid, serving
+from fedmllm.engine.simulation import simulation
 from fedmllm.engine.sites import ServerConfig
 from fedmllm.engine.stages import Stage
-from fedmllm.engine.superlink import RunGrid, serving
+from fedmllm.engine.superlink import SuperLink
 from fedmllm.errors import ConfigError, FederationError
 from fedmllm.types import Holding
 
@@ -96,8 +99,8 @@ def federation(experiment: Experiment, held: Resident, observer: Observer = UNOB
 def _sites(experiment: Experiment, held: Resident, server: ServerConfig, observer: Observer) -> Iterator[Federation]:
     require_flower()
     _require_fit(experiment, server)
-    with serving(server.link) as grid:
-        policy, method = experiment.failures, build_algorithm(experiment.algorithm)
+    policy, method = experiment.failures, build_algorithm(experiment.algorithm)
+    with serving(_within(server.link, policy)) as grid:
         needed = policy.needed(method.smallest_cohort, experiment.federation.clients_per_round)
         present = RollCall(server.sites, grid, settings(experiment), policy, needed, observer).present()
         trial = {told.trial for told in present.values()}
@@ -114,6 +117,11 @@ def _sites(experiment: Experiment, held: Resident, server: ServerConfig, observe
             holdings = {name: Holding(told.num_samples, told.profile) for name, told in present.items()}
             data = FederatedData(dataset, dict.fromkeys(server.sites, ()), 0, holdings)
         yield Federation(experiment, data, ranks, grid, trial == {True})
+
+
+def _within(link: SuperLink, policy: FailureConfig) -> SuperLink:
+    """With no more patience than a round has."""
+    return replace(link, patience=min(link.patience, policy.deadline or link.patience))
 
 
 def _require_fit(experiment: Experiment, server: ServerConfig) -> None:

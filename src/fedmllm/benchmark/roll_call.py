@@ -23,7 +23,11 @@ class Sites(Carrier, Protocol):
     """What leads to sites."""
 
     def online(self, names: Sequence[str]) -> dict[str, int]:
-        """Those that are connected, and where."""
+        """Those that are connected, and where.
+
+        Raises:
+            ConnectionError: if what leads to them is gone.
+        """
         ...
 
 
@@ -82,7 +86,11 @@ class RollCall:
 
     def _ask(self, end: float) -> None:
         names = self._missing
-        nodes = self.grid.online(names)
+        try:
+            nodes = self.grid.online(names)
+        except ConnectionError as error:
+            self.problems.update(dict.fromkeys(names, str(error)))
+            return
         self.problems.update({name: "not connected" for name in names if name not in nodes})
         questions = [(name, write_question(name, {"experiment": self.settings})) for name in names if name in nodes]
         left = [name for name, _ in questions]

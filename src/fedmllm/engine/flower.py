@@ -3,16 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-import logging
-import math
 import os
-import queue
-import threading
 import time
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Protocol
@@ -26,8 +20,6 @@ from fedmllm.types import Answer, ClientFailure, Metrics, Sample
 
 if TYPE_CHECKING:
     from flwr.app import Message, RecordDict
-    from flwr.clientapp import ClientApp
-    from flwr.serverapp import Grid
 
 QUIET = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -95,7 +87,7 @@ class FlowerEngine:
         grid: Flower's.
         stage: what the rounds belong to.
         about: what workers are told beside.
-        nodes: where clients can be reached now, by name; those that cannot are left out.
+        nodes: where clients can be reached now, by name; those that cannot are left out. It raises a ``ConnectionError`` where what leads to them is gone.
         history: of the change to the frozen weights.
         ahead: tasks that are on their way at once; None for all. Where messages are held in this process, this bounds their memory.
     """
@@ -124,7 +116,11 @@ class FlowerEngine:
         broadcast, history = assignment.broadcast, self.history
         history.note(broadcast)
         contents = ((name, write_task(assignment, self.stage, name, about, history.missing(name, broadcast))) for name in clients)
-        return ask(self.grid, kind, contents, self.nodes(clients), assignment.deadline, self.ahead)
+        try:
+            nodes = self.nodes(clients)
+        except ConnectionError as error:
+            return iter([(name, ClientFailure(name, str(error))) for name in clients])
+        return ask(self.grid, kind, contents, nodes, assignment.deadline, self.ahead)
 
     def scores(self, assignment: Assignment, clients: Sequence[str], metric: str, copy: str = "") -> dict[str, Metrics]:
         """What clients' own models score where they are, by client; those that do not tell are left out.
@@ -168,100 +164,67 @@ def ask(
     """Send every client its message, one at a time, so that no more than one is held here; then take the answers in the same order.
 
     Args:
-        grid: Flower's. It raises a ``ConnectionError`` where what it leads to is gone.
+        grid: Flower's. Where what it leads to is gone it raises a ``ConnectionError``, and is asked again until the deadline.
         kind: of message.
         contents: what to send, by client.
         nodes: where clients are reached.
         deadline: seconds until which answers are waited for; None for ever.
         ahead: messages that are on their way at once; None for all. The next is sent when the first of them is answered.
     """
-    begun = time.monotonic()
-    sent = ((client, _send(grid, kind, client, content, nodes.get(client), deadline)) for client, content in contents)
+    time_left = _TimeLeft(deadline)
+    sent = ((client, _send(grid, kind, client, content, nodes.get(client), time_left)) for client, content in contents)
     waiting = deque(islice(sent, ahead))
     while waiting:
         client, message_id = waiting.popleft()
-        yield client, message_id if isinstance(message_id, ClientFailure) else _receive(grid, client, message_id, begun, deadline)
+        yield client, message_id if isinstance(message_id, ClientFailure) else _receive(grid, client, message_id, time_left)
         waiting.extend(islice(sent, 1))
 
 
-def _send(grid: Carrier, kind: str, client: str, content: bytes, node: int | None, deadline: float | None) -> str | ClientFailure:
+class _TimeLeft:
+    """Until a deadline, counted from now; None for none."""
+
+    def __init__(self, deadline: float | None) -> None:
+        self.deadline, self._begun = deadline, time.monotonic()
+
+    @property
+    def late(self) -> bool:
+        """Whether it is over."""
+        return self.deadline is not None and time.monotonic() - self._begun > self.deadline
+
+
+def _send(grid: Carrier, kind: str, client: str, content: bytes, node: int | None, time_left: _TimeLeft) -> str | ClientFailure:
+    """Try until it is sent, or it is too late."""
     from flwr.app import Message
 
     if node is None:
         return ClientFailure(client, "not connected")
-    life = _NEVER if deadline is None else deadline + _GRACE
-    try:
-        (message_id,) = grid.push_messages([Message(enclose(content), dst_node_id=node, message_type=kind, ttl=life)])
-    except ConnectionError as error:
-        return ClientFailure(client, str(error))
-    return message_id or ClientFailure(client, "Flower did not take the message")
+    life = _NEVER if time_left.deadline is None else time_left.deadline + _GRACE
+    while True:
+        late = time_left.late
+        try:
+            taken = list(grid.push_messages([Message(enclose(content), dst_node_id=node, message_type=kind, ttl=life)]))
+        except ConnectionError as error:
+            if late or time_left.deadline is None:
+                return ClientFailure(client, str(error))
+            time.sleep(_POLL)
+            continue
+        return taken[0] if taken and taken[0] else ClientFailure(client, "Flower did not take the message")
 
 
-def _receive(grid: Carrier, client: str, message_id: str, begun: float, deadline: float | None) -> bytes | ClientFailure:
+def _receive(grid: Carrier, client: str, message_id: str, time_left: _TimeLeft) -> bytes | ClientFailure:
     """Look until the answer is there, or it is too late."""
     while True:
         # Asked before the clock: what is there when time is up still counts, however long the ones before it took.
-        late = deadline is not None and time.monotonic() - begun > deadline
+        late, trouble = time_left.late, ""
         try:
             for reply in grid.pull_messages([message_id]):
                 return ClientFailure(client, f"Flower: {reply.error.reason}") if reply.has_error() else enclosed(reply.content)
-        except (ConnectionError, ValueError) as error:
+        except ConnectionError as error:
+            if time_left.deadline is None:
+                return ClientFailure(client, str(error))
+            trouble = f"; {error}"
+        except ValueError as error:
             return ClientFailure(client, str(error))
         if late:
-            return ClientFailure(client, f"no answer within the deadline of {deadline:g} s")
+            return ClientFailure(client, f"no answer within the deadline of {time_left.deadline:g} s{trouble}")
         time.sleep(_POLL)
-
-
-@contextmanager
-def simulation(app: ClientApp, nodes: int, cpus: float, gpus: float) -> Iterator[tuple[Grid, list[int]]]:
-    """Flower's simulation on Ray for the time of a block: its Grid, and its nodes.
-
-    Args:
-        app: what every node runs, in worker processes that stay.
-        nodes: as many as a round has clients.
-        cpus: of one worker; Ray starts as many workers as this machine has room for. One that dies is started anew.
-        gpus: of one worker.
-
-    Raises:
-        ConfigError: if Flower or Ray is not installed.
-        FederationError: if the simulation does not start, or breaks.
-    """
-    require_flower("ray")
-    from flwr.serverapp import ServerApp
-
-    server, handed, over = ServerApp(), queue.Queue[Any](), threading.Event()
-
-    @server.main()
-    def main(grid: Grid, context: object) -> None:
-        while len(found := list(grid.get_node_ids())) < nodes:
-            time.sleep(_POLL)
-        handed.put((grid, found))
-        over.wait()
-
-    thread = threading.Thread(target=_simulate, args=(server, app, nodes, cpus, gpus, handed), name="flower", daemon=True)
-    thread.start()
-    try:
-        started = handed.get()
-        if isinstance(started, BaseException):
-            raise FederationError(f"Flower's simulation did not start: {started}") from started
-        yield started
-    finally:
-        over.set()
-        thread.join()
-
-
-def _simulate(server: Any, app: Any, nodes: int, cpus: float, gpus: float, handed: queue.Queue[Any]) -> None:
-    """Until the server's part ends. What goes wrong is handed to the one who waits for the start."""
-    from flwr.simulation import run_simulation
-
-    logging.getLogger("flwr").setLevel(logging.CRITICAL)
-    logging.getLogger("ray").setLevel(logging.ERROR)
-    # Flower hands the resources to Ray as options of its actors: one that dies is started anew, and a task it died of is tried once more.
-    resources: Any = {"num_cpus": cpus, "num_gpus": gpus, "max_restarts": -1, "max_task_retries": 1}
-    start: Any = {"include_dashboard": False, "num_cpus": max(os.cpu_count() or 1, math.ceil(cpus)), "log_to_driver": False}
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            run_simulation(server, app, nodes, backend_config={"client_resources": resources, "init_args": start})
-    except BaseException as error:
-        handed.put(error)

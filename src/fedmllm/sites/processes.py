@@ -27,6 +27,7 @@ class Kept:
         delay: seconds after its end before it is started anew.
         once: whether it has done its work when it ends well. What it says goes to the console.
         patience: seconds that it is given to end by itself.
+        ends_with: name of the process whose end ends this one too, which is then started anew; empty for none.
     """
 
     name: str
@@ -35,17 +36,19 @@ class Kept:
     delay: float
     once: bool = False
     patience: float = 10.0
+    ends_with: str = ""
     done: bool = field(default=False, init=False)
     process: subprocess.Popen[bytes] | None = field(default=None, init=False)
     due: float = field(default=0.0, init=False)
 
-    def tend(self, tell: Callable[[str], None]) -> None:
-        """Start it if it is to be started; note its end."""
-        if self.process is not None and self.process.poll() is not None:
+    def tend(self, tell: Callable[[str], None]) -> bool:
+        """Start it if it is to be started; note its end. Whether it has ended."""
+        ended = self.process is not None and self.process.poll() is not None
+        if ended and self.process is not None:
             self.done = self.once and self.process.returncode == 0
             if self.done:
                 self.process = None
-                return
+                return True
             tell(
                 f"{self.name} ended with code {self.process.returncode}{_reason(self.log)}; see {self.log}; started anew in {self.delay:g} s"
             )
@@ -57,17 +60,27 @@ class Kept:
                 self.process = subprocess.Popen(self.command, stdout=output, stderr=log, start_new_session=True)
             if not self.once:
                 tell(f"{self.name} started, process {self.process.pid}, log {self.log}")
+        return ended
 
-    def stop(self) -> None:
-        """End it, in the end by force."""
+    def stop(self) -> bool:
+        """End it, in the end by force. Whether that was not needed."""
         if self.process is None:
-            return
+            return True
         self.process.terminate()
         try:
             self.process.wait(self.patience)
         except subprocess.TimeoutExpired:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
+            return False
+        return True
+
+    def renew(self, tell: Callable[[str], None]) -> None:
+        """End it; it is started anew at once, or after the delay if it had to be ended by force."""
+        if self.process is not None:
+            delay = 0.0 if self.stop() else self.delay
+            tell(f"{self.name} is ended with {self.ends_with}; started anew in {delay:g} s")
+            self.process, self.due = None, time.monotonic() + delay
 
 
 def _reason(log: Path) -> str:
@@ -76,6 +89,14 @@ def _reason(log: Path) -> str:
     said = [i for i, line in enumerate(lines) if "Exit Code:" in line]
     words = " ".join(lines[said[-1] + 1 : said[-1] + 4] if said else [line for line in lines if line][-1:])
     return f" ({' '.join(words.split())})" if words else ""
+
+
+def tend(processes: Sequence[Kept], tell: Callable[[str], None]) -> None:
+    """Look after all of them once."""
+    ended = {process.name for process in processes if process.tend(tell)}
+    for process in processes:
+        if process.ends_with in ended:
+            process.renew(tell)
 
 
 def keep_up(processes: Sequence[Kept], tell: Callable[[str], None]) -> None:
@@ -88,8 +109,7 @@ def keep_up(processes: Sequence[Kept], tell: Callable[[str], None]) -> None:
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         while True:
-            for process in processes:
-                process.tend(tell)
+            tend(processes, tell)
             time.sleep(0.5)
     except KeyboardInterrupt:
         tell("stopping")

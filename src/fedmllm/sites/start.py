@@ -50,7 +50,10 @@ def superlink(server: ServerConfig) -> Kept:
 
 
 def supernode(site: SiteConfig) -> Kept:
-    """Flower's SuperNode, which connects this site to the server."""
+    """Flower's SuperNode, which connects this site to the server.
+
+    It waits for ever for a reply that its worker had begun to hand over when it ended; so it ends with the worker.
+    """
     folder = site.folder
     command = [
         _script("flower-supernode"),
@@ -58,7 +61,7 @@ def supernode(site: SiteConfig) -> Kept:
         *("--auth-supernode-private-key", str(folder / "site.key"), "--isolation", "process"),
         *("--superexec-auth-secret-file", str(folder / "secret"), "--host", "127.0.0.1", "--port", str(site.port)),
     ]
-    return Kept("SuperNode", command, folder / "supernode.log", _KEY_IS_SEEN)
+    return Kept("SuperNode", command, folder / "supernode.log", _KEY_IS_SEEN, ends_with="worker")
 
 
 def _script(name: str) -> str:

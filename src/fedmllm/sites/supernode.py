@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from fedmllm.engine.heartbeat import Heartbeat
 from fedmllm.engine.sites import SiteConfig
 from fedmllm.errors import RunError
 
@@ -87,12 +88,10 @@ def next_task(site: SiteConfig, node: Any) -> str:
 
 def _answered(site: SiteConfig, app: Any, token: str, another: Callable[[], str]) -> str:
     """Answer a task's message; the token of a task that came instead, empty for none. What happens to one message does not end the process."""
-    from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
     from flwr.supercore.interceptors import RuntimeTokenHttpInterceptor
 
     own = _connected(site, "flwr-clientapp", RuntimeTokenHttpInterceptor(token))
-    heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(own))
-    heartbeat.start()
+    heartbeat = Heartbeat(own)
     try:
         answer(site.name, app, own, another)
     except AbandonedError as error:
@@ -101,9 +100,7 @@ def _answered(site: SiteConfig, app: Any, token: str, another: Callable[[], str]
     except Exception as error:
         _LOG.error("a message was lost; the SuperNode will notice", exc_info=error)
     finally:
-        # It ends by itself when it is turned down, as by a SuperNode that has been started anew.
-        if heartbeat.is_running:
-            heartbeat.stop()
+        heartbeat.stop()
         own.close()
     return ""
 

@@ -1,0 +1,138 @@
+"""This process as the server of a run on Flower's SuperLink."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from fedmllm.engine.heartbeat import Heartbeat
+from fedmllm.engine.replies import Reply
+from fedmllm.engine.superlink import SuperLink, TurnedDownError
+from fedmllm.errors import FederationError
+
+if TYPE_CHECKING:
+    from flwr.app import Message
+
+T = TypeVar("T")
+
+
+class RunGrid:
+    """Flower's Grid of a run that this process serves, begun anew where the SuperLink does not know it any more.
+
+    What was on its way then is lost, which the round's failure policy deals with. Messages are sent and looked for once, without waiting for a SuperLink
+    that cannot be reached: how long that may take is known to who asks.
+    """
+
+    def __init__(self, link: SuperLink) -> None:
+        self._link = link
+        self._grid: Any = None
+        self._heartbeat: Any = None
+        self._sent: set[str] = set()
+        self._coming: dict[str, Reply] = {}
+        self._open()
+
+    def _open(self, patience: float | None = None) -> None:
+        from flwr.common.serde import run_from_proto
+        from flwr.proto.runtime_pb2 import PullTaskInputRequest
+        from flwr.supercore.task_identity import TaskIdentity
+        from flwr.superlink.grid import HttpGrid
+
+        _, token = self._link.begin(patience)
+        grid = HttpGrid(self._link.address, False, self._link.certificate.read_bytes(), token=token)
+        # Flower's own way of trying again ends the process where it is turned down.
+        grid._retry_invoker = None  # type: ignore[assignment]
+        told = self._link.reached(lambda: grid._runtime_client.PullTaskInput(PullTaskInputRequest()), patience)
+        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = told.task_id, told.run.run_id, told.context.node_id
+        grid.set_run(run_from_proto(told.run))
+        self._heartbeat = Heartbeat(grid._runtime_client)
+        self._grid = grid
+
+    def push_messages(self, messages: list[Message]) -> Iterable[str]:
+        """Send.
+
+        Raises:
+            ConnectionError: if the SuperLink cannot be reached, or does not know the run any more.
+        """
+        names = [str(name) for name in self._alive(lambda: self._grid.push_messages(messages)) if name]
+        self._sent |= set(names)
+        return names
+
+    def pull_messages(self, message_ids: Sequence[str]) -> Iterable[Message]:
+        """Answers of which all is there. What is there of others is kept until others are asked for.
+
+        Raises:
+            ConnectionError: if the SuperLink cannot be reached, or does not know the run any more.
+            ValueError: if an answer will not come, or a part of it.
+        """
+        return self._alive(lambda: self._answers(message_ids))
+
+    def _answers(self, names: Sequence[str]) -> list[Message]:
+        from flwr.proto.runtime_pb2 import PullAppMessagesRequest
+
+        if not self._sent.issuperset(names):
+            raise ValueError("the SuperLink does not know the run any more in which it was asked")
+        client = self._grid._runtime_client
+        self._coming = {name: reply for name, reply in self._coming.items() if name in names}
+        if others := [name for name in names if name not in self._coming]:
+            told = client.PullMessages(PullAppMessagesRequest(message_ids=others))
+            for message, tree in zip(told.messages_list, told.message_object_trees, strict=True):
+                self._coming[message.metadata.reply_to_message_id] = Reply(client, message, tree)
+        complete = [name for name, reply in self._coming.items() if reply.complete()]
+        return [self._coming.pop(name).message() for name in complete]
+
+    def online(self, names: Sequence[str]) -> dict[str, int]:
+        """Sites that are connected, known by their keys. A SuperLink that cannot be reached is waited for.
+
+        Raises:
+            ConnectionError: if that takes too long.
+        """
+        try:
+            nodes = self._alive(lambda: self._grid.get_nodes(), self._link.patience)
+        except TurnedDownError:
+            nodes = self._alive(lambda: self._grid.get_nodes(), self._link.patience)
+        sites = self._link.sites_of(nodes)
+        return {name: node.node_id for name, node in sites.items() if name in names and node.status == "online"}
+
+    def _alive(self, call: Callable[[], T], patience: float = 0.0) -> T:
+        if self._grid is None:
+            self._open(patience)
+        try:
+            return self._link.reached(call, patience)
+        except TurnedDownError:
+            self._end()
+            raise
+
+    def _end(self) -> None:
+        if self._grid is not None:
+            self._heartbeat.stop()
+            self._grid.close()
+        self._grid, self._sent, self._coming = None, set(), {}
+
+    def close(self) -> None:
+        """Say that the run has ended."""
+        import httpx
+        from flwr.proto.runtime_pb2 import PushTaskOutputRequest
+
+        # Where it cannot be told, it finds out by itself when the heartbeat stays away.
+        if self._grid is not None:
+            with suppress(httpx.HTTPError):
+                self._grid._runtime_client.PushTaskOutput(PushTaskOutputRequest(sub_status="completed"))
+        self._end()
+
+
+@contextmanager
+def serving(link: SuperLink) -> Iterator[RunGrid]:
+    """A run of Flower for the time of a block.
+
+    Raises:
+        FederationError: if the SuperLink cannot be reached.
+    """
+    try:
+        grid = RunGrid(link)
+    except ConnectionError as error:
+        raise FederationError(f"{error}; start it with fedmllm server up") from error
+    try:
+        yield grid
+    finally:
+        grid.close()
