@@ -33,7 +33,7 @@ class LoopbackGrid(Grid):
             names.append(str(len(self.sent)))
         return names
 
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+    def pull_messages(self, message_ids: Iterable[str], largest: int | None = None) -> Iterable[Message]:
         found = [self._replies.get(name) for name in message_ids]
         return [reply for reply in found if reply is not None]
 

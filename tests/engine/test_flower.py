@@ -92,6 +92,11 @@ def garbage(reply: Message) -> Message:
     return reply
 
 
+def huge(reply: Message) -> Message:
+    reply.content = enclose(bytes(5 << 20))
+    return reply
+
+
 def an_error(reply: Message) -> Message:
     return Message(Error(code=3, reason="Node Unavailable"), reply_to=Message(reply.content, dst_node_id=1, message_type="train"))
 
@@ -109,6 +114,7 @@ def raised(reply: Message) -> Message:
         (boastful, "it says that it trained on 1,000,000,000 samples, it has told of 10"),
         (stale, "it answers round 8, this is round"),
         (garbage, "the answer cannot be read: no safetensors of ours"),
+        (huge, "it has 5,242,880 bytes, "),
         (an_error, "Flower: Node Unavailable"),
         (raised, "RuntimeError: CUDA out of memory"),
     ],

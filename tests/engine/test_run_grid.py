@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,6 +27,7 @@ from fedmllm.engine.run_grid import RunGrid
 from fedmllm.engine.superlink import SuperLink, TurnedDownError
 from fedmllm.types import ClientFailure
 
+MANY = 1 << 30
 REQUEST = httpx.Request("POST", "https://host:1/")
 
 
@@ -114,9 +116,9 @@ def test_an_answer_is_handed_over_once_it_is_complete_and_no_piece_is_fetched_tw
     assert len(pieces) > 4
     link.withheld = set(pieces)
     for _ in pieces:
-        assert list(grid.pull_messages([name])) == []
+        assert list(grid.pull_messages([name], MANY)) == []
         link.withheld.discard(link.asked[-1])
-    (reply,) = grid.pull_messages([name])
+    (reply,) = grid.pull_messages([name], MANY)
     assert enclosed(reply.content) == bytes(range(256)) * 60_000
     assert reply.metadata.reply_to_message_id == name
     assert sorted(set(link.asked)) == sorted(pieces)
@@ -129,7 +131,16 @@ def test_an_answer_whose_site_died_while_it_sent_is_given_up() -> None:
     name = sent(grid)
     link.lost = set(link.pieces(name)[:1])
     with pytest.raises(ValueError, match="a part of its answer is lost"):
-        grid.pull_messages([name])
+        grid.pull_messages([name], MANY)
+
+
+def test_an_answer_that_is_too_large_is_not_fetched_to_its_end() -> None:
+    grid = Grid(link := Link())
+    name = sent(grid, os.urandom(50 << 20))
+    pieces = link.pieces(name)
+    with pytest.raises(ValueError, match="its answer has more bytes than 11,"):
+        grid.pull_messages([name], 10 << 20)
+    assert len(link.asked) <= 3 < len(pieces)
 
 
 @pytest.mark.parametrize("trouble", [httpx.ConnectError("refused"), httpx.ReadTimeout("slow"), status(502)])
@@ -139,10 +150,10 @@ def test_a_superlink_that_cannot_be_reached_is_not_waited_for_and_the_run_goes_o
     link.trouble, start = trouble, time.monotonic()
     for _ in range(3):
         with pytest.raises(ConnectionError, match="the SuperLink at host:1 cannot be reached"):
-            grid.pull_messages([name])
+            grid.pull_messages([name], MANY)
     assert time.monotonic() - start < 5
     link.trouble = None
-    assert len(list(grid.pull_messages([name]))) == 1
+    assert len(list(grid.pull_messages([name], MANY))) == 1
     assert grid.begun == 1
 
 
@@ -151,13 +162,13 @@ def test_a_run_that_the_superlink_has_forgotten_is_begun_anew_once_and_what_was_
     name = sent(grid)
     link.trouble = status(401)
     with pytest.raises(TurnedDownError, match=r"turns this down: status 401$"):
-        grid.pull_messages([name])
+        grid.pull_messages([name], MANY)
     link.trouble = None
     for _ in range(3):
         with pytest.raises(ValueError, match="does not know the run any more"):
-            grid.pull_messages([name])
+            grid.pull_messages([name], MANY)
     assert grid.begun == 2
-    assert len(list(grid.pull_messages([sent(grid)]))) == 1
+    assert len(list(grid.pull_messages([sent(grid)], MANY))) == 1
     assert grid.begun == 2
 
 
@@ -187,9 +198,9 @@ def test_answers_are_not_lost_with_a_superlink_that_is_gone_for_a_while() -> Non
     working = grid.pull_messages
     start = time.monotonic()
 
-    def pull(names: Any) -> Any:
+    def pull(names: Any, largest: int) -> Any:
         link.trouble = httpx.ConnectError("refused") if time.monotonic() - start < 0.3 else None
-        return working(names)
+        return working(names, largest)
 
     grid.pull_messages = pull  # type: ignore[method-assign]
     assert asked(link, grid, 3, 20) == {f"c{i}": bytes([i]) for i in range(3)}

@@ -20,7 +20,7 @@ from fedmllm.config import Experiment
 from fedmllm.data.federated import FederatedData, spread
 from fedmllm.engine.checkpoint import write_atomically
 from fedmllm.engine.failures import FailureConfig
-from fedmllm.engine.flower import FlowerEngine, require_flower
+from fedmllm.engine.flower import FlowerCarrier, FlowerEngine, require_flower
 from fedmllm.engine.frozen import BaseHistory
 from fedmllm.engine.run_grid import RunGrid, serving
 from fedmllm.engine.simulation import simulation
@@ -68,7 +68,7 @@ class Federation:
                 reached = lambda names: dict(zip(names, nodes, strict=False))  # noqa: E731
                 # Flower's simulation holds messages in this process. Twice as many as there are workers keep all of them at work.
                 ahead = 2 * math.ceil((os.cpu_count() or 1) / e.worker_cpus)
-                yield FlowerEngine(grid, stage.name, about | {"states": str(states)}, reached, history, ahead)
+                yield FlowerEngine(FlowerCarrier(grid), stage.name, about | {"states": str(states)}, reached, history, ahead)
         else:
             yield None
 

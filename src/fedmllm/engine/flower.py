@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from fedmllm.engine.frozen import BaseHistory
 from fedmllm.engine.in_process import Assignment
-from fedmllm.engine.messages import expected, read_answer, write_task
+from fedmllm.engine.messages import SLACK, expected, read_answer, write_task
 from fedmllm.engine.words import Scores, read_word
 from fedmllm.errors import ConfigError, FederationError, listing
 from fedmllm.types import Answer, ClientFailure, Metrics, Sample
 
 if TYPE_CHECKING:
     from flwr.app import Message, RecordDict
+    from flwr.serverapp import Grid
 
 QUIET = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -28,8 +29,10 @@ QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
 }
 """Neither Flower nor Ray calls home or installs anything."""
-_POLL = 0.02
-"""Seconds between two looks for an answer."""
+_POLL = (0.02, 0.5)
+"""Seconds between two looks for an answer, at first and at most."""
+_POLL_SHARE = 0.05
+"""Of the time that it has been waited for, which the next look comes later."""
 _GRACE = 30.0
 """Seconds that a message outlives its round's deadline: then the answer of one that is late is dropped on the way."""
 _NEVER = 30 * 24 * 3600.0
@@ -55,28 +58,55 @@ def enclose(content: bytes) -> RecordDict:
     return RecordDict({"content": ArrayRecord({"bytes": array})})
 
 
-def enclosed(record: RecordDict) -> bytes:
+def enclosed(record: RecordDict, largest: int | None = None) -> bytes:
     """The opposite.
 
     Raises:
-        ValueError: if it is something else.
+        ValueError: if it is something else, or more bytes than ``largest``.
     """
     try:
-        return bytes(record.array_records["content"]["bytes"].data)
+        content = bytes(record.array_records["content"]["bytes"].data)
     except (KeyError, AttributeError, TypeError) as error:
         raise ValueError("the message holds no record of ours") from error
+    if largest is not None and len(content) > largest:
+        raise ValueError(f"it has {len(content):,} bytes, {largest:,} are expected at most")
+    return content
+
+
+def of_words(client: str) -> int:
+    """Bytes at most of an answer without tensors."""
+    return SLACK
 
 
 class Carrier(Protocol):
-    """What of Flower's Grid is used."""
+    """Brings messages to nodes, and their replies."""
 
     def push_messages(self, messages: list[Message]) -> Iterable[str]:
         """Send; the messages' ids."""
         ...
 
-    def pull_messages(self, message_ids: list[str]) -> Iterable[Message]:
-        """The replies that are there."""
+    def pull_messages(self, message_ids: list[str], largest: int) -> Iterable[Message]:
+        """The replies that are there. One whose content has more bytes than ``largest`` may be refused, with a ``ValueError``, before it is held here."""
         ...
+
+
+@dataclass(frozen=True)
+class FlowerCarrier:
+    """A Grid of Flower's as a carrier, whose messages are in this process anyway.
+
+    Attributes:
+        grid: Flower's.
+    """
+
+    grid: Grid
+
+    def push_messages(self, messages: list[Message]) -> Iterable[str]:
+        """Send."""
+        return self.grid.push_messages(messages)
+
+    def pull_messages(self, message_ids: list[str], largest: int) -> Iterable[Message]:
+        """Of any size."""
+        return self.grid.pull_messages(message_ids)
 
 
 @dataclass(frozen=True)
@@ -101,16 +131,17 @@ class FlowerEngine:
 
     def map_clients(self, assignment: Assignment, clients: Mapping[str, Sequence[Sample]]) -> Iterator[Answer]:
         """Answers in the clients' order. Those that come earlier wait outside of this process where Flower has a server of its own."""
-        for name, content in self._ask("train", assignment, list(clients), self.about):
+        wanted = {name: expected(assignment, name) for name in clients}
+        for name, content in self._ask("train", assignment, list(clients), self.about, lambda name: wanted[name].largest):
             if isinstance(content, ClientFailure):
                 yield content
                 continue
-            answer = read_answer(content, name, expected(assignment, name))
+            answer = read_answer(content, name, wanted[name])
             self.history.answered(name, assignment.broadcast, isinstance(answer, ClientFailure))
             yield answer
 
     def _ask(
-        self, kind: str, assignment: Assignment, clients: Sequence[str], about: Mapping[str, Any]
+        self, kind: str, assignment: Assignment, clients: Sequence[str], about: Mapping[str, Any], largest: Callable[[str], int] = of_words
     ) -> Iterator[tuple[str, bytes | ClientFailure]]:
         """Send each client its task, and take what it answers."""
         broadcast, history = assignment.broadcast, self.history
@@ -120,7 +151,7 @@ class FlowerEngine:
             nodes = self.nodes(clients)
         except ConnectionError as error:
             return iter([(name, ClientFailure(name, str(error))) for name in clients])
-        return ask(self.grid, kind, contents, nodes, assignment.deadline, self.ahead)
+        return ask(self.grid, kind, contents, nodes, assignment.deadline, largest, self.ahead)
 
     def scores(self, assignment: Assignment, clients: Sequence[str], metric: str, copy: str = "") -> dict[str, Metrics]:
         """What clients' own models score where they are, by client; those that do not tell are left out.
@@ -159,6 +190,7 @@ def ask(
     contents: Iterable[tuple[str, bytes]],
     nodes: Mapping[str, int],
     deadline: float | None,
+    largest: Callable[[str], int] = of_words,
     ahead: int | None = None,
 ) -> Iterator[tuple[str, bytes | ClientFailure]]:
     """Send every client its message, one at a time, so that no more than one is held here; then take the answers in the same order.
@@ -169,6 +201,7 @@ def ask(
         contents: what to send, by client.
         nodes: where clients are reached.
         deadline: seconds until which answers are waited for; None for ever.
+        largest: bytes of a client's answer at most.
         ahead: messages that are on their way at once; None for all. The next is sent when the first of them is answered.
     """
     time_left = _TimeLeft(deadline)
@@ -176,7 +209,10 @@ def ask(
     waiting = deque(islice(sent, ahead))
     while waiting:
         client, message_id = waiting.popleft()
-        yield client, message_id if isinstance(message_id, ClientFailure) else _receive(grid, client, message_id, time_left)
+        if isinstance(message_id, ClientFailure):
+            yield client, message_id
+        else:
+            yield client, _receive(grid, client, message_id, largest(client), time_left)
         waiting.extend(islice(sent, 1))
 
 
@@ -206,19 +242,20 @@ def _send(grid: Carrier, kind: str, client: str, content: bytes, node: int | Non
         except ConnectionError as error:
             if late or time_left.deadline is None:
                 return ClientFailure(client, str(error))
-            time.sleep(_POLL)
+            time.sleep(_POLL[1])
             continue
         return taken[0] if taken and taken[0] else ClientFailure(client, "Flower did not take the message")
 
 
-def _receive(grid: Carrier, client: str, message_id: str, time_left: _TimeLeft) -> bytes | ClientFailure:
+def _receive(grid: Carrier, client: str, message_id: str, largest: int, time_left: _TimeLeft) -> bytes | ClientFailure:
     """Look until the answer is there, or it is too late."""
+    begun = time.monotonic()
     while True:
         # Asked before the clock: what is there when time is up still counts, however long the ones before it took.
         late, trouble = time_left.late, ""
         try:
-            for reply in grid.pull_messages([message_id]):
-                return ClientFailure(client, f"Flower: {reply.error.reason}") if reply.has_error() else enclosed(reply.content)
+            for reply in grid.pull_messages([message_id], largest):
+                return ClientFailure(client, f"Flower: {reply.error.reason}") if reply.has_error() else enclosed(reply.content, largest)
         except ConnectionError as error:
             if time_left.deadline is None:
                 return ClientFailure(client, str(error))
@@ -227,4 +264,5 @@ def _receive(grid: Carrier, client: str, message_id: str, time_left: _TimeLeft) 
             return ClientFailure(client, str(error))
         if late:
             return ClientFailure(client, f"no answer within the deadline of {time_left.deadline:g} s{trouble}")
-        time.sleep(_POLL)
+        # A look costs the SuperLink work, which sends and receives meanwhile.
+        time.sleep(min(max(_POLL[0], _POLL_SHARE * (time.monotonic() - begun)), _POLL[1]))

@@ -194,8 +194,6 @@ def expected(assignment: Assignment, client: str) -> Expected:
 
 def read_answer(content: bytes, client: str, wanted: Expected) -> ClientUpdate | ClientFailure:
     """A client's answer. One that cannot be read is a failure; whether an update can be used is the intake's to say."""
-    if len(content) > wanted.largest:
-        return ClientFailure(client, f"the answer has {len(content):,} bytes, {wanted.largest:,} are expected at most")
     try:
         groups, facts = unpack(content)
         if "failure" in facts:

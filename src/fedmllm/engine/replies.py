@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from flwr.app import Message
 
+ENVELOPE = 1 << 20
+"""Bytes that Flower's message may have beside what is enclosed in it."""
+
 
 class Reply:
     """An answer, whose pieces are fetched as they come.
@@ -18,21 +21,23 @@ class Reply:
         client: the connection to the SuperLink.
         message: what it tells of the answer.
         tree: names of the pieces.
+        largest: bytes of its content at most.
     """
 
-    def __init__(self, client: Any, message: Any, tree: Any) -> None:
+    def __init__(self, client: Any, message: Any, tree: Any, largest: int) -> None:
         from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
 
         self._client, self._run, self._name = client, message.metadata.run_id, tree.object_id
         # Last the one that is sent first.
         self._missing = [piece.object_id for piece in iterate_object_tree(tree)][::-1]
         self._there: dict[str, bytes] = {}
+        self._largest, self._size = largest + ENVELOPE, 0
 
     def complete(self) -> bool:
         """Whether all is there.
 
         Raises:
-            ValueError: if a piece will not come.
+            ValueError: if a piece will not come, or it is too large.
         """
         from flwr.proto.message_pb2 import PullObjectRequest
 
@@ -44,6 +49,9 @@ class Reply:
             if not told.object_available:
                 return False
             self._there[self._missing.pop()] = told.object_content
+            self._size += len(told.object_content)
+            if self._size > self._largest:
+                raise ValueError(f"its answer has more bytes than {self._largest:,}")
         return True
 
     @property

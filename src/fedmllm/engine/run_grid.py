@@ -58,16 +58,16 @@ class RunGrid:
         self._sent |= set(names)
         return names
 
-    def pull_messages(self, message_ids: Sequence[str]) -> Iterable[Message]:
+    def pull_messages(self, message_ids: list[str], largest: int) -> Iterable[Message]:
         """Answers of which all is there. What is there of others is kept until others are asked for.
 
         Raises:
             ConnectionError: if the SuperLink cannot be reached, or does not know the run any more.
-            ValueError: if an answer will not come, or a part of it.
+            ValueError: if an answer is larger, or will not come, or a part of it.
         """
-        return self._alive(lambda: self._answers(message_ids))
+        return self._alive(lambda: self._answers(message_ids, largest))
 
-    def _answers(self, names: Sequence[str]) -> list[Message]:
+    def _answers(self, names: Sequence[str], largest: int) -> list[Message]:
         from flwr.proto.runtime_pb2 import PullAppMessagesRequest
 
         if not self._sent.issuperset(names):
@@ -77,7 +77,7 @@ class RunGrid:
         if others := [name for name in names if name not in self._coming]:
             told = client.PullMessages(PullAppMessagesRequest(message_ids=others))
             for message, tree in zip(told.messages_list, told.message_object_trees, strict=True):
-                self._coming[message.metadata.reply_to_message_id] = Reply(client, message, tree)
+                self._coming[message.metadata.reply_to_message_id] = Reply(client, message, tree, largest)
         complete = [name for name, reply in self._coming.items() if reply.complete()]
         return [self._coming.pop(name).message() for name in complete]
 
