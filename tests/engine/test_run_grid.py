@@ -48,6 +48,7 @@ class Link:
         self.withheld: set[str] = set()
         self.lost: set[str] = set()
         self.asked: list[str] = []
+        self.forgotten: list[str] = []
         self._replies: dict[str, Message] = {}
         self._pieces: dict[str, bytes] = {}
 
@@ -87,7 +88,13 @@ class Link:
             object_found=name not in self.lost, object_available=there, object_content=self._pieces[name] if there else b""
         )
 
-    def ConfirmMessageReceived(self, request: ConfirmMessageReceivedRequest) -> None: ...
+    def ConfirmMessageReceived(self, request: ConfirmMessageReceivedRequest) -> None:
+        self._well()
+        self.forgotten.append(request.message_object_id)
+
+    def get_nodes(self) -> list[Any]:
+        self._well()
+        return []
 
 
 class Grid(RunGrid):
@@ -101,7 +108,9 @@ class Grid(RunGrid):
         self.link._well()
         self.begun += 1
         self._heartbeat = SimpleNamespace(stop=lambda: None)
-        self._grid = SimpleNamespace(push_messages=self.link.push_messages, _runtime_client=self.link, close=lambda: None)
+        self._grid = SimpleNamespace(
+            push_messages=self.link.push_messages, get_nodes=self.link.get_nodes, _runtime_client=self.link, close=lambda: None
+        )
 
 
 def sent(grid: RunGrid, content: bytes = b"hello") -> str:
@@ -132,6 +141,19 @@ def test_an_answer_whose_site_died_while_it_sent_is_given_up() -> None:
     link.lost = set(link.pieces(name)[:1])
     with pytest.raises(ValueError, match="a part of its answer is lost"):
         grid.pull_messages([name], MANY)
+
+
+def test_answers_are_deleted_only_when_all_have_been_taken() -> None:
+    """Deleting one keeps the sites that still send theirs from writing, which Flower's database tells them after 5 s and they then give up."""
+    grid = Grid(link := Link())
+    names = [sent(grid, bytes([i])) for i in range(3)]
+    replies = [link.pieces(name)[-1] for name in names]
+    for name in names:
+        assert len(list(grid.pull_messages([name], MANY))) == 1
+    assert link.forgotten == []
+    for _ in range(2):
+        grid.online([])
+        assert sorted(link.forgotten) == sorted(replies)
 
 
 def test_an_answer_that_is_too_large_is_not_fetched_to_its_end() -> None:

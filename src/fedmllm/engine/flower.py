@@ -131,12 +131,11 @@ class FlowerEngine:
 
     def map_clients(self, assignment: Assignment, clients: Mapping[str, Sequence[Sample]]) -> Iterator[Answer]:
         """Answers in the clients' order. Those that come earlier wait outside of this process where Flower has a server of its own."""
-        wanted = {name: expected(assignment, name) for name in clients}
-        for name, content in self._ask("train", assignment, list(clients), self.about, lambda name: wanted[name].largest):
+        for name, content in self._ask("train", assignment, list(clients), self.about, lambda name: expected(assignment, name).largest):
             if isinstance(content, ClientFailure):
                 yield content
                 continue
-            answer = read_answer(content, name, wanted[name])
+            answer = read_answer(content, name, expected(assignment, name))
             self.history.answered(name, assignment.broadcast, isinstance(answer, ClientFailure))
             yield answer
 

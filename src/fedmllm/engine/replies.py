@@ -62,14 +62,19 @@ class Reply:
         return Node(node_id=SUPERLINK_NODE_ID)
 
     def message(self) -> Message:
-        """The answer, which the SuperLink then forgets."""
+        """The answer, of which nothing is kept here."""
         from flwr.app import Message
-        from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest
         from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 
-        told = ConfirmMessageReceivedRequest(node=self._node, run_id=self._run, message_object_id=self._name)
-        self._client.ConfirmMessageReceived(told)
-        found = inflate_object_from_contents(self._name, self._there)
+        pieces, self._there = self._there, {}
+        found = inflate_object_from_contents(self._name, pieces)
         if not isinstance(found, Message):
             raise ValueError("its answer is no message")
         return found
+
+    def forget(self) -> None:
+        """Have it deleted from the SuperLink, whose database lets nobody write meanwhile, for seconds where it is large."""
+        from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest
+
+        told = ConfirmMessageReceivedRequest(node=self._node, run_id=self._run, message_object_id=self._name)
+        self._client.ConfirmMessageReceived(told)

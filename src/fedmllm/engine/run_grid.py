@@ -30,6 +30,7 @@ class RunGrid:
         self._heartbeat: Any = None
         self._sent: set[str] = set()
         self._coming: dict[str, Reply] = {}
+        self._taken: list[Reply] = []
         self._open()
 
     def _open(self, patience: float | None = None) -> None:
@@ -78,8 +79,16 @@ class RunGrid:
             told = client.PullMessages(PullAppMessagesRequest(message_ids=others))
             for message, tree in zip(told.messages_list, told.message_object_trees, strict=True):
                 self._coming[message.metadata.reply_to_message_id] = Reply(client, message, tree, largest)
-        complete = [name for name, reply in self._coming.items() if reply.complete()]
-        return [self._coming.pop(name).message() for name in complete]
+        complete = [self._coming.pop(name) for name, reply in list(self._coming.items()) if reply.complete()]
+        self._taken += complete
+        return [reply.message() for reply in complete]
+
+    def _nodes(self) -> list[Any]:
+        """Flower's. What has been taken is forgotten first: now nobody sends, whom that would keep from writing until it gives up."""
+        while self._taken:
+            self._taken[-1].forget()
+            self._taken.pop()
+        return list(self._grid.get_nodes())
 
     def online(self, names: Sequence[str]) -> dict[str, int]:
         """Sites that are connected, known by their keys. A SuperLink that cannot be reached is waited for.
@@ -88,9 +97,9 @@ class RunGrid:
             ConnectionError: if that takes too long.
         """
         try:
-            nodes = self._alive(lambda: self._grid.get_nodes(), self._link.patience)
+            nodes = self._alive(self._nodes, self._link.patience)
         except TurnedDownError:
-            nodes = self._alive(lambda: self._grid.get_nodes(), self._link.patience)
+            nodes = self._alive(self._nodes, self._link.patience)
         sites = self._link.sites_of(nodes)
         return {name: node.node_id for name, node in sites.items() if name in names and node.status == "online"}
 
@@ -107,7 +116,7 @@ class RunGrid:
         if self._grid is not None:
             self._heartbeat.stop()
             self._grid.close()
-        self._grid, self._sent, self._coming = None, set(), {}
+        self._grid, self._sent, self._coming, self._taken = None, set(), {}, []
 
     def close(self) -> None:
         """Say that the run has ended."""
