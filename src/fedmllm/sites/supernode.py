@@ -2,8 +2,8 @@
 
 The SuperNode takes one message from the server, says that there is a task, fetches the message's content, and waits for the reply before it takes the
 next. It waits for ever for a reply to a message whose task was finished without one, and it forgets a message without a word when the run ends while
-the content is fetched, for example because the server died while it sent. Whatever happens here therefore ends with a reply, or with a task that is
-left unfinished, which the SuperNode notices by itself within a minute.
+the content is fetched, for example because the server died while it sent. What happens here to a message therefore ends with a reply, or with a task
+that is left unfinished, which the SuperNode notices by itself within a minute. Only a task whose content will not come is finished without a reply.
 """
 
 from __future__ import annotations
