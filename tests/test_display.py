@@ -137,6 +137,12 @@ def test_a_run_says_for_which_sites_it_waits_before_it_begins_and_whom_it_begins
     assert out.getvalue() == "waits for notes, both\nbegins without both\n"
 
 
+def test_passes_that_did_not_fit_are_told() -> None:
+    assert "out of memory" not in shown(False, [record("federated", 1, 4) | {"halvings": {}}])
+    halved = record("federated", 1, 4) | {"halvings": {"client-00": 1, "client-01": 2}}
+    assert "(out of memory 2 times, passes halved)" in shown(False, [halved])
+
+
 def test_a_skipped_round_is_marked() -> None:
     skipped = record("federated", 1, 4) | {"refused": [{"client": "client-01", "reason": "NaN"}], "skipped": True}
     assert "(1 refused, skipped)" in shown(False, [skipped])

@@ -153,9 +153,11 @@ def _line(record: Record, sent: int, left: str) -> str:
 def _cells(record: Record) -> dict[str, str]:
     loss, score = record.get("loss"), record.get("score")
     refused = f" ({len(record['refused'])} refused{', skipped' if record.get('skipped') else ''})" if record.get("refused") else ""
+    halvings = max(record.get("halvings", {}).values(), default=0)
+    halved = f" (out of memory {halvings} times, passes halved)" if halvings else ""
     return {
         "round": f"{record['round']}/{record['num_rounds']}",
-        "cohort": ",".join(c.removeprefix("client-") for c in record.get("clients", [])) + refused or "-",
+        "cohort": ",".join(c.removeprefix("client-") for c in record.get("clients", [])) + refused + halved or "-",
         "loss": "-" if loss is None else f"{loss:.3f}",
         "score": "-" if score is None else f"{score:.3f}",
     }

@@ -212,6 +212,13 @@ def test_costs_are_the_inputs(html: str, folder: Folder) -> None:
     assert rows["sent by the clients (up)"] == ["350 B", "600 B", "2.10 kB"]
 
 
+def test_rounds_whose_passes_did_not_fit_are_named(html: str, folder: Folder) -> None:
+    assert "did not fit the memory" not in html
+    for line in folder.lines[2:4]:
+        line["halvings"] = {"client-00": 1}
+    assert "passes did not fit the memory and were repeated in halves: 2, 3." in Page(folder.report()).text
+
+
 def test_scores_by_client(html: str, folder: Folder) -> None:
     assert "own kind" not in Page(html).text
     page = with_models_per_client(folder).report()

@@ -31,6 +31,7 @@ def test_a_round_as_numbers() -> None:
         "learning_rate": 1e-3,
         "bytes_up": 8.0,
         "refused": 1.0,
+        "halvings": 0.0,
         "skipped": 0.0,
         "seconds_train": 2.0,
     }

@@ -21,7 +21,7 @@ from fedmllm.models.families import FAMILIES, TESTED
 from fedmllm.models.features import VisionFeatures, serves
 from fedmllm.models.load import ModelConfig, VisionLanguageModel, load_model
 from fedmllm.models.lora import adapted_layers, attach_lora, copies, read_weights, trainable
-from fedmllm.models.memory import kept_bytes, saved_bytes
+from fedmllm.models.memory import Alive, peak_bytes
 from fedmllm.models.parts import LoraConfig
 from fedmllm.models.plan import make_plan
 from fedmllm.models.saved import save_adapter
@@ -287,16 +287,26 @@ def test_a_saved_adapter_loads_in_plain_peft(kind: str, federation: FederatedDat
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_plan_tells_what_the_model_has_and_keeps(kind: str, federation: FederatedData) -> None:
-    """Counted on the real model, and measured on a pass of text; masks of the prompt and the loss come on top of the plan."""
+def test_the_plan_counts_what_the_model_has(kind: str) -> None:
     config, lora = ModelConfig(name=folder_of(kind)), LoraConfig()
     plan, vlm = make_plan(config, lora), attach_lora(load(kind), lora, 0)
     counts = {trained: sum(p.numel() for p in vlm.model.parameters() if p.requires_grad == trained) for trained in (False, True)}
     assert (plan.parameters, plan.trainable) == (counts[False], counts[True])
     assert plan.update_bytes == W.num_bytes(read_weights(vlm.model))
+
+
+@pytest.mark.parametrize("checkpoints", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_plan_tells_what_a_pass_holds(kind: str, checkpoints: bool) -> None:
+    """Measured on a training pass of text; masks of the prompt and the loss come on top of the plan."""
+    config, lora = ModelConfig(name=folder_of(kind), gradient_checkpointing=checkpoints), LoraConfig()
+    vlm = attach_lora(load_model(config, torch.device("cpu")), lora, 0)
     sample = encode(vlm, (Message("user", (Part("text", "Which number is written? " * 12),)),), "12")
-    measured = kept_bytes(vlm, sample) / len(sample.input_ids)
-    assert 0.7 * measured < plan.bytes_per_token < 1.1 * measured
+    vlm.model.train()
+    measured = peak_bytes(lambda: answer_nll(vlm, collate(vlm, [sample])).sum().backward()) / len(sample.input_ids)  # type: ignore[no-untyped-call]
+    # Linear attention computed again works in chunks, of which the plan's pass has other numbers.
+    least = 0.55 if (kind, checkpoints) == ("minicpmv4_6", True) else 0.8
+    assert least * measured < make_plan(config, lora).bytes_per_token < 1.1 * measured
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -314,8 +324,9 @@ def test_layers_computed_again_give_the_same_gradients(kind: str, federation: Fe
         vlm.model.train()
         with side_by_side(vlm.model) as layers:
             with stacked(layers, clients, [2, 2]):
-                kept.append(saved_bytes(vlm.model, lambda vlm=vlm, batch=batch: answer_nll(vlm, batch)))  # type: ignore[misc]
-                nll = answer_nll(vlm, batch)
+                with Alive() as alive:
+                    nll = answer_nll(vlm, batch)
+                kept.append(alive.now)
             # Outside, as on a GPU, where another thread goes backward.
             nll.sum().backward()  # type: ignore[no-untyped-call]
         found.append([nll.detach(), *(tensor.grad for client in clients for tensor in client.values())])

@@ -44,7 +44,7 @@ def test_layers_add_up(folder: Path, tmp_path: Path) -> None:
     """Twice as many layers keep twice as much, but for what is kept outside of them."""
     Qwen2_5_VLConfig(text_config=TEXT | {"num_hidden_layers": 8}, vision_config={"depth": 1}).save_pretrained(tmp_path / "deep")
     once, twice = (make_plan(ModelConfig(name=str(path)), LoraConfig()).bytes_per_token for path in (folder, tmp_path / "deep"))
-    assert 1.9 < twice / once <= 2
+    assert 1.8 < twice / once <= 2
 
 
 @pytest.mark.parametrize(

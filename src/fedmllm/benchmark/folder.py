@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from fedmllm.benchmark.results import CHECKED, RunResult
 from fedmllm.errors import RunError, listing
@@ -73,6 +73,7 @@ class Round(Line):
     bytes_down: int
     bytes_held: int = 0
     skipped: bool = False
+    halvings: dict[str, int] = Field(default_factory=dict)
     refused: list[Refusal]
 
 

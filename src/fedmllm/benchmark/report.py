@@ -92,6 +92,7 @@ def _context(run: Run) -> dict[str, Any]:
         "refused": refused[:MAX_REFUSED],
         "num_refused": len(refused),
         "skipped": [line.round for line in rounds if line.skipped],
+        "halved": [line.round for line in rounds if line.halvings],
         **_figures(run, {row.stage: row for row in rows}),
     }
 

@@ -32,6 +32,7 @@ def numbers(record: Record) -> dict[str, float]:
         values |= {f"loss of {client}": loss for client, loss in losses.items()}
     if "refused" in record:
         values |= {"refused": len(record["refused"]), "skipped": int(record.get("skipped", False))}
+        values |= {"halvings": max(record.get("halvings", {}).values(), default=0)}
     return {f"{record['stage']}/{name}": float(value) for name, value in values.items() if value is not None and math.isfinite(value)}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -18,7 +19,7 @@ from fedmllm.engine.compression import UNCOMPRESSED, CompressionConfig, build_co
 from fedmllm.errors import FedMLLMError
 from fedmllm.models.load import VisionLanguageModel
 from fedmllm.models.lora import has_dropout, write_base
-from fedmllm.models.memory import clients_at_once
+from fedmllm.models.memory import TokenBudget, clients_at_once, out_of_memory, release
 from fedmllm.models.stacked import stackable
 from fedmllm.training.batches import Encoder
 from fedmllm.training.calibration import calibrated
@@ -65,6 +66,21 @@ class _Turn:
 
 
 @dataclass(frozen=True)
+class _Problem:
+    """Why clients could not be trained. Words only: an error would keep the tensors of the pass alive in which it was raised.
+
+    Attributes:
+        reason: for the round's record.
+        where: the traceback.
+        memory: whether an allocation failed.
+    """
+
+    reason: str
+    where: str
+    memory: bool
+
+
+@dataclass(frozen=True)
 class InProcessEngine:
     """Trains the clients of a cohort here, side by side in waves.
 
@@ -99,26 +115,42 @@ class InProcessEngine:
         """Whether the model lets clients train in the same passes; to find that out takes a walk over all its modules."""
         return stackable(self.vlm.model) and not has_dropout(self.vlm.model)
 
+    @cached_property
+    def _budget(self) -> TokenBudget:
+        """Of all waves."""
+        return TokenBudget(self.training.max_batch_tokens)
+
     def _turn(self, assignment: Assignment, name: str, samples: Sequence[Sample]) -> _Turn:
         broadcast = assignment.broadcast
         client = Client(name, assignment.states.load(name, broadcast.round_num), profile(samples))
         return _Turn(client, samples, assignment.algorithm.local_rule(broadcast, client), assignment.ranks.get(name))
 
     def _wave(self, assignment: Assignment, turns: Sequence[_Turn]) -> Iterator[Answer]:
-        """Train and send. If side by side something breaks, one after another, so that no client takes others with it."""
+        """Train and send. If side by side something breaks, one after another, so that no client takes others with it; fewer at once if it is
+        the memory."""
+        outcome = self._attempt(assignment, turns)
+        if not isinstance(outcome, _Problem):
+            for turn, result, personal in outcome:
+                yield self._sent(assignment, turn, result, personal)
+            return
+        release(self.vlm.device)
+        if len(turns) == 1:
+            _LOG.warning("%s failed\n%s", turns[0].client.name, outcome.where)
+            yield ClientFailure(turns[0].client.name, outcome.reason)
+            return
+        size = len(turns) // 2 if outcome.memory else 1
+        _LOG.warning("%d clients side by side failed (%s); they train again, %d at once", len(turns), outcome.reason, size)
+        for first in range(0, len(turns), size):
+            yield from self._wave(assignment, turns[first : first + size])
+
+    def _attempt(self, assignment: Assignment, turns: Sequence[_Turn]) -> list[tuple[_Turn, LocalResult, Slots]] | _Problem:
+        """What each came to, or why nothing did."""
         try:
-            trained = self._trained(assignment, turns)
+            return self._trained(assignment, turns)
         except FedMLLMError:
             raise
         except Exception as error:
-            if len(turns) == 1:
-                yield _failure(turns[0], error)
-            else:
-                for turn in turns:
-                    yield from self._wave(assignment, [turn])
-            return
-        for turn, result, personal in trained:
-            yield self._sent(assignment, turn, result, personal)
+            return _Problem(f"{type(error).__name__}: {error}", traceback.format_exc(), out_of_memory(error))
 
     def _trained(self, assignment: Assignment, turns: Sequence[_Turn]) -> list[tuple[_Turn, LocalResult, Slots]]:
         """What each came to, and the model of its own that it keeps, if its rule has one."""
@@ -140,8 +172,8 @@ class InProcessEngine:
     def _train(self, assignment: Assignment, turns: Sequence[tuple[_Turn, LocalRule]]) -> list[LocalResult]:
         tasks = [(self._task(assignment, turn, rule), rule) for turn, rule in turns]
         if len(tasks) > 1:
-            return train_together(self.vlm, tasks, self.training)
-        return [train_locally(self.vlm, task, rule, self.training) for task, rule in tasks]
+            return train_together(self.vlm, tasks, self.training, self._budget)
+        return [train_locally(self.vlm, task, rule, self.training, self._budget) for task, rule in tasks]
 
     def _task(self, assignment: Assignment, turn: _Turn, rule: LocalRule) -> LocalTask:
         """What a client works on. Ranks beyond its own are zeros, in A and in B, which no gradient ever moves."""
@@ -152,12 +184,6 @@ class InProcessEngine:
         if rule.calibration:
             encoded = calibrated(self.vlm, turn.samples, encoded, rule.calibration)
         return LocalTask(turn.client.name, broadcast.round_num, assignment.seed, encoded, received, assignment.learning_rate)
-
-
-def _failure(turn: _Turn, error: Exception) -> ClientFailure:
-    """What is told of a client that raised; where, goes to the log."""
-    _LOG.warning("%s failed", turn.client.name, exc_info=error)
-    return ClientFailure(turn.client.name, f"{type(error).__name__}: {error}")
 
 
 def _update(assignment: Assignment, turn: _Turn, result: LocalResult, upload: Upload) -> ClientUpdate:

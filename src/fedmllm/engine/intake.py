@@ -38,6 +38,7 @@ class Intake:
         """Clients whose updates are in the aggregate."""
         self._num_samples = self._bytes_up = 0
         self._losses: dict[str, tuple[int, float]] = {}
+        self._halvings: dict[str, int] = {}
         self._refused: list[Record] = []
 
     def take(self, update: Answer) -> None:
@@ -55,6 +56,8 @@ class Intake:
         self._num_samples += update.num_samples
         if "loss" in update.metrics:
             self._losses[update.client] = (update.num_samples, update.metrics["loss"])
+        if halvings := int(update.metrics.get("halvings", 0)):
+            self._halvings[update.client] = halvings
 
     def _refusal(self, update: ClientUpdate) -> str | None:
         if update.client in self.accepted:
@@ -99,6 +102,7 @@ class Intake:
             "num_samples": self._num_samples,
             "loss": sum(count * loss for count, loss in self._losses.values()) / weight if weight else None,
             "losses": {client: loss for client, (_, loss) in self._losses.items()},
+            "halvings": self._halvings,
             "bytes_up": self._bytes_up,
             "bytes_held": self._aggregator.num_bytes,
             "refused": self._refused,

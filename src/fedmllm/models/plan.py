@@ -10,11 +10,12 @@ import torch
 from torch import nn
 
 from fedmllm.errors import ModelError
+from fedmllm.models.checkpointing import checkpoint_layers
 from fedmllm.models.families import family_of
 from fedmllm.models.families.generic import ModelFamily
 from fedmllm.models.load import ModelConfig, check_source
 from fedmllm.models.lora import without_deprecations
-from fedmllm.models.memory import OPTIMIZED_BYTES, saved_bytes
+from fedmllm.models.memory import OPTIMIZED_BYTES, peak_bytes
 from fedmllm.models.parts import LoraConfig, Part, adapted_modules, parts, whole_modules
 from fedmllm.models.quantized import BITS
 from fedmllm.randomness import torch_randomness
@@ -31,7 +32,7 @@ class Plan:
         parameters: of the whole model.
         parts: what can train and what does.
         weight_bytes: of the frozen weights in memory.
-        bytes_per_token: what a training pass keeps for the gradient, by token of the batch, padding included.
+        bytes_per_token: what a training pass holds at its height, by token of the batch, padding included.
     """
 
     parameters: int
@@ -50,14 +51,14 @@ class Plan:
         return 4 * self.trainable
 
     def memory(self, tokens: int, clients: int = 1) -> float:
-        """Bytes at the height of a step: weights, what the clients train with gradient and optimizer, and what the pass keeps."""
+        """Bytes at the height of a step: weights, what the clients train with gradient and optimizer, and what the pass holds."""
         return self.weight_bytes + OPTIMIZED_BYTES * self.trainable * clients + self.bytes_per_token * tokens
 
 
 def make_plan(config: ModelConfig, lora: LoraConfig) -> Plan:
     """Plan a model's training without its weights: from its config, on a folder or the hub.
 
-    Parameters are counted on a model without memory. What a pass keeps is measured on the decoder of true width with one and two
+    Parameters are counted on a model without memory. What a pass holds is measured on the decoder of true width with one and two
     of its layers, random weights and a small vocabulary, and continued to all layers, so that no formula has to know the architecture.
 
     Raises:
@@ -75,13 +76,13 @@ def make_plan(config: ModelConfig, lora: LoraConfig) -> Plan:
         raise ModelError(f"model.name: {config.name!r} cannot be planned: {' '.join(str(error).split())[:300]}") from error
     adapted_modules(model, family, lora)
     whole_modules(model, family, lora)
-    pattern, dtype = re.compile(family.lora_modules(model, lora.targets)), getattr(torch, config.dtype)
+    pattern = re.compile(family.lora_modules(model, lora.targets))
     parameters = sum(weight.numel() for weight in model.parameters())
     try:
-        kept = _bytes_per_token(settings.get_text_config(), pattern, dtype, lora)
+        needed = _bytes_per_token(settings.get_text_config(), pattern, config, lora)
     except (AttributeError, TypeError, ValueError, RuntimeError) as error:
         raise ModelError(f"model.name: the decoder of {config.name!r} cannot be planned: {' '.join(str(error).split())[:300]}") from error
-    return Plan(parameters, tuple(parts(model, family, lora)), round(_weight_bytes(model, family, config)), kept)
+    return Plan(parameters, tuple(parts(model, family, lora)), round(_weight_bytes(model, family, config)), needed)
 
 
 def _weight_bytes(model: Any, family: ModelFamily, config: ModelConfig) -> float:
@@ -96,17 +97,17 @@ def _weight_bytes(model: Any, family: ModelFamily, config: ModelConfig) -> float
     return few * BITS / 8 + rest * width
 
 
-def _bytes_per_token(text: Any, pattern: re.Pattern[str], dtype: torch.dtype, lora: LoraConfig) -> float:
+def _bytes_per_token(text: Any, pattern: re.Pattern[str], config: ModelConfig, lora: LoraConfig) -> float:
     """Of a pass through all layers, by those through the first one of each kind that the decoder has."""
     kinds = list(getattr(text, "layer_types", None) or ["layer"] * text.num_hidden_layers)
-    alone = {kind: _kept(text, [kind], pattern, dtype, lora) for kind in dict.fromkeys(kinds)}
-    twice = {kind: _kept(text, [kind, kind], pattern, dtype, lora) - alone[kind] for kind in alone}
-    outside = max(alone[kind] - twice[kind] for kind in alone)
-    return (outside + sum(twice[kind] for kind in kinds)) / _TOKENS
+    alone = {kind: _needed(text, [kind], pattern, config, lora) for kind in dict.fromkeys(kinds)}
+    further = {kind: _needed(text, [kind, kind], pattern, config, lora) - alone[kind] for kind in alone}
+    outside = max(alone[kind] - further[kind] for kind in alone)
+    return (outside + sum(further[kind] for kind in kinds)) / _TOKENS
 
 
-def _kept(text: Any, kinds: list[str], pattern: re.Pattern[str], dtype: torch.dtype, lora: LoraConfig) -> int:
-    """Bytes that a pass through a decoder of these layers keeps."""
+def _needed(text: Any, kinds: list[str], pattern: re.Pattern[str], config: ModelConfig, lora: LoraConfig) -> int:
+    """Bytes that a pass through a decoder of these layers holds at its height, there and back."""
     import peft
     from transformers import AutoModel
 
@@ -119,14 +120,22 @@ def _kept(text: Any, kinds: list[str], pattern: re.Pattern[str], dtype: torch.dt
     }
     if getattr(text, "layer_types", None):
         changes["layer_types"] = kinds
+    dtype = getattr(torch, config.dtype)
     with torch_randomness(torch.device("cpu"), 0, "plan"):
         decoder = AutoModel.from_config(type(text)(**{**text.to_dict(), **changes})).to(dtype).requires_grad_(False)
     names = {name for name, module in decoder.named_modules() if isinstance(module, nn.Linear) and _ends_alike(pattern, name)}
     with without_deprecations():
         model = peft.get_peft_model(decoder, peft.LoraConfig(r=lora.r, lora_alpha=lora.alpha, target_modules=sorted(names)))
+    if config.gradient_checkpointing:
+        checkpoint_layers(decoder, config.name)
     embedded = torch.zeros(1, _TOKENS, text.hidden_size, dtype=dtype)
-    with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
-        return saved_bytes(model, lambda: model(inputs_embeds=embedded, use_cache=False))
+
+    def work() -> None:
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+            hidden = model.train()(inputs_embeds=embedded, use_cache=False).last_hidden_state
+        hidden.backward(torch.zeros_like(hidden))
+
+    return peak_bytes(work)
 
 
 def _ends_alike(pattern: re.Pattern[str], name: str) -> bool:

@@ -11,15 +11,16 @@ from typing import Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
 
-from fedmllm.models.encoding import Encoded, answer_nll
+from fedmllm.models.encoding import Encoded, answer_nll, collate
 from fedmllm.models.load import VisionLanguageModel
 from fedmllm.models.lora import copies, read_weights, trainable, training_only, write_weights
-from fedmllm.models.memory import token_budget
+from fedmllm.models.memory import TokenBudget, out_of_memory, release
 from fedmllm.models.stacked import side_by_side, stacked
 from fedmllm.randomness import generator, torch_randomness
 from fedmllm.training.alignment import backward_alignment
-from fedmllm.training.batches import Step, passes, steps
+from fedmllm.training.batches import Step, batched, passes, steps
 from fedmllm.training.rules import LocalResult, LocalRule
 from fedmllm.types import Weights
 
@@ -98,33 +99,56 @@ def reach(config: TrainingConfig, learning_rate: float, num_samples: int, num_en
     return learning_rate * math.sqrt(num_entries) * (total + rest)
 
 
-def train_locally(vlm: VisionLanguageModel, task: LocalTask, rule: LocalRule, config: TrainingConfig) -> LocalResult:
+def train_locally(
+    vlm: VisionLanguageModel, task: LocalTask, rule: LocalRule, config: TrainingConfig, budget: TokenBudget | None = None
+) -> LocalResult:
     """Train the adapters on one client's samples, from what it received, with a fresh AdamW.
 
     A step minimizes the accumulated mean negative log-likelihood of the answer tokens plus the rule's further terms.
+
+    Args:
+        vlm: the model.
+        task: the client's turn.
+        rule: how the method departs from plain training.
+        config: how clients train.
+        budget: of tokens of a pass, measured or found before; one of its own for None.
+
+    Raises:
+        torch.OutOfMemoryError: if not even a pass of one sample fits the memory.
     """
     write_weights(vlm.model, _start(task, rule))
     with training_only(vlm.model, rule.trains), torch_randomness(vlm.device, task.seed, "dropout", task.round_num, task.client):
         turn = _Turn(vlm, task, rule, config, dict(trainable(vlm.model)))
         with _training_mode(vlm):
-            _train(vlm, [turn], _max_tokens(vlm, [turn], config), lambda turns, counts: nullcontext())
+            _train(vlm, [turn], budget or TokenBudget(config.max_batch_tokens), lambda turns, counts: nullcontext())
     return turn.result(read_weights(vlm.model))
 
 
-def train_together(vlm: VisionLanguageModel, turns: Sequence[tuple[LocalTask, LocalRule]], config: TrainingConfig) -> list[LocalResult]:
+def train_together(
+    vlm: VisionLanguageModel, turns: Sequence[tuple[LocalTask, LocalRule]], config: TrainingConfig, budget: TokenBudget | None = None
+) -> list[LocalResult]:
     """Train several clients side by side: the samples of all go through the model in common, each through its own client's adapter.
 
     For every client the same arithmetic as ``train_locally``, summed in another order: its own data order, gradient, penalty, clipping and
     AdamW. One that has fewer steps than others drops out. Without dropout only, whose random numbers would be shared. On a CPU
     the clients are divided among as many threads as PyTorch has, each of which computes alone: small products gain little from two.
+
+    Args:
+        vlm: the model.
+        turns: the clients' turns, and how the method departs from plain training.
+        config: how clients train.
+        budget: of tokens of a pass, measured or found before; one of its own for None.
+
+    Raises:
+        torch.OutOfMemoryError: if not even a pass of one sample fits the memory.
     """
     own = dict(trainable(vlm.model))
     running = [_Turn(vlm, task, rule, config, _own_weights(own, task, rule)) for task, rule in turns]
     threads = min(torch.get_num_threads(), len(turns)) if vlm.device.type == "cpu" else 1
-    max_tokens = _max_tokens(vlm, running, config)
+    common = budget or TokenBudget(config.max_batch_tokens)
     with _training_mode(vlm), side_by_side(vlm.model) as layers:
         _in_threads(
-            lambda group: _train(vlm, group, max_tokens, lambda some, counts: stacked(layers, [turn.weights for turn in some], counts)),
+            lambda group: _train(vlm, group, common, lambda some, counts: stacked(layers, [turn.weights for turn in some], counts)),
             _shared_out(running, threads),
         )
     return [turn.result({name: tensor.detach().to("cpu", torch.float32) for name, tensor in turn.weights.items()}) for turn in running]
@@ -139,14 +163,6 @@ def _training_mode(vlm: VisionLanguageModel) -> Iterator[None]:
     finally:
         vlm.model.eval()
         vlm.model.zero_grad(set_to_none=True)
-
-
-def _max_tokens(vlm: VisionLanguageModel, turns: Sequence[_Turn], config: TrainingConfig) -> int:
-    """Of a pass; if it is to be measured, on the longest sample."""
-    samples = [sample for turn in turns for step in turn.plan for sample in step.samples]
-    if config.max_batch_tokens is not None or not samples:
-        return config.max_batch_tokens or 1
-    return token_budget(vlm, max(samples, key=lambda sample: len(sample.input_ids)))
 
 
 def _own_weights(own: Weights, task: LocalTask, rule: LocalRule) -> Weights:
@@ -195,25 +211,78 @@ Adapters = Callable[[Sequence["_Turn"], Sequence[int]], AbstractContextManager[N
 """(clients, rows of each) -> the context in which a batch of so many rows goes through their adapters."""
 
 
-def _train(vlm: VisionLanguageModel, turns: Sequence[_Turn], max_tokens: int, adapters: Adapters) -> None:
+def _train(vlm: VisionLanguageModel, turns: Sequence[_Turn], budget: TokenBudget, adapters: Adapters) -> None:
     """Every client's turn from its first step to its last, step by step."""
+    _measure(vlm, turns, budget, adapters)
     for position in range(max(len(turn.plan) for turn in turns)):
         active = [turn for turn in turns if position < len(turn.plan)]
-        _backward(vlm, active, position, max_tokens, adapters)
+        while (problem := _backward(vlm, active, position, budget, adapters)) is not None:
+            _make_room(vlm, active, position, budget, problem)
         for turn in active:
-            turn.update(position, max_tokens, adapters)
+            turn.update(position)
 
 
-def _backward(vlm: VisionLanguageModel, turns: Sequence[_Turn], position: int, max_tokens: int, adapters: Adapters) -> None:
-    """Add the gradients of a step of each client."""
-    for batch, weights, owners in passes(vlm, [turn.plan[position] for turn in turns], max_tokens):
-        present = sorted(set(owners))
-        with adapters([turns[k] for k in present], [owners.count(k) for k in present]):
-            with vlm.autocast():
-                losses = (answer_nll(vlm, batch) * weights).sum(1)
-            losses.sum().backward()  # type: ignore[no-untyped-call]
-        for k, loss in zip(owners, losses.tolist(), strict=True):
-            turns[k].loss += loss
+def _measure(vlm: VisionLanguageModel, turns: Sequence[_Turn], budget: TokenBudget, adapters: Adapters) -> None:
+    """Settle the budget by the longest sample, as it will train; nothing of that is left."""
+    turn, longest = max(((turn, turn.longest) for turn in turns), key=lambda pair: len(pair[1].input_ids) if pair[1] else 0)
+    if longest is None:
+        return
+
+    def work() -> None:
+        with adapters([turn], [1]), vlm.autocast():
+            loss = answer_nll(vlm, collate(vlm, [longest])).sum()
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    with torch_randomness(vlm.device, 0, "memory"):
+        budget.measure(vlm.device, len(longest.input_ids), work)
+    turn.forget()
+
+
+def _backward(vlm: VisionLanguageModel, turns: Sequence[_Turn], position: int, budget: TokenBudget, adapters: Adapters) -> str | None:
+    """Add the gradients of a step of each client.
+
+    Returns:
+        None; or what the allocator said, if a pass did not fit the memory. The error itself would keep that pass's tensors alive.
+    """
+    losses: list[tuple[list[int], Tensor]] = []
+    max_tokens = budget.tokens or 1
+    try:
+        for batch, weights, owners in passes(vlm, [turn.plan[position] for turn in turns], max_tokens):
+            present = sorted(set(owners))
+            with adapters([turns[k] for k in present], [owners.count(k) for k in present]):
+                with vlm.autocast():
+                    loss = (answer_nll(vlm, batch) * weights).sum(1)
+                loss.sum().backward()  # type: ignore[no-untyped-call]
+            losses.append((owners, loss.detach()))
+        for turn in turns:
+            turn.align(position, max_tokens, adapters)
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        return str(error).split("\n")[0]
+    for owners, loss in losses:
+        for k, value in zip(owners, loss.tolist(), strict=True):
+            turns[k].loss += value
+    return None
+
+
+def _make_room(vlm: VisionLanguageModel, turns: Sequence[_Turn], position: int, budget: TokenBudget, problem: str) -> None:
+    """Take a step's gradients back, and let its passes be half as large.
+
+    Raises:
+        torch.OutOfMemoryError: if they are of one sample already.
+    """
+    samples = [sample for turn in turns for sample in turn.plan[position].samples]
+    groups = [[len(samples[i].input_ids) for i in group] for group in batched(vlm, samples, budget.tokens or 1)]
+    largest = max(groups, key=lambda group: len(group) * max(group))
+    tokens = len(largest) * max(largest)
+    for turn in turns:
+        turn.forget()
+        turn.halvings += 1
+    release(vlm.device)
+    if len(largest) == 1:
+        raise torch.OutOfMemoryError(f"a pass of one sample of {tokens} tokens does not fit the memory: {problem}")
+    budget.halve(tokens, problem)
 
 
 class _Turn:
@@ -226,7 +295,7 @@ class _Turn:
     def __init__(self, vlm: VisionLanguageModel, task: LocalTask, rule: LocalRule, config: TrainingConfig, weights: Weights) -> None:
         self._vlm, self._task, self._rule, self._config, self.weights = vlm, task, rule, config, weights
         self.plan = list(_plan(task, config))
-        self.loss = 0.0
+        self.loss, self.halvings = 0.0, 0
         self._parameters = {name: tensor for name, tensor in weights.items() if tensor.requires_grad}
         self._received = {name: tensor.to(vlm.device) for name, tensor in task.received.items()}
         betas = (config.beta1, config.beta2)
@@ -235,12 +304,25 @@ class _Turn:
         )
         self._gradient: Weights = {}
 
-    def update(self, position: int, max_tokens: int, adapters: Adapters) -> None:
-        """The rule's further terms, and the optimizer's step."""
+    @property
+    def longest(self) -> Encoded | None:
+        """Its longest sample; None if it has none."""
+        return max((sample for step in self.plan for sample in step.samples), key=lambda sample: len(sample.input_ids), default=None)
+
+    def forget(self) -> None:
+        """Take its gradients back."""
+        for parameter in self._parameters.values():
+            parameter.grad = None
+
+    def align(self, position: int, max_tokens: int, adapters: Adapters) -> None:
+        """Add the gradients of the rule's alignment."""
         if self._rule.alignment:
             rng = generator(self._task.seed, "alignment", self._task.round_num, self._task.client, position)
             with adapters([self], [1]):
                 backward_alignment(self._vlm, self.plan[position], self._rule.alignment, rng, max_tokens)
+
+    def update(self, position: int) -> None:
+        """The rule's penalty, and the optimizer's step."""
         if self._rule.penalty is not None:
             self._rule.penalty(self._parameters, self._received, position / len(self.plan)).backward()  # type: ignore[no-untyped-call]
         self._edit_gradients()
@@ -265,6 +347,7 @@ class _Turn:
             return LocalResult(weights, self._task.received, {})
         gradient = {name: (total / len(self.plan)).float().cpu() for name, total in self._gradient.items()}
         metrics = {"loss": self.loss / len(self.plan), "steps": float(len(self.plan))}
+        metrics |= {"halvings": float(self.halvings)} if self.halvings else {}
         return LocalResult(weights, self._task.received, metrics, gradient)
 
 

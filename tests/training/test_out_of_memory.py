@@ -1,0 +1,160 @@
+"""What happens where a pass does not fit the memory: it is made anew in halves, with nothing of the failed one kept."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fedmllm.algorithms import AlgorithmConfig, ServerState, build_algorithm
+from fedmllm.data.federated import FederatedData
+from fedmllm.engine.checkpoint import RunStore
+from fedmllm.engine.in_process import Assignment, InProcessEngine
+from fedmllm.engine.intake import Intake
+from fedmllm.models import encoding
+from fedmllm.models.load import VisionLanguageModel
+from fedmllm.models.lora import read_weights, trainable
+from fedmllm.training.batches import Encoder
+from fedmllm.training.local import LocalTask, TrainingConfig, train_locally, train_together
+from fedmllm.training.rules import LocalRule
+from fedmllm.types import ClientFailure, ClientUpdate
+
+CONFIG = TrainingConfig(batch_size=8, max_batch_tokens=600)
+Limit = Callable[[int], list[int]]
+
+
+@pytest.fixture
+def memory_for(monkeypatch: pytest.MonkeyPatch) -> Limit:
+    """Passes of more tokens fail, after their activations were made; the sizes of all passes that were tried."""
+
+    def limit(tokens: int) -> list[int]:
+        sizes: list[int] = []
+        failed: list[weakref.ref[torch.Tensor]] = []
+
+        def passed(vlm: VisionLanguageModel, batch: encoding.Batch) -> torch.Tensor:
+            assert all(activations() is None for activations in failed), "a failed pass's activations are still alive"
+            sizes.append(batch.inputs["input_ids"].numel())
+            nll = encoding.answer_nll(vlm, batch)
+            if sizes[-1] > tokens:
+                failed.append(weakref.ref(nll))
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB\nof which")
+            return nll
+
+        monkeypatch.setattr("fedmllm.training.local.answer_nll", passed)
+        return sizes
+
+    return limit
+
+
+@pytest.fixture
+def turns(vlm: VisionLanguageModel, encoder: Encoder, federation: FederatedData) -> list[tuple[LocalTask, LocalRule]]:
+    start = read_weights(vlm.model)
+    held = {name: [encoder(sample) for sample in samples[:6]] for name, samples in federation.clients.items()}
+    return [(LocalTask(name, 0, 0, samples, start, 1e-3), LocalRule(records_gradient=True)) for name, samples in held.items()]
+
+
+def test_a_client_s_pass_is_made_anew_in_halves(
+    vlm: VisionLanguageModel, turns: list[tuple[LocalTask, LocalRule]], memory_for: Limit, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = train_locally(vlm, *turns[0], CONFIG)
+    sizes = memory_for(150)
+    with caplog.at_level(logging.WARNING):
+        found = train_locally(vlm, *turns[0], CONFIG)
+    failed = [size for size in sizes if size > 150]
+    assert found.metrics == {**plain.metrics, "loss": pytest.approx(plain.metrics["loss"], rel=1e-5), "halvings": len(failed)}
+    assert failed
+    assert caplog.text.count("did not fit the memory (CUDA out of memory. Tried to allocate 20 GiB)") == len(failed)
+    for name, gradient in plain.gradient.items():
+        torch.testing.assert_close(found.gradient[name], gradient, atol=1e-6, rtol=1e-3)
+
+
+def test_clients_side_by_side_go_on_together(vlm: VisionLanguageModel, turns: list[tuple[LocalTask, LocalRule]], memory_for: Limit) -> None:
+    plain = train_together(vlm, turns, CONFIG)
+    sizes = memory_for(300)
+    for one, other in zip(train_together(vlm, turns, CONFIG), plain, strict=True):
+        assert one.metrics["loss"] == pytest.approx(other.metrics["loss"], rel=1e-5)
+        assert one.metrics["halvings"] == sum(size > 300 for size in sizes) > 0
+        for name, gradient in other.gradient.items():
+            torch.testing.assert_close(one.gradient[name], gradient, atol=1e-6, rtol=1e-3)
+
+
+def test_a_sample_that_does_not_fit_alone_is_an_error_that_holds_nothing(
+    vlm: VisionLanguageModel, turns: list[tuple[LocalTask, LocalRule]], memory_for: Limit
+) -> None:
+    memory_for(10)
+    with pytest.raises(torch.OutOfMemoryError, match=r"a pass of one sample of \d+ tokens does not fit the memory: CUDA out of memory"):
+        train_locally(vlm, *turns[0], CONFIG)
+    assert all(parameter.grad is None for _, parameter in trainable(vlm.model))
+
+
+def test_another_error_is_no_matter_of_memory(
+    vlm: VisionLanguageModel, turns: list[tuple[LocalTask, LocalRule]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> torch.Tensor:
+        raise RuntimeError("shapes cannot be multiplied")
+
+    monkeypatch.setattr("fedmllm.training.local.answer_nll", broken)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        train_locally(vlm, *turns[0], CONFIG)
+
+
+@pytest.fixture
+def engine(vlm: VisionLanguageModel) -> tuple[InProcessEngine, Assignment]:
+    method = build_algorithm(AlgorithmConfig())
+    states = RunStore(Path("unused")).client_states("federated")
+    assignment = Assignment(method.broadcast(ServerState(read_weights(vlm.model))), method, 1e-3, 0, states)
+    return InProcessEngine(vlm, Encoder(vlm, "agnostic"), CONFIG, 16), assignment
+
+
+def test_what_was_found_out_holds_for_later_rounds(
+    engine: tuple[InProcessEngine, Assignment], federation: FederatedData, memory_for: Limit
+) -> None:
+    sizes = memory_for(400)
+    first = list(engine[0].map_clients(engine[1], federation.clients))
+    count = len(sizes)
+    second = list(engine[0].map_clients(engine[1], federation.clients))
+    assert max(sizes) > 400 >= max(sizes[count:])
+    for answer, again in zip(first, second, strict=True):
+        assert isinstance(answer, ClientUpdate)
+        assert isinstance(again, ClientUpdate)
+        assert answer.metrics["halvings"] > 0
+        assert "halvings" not in again.metrics
+    intake = Intake(engine[1].algorithm, ServerState(engine[1].broadcast.weights), {})
+    for answer in first[:2]:
+        intake.take(answer)
+    assert intake.record()["halvings"] == dict.fromkeys(list(federation.clients)[:2], first[0].metrics["halvings"])
+
+
+@pytest.mark.parametrize(("room", "kind"), [(2, ClientUpdate), (0, ClientFailure)])
+def test_fewer_clients_at_once_where_theirs_does_not_fit(
+    room: int,
+    kind: type,
+    engine: tuple[InProcessEngine, Assignment],
+    federation: FederatedData,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Four train in halves where there is room for two clients' tensors. A client that fits nowhere is a failure, whose reason is told."""
+    tried: list[int] = []
+
+    def trained(*args: Any) -> Any:
+        tried.append(len(args[1]))
+        if len(args[1]) > room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return train_together(*args)
+
+    monkeypatch.setattr("fedmllm.engine.in_process.train_together", trained)
+    monkeypatch.setattr("fedmllm.engine.in_process.train_locally", lambda vlm, task, rule, *rest: trained(vlm, [(task, rule)], *rest)[0])
+    first = min(federation.clients)
+    four = {**federation.clients, "client-99": federation.clients[first]}
+    answers = list(engine[0].map_clients(engine[1], four))
+    assert tried == ([4, 2, 2] if room else [4, 2, 1, 1, 2, 1, 1])
+    assert {type(answer) for answer in answers} == {kind}
+    assert "4 clients side by side failed (OutOfMemoryError: CUDA out of memory); they train again, 2 at once" in caplog.text
+    if not room:
+        assert answers[0] == ClientFailure(first, "OutOfMemoryError: CUDA out of memory")
