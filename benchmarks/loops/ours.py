@@ -20,6 +20,7 @@ from loops.workload import Done, Go, Workload
 def run(work: Workload, go: Go, done: Done, off: str = "") -> None:
     """Rounds through the engine, without the one of ``onednn``, ``features``, ``answers_only``, ``merged`` and ``together`` that is ``off``."""
     algorithm, training = build_algorithm(work.experiment.algorithm), work.experiment.training
+    # Refuses a model that would not read them.
     vlm = work.vlm if off == "features" else replace(work.vlm, features=VisionFeatures(work.vlm, 1 << 30))
     if off != "answers_only":
         shorten(vlm.model)

@@ -275,6 +275,7 @@ def models_plan(
     quantization: Annotated[str, typer.Option(help="Of the frozen weights: none or 4bit.")] = "none",
     connector: Annotated[str, typer.Option(help="Between vision tower and decoder: frozen, lora or full.")] = "frozen",
     embeddings: Annotated[str, typer.Option(help="Of the tokens: frozen or full.")] = "frozen",
+    checkpointing: Annotated[bool, typer.Option("--checkpointing", help="With model.gradient_checkpointing.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
     """Tell what training a model takes: parameters, bytes to send, memory."""
@@ -282,7 +283,7 @@ def models_plan(
     from fedmllm.config import Experiment
 
     settings = {
-        "model": {"name": model, "dtype": dtype, "quantization": quantization},
+        "model": {"name": model, "dtype": dtype, "quantization": quantization, "gradient_checkpointing": checkpointing},
         "lora": {"r": rank, "targets": targets, "connector": connector, "embeddings": embeddings},
     }
     record = describe(Experiment.parse(settings))

@@ -119,7 +119,7 @@ def plan_view(record: Record) -> Group:
         ("trained", f"{record['trainable']:,}"),
         ("sent by a client in a round, and received", human_bytes(record["sent_per_client_and_round"])),
         ("memory of the frozen weights", human_bytes(record["weights"])),
-        ("kept for the gradient, per token of a pass", human_bytes(record["kept_per_token"])),
+        ("memory of a training pass, per token", human_bytes(record["kept_per_token"])),
         *((f"memory with {tokens:,} tokens in a pass", human_bytes(size)) for tokens, size in record["memory_by_tokens"].items()),
         *(
             (f"tokens in a pass on {card} GiB", f"{tokens:,}" if tokens else "does not fit")

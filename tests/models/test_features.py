@@ -10,6 +10,7 @@ import torch
 
 from fedmllm.data.federated import FederatedData
 from fedmllm.data.tested import reduced_copy
+from fedmllm.errors import ModelError
 from fedmllm.models.encoding import Encoded, answer_logits, collate
 from fedmllm.models.features import VisionFeatures
 from fedmllm.models.load import VisionLanguageModel
@@ -37,6 +38,14 @@ def count_calls(vlm: VisionLanguageModel, monkeypatch: pytest.MonkeyPatch) -> li
 
     monkeypatch.setattr(tower, "forward", counted)
     return calls
+
+
+def test_a_model_that_would_not_read_them_is_refused(vlm: VisionLanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model of an older Transformers takes any argument, and trains without the pictures that it was fed so."""
+    decoder = vlm.model.get_base_model()
+    monkeypatch.setattr(type(decoder), "forward", lambda self, input_ids=None, pixel_values=None, **kwargs: None)
+    with pytest.raises(ModelError, match=r"'nano' reads no features in place of pictures; set engine\.feature_bytes to 0"):
+        VisionFeatures(vlm, 1 << 20)
 
 
 def test_each_picture_is_seen_once(keeping: VisionLanguageModel, samples: list[Encoded], monkeypatch: pytest.MonkeyPatch) -> None:

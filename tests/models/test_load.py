@@ -2,18 +2,20 @@ from __future__ import annotations
 
 import json
 import shutil
+import tomllib
 from pathlib import Path
 
 import httpx
 import pytest
 import torch
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+from packaging.requirements import Requirement
 from safetensors.torch import save_file
 
 from fedmllm.data.federated import FederatedData
 from fedmllm.errors import ModelError
 from fedmllm.models.encoding import answer_nll, collate
-from fedmllm.models.load import NANO_FOLDER, ModelConfig, choose_device, load_model
+from fedmllm.models.load import NANO_FOLDER, OLDEST_TRANSFORMERS, ModelConfig, choose_device, load_model, require_transformers
 from fedmllm.models.processors import load_processor
 from fedmllm.training.batches import Encoder
 from minicpmv_stand_in import StandIn
@@ -180,6 +182,24 @@ def test_code_that_comes_with_a_model_runs_only_if_it_is_trusted(tmp_path: Path,
         nll = answer_nll(vlm, collate(vlm, [Encoder(vlm, "agnostic")(federation.clients["client-00"][0])]))
     assert torch.isfinite(nll).all()
     assert nll.sum() > 0
+
+
+def test_the_oldest_transformers_is_the_one_that_is_asked_for() -> None:
+    """The floor in the package's requirements is the one that is checked when a model is loaded."""
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    (asked,) = (Requirement(row) for row in project["dependencies"] if row.startswith("transformers"))
+    assert OLDEST_TRANSFORMERS in asked.specifier
+    assert not asked.specifier.contains("5.22.4")
+
+
+def test_a_transformers_that_is_too_old_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for version in ("5.23.0", "5.23.1", "5.100"):
+        require_transformers(version)
+    monkeypatch.setattr("fedmllm.models.load.metadata.version", lambda name: "5.17.0")
+    with pytest.raises(
+        ModelError, match=r"Transformers 5\.23 or later is needed, 5\.17\.0 is installed; pip install 'transformers>=5\.23'"
+    ):
+        load_model(ModelConfig(), torch.device("cpu"))
 
 
 def test_code_from_the_hub_is_trusted_by_commit() -> None:

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fedmllm.data.federated import FederatedData
-from fedmllm.models.encoding import Encoded
+from fedmllm.models.encoding import Encoded, answer_logits, collate
+from fedmllm.models.features import VisionFeatures
 from fedmllm.models.load import VisionLanguageModel
 from fedmllm.randomness import generator
 from fedmllm.training.batches import Encoder, loss_weights, pack, steps
@@ -86,9 +89,69 @@ def test_encoder_keeps_samples_up_to_its_limit(vlm: VisionLanguageModel, federat
 
 
 def test_encoder_tells_a_sample_from_its_reduced_copy(vlm: VisionLanguageModel, federation: FederatedData) -> None:
-    from dataclasses import replace
-
     encoder = Encoder(vlm, "agnostic")
     whole = federation.dataset.test[0]
     assert "pixel_values" in encoder(whole).extras
     assert "pixel_values" not in encoder(replace(whole, content={"text": whole.content["text"]})).extras
+
+
+@pytest.fixture
+def reading(vlm: VisionLanguageModel, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Ids of the samples that were encoded, in order."""
+    encoded: list[str] = []
+    real = Encoder._encoded
+    monkeypatch.setattr(Encoder, "_encoded", lambda self, sample: encoded.append(sample.id) or real(self, sample))
+    return encoded
+
+
+def with_features(vlm: VisionLanguageModel, max_bytes: int) -> VisionLanguageModel:
+    return replace(vlm, features=VisionFeatures(vlm, max_bytes))
+
+
+def test_where_features_stand_for_pictures_a_round_larger_than_its_pixels_is_kept(
+    vlm: VisionLanguageModel, federation: FederatedData, reading: list[str]
+) -> None:
+    """Room for the pixels of two samples, in the order in which the least recently used is always the next: all 12 are read once."""
+    samples = federation.dataset.test[:12]
+    pixels = Encoder(vlm, "agnostic")(samples[0]).extras["pixel_values"].nbytes
+    for keeping, expected in ((with_features(vlm, 1 << 24), 12), (vlm, 36)):
+        encoder = Encoder(keeping, "agnostic", max_bytes=int(2.5 * pixels))
+        reading.clear()
+        for _ in range(3):
+            for sample in samples:
+                encoder(sample)
+        assert len(reading) == expected
+
+
+def test_pixels_that_were_dropped_come_back_where_features_made_room_for_others(
+    vlm: VisionLanguageModel, federation: FederatedData, reading: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A store for the features of three pictures, and six in a batch: the same answers, and it is said that the store is small."""
+    samples = federation.dataset.test[:6]
+    plain = [Encoder(vlm, "agnostic")(sample) for sample in samples]
+    one = with_features(vlm, 1 << 24)
+    (row,) = [one.features._features(plain[0])]
+    keeping = with_features(vlm, 3 * sum(-(-tensor.nbytes // 64) * 64 for tensor in row.values()))
+    encoder = Encoder(keeping, "agnostic")
+    slim = [encoder(sample) for sample in samples]
+    assert all("pixel_values" not in sample.extras for sample in slim)
+    assert [sample.picture for sample in slim] == [sample.picture for sample in plain]
+    assert "engine.feature_bytes" not in caplog.text
+    reading.clear()
+    with torch.no_grad():
+        found, expected = answer_logits(keeping, collate(keeping, slim)), answer_logits(one, collate(one, plain))
+    assert torch.equal(found, expected)
+    assert len(reading) >= 3
+    assert caplog.text.count("engine.feature_bytes holds the features of 3 pictures, which is less than are in use") == 1
+
+
+def test_a_sample_keeps_its_pixels_where_its_features_cannot_be_kept(vlm: VisionLanguageModel, federation: FederatedData) -> None:
+    encoded = Encoder(with_features(vlm, 8), "agnostic")(federation.dataset.test[0])
+    assert "pixel_values" in encoded.extras
+
+
+def test_a_model_without_features_reads_samples_without_pixels(vlm: VisionLanguageModel, federation: FederatedData) -> None:
+    slim = Encoder(with_features(vlm, 1 << 24), "agnostic")(federation.dataset.test[0])
+    whole = Encoder(vlm, "agnostic")(federation.dataset.test[0])
+    with torch.no_grad():
+        assert torch.equal(answer_logits(vlm, collate(vlm, [slim])), answer_logits(vlm, collate(vlm, [whole])))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from fedmllm.models.parts import Part, parts
 from fedmllm.models.tail import lengthen, shorten
 from fedmllm.training.batches import Encoder
 
+_LOG = logging.getLogger(__name__)
 T = TypeVar("T")
 _KEPT = 4
 """Data sets, and encoded samples of as many. Of models one is kept."""
@@ -37,15 +39,14 @@ class Resident:
 
     def encoder(self, experiment: Experiment) -> Encoder:
         """Encoded samples. What the scenario takes from a sample shows in its modalities; what else was done to it, in the settings."""
-        key = _key(experiment, "model", "data") + str(experiment.federation.heterogeneity)
-        return _held(self._encoders, _KEPT, key, lambda: Encoder(self._plain(experiment), experiment.data.prompt))
+        plain = self._plain(experiment)
+        key = _key(experiment, "model", "data") + f"{experiment.federation.heterogeneity} {plain.features is None}"
+        return _held(self._encoders, _KEPT, key, lambda: Encoder(plain, experiment.data.prompt))
 
     @contextmanager
     def model(self, experiment: Experiment) -> Iterator[tuple[VisionLanguageModel, list[Part]]]:
         """In this block the model with fresh adapters, and what of it could train."""
         plain = self._plain(experiment)
-        if experiment.lora.connector != "frozen":
-            plain = replace(plain, features=None)
         trainable = parts(plain.model, plain.family, experiment.lora)
         vlm = attach_lora(plain, experiment.lora, experiment.seed)
         try:
@@ -57,15 +58,23 @@ class Resident:
             detach_lora(vlm)
 
     def _plain(self, experiment: Experiment) -> VisionLanguageModel:
+        """The model without adapters; without features where what makes them trains."""
         key = _key(experiment, "model") + f"{experiment.engine.device} {experiment.engine.feature_bytes}"
-        return _held(self._models, 1, key, lambda: _loaded(experiment))
+        if key not in self._models:
+            # They hold on to the model that they encode for, and to features that would go with it.
+            self._encoders.clear()
+        vlm = _held(self._models, 1, key, lambda: _loaded(experiment))
+        return vlm if experiment.lora.connector == "frozen" else replace(vlm, features=None)
 
 
 def _loaded(experiment: Experiment) -> VisionLanguageModel:
     """The model without adapters."""
     vlm = load_model(experiment.model, choose_device(experiment.engine.device))
-    if experiment.engine.feature_bytes and serves(vlm):
+    if not experiment.engine.feature_bytes:
+        return vlm
+    if serves(vlm):
         return replace(vlm, features=VisionFeatures(vlm, experiment.engine.feature_bytes))
+    _LOG.warning("model.name: %r reads no features in place of pictures, so that its vision part computes in every pass", vlm.name)
     return vlm
 
 

@@ -7,8 +7,8 @@ columns are all that training and scoring ever compute, whatever the vocabulary.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -23,6 +23,9 @@ from fedmllm.models.load import VisionLanguageModel
 from fedmllm.models.tail import reading
 from fedmllm.types import Message, Part, Sample
 
+PIXELS = "pixel_"
+"""How the names of processors' tensors begin that hold pixels."""
+
 
 @dataclass(frozen=True)
 class Encoded:
@@ -31,10 +34,12 @@ class Encoded:
     Attributes:
         input_ids: prompt then answer, shape (length,).
         answer_length: how many of the last tokens are the answer, its end token included.
-        extras: the processor's further tensors (``pixel_values`` and the like), stacked along their first axis.
+        extras: the processor's further tensors (``pixel_values`` and the like), stacked along their first axis; without those of pixels where
+            features stand for them (``without_pixels``).
         by_token: the processor's numbers that stand beside tokens (``token_type_ids`` and the like), as long as ``input_ids``.
         reduced: the same sample with a modality less, one for each that it can lose; only where training asks for them.
         option_bias: (tokens, values) added to the logits of the options' letters in training; None for nothing.
+        left_out: of a sample without its pixels, the key of its picture, and what makes ``extras`` whole again; None where nothing was left out.
     """
 
     input_ids: Tensor
@@ -43,6 +48,7 @@ class Encoded:
     by_token: dict[str, Tensor] = field(default_factory=dict)
     reduced: tuple[Encoded, ...] = ()
     option_bias: tuple[Tensor, Tensor] | None = None
+    left_out: tuple[bytes, Callable[[], Mapping[str, Tensor]]] | None = None
 
     @property
     def prompt_ids(self) -> Tensor:
@@ -54,9 +60,30 @@ class Encoded:
         """The answer alone."""
         return self.input_ids[len(self.input_ids) - self.answer_length :]
 
+    @property
+    def pictured(self) -> bool:
+        """Whether it holds a picture."""
+        return bool(self.extras) or self.left_out is not None
+
+    @property
+    def whole(self) -> Mapping[str, Tensor]:
+        """All further tensors; those of pixels are made anew if they were left out."""
+        return self.extras if self.left_out is None else self.left_out[1]()
+
+    def without_pixels(self, again: Callable[[], Mapping[str, Tensor]]) -> Encoded:
+        """The same without the tensors that hold pixels, nearly all of its memory.
+
+        Args:
+            again: makes all of ``extras``.
+        """
+        kept = {name: tensor for name, tensor in self.extras.items() if not name.startswith(PIXELS)}
+        return replace(self, extras=kept, left_out=(self.picture, again))
+
     @cached_property
     def picture(self) -> bytes:
         """A key of what it holds of pictures, as the processor made it."""
+        if self.left_out is not None:
+            return self.left_out[0]
         digest = hashlib.blake2b(digest_size=16)
         for name, tensor in sorted(self.extras.items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -127,7 +154,7 @@ def collate(vlm: VisionLanguageModel, samples: Sequence[Encoded], with_answers: 
     for name in samples[0].by_token:
         inputs[name] = _padded([sample.by_token[name][:n] for sample, n in zip(samples, lengths, strict=True)], length, 0)
     on_device: dict[str, Any] = {name: _moved(value, vlm.device) for name, value in inputs.items()}
-    pictured = [(sample.picture, sample.extras) for sample in samples if sample.extras]
+    pictured = [sample for sample in samples if sample.pictured]
     if vlm.features is not None and pictured:
         on_device |= vlm.features.inputs(pictured)
     return Batch(on_device, answer_mask.to(vlm.device), _bias(samples, answers, vlm.device))
@@ -140,7 +167,9 @@ def _padded(rows: Sequence[Tensor], length: int, value: float) -> Tensor:
 
 def _fed(vlm: VisionLanguageModel, sample: Encoded) -> dict[str, Tensor]:
     """A sample's further tensors; those of pixels are not read where features stand for them."""
-    return {name: tensor for name, tensor in sample.extras.items() if vlm.features is None or not name.startswith("pixel_")}
+    if vlm.features is None:
+        return dict(sample.whole)
+    return {name: tensor for name, tensor in sample.extras.items() if not name.startswith(PIXELS)}
 
 
 def _moved(value: Any, device: torch.device) -> Any:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from packaging import version
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from safetensors import SafetensorError
 
@@ -125,12 +127,29 @@ def model_source(name: str) -> str:
     return str(NANO_FOLDER) if name == "nano" else str(Path(name).expanduser()) if name.startswith("~") else name
 
 
+OLDEST_TRANSFORMERS = "5.23"
+"""Before it models do not read features in place of pictures: they take them without a word, and train without the pictures."""
+
+
+def require_transformers(installed: str) -> None:
+    """Refuse a version of Transformers that is too old.
+
+    Raises:
+        ModelError: if it is older than ``OLDEST_TRANSFORMERS``.
+    """
+    if version.parse(installed) < version.parse(OLDEST_TRANSFORMERS):
+        raise ModelError(
+            f"Transformers {OLDEST_TRANSFORMERS} or later is needed, {installed} is installed; pip install 'transformers>={OLDEST_TRANSFORMERS}'"
+        )
+
+
 def load_model(config: ModelConfig, device: torch.device) -> VisionLanguageModel:
     """Load model and processor, frozen and in evaluation mode.
 
     Raises:
-        ModelError: if the folder has no config, weights, processor or chat template, or its code is not trusted.
+        ModelError: if the folder has no config, weights, processor or chat template, its code is not trusted, or Transformers is too old.
     """
+    require_transformers(metadata.version("transformers"))
     source, dtype = check_source(config), getattr(torch, config.dtype)
     _check_weights(config.name, Path(source))
     try:

@@ -44,6 +44,9 @@ class TensorStore:
     def __len__(self) -> int:
         return len(self._entries)
 
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._entries
+
     def get(self, key: Hashable) -> dict[str, Tensor] | None:
         """A copy of a group; None if it is not there, or no longer."""
         entry = self._entries.get(key)

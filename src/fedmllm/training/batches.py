@@ -21,6 +21,8 @@ from fedmllm.types import Sample
 class Encoder:
     """Samples as tensors, kept for the next time up to a limit of memory, the least recently used leaving first.
 
+    Where the model keeps features of pictures (``vlm.features``) they are computed here, and pixels, nearly all of a sample's memory, are dropped.
+
     Args:
         vlm: the model to encode for.
         style: the wording of the prompts.
@@ -49,15 +51,20 @@ class Encoder:
         if key in self._kept:
             self._kept.move_to_end(key)
             return self._kept[key]
-        try:
-            encoded = encode(self._vlm, to_messages(sample, self._style), target(sample))
-        except (ModelError, DataError) as error:
-            raise type(error)(f"sample {sample.id}: {error}") from error
+        encoded = self._encoded(sample)
+        if self._vlm.features is not None:
+            encoded = self._vlm.features.standing_for(encoded, lambda: self._encoded(sample))
         self._kept[key] = encoded
         self._bytes += _size(encoded)
         while self._bytes > self._max_bytes:
             self._bytes -= _size(self._kept.popitem(last=False)[1])
         return encoded
+
+    def _encoded(self, sample: Sample) -> Encoded:
+        try:
+            return encode(self._vlm, to_messages(sample, self._style), target(sample))
+        except (ModelError, DataError) as error:
+            raise type(error)(f"sample {sample.id}: {error}") from error
 
 
 def _size(encoded: Encoded) -> int:
