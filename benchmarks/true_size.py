@@ -11,63 +11,26 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_stages.models import SIZES, tiny_models
 
 from fedmllm import Experiment, train
 from fedmllm.benchmark.models_view import describe
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-import tiny_models
-
-QWEN2_5_VL_3B = {
-    "text_config": {
-        **{"hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16, "num_key_value_heads": 2},
-        **{"head_dim": 128, "vocab_size": 151936, "max_position_embeddings": 32768, "tie_word_embeddings": True},
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
-    },
-    "vision_config": {
-        **{"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": 2048},
-        **{"patch_size": 14, "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31]},
-    },
-    "tie_word_embeddings": True,
-}
-MINICPM_V_4_6 = {
-    "text_config": {
-        **{"hidden_size": 1024, "intermediate_size": 3584, "num_hidden_layers": 24, "num_attention_heads": 8, "num_key_value_heads": 2},
-        **{"head_dim": 256, "vocab_size": 248320, "max_position_embeddings": 32768, "tie_word_embeddings": True},
-        **{"linear_num_key_heads": 16, "linear_num_value_heads": 16, "linear_key_head_dim": 128, "linear_value_head_dim": 128},
-        "layer_types": (["linear_attention"] * 3 + ["full_attention"]) * 6,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e7, "mrope_section": [11, 11, 10], "mrope_interleaved": True}
-        | {"partial_rotary_factor": 0.25},
-    },
-    "vision_config": {
-        **{"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16},
-        **{"image_size": 980, "patch_size": 14},
-    },
-    **{"insert_layer_id": 6, "image_size": 448, "tie_word_embeddings": True},
-}
-"""Dimensions of the published models; the heads of MiniCPM-V 4.6's decoder are those of Qwen3.5 of its width."""
-TRUE = {
-    "qwen2_5_vl": (QWEN2_5_VL_3B, {"min_pixels": 448 * 448, "max_pixels": 448 * 448, "patch_size": 14}),
-    "minicpmv4_6": (MINICPM_V_4_6, {"scale_resolution": 448, "patch_size": 14, "max_slice_nums": 9}),
-}
-"""By kind, the model's settings and those of its image processor: pictures of 448 x 448."""
+TRUE = {size.kind: size for size in (SIZES["3b"], SIZES["minicpm"])}
+"""By kind of model."""
 
 
 def make(kind: str, folder: Path, device: str) -> None:
     """Write the model in bfloat16; weights are drawn on the device, where that takes a moment."""
     from transformers import AutoConfig, AutoModelForImageTextToText
 
-    sizes, images = TRUE[kind]
-    processor = tiny_models.processor(kind, images)
-    settings = tiny_models.RECIPES[kind].config(processor.tokenizer.convert_tokens_to_ids)
-    settings = {name: {**value, **sizes.get(name, {})} if isinstance(value, dict) else value for name, value in settings.items()}
-    settings |= {name: value for name, value in sizes.items() if not isinstance(value, dict)}
+    processor = tiny_models.processor(kind, TRUE[kind].images)
+    settings = TRUE[kind].settings(processor.tokenizer.convert_tokens_to_ids)
     torch.manual_seed(0)
     with torch.device(device):
         model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(kind, **settings), dtype=torch.bfloat16)
