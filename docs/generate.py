@@ -18,6 +18,7 @@ from fedmllm.data.datasets.mixture import MixedPart
 from fedmllm.data.modalities import SCENARIOS
 from fedmllm.data.quality import PARTS
 from fedmllm.models.families import FAMILIES, GENERIC
+from fedmllm.training.schedule import ScheduleConfig
 
 SIGNS = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
 WORDS = {type(None): "null", str: "text", Path: "path", tuple: "list of {}", dict: "mapping of {} to {}", Any: "anything"}
@@ -73,6 +74,7 @@ def _indexes() -> Iterator[str]:
         yield _section(
             f"data.options of {name if form is not columns.Options else 'jsonl, csv and huggingface'}\n\n{_text(form.__doc__)}", form
         )
+    yield _section(f"training.schedule\n\n{_text(ScheduleConfig.__doc__)}", ScheduleConfig)
     yield _section(f"data.options.parts of mixture, each\n\n{_text(MixedPart.__doc__)}", MixedPart)
     scenarios = ((f"`{n}`", row.summary, row.level_rule, row.default_level) for n, row in SCENARIOS.items())
     yield _table("Scenarios: federation.scenario", ("Name", "Meaning", "Level, after a dash", "Default level"), scenarios)

@@ -19,6 +19,7 @@ from fedmllm.models.load import VisionLanguageModel
 from fedmllm.models.lora import frozen_weights, read_weights, write_weights
 from fedmllm.training.batches import Encoder
 from fedmllm.training.local import TrainingConfig
+from fedmllm.training.schedule import ScheduleConfig
 from fedmllm.types import Record, Sample
 
 STEADY = {"fedadagrad": {"server_learning_rate": 0.01}, "fedavgm": {"server_learning_rate": 0.2}}
@@ -45,7 +46,7 @@ def trained(
     config = AlgorithmConfig(
         name=name, parameters=STEADY.get(name, {}), strategies=tuple(StrategyConfig(name=strategy) for strategy in strategies)
     )
-    algorithm, training = build_algorithm(config), TrainingConfig(schedule="constant", learning_rate=3e-3)
+    algorithm, training = build_algorithm(config), TrainingConfig(schedule=ScheduleConfig(over="none"), learning_rate=3e-3)
     engine = InProcessEngine(vlm, encoder, training, together)
     loop = Loop(algorithm, engine, training, lambda weights, base: {"score": 0.0}, RunStore(folder), 0)
     ranks = dict(zip(clients, (2, 8, 4, 8, 1), strict=True)) if algorithm.heterogeneous_ranks else {}

@@ -7,17 +7,22 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fedmllm import weights as W
+from fedmllm.config import Experiment
 from fedmllm.data.federated import FederatedData
+from fedmllm.errors import ConfigError
 from fedmllm.models.encoding import Encoded, collate
 from fedmllm.models.load import ModelConfig, VisionLanguageModel, load_model
 from fedmllm.models.lora import attach_lora, read_weights, write_weights
 from fedmllm.models.parts import LoraConfig
 from fedmllm.randomness import generator
 from fedmllm.training.batches import Encoder
-from fedmllm.training.local import LocalTask, TrainingConfig, round_learning_rate, train_locally
+from fedmllm.training.local import LocalTask, TrainingConfig, round_learning_rate, train_locally, train_together
 from fedmllm.training.rules import LocalRule
+from fedmllm.training.schedule import ScheduleConfig, of_step
 from fedmllm.types import Weights
 
 PLAIN = LocalRule()
@@ -151,4 +156,60 @@ def test_learning_rate_falls_over_rounds() -> None:
     config = TrainingConfig(learning_rate=2.0)
     rates = [round_learning_rate(config, r, 4) for r in range(4)]
     assert rates == pytest.approx([2.0, 1 + 0.5**0.5, 1.0, 1 - 0.5**0.5])
-    assert round_learning_rate(TrainingConfig(learning_rate=2.0, schedule="constant"), 3, 4) == 2.0
+    assert round_learning_rate(TrainingConfig(learning_rate=2.0, schedule=ScheduleConfig(over="none")), 3, 4) == 2.0
+    for over, last in (("rounds", 1 - 0.5**0.5), ("both", 1 - 0.5**0.5), ("steps", 2.0)):
+        config = TrainingConfig(learning_rate=2.0, schedule=ScheduleConfig(over=over))  # type: ignore[arg-type]
+        assert round_learning_rate(config, 3, 4) == pytest.approx(last)
+
+
+def test_learning_rate_of_a_step() -> None:
+    """Over 4 steps cos(0), cos(pi/4), cos(pi/2), cos(3 pi/4); a warmup of a quarter of 8 steps: a half and the whole, then 6 of cosine."""
+    plain, warm = ScheduleConfig(over="steps"), ScheduleConfig(over="both", warmup=0.25)
+    assert [of_step(plain, i, 4) for i in range(4)] == pytest.approx([1.0, 0.5 + 0.5**1.5, 0.5, 0.5 - 0.5**1.5])
+    assert [of_step(warm, i, 8) for i in range(4)] == pytest.approx([0.5, 1.0, 1.0, 0.5 + 0.25 * 3**0.5])
+    assert of_step(ScheduleConfig(), 3, 4) == of_step(ScheduleConfig(over="none"), 3, 4) == 1.0
+    assert of_step(ScheduleConfig(over="steps", warmup=0.01), 0, 1) == 1.0
+
+
+@given(steps=st.integers(1, 300), warmup=st.floats(0, 0.99))
+def test_no_step_is_lost_and_none_is_larger_than_the_round_s(steps: int, warmup: float) -> None:
+    rates = [of_step(ScheduleConfig(over="steps", warmup=warmup), i, steps) for i in range(steps)]
+    assert all(0 < rate <= 1 for rate in rates)
+    top = rates.index(max(rates))
+    assert rates[: top + 1] == sorted(rates[: top + 1])
+    assert rates[top:] == sorted(rates[top:], reverse=True)
+
+
+def test_steps_follow_the_schedule(vlm: VisionLanguageModel, encoder: Encoder, federation: FederatedData) -> None:
+    """Two steps; AdamW's first moves every entry with a gradient by the rate, here half of it while it warms up; alone and together."""
+    samples = [encoder(sample) for sample in federation.clients["client-00"][:2]]
+    task = LocalTask("a", 0, 0, samples, read_weights(vlm.model), 1e-3)
+    moved = {}
+    for name, schedule in (("half", ScheduleConfig(over="steps", warmup=0.99)), ("whole", ScheduleConfig())):
+        config = TrainingConfig(batch_size=1, local_epochs=1, schedule=schedule)
+        results = [train_locally(vlm, task, PLAIN, config), train_together(vlm, [(task, PLAIN), (task, PLAIN)], config)[0]]
+        moved[name] = [W.norm(W.subtract(result.weights, task.received)) for result in results]
+    for half, whole in zip(moved["half"], moved["whole"], strict=True):
+        assert 0.6 < half / whole < 0.9
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (["cosine"], r"must be cosine or constant, or a mapping .* is \['cosine'\]"),
+        ("cosin", r"training\.schedule: must be cosine or constant, or a mapping such as \{over: steps, warmup: 0\.01\}, is 'cosin'"),
+        ({"over": "rounds", "warmup": 0.1}, r"warmup: 0\.1 is of a round's steps, but over is rounds; set over to steps or both"),
+        ({"over": "steps", "warm": 0.1}, r"training\.schedule\.warm: is no known setting; did you mean warmup\?"),
+        ({"over": "steps", "warmup": 1}, r"training\.schedule.*less than 1"),
+    ],
+)
+def test_a_schedule_that_cannot_be_is_refused(value: object, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Experiment.parse({"training": {"schedule": value}})
+
+
+def test_settings_of_a_schedule_are_read_as_they_were_written() -> None:
+    for value in ("cosine", "constant", {"over": "both", "warmup": 0.01}):
+        experiment = Experiment.parse({"training": {"schedule": value}})
+        assert Experiment.from_yaml(experiment.to_yaml()) == experiment
+        assert experiment.model_dump(mode="json")["training"]["schedule"] == value

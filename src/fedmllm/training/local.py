@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -22,6 +21,7 @@ from fedmllm.randomness import generator, torch_randomness
 from fedmllm.training.alignment import backward_alignment
 from fedmllm.training.batches import Step, batched, passes, steps
 from fedmllm.training.rules import LocalResult, LocalRule
+from fedmllm.training.schedule import ScheduleConfig, of_round, of_step
 from fedmllm.types import Weights
 
 
@@ -37,9 +37,9 @@ class TrainingConfig(BaseModel):
     accumulation: int = Field(1, gt=0)
     """Micro-batches per optimizer step."""
     learning_rate: float = Field(1e-3, gt=0)
-    """AdamW's step size in the first round."""
-    schedule: Literal["cosine", "constant"] = "cosine"
-    """How the learning rate goes over the rounds; it is constant within a round."""
+    """AdamW's largest step size."""
+    schedule: ScheduleConfig = ScheduleConfig()
+    """How the learning rate goes."""
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled weight decay."""
     beta1: float = Field(0.9, ge=0, lt=1)
@@ -72,10 +72,8 @@ class LocalTask:
 
 
 def round_learning_rate(config: TrainingConfig, round_num: int, num_rounds: int) -> float:
-    """``lr * (1 + cos(pi * round_num / num_rounds)) / 2``: full in round 0, near zero in the last; or constant."""
-    if config.schedule == "constant":
-        return config.learning_rate
-    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * round_num / num_rounds))
+    """A round's: the configured one times the schedule's factor of the round."""
+    return config.learning_rate * of_round(config.schedule, round_num, num_rounds)
 
 
 def reach(config: TrainingConfig, learning_rate: float, num_samples: int, num_entries: int) -> float:
@@ -328,6 +326,8 @@ class _Turn:
         self._edit_gradients()
         if self._config.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(list(self._parameters.values()), self._config.clip_norm)
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._task.learning_rate * of_step(self._config.schedule, position, len(self.plan))
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
 
