@@ -5,13 +5,12 @@ READY := .venv/.ready
 DEMO_OUTPUT ?= runs/demo
 JOBS ?= 2
 
-.PHONY: help install demo test test-sites test-slow test-quantized test-tracking check format bench clean
+.PHONY: help install demo test test-sites test-quantized test-tracking check format bench clean
 
 help:
 	@echo "make demo    train the embedded model on the embedded data (about a minute) and print the scores"
 	@echo "make test    run the tests"
-	@echo "make test-sites  run the tests that kill a server's and sites' processes (some minutes)"
-	@echo "make test-slow  run the other slow tests"
+	@echo "make test-sites  run the tests that start processes and kill them: a server's and sites', workers, sweeps (some minutes)"
 	@echo "make test-quantized  run the tests of 4-bit weights, with bitsandbytes in a folder of its own"
 	@echo "make test-tracking  run the tests of Weights & Biases and MLflow, in a folder of their own"
 	@echo "make check   lint, types, import direction"
@@ -34,15 +33,12 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest --numprocesses=$(JOBS) --quiet -m "not slow"
 
-test-slow: $(READY)
-	$(BIN)/python -m pytest --numprocesses=$(JOBS) --quiet -m slow --ignore=tests/sites
-
 test-quantized: $(READY)
 	$(BIN)/python -m pip install --quiet --target build/quantized --no-deps "bitsandbytes>=0.49"
 	PYTHONPATH=build/quantized $(BIN)/python -m pytest --quiet tests/models/test_quantized.py
 
 test-sites: $(READY)
-	$(BIN)/python -m pytest --numprocesses=$(JOBS) --quiet tests/sites -m slow
+	$(BIN)/python -m pytest --numprocesses=$(JOBS) --quiet -m slow
 
 test-tracking: $(READY)
 	$(BIN)/python -m pip install --quiet --target build/tracking --upgrade --constraint constraints.txt "wandb>=0.19" "mlflow-skinny>=3" sqlalchemy alembic

@@ -217,6 +217,7 @@ def test_paths_that_are_not_there(tmp_path: Path, command: tuple[str, ...]) -> N
     assert "nowhere" in done.stderr
 
 
+@pytest.mark.slow
 def test_interrupted_from_the_keyboard_it_says_how_to_go_on(quick: Path) -> None:
     command = [sys.executable, "-m", "fedmllm", "train", "quick.yaml", "federation.num_rounds=500"]
     process = subprocess.Popen(command, cwd=quick, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -395,6 +395,7 @@ engine: {device: cpu}
 """
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_the_end_is_bit_identical(tmp_path: Path) -> None:
     """SIGKILL, at least five times, at moments between the first line of a sitting and the end of the run."""
     (tmp_path / "demo.yaml").write_text(RESUMED)

@@ -172,6 +172,7 @@ def test_a_cell_that_another_process_works_on_is_left_to_it(tmp_path: Path) -> N
     assert failures(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_processes_and_a_kill_change_nothing(tmp_path: Path) -> None:
     """Killed after the first round of the first cell, and gone on with in two processes: as in one, without a stop."""
     (tmp_path / "grid.yaml").write_text(yaml.safe_dump(SMALL))

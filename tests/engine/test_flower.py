@@ -234,6 +234,7 @@ def workers_of(pid: int) -> list[int]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for workers in /proc")
 def test_the_simulation_ends_alike_with_a_worker_killed(tmp_path: Path) -> None:
     """The command, with real workers: one is killed after the first round, its clients are asked again."""

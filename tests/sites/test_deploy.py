@@ -27,6 +27,7 @@ from fedmllm.engine.sites import ServerConfig
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="the page is written for a POSIX shell")
 def test_the_walk_through_works_as_it_is_written(tmp_path: Path) -> None:
     text = (ROOT / "docs" / "deploy.md").read_text(encoding="utf-8")

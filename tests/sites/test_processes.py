@@ -59,6 +59,7 @@ def refused(command: list[str], words: str, seconds: float = 60) -> str:
     return said
 
 
+@pytest.mark.slow
 def test_training_over_sites_ends_as_in_one_process_and_strangers_are_refused(tmp_path: Path) -> None:
     with Processes(tmp_path / "federation", {name: {} for name in SITES}) as processes:
         run = processes.train(EXPERIMENT, tmp_path / "there")
