@@ -19,6 +19,7 @@ from fedmllm.engine.checkpoint import RunStore
 pytest.importorskip("flwr", reason="Flower is not installed: pip install 'fedmllm[flower]'")
 
 from loopback import loopback
+from tiny_families import folder_of
 
 RESIDENT = Resident()
 """Of the server's side; the worker has one of its own."""
@@ -33,6 +34,8 @@ def through_messages(monkeypatch: pytest.MonkeyPatch) -> None:
 def experiment(name: str, engine: str, **sections: Any) -> Experiment:
     parameters = {"server_learning_rate": 0.01} if name.startswith("feda") and name not in ("fedavg", "fedavgm") else {}
     values: dict[str, Any] = {
+        # What travels does not depend on how wide the model is.
+        "model": {"name": folder_of("llava")},
         "data": {"dataset": "digits-claims", "num_train": 40, "num_test": 8, "check_images": False},
         "federation": {"num_clients": 6, "clients_per_round": 5, "num_rounds": 2, "scenario": "missing-0.3", "min_partition_size": 3},
         "algorithm": {"name": name, "parameters": parameters, "strategies": [s for s in STRATEGIES if s != "agnostic_prompt"]},
