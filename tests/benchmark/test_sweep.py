@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+import fedmllm
 from fedmllm.benchmark import grid as module
 from fedmllm.benchmark.grid import Cell, Grid, cells, load_grid
 from fedmllm.benchmark.sweep import Places, failures, require_sources, run_sweep, share
@@ -111,6 +113,54 @@ def test_comments_and_docstrings_are_not_code() -> None:
     plain = module._meaning("def f(x):\n    return x + 1\n")
     assert module._meaning('"""A."""\n\ndef f(x):\n    """B."""\n    # C\n    return (x + 1)\n') == plain
     assert module._meaning("def f(x):\n    return x + 2\n") != plain
+
+
+PACKAGE = Path(fedmllm.__file__).parent
+
+
+def counted() -> set[str]:
+    """Modules that the version of the code is made of."""
+    return {path.relative_to(PACKAGE).with_suffix("").as_posix() for path in module.code_files()}
+
+
+def test_the_version_of_the_code_is_what_computes_and_nothing_else() -> None:
+    """benchmark/run sets the baselines' length; exports, plans and the making of the embedded model decide no score."""
+    decide = {"benchmark/run", "benchmark/summary", "config", "randomness", "data/federated", "data/datasets/mixture", "data/fingerprint"}
+    assert decide <= counted()
+    assert counted().isdisjoint(
+        {"data/export", "models/plan", "models/nano/pretrain", "engine/superlink", "benchmark/figures", "views", "cli"}
+    )
+    assert all(module._module_file(name) is not None for name in module._NO_MATTER)
+
+
+def test_every_module_that_a_cell_loads_is_counted_or_known_not_to_matter(tmp_path: Path) -> None:
+    """Asked of a process that trains one on several data sets."""
+    parts = [{"dataset": "digits-vqa", "num_train": 16, "num_test": 4}, {"dataset": "digits-cards", "num_train": 16, "num_test": 4}]
+    data = {"dataset": "mixture", "num_train": None, "num_test": None, "options": {"parts": parts}}
+    experiment = small(datasets={"mix": {"data": data}})[0].experiment
+    (tmp_path / "e.yaml").write_text(experiment.to_yaml())
+    program = (
+        "import sys; from fedmllm.benchmark.run import train; from fedmllm.config import Experiment; "
+        f"train(Experiment.load({str(tmp_path / 'e.yaml')!r}), {str(tmp_path / 'run')!r}, report=False); "
+        "print(*(name for name, m in sys.modules.items() if name.startswith('fedmllm.') and not hasattr(m, '__path__')))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=True)
+    loaded = {name.removeprefix("fedmllm.").replace(".", "/") for name in done.stdout.split()}
+    shown = {name.removeprefix("fedmllm.").replace(".", "/") for name in module._NO_MATTER}
+    assert "training/local" in loaded
+    # What only shows imports others that only show.
+    assert {name for name in loaded - counted() - shown if not name.startswith(("benchmark/", "engine/"))} == set()
+
+
+def test_another_embedded_model_is_another_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = module.code_version()
+    shutil.copytree(module.NANO_FOLDER, tmp_path / "nano")
+    monkeypatch.setattr(module, "NANO_FOLDER", tmp_path / "nano")
+    (tmp_path / "nano" / "README.md").write_text("other words")
+    assert module.code_version.__wrapped__() == before
+    with (tmp_path / "nano" / "model.safetensors").open("ab") as file:
+        file.write(b" ")
+    assert module.code_version.__wrapped__() != before
 
 
 @given(st.integers(0, 40), st.integers(1, 7))

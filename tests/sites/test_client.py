@@ -77,6 +77,20 @@ def test_a_site_without_data_trains_its_part_of_the_embedded_split(experiment: E
     assert told.num_samples == len(data.clients["client-00"])
 
 
+def test_a_run_begins_on_the_data_as_they_are_then(experiment: Experiment, tmp_path: Path) -> None:
+    """The same settings again, from a server that runs its experiment a second time, find the row that came in between."""
+    row, file = {"t": "words", "a": "x"}, tmp_path / "train.jsonl"
+    columns = {"text": "t", "answer": "a"}
+    options = {"train": "train.jsonl", "test_share": 0.25, "columns": columns, "question": "Which?", "choices": ["x", "y"]}
+    site = worker(tmp_path, data={"dataset": "jsonl", "root": ".", "options": options})
+    question, counts = write_question("client-00", {"experiment": settings(experiment), "run": "r"}), []
+    for number in (8, 12):
+        file.write_text(f"{json.dumps(row)}\n" * number)
+        counts.append(read_word(site.present(question), "client-00", Presence).num_samples)
+    site.close()
+    assert counts == [6, 9]
+
+
 def test_what_leaves_the_site_is_written_down(experiment: Experiment, tmp_path: Path) -> None:
     site = worker(tmp_path, data=OWN)
     presence(site, experiment)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -9,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedmllm.data.federated import FederatedData
+from fedmllm.errors import DataError
 from fedmllm.models.encoding import Encoded, answer_logits, collate
 from fedmllm.models.features import VisionFeatures
 from fedmllm.models.load import VisionLanguageModel
@@ -93,6 +95,31 @@ def test_encoder_tells_a_sample_from_its_reduced_copy(vlm: VisionLanguageModel, 
     whole = federation.dataset.test[0]
     assert "pixel_values" in encoder(whole).extras
     assert "pixel_values" not in encoder(replace(whole, content={"text": whole.content["text"]})).extras
+
+
+def test_encoder_tells_samples_of_one_id_apart_by_what_they_hold(vlm: VisionLanguageModel, federation: FederatedData) -> None:
+    encoder, sample = Encoder(vlm, "agnostic"), federation.dataset.test[0]
+    other = replace(sample, content={**sample.content, "text": "other words"})
+    assert not torch.equal(encoder(other).input_ids, encoder(sample).input_ids)
+    assert encoder(replace(sample, id="copy")) is encoder(sample)
+
+
+def test_encoder_forgets_keys_of_samples_that_are_gone(vlm: VisionLanguageModel, federation: FederatedData) -> None:
+    """Of the copies that scenarios make in every run, and of those without a modality that alignment makes in every round."""
+    encoder = Encoder(vlm, "agnostic")
+    samples = [replace(sample) for sample in federation.dataset.test[:4]]
+    list(map(encoder.with_reduced, samples))
+    gc.collect()
+    assert len(encoder._keys) == 4
+    del samples
+    gc.collect()
+    assert encoder._keys == {}
+
+
+def test_an_error_names_its_sample(encoder: Encoder, federation: FederatedData) -> None:
+    sample = replace(federation.dataset.test[0], id="many", options=tuple(map(str, range(27))), answer="1")
+    with pytest.raises(DataError, match=r"^sample many: a sample has 27 options"):
+        encoder(sample)
 
 
 @pytest.fixture

@@ -18,11 +18,17 @@ import fedmllm
 from fedmllm.config import Experiment
 from fedmllm.errors import ConfigError, listing
 from fedmllm.evaluation.evaluate import EvaluationConfig
+from fedmllm.models.load import NANO_FOLDER
 
 Sections = dict[str, Any]
 """Part of an experiment: sections with some of their settings."""
-_ROOMS = ("data", "models", "training", "algorithms", "engine", "evaluation")
-"""What a score depends on; what shows it does not count."""
+_RUN = "fedmllm.benchmark.run"
+"""The module that computes a cell."""
+_NO_MATTER = frozenset(
+    {f"fedmllm.benchmark.{name}" for name in ("card", "folders", "observer", "report", "roll_call", "tracking")}
+    | {f"fedmllm.engine.{name}" for name in ("run_grid", "simulation", "sites", "superlink")}
+)
+"""What a run imports to show its numbers, or to reach its clients: none of it changes them."""
 
 
 def _named(*place: str) -> BeforeValidator:
@@ -211,14 +217,44 @@ def merged(*layers: Mapping[str, Any]) -> Sections:
 
 @cache
 def code_version() -> str:
-    """A digest of the code on which scores depend, comments and docstrings left out."""
-    package = Path(fedmllm.__file__).parent
-    files = [path for room in _ROOMS for path in sorted((package / room).rglob("*.py"))]
+    """A digest of what scores depend on beside settings and data: the code that a run imports, comments and docstrings left out, and the
+    embedded model."""
     digest = hashlib.sha256()
-    for path in [*files, *sorted(package.glob("*.py"))]:
-        if path.parent != package or path.stem not in ("cli", "display", "__main__", "__init__"):
-            digest.update(_meaning(path.read_text(encoding="utf-8")).encode())
+    for path in code_files():
+        digest.update(_meaning(path.read_text(encoding="utf-8")).encode())
+    for path in sorted(path for path in NANO_FOLDER.iterdir() if path.suffix != ".md"):
+        digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
+
+
+def code_files() -> list[Path]:
+    """The package's modules that a run imports, directly or through others, and all datasets, which are imported by their names."""
+    package = Path(fedmllm.__file__).parent
+    found: set[Path] = set()
+    waiting = [_module_file(_RUN), *sorted((package / "data" / "datasets").rglob("*.py"))]
+    while waiting:
+        path = waiting.pop()
+        if path is not None and path not in found:
+            found.add(path)
+            waiting += [_module_file(name) for name in sorted(_imported(path))]
+    return sorted(found)
+
+
+def _imported(path: Path) -> set[str]:
+    """Modules of this package that a module imports, inside its functions too; names that are no modules are among them."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return {name for name in found if name.startswith("fedmllm.") and name not in _NO_MATTER}
+
+
+def _module_file(name: str) -> Path | None:
+    """Where a module's code is; None for a name that is none."""
+    place = Path(fedmllm.__file__).parent.joinpath(*name.split(".")[1:])
+    return next((path for path in (place.with_suffix(".py"), place / "__init__.py") if path.is_file()), None)
 
 
 def _meaning(source: str) -> str:

@@ -7,13 +7,15 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import TypeVar
 
 from fedmllm.config import Experiment
 from fedmllm.data.datasets.base import Dataset
 from fedmllm.data.federated import load
+from fedmllm.data.fingerprint import folder_key
 from fedmllm.models.features import VisionFeatures, serves
-from fedmllm.models.load import VisionLanguageModel, choose_device, load_model
+from fedmllm.models.load import VisionLanguageModel, choose_device, load_model, model_source
 from fedmllm.models.lora import attach_lora, detach_lora
 from fedmllm.models.parts import Part, parts
 from fedmllm.models.tail import lengthen, shorten
@@ -22,7 +24,7 @@ from fedmllm.training.batches import Encoder
 _LOG = logging.getLogger(__name__)
 T = TypeVar("T")
 _KEPT = 4
-"""Data sets, and encoded samples of as many. Of models one is kept."""
+"""Data sets, and encoders of as many wordings. Of models one is kept."""
 
 
 class Resident:
@@ -34,14 +36,14 @@ class Resident:
         self._encoders: OrderedDict[str, Encoder] = OrderedDict()
 
     def dataset(self, experiment: Experiment) -> Dataset:
-        """The samples before they are spread."""
-        return _held(self._datasets, _KEPT, _key(experiment, "data"), lambda: load(experiment.data, experiment.seed))
+        """The samples before they are spread, as their files are now."""
+        key = _key(experiment, "data") + folder_key(*experiment.data.roots)
+        return _held(self._datasets, _KEPT, key, lambda: load(experiment.data, experiment.seed))
 
     def encoder(self, experiment: Experiment) -> Encoder:
-        """Encoded samples. What the scenario takes from a sample shows in its modalities; what else was done to it, in the settings."""
-        plain = self._plain(experiment)
-        key = _key(experiment, "model", "data") + f"{experiment.federation.heterogeneity} {plain.features is None}"
-        return _held(self._encoders, _KEPT, key, lambda: Encoder(plain, experiment.data.prompt))
+        """Encoded samples of whatever data and split: an encoder tells samples apart by what they hold."""
+        plain, style = self._plain(experiment), experiment.data.prompt
+        return _held(self._encoders, _KEPT, f"{style} {plain.features is None}", lambda: Encoder(plain, style))
 
     @contextmanager
     def model(self, experiment: Experiment) -> Iterator[tuple[VisionLanguageModel, list[Part]]]:
@@ -58,8 +60,9 @@ class Resident:
             detach_lora(vlm)
 
     def _plain(self, experiment: Experiment) -> VisionLanguageModel:
-        """The model without adapters; without features where what makes them trains."""
-        key = _key(experiment, "model") + f"{experiment.engine.device} {experiment.engine.feature_bytes}"
+        """The model without adapters, as its files are now; without features where what makes them trains."""
+        source = folder_key(Path(model_source(experiment.model.name)))
+        key = _key(experiment, "model") + f"{experiment.engine.device} {experiment.engine.feature_bytes} {source}"
         if key not in self._models:
             # They hold on to the model that they encode for, and to features that would go with it.
             self._encoders.clear()

@@ -99,10 +99,7 @@ def require_sources(cells: Sequence[Cell], grid: Path) -> None:
     """
     problems: dict[str, None] = {}
     for cell in cells:
-        data = cell.experiment.data
-        parts = data.options.get("parts", ())
-        roots = [data.root, *(part.get("root") for part in parts if isinstance(part, dict))]
-        problems |= {f"{root}: no such folder of data": None for root in roots if root is not None and not Path(root).is_dir()}
+        problems |= {f"{root}: no such folder of data": None for root in cell.experiment.data.roots if not root.is_dir()}
         try:
             check_source(cell.experiment.model)
         except ModelError as error:

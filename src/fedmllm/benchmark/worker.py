@@ -152,9 +152,10 @@ class Worker:
             return write_answer(self.failed(facts.client, error), facts.round_num)
 
     def present(self, content: bytes) -> bytes:
-        """A client's word about itself, once model and data are there."""
+        """A client's word about itself, once model and data are there; with it a run begins, on the data as they are now."""
         facts = read_task(content).facts
         try:
+            self.close()
             samples = self._open(facts).samples(facts.client)
             counted = dict(profile(samples))
             presence = Presence(client=facts.client, num_samples=len(samples), profile=counted, rank=None, trial=True)

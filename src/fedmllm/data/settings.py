@@ -56,6 +56,12 @@ class DataConfig(BaseModel):
         check_options(DATASETS[self.dataset].options(), self.options)
         return self
 
+    @property
+    def roots(self) -> tuple[Path, ...]:
+        """Every folder that is read: of the dataset, or of a mixture's parts."""
+        parts = getattr(check_options(DATASETS[self.dataset].options(), self.options), "parts", ())
+        return tuple(root for root in (self.root, *(part.root for part in parts)) if root is not None)
+
 
 class FederationConfig(BaseModel):
     """Who takes part, how the data are spread and how long it lasts."""

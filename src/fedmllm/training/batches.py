@@ -4,22 +4,29 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
+from weakref import ReferenceType, ref
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fedmllm.data.fingerprint import prompt_key
 from fedmllm.data.modalities import keep_only
 from fedmllm.data.prompts import PromptStyle, target, to_messages
 from fedmllm.errors import DataError, ModelError
 from fedmllm.models.encoding import Batch, Encoded, collate, encode
 from fedmllm.models.load import VisionLanguageModel
-from fedmllm.types import Sample
+from fedmllm.types import Message, Sample
 
 
 class Encoder:
     """Samples as tensors, kept for the next time up to a limit of memory, the least recently used leaving first.
+
+    They are kept by what they are made of: prompt, pictures and answer (``data.fingerprint.prompt_key``). Splits, scenarios and data sets can
+    therefore share an encoder, whatever they have done to a sample of the same id. The key of a sample is made once for as long as it lives.
 
     Where the model keeps features of pictures (``vlm.features``) they are computed here, and pixels, nearly all of a sample's memory, are dropped.
 
@@ -31,8 +38,9 @@ class Encoder:
 
     def __init__(self, vlm: VisionLanguageModel, style: PromptStyle, max_bytes: int = 1 << 30) -> None:
         self._vlm, self._style, self._max_bytes = vlm, style, max_bytes
-        self._kept: OrderedDict[tuple[str, tuple[str, ...]], Encoded] = OrderedDict()
+        self._kept: OrderedDict[bytes, Encoded] = OrderedDict()
         self._bytes = 0
+        self._keys: dict[int, tuple[ReferenceType[Sample], bytes]] = {}
 
     def with_reduced(self, sample: Sample) -> Encoded:
         """The sample, and itself with each modality left out in turn if it holds several."""
@@ -47,7 +55,7 @@ class Encoder:
         Raises:
             ModelError, DataError: naming the sample that cannot be had as tensors.
         """
-        key = (sample.id, sample.modalities)
+        key = self._key(sample)
         if key in self._kept:
             self._kept.move_to_end(key)
             return self._kept[key]
@@ -60,11 +68,32 @@ class Encoder:
             self._bytes -= _size(self._kept.popitem(last=False)[1])
         return encoded
 
+    def _key(self, sample: Sample) -> bytes:
+        """Remembered by the object's identity: what it holds is not hashed again in every round."""
+        known = self._keys.get(id(sample))
+        if known is not None and known[0]() is sample:
+            return known[1]
+        key = prompt_key(*self._worded(sample))
+        self._keys[id(sample)] = ref(sample, partial(self._keys.pop, id(sample))), key
+        return key
+
+    def _worded(self, sample: Sample) -> tuple[tuple[Message, ...], str]:
+        with _naming(sample):
+            return to_messages(sample, self._style), target(sample)
+
     def _encoded(self, sample: Sample) -> Encoded:
-        try:
-            return encode(self._vlm, to_messages(sample, self._style), target(sample))
-        except (ModelError, DataError) as error:
-            raise type(error)(f"sample {sample.id}: {error}") from error
+        messages, answer = self._worded(sample)
+        with _naming(sample):
+            return encode(self._vlm, messages, answer)
+
+
+@contextmanager
+def _naming(sample: Sample) -> Iterator[None]:
+    """Errors in this block say which sample they are about."""
+    try:
+        yield
+    except (ModelError, DataError) as error:
+        raise type(error)(f"sample {sample.id}: {error}") from error
 
 
 def _size(encoded: Encoded) -> int:
