@@ -76,13 +76,13 @@ def momentum(state: Numbers, sent: Sequence[Sent], name: str) -> Array:
     return np.asarray(state.memory[name])
 
 
-def adaptive(second: Callable[[Array, Array], Array]) -> Reference:
-    """Reddi et al., Algorithm 2, at our defaults: eta = tau = 1e-3, beta1 = 0.9, beta2 = 0.99; D is the plain mean."""
+def adaptive(second: Callable[[Array, Array], Array], beta1: float = 0.9) -> Reference:
+    """Reddi et al., Algorithm 2, at the defaults: eta = tau = 1e-3, beta2 = 0.99, beta1 = 0.9 but for Adagrad's 0; D is the plain mean."""
 
     def rule(state: Numbers, sent: Sequence[Sent], name: str) -> Array:
         m, v = state.memory.get(name, (0.0, np.full(state.weights[name].shape, 1e-6)))
         d = np.mean([s.update[name] for s in sent], axis=0)
-        m, v = 0.9 * m + 0.1 * d, second(v, d * d)
+        m, v = beta1 * m + (1 - beta1) * d, second(v, d * d)
         state.memory[name] = (m, v)
         return np.asarray(1e-3 * m / (np.sqrt(v) + 1e-3))
 
@@ -179,7 +179,7 @@ CASES: dict[str, Case] = {
     "fedprox": Case(average, neutral={"proximal_mu": 0.0}),
     "fedavgm": Case(by_tensor(momentum), neutral={"beta1": 0.0}),
     "fedmllm": Case(flexlora, {"calibration": 0.0}, "flexlora"),
-    "fedadagrad": Case(adaptive(lambda v, s: v + s)),
+    "fedadagrad": Case(adaptive(lambda v, s: v + s, beta1=0.0)),
     "fedadam": Case(adaptive(lambda v, s: 0.99 * v + 0.01 * s)),
     "fedyogi": Case(adaptive(lambda v, s: v - 0.01 * s * np.sign(v - s))),
     "fedex_lora": Case(fedex),
@@ -515,7 +515,7 @@ FEDOPT = ("fedadagrad", "fedadam", "fedyogi")
 
 @pytest.mark.parametrize("name", ["fedavgm", *FEDOPT])
 def test_the_reference_variant_starts_with_the_first_update_itself(name: str) -> None:
-    """Round 1: m = D. Round 2: m = 0.9 D_1 + 0.1 D_2, and for the FedOpt family v is fed with m^2 in both."""
+    """Round 1: m = D. Round 2: m = 0.9 D_1 + 0.1 D_2, but for Adagrad D_2; for the FedOpt family v is fed with m^2 in both."""
     algorithm = build(name, reference=True)
     state, momenta, means = begin(algorithm), [], []
     for _ in range(2):
@@ -525,9 +525,17 @@ def test_the_reference_variant_starts_with_the_first_update_itself(name: str) ->
         state = server_round(algorithm, state, sent)
         momenta.append(state.slots["momentum"][B].numpy())
     np.testing.assert_allclose(momenta[0], means[0], atol=1e-12)
-    np.testing.assert_allclose(momenta[1], 0.9 * means[0] + 0.1 * means[1], atol=1e-12)
+    stays = 0.0 if name == "fedadagrad" else 0.9
+    np.testing.assert_allclose(momenta[1], stays * means[0] + (1 - stays) * means[1], atol=1e-12)
     if name == "fedadagrad":
         np.testing.assert_allclose(state.slots["second_moment"][B].numpy(), 1e-6 + momenta[0] ** 2 + momenta[1] ** 2, atol=1e-12)
+
+
+def test_adagrad_of_the_published_code_has_no_momentum_to_set() -> None:
+    """The others' momentum may be set with it."""
+    with pytest.raises(ValueError, match=r"parameters: reference: the published code's FedAdagrad has no momentum, beta1 is 0\.9"):
+        build("fedadagrad", reference=True, beta1=0.9)
+    assert build("fedadam", reference=True, beta1=0.8)
 
 
 def test_yogi_lets_the_second_moment_fall_slower_than_adam() -> None:
