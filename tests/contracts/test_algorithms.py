@@ -130,8 +130,10 @@ def fedex(state: Numbers, sent: Sequence[Sent]) -> None:
 
 
 def flexlora(state: Numbers, sent: Sequence[Sent]) -> None:
-    """By the SVD of the full matrix, which the method never forms."""
-    u, s, vt = np.linalg.svd(product(state, sent), full_matrices=False)
+    """By the SVD of the full matrix, which the method never forms; ranks that nobody was sent stay in it."""
+    largest = max(s.rank or RANK for s in sent)
+    unheld = state.weights[B][:, largest:] @ state.weights[A][largest:]
+    u, s, vt = np.linalg.svd(product(state, sent) + unheld, full_matrices=False)
     sign = np.sign(np.take_along_axis(vt[:RANK], np.abs(vt[:RANK]).argmax(1)[:, None], 1))
     state.weights = {A: sign * vt[:RANK], B: (u[:, :RANK] * s[:RANK]) * sign.T}
 
@@ -142,7 +144,9 @@ def hetlora(state: Numbers, sent: Sequence[Sent]) -> None:
     for k, s in enumerate(sent):
         rank = s.rank or RANK
         padded[A][k][:rank], padded[B][k][:, :rank] = own(state, s, A), own(state, s, B)
+    before, largest = state.weights, max(s.rank or RANK for s in sent)
     state.weights = {name: np.tensordot(norms / norms.sum(), np.array(rows), axes=1) for name, rows in padded.items()}
+    state.weights[A][largest:], state.weights[B][:, largest:] = before[A][largest:], before[B][:, largest:]
 
 
 def fedilora(state: Numbers, sent: Sequence[Sent]) -> None:
@@ -276,8 +280,20 @@ def test_equals_numpy_over_several_rounds(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", RANKED)
-def test_equals_numpy_with_ranks_that_differ(name: str) -> None:
-    follow(name, (1, 3, 2, 1, 2))
+@pytest.mark.parametrize("ranks", [(1, 3, 2, 1, 2), (1, 2, 2, 1, 1)])
+def test_equals_numpy_with_ranks_that_differ(name: str, ranks: Sequence[int]) -> None:
+    """In a cohort that has all ranks, and in one that leaves the last to others."""
+    follow(name, ranks)
+
+
+@pytest.mark.parametrize("name", [name for name in RANKED if name != "flora"])
+def test_ranks_that_nobody_of_the_cohort_has_are_kept(name: str) -> None:
+    """Clients of rank 1 that come back unchanged: what the model computes stays, and so it does where they are all the cohort ever has."""
+    algorithm = build(name)
+    state = first = begin(algorithm)
+    for _ in range(3):
+        state = server_round(algorithm, state, updates(algorithm, state, size=0.0, ranks=(1,) * 5))
+    torch.testing.assert_close(effective(state)["m"], effective(first)["m"], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if ALGORITHMS[name].kind in ("lora", "recommended", "one-shot", "personalized")])
