@@ -474,6 +474,18 @@ def test_robust_methods_withstand_one_client_that_sends_anything(name: str, para
     assert max(float(tensor.abs().max()) for tensor in carried.values()) > 1e3
 
 
+@pytest.mark.parametrize(("trim", "count"), [(0.0, 1), (0.1, 10), (0.2, 5), (0.34, 3), (0.49, 3), (1 / 3, 3), (1 / 49, 50)])
+def test_the_smallest_cohort_of_a_trimmed_mean_is_the_first_that_trims(trim: float, count: int) -> None:
+    """One client at each end; with one client fewer it is the plain mean. As a float, 1 / 49 of 49 is less than 1."""
+    algorithm = build("trimmed_mean", trim=trim)
+    assert algorithm.smallest_cohort == count
+    if trim:
+        outlier = torch.zeros(count)
+        outlier[0] = 1e6
+        assert float(algorithm.middle(outlier)) == 0  # type: ignore[attr-defined]
+        assert float(algorithm.middle(outlier[:-1])) > 1  # type: ignore[attr-defined]
+
+
 def test_krum_with_all_selected_is_the_plain_mean() -> None:
     algorithm = build("krum", num_selected=5)
     state = begin(algorithm)
