@@ -79,6 +79,16 @@ def cut(weights: Mapping[str, Tensor], rank: int | None) -> Weights:
     return {n: t[:rank].contiguous() if is_a(n) else t[:, :rank].contiguous() if is_b(n) else t for n, t in weights.items()}
 
 
+def beyond(weights: Mapping[str, Tensor], rank: int) -> Weights:
+    """The rows of every A and columns of every B that ``cut`` leaves out; nothing of other tensors."""
+    return {n: t[rank:] if is_a(n) else t[:, rank:] for n, t in weights.items() if is_a(n) or is_b(n)}
+
+
+def rank(weights: Mapping[str, Tensor]) -> int:
+    """The largest rank of any module."""
+    return max(len(pair.a) for _, pair in pairs(weights))
+
+
 def padded(weights: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> Weights:
     """Zeros behind the rows of A and columns of B, up to the shapes of ``like``; the opposite of ``cut``."""
     return {name: tensor if tensor.shape == like[name].shape else _grown(tensor, like[name].shape) for name, tensor in weights.items()}
@@ -104,7 +114,9 @@ def stack(members: Sequence[Weights], shares: Sequence[float]) -> dict[str, Pair
 def compress(pair: Pair, rank: int) -> Pair:
     """The best approximation of ``B A`` of a lower rank, in the Frobenius norm: ``B = U_r S_r``, ``A = V_r'``.
 
-    QR of both factors, then the SVD of the small product of their triangles; nothing of size (outputs, inputs) is formed.
+    QR of both factors, then the SVD of the small product of their triangles; nothing of size (outputs, inputs) is formed. Rows of A are
+    of length 1 also where their singular value is zero, so that a gradient reaches the column of B: as many as the smallest of
+    the pair's rank, inputs and outputs. What is asked for beyond is zero in both factors, which no gradient moves.
     Signs are fixed (the largest entry of every row of A is positive), so that equal inputs give equal factors.
     """
     q_b, r_b = torch.linalg.qr(pair.b.double())

@@ -79,6 +79,19 @@ def test_penalties_add_up() -> None:
     assert float(rule.penalty(weights(1.0), weights(), 0.0)) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("kept", [{}, {"own": {name: torch.full((2, 2), 5.0) for name in NAMES if "lora_B" in name}}])
+def test_no_strategy_pulls_at_what_a_client_keeps_for_itself(kept: dict[str, Weights]) -> None:
+    """Of FedSA-LoRA only A is shared; the B that a client received is nobody's. At its first turn and later, by value and by gradient."""
+    method = build_algorithm(AlgorithmConfig(name="FedMLLM(fedsa_lora)"))
+    penalty = method.local_rule(broadcast(), Client(state=kept)).penalty
+    assert penalty is not None
+    now = {name: torch.full((2, 2), 1.0, requires_grad=True) for name in NAMES}
+    value = penalty(now, weights(), 0.0)
+    value.backward()  # type: ignore[no-untyped-call]
+    assert float(value.detach()) == pytest.approx(0.5 * 0.001 * 20 * 4)
+    assert {name.split("lora_")[1][0] for name, tensor in now.items() if tensor.grad is not None} == {"A"}
+
+
 @pytest.mark.parametrize(
     ("a", "b", "distance"),
     [({"x": 1}, {"x": 7}, 0.0), ({"x": 1}, {"y": 1}, 1.0), ({"x": 1, "y": 1}, {"x": 3, "y": 1}, 0.25), ({}, {"x": 1}, 0.0)],
@@ -152,6 +165,13 @@ def test_the_recommended_method_is_its_two_parts() -> None:
         ({"strategies": ["feature_alignment", "feature_alignment"]}, "feature_alignment is there twice"),
         ({"name": "FedMLLM(fedavg)", "strategies": ["adaptive_regularization"]}, "adaptive_regularization is there twice"),
         ({"strategies": [{"name": "adaptive_regularization", "parameters": {"skip_fraction": 0.5}}]}, "must lie in [0, 0.5)"),
+        *(
+            (
+                {"name": name, "strategies": ["modality_coverage"]},
+                f"modality_coverage changes what updates weigh, but {name} counts clients alike",
+            )
+            for name in ("median", "trimmed_mean", "krum")
+        ),
     ],
 )
 def test_wrong_strategies_are_refused(algorithm: dict[str, object], part: str) -> None:
@@ -168,6 +188,19 @@ def test_wrong_strategies_are_refused(algorithm: dict[str, object], part: str) -
             "data.prompt: algorithm.strategies has agnostic_prompt",
         ),
         ({"algorithm": {"name": "krum"}, "federation": {"clients_per_round": 4}}, "krum with these parameters needs 5 clients"),
+        (
+            {"algorithm": {"name": "krum", "parameters": {"num_selected": 5}}, "federation": {"clients_per_round": 5}},
+            "krum with these parameters needs 6 clients",
+        ),
+        (
+            {"algorithm": {"name": "trimmed_mean"}, "federation": {"clients_per_round": 4}},
+            "with these parameters needs 5 clients or more per round, is 4",
+        ),
+        (
+            {"algorithm": {"name": "trimmed_mean", "parameters": {"trim": 0.34}}},
+            "with these parameters needs 3 clients or more per round, is 2",
+        ),
+        ({"algorithm": {"name": "median"}}, "median with these parameters needs 3 clients or more per round, is 2"),
         (
             {"lora": {"client_ranks": [4, 8]}},
             "fedavg needs one rank everywhere; leave it out, or use fedilora, fedmllm, flexlora, flora, hetlora",

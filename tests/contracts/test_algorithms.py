@@ -76,13 +76,13 @@ def momentum(state: Numbers, sent: Sequence[Sent], name: str) -> Array:
     return np.asarray(state.memory[name])
 
 
-def adaptive(second: Callable[[Array, Array], Array]) -> Reference:
-    """Reddi et al., Algorithm 2, at our defaults: eta = tau = 1e-3, beta1 = 0.9, beta2 = 0.99; D is the plain mean."""
+def adaptive(second: Callable[[Array, Array], Array], beta1: float = 0.9) -> Reference:
+    """Reddi et al., Algorithm 2, at the defaults: eta = tau = 1e-3, beta2 = 0.99, beta1 = 0.9 but for Adagrad's 0; D is the plain mean."""
 
     def rule(state: Numbers, sent: Sequence[Sent], name: str) -> Array:
         m, v = state.memory.get(name, (0.0, np.full(state.weights[name].shape, 1e-6)))
         d = np.mean([s.update[name] for s in sent], axis=0)
-        m, v = 0.9 * m + 0.1 * d, second(v, d * d)
+        m, v = beta1 * m + (1 - beta1) * d, second(v, d * d)
         state.memory[name] = (m, v)
         return np.asarray(1e-3 * m / (np.sqrt(v) + 1e-3))
 
@@ -130,8 +130,10 @@ def fedex(state: Numbers, sent: Sequence[Sent]) -> None:
 
 
 def flexlora(state: Numbers, sent: Sequence[Sent]) -> None:
-    """By the SVD of the full matrix, which the method never forms."""
-    u, s, vt = np.linalg.svd(product(state, sent), full_matrices=False)
+    """By the SVD of the full matrix, which the method never forms; ranks that nobody was sent stay in it."""
+    largest = max(s.rank or RANK for s in sent)
+    unheld = state.weights[B][:, largest:] @ state.weights[A][largest:]
+    u, s, vt = np.linalg.svd(product(state, sent) + unheld, full_matrices=False)
     sign = np.sign(np.take_along_axis(vt[:RANK], np.abs(vt[:RANK]).argmax(1)[:, None], 1))
     state.weights = {A: sign * vt[:RANK], B: (u[:, :RANK] * s[:RANK]) * sign.T}
 
@@ -142,7 +144,9 @@ def hetlora(state: Numbers, sent: Sequence[Sent]) -> None:
     for k, s in enumerate(sent):
         rank = s.rank or RANK
         padded[A][k][:rank], padded[B][k][:, :rank] = own(state, s, A), own(state, s, B)
+    before, largest = state.weights, max(s.rank or RANK for s in sent)
     state.weights = {name: np.tensordot(norms / norms.sum(), np.array(rows), axes=1) for name, rows in padded.items()}
+    state.weights[A][largest:], state.weights[B][:, largest:] = before[A][largest:], before[B][:, largest:]
 
 
 def fedilora(state: Numbers, sent: Sequence[Sent]) -> None:
@@ -179,7 +183,7 @@ CASES: dict[str, Case] = {
     "fedprox": Case(average, neutral={"proximal_mu": 0.0}),
     "fedavgm": Case(by_tensor(momentum), neutral={"beta1": 0.0}),
     "fedmllm": Case(flexlora, {"calibration": 0.0}, "flexlora"),
-    "fedadagrad": Case(adaptive(lambda v, s: v + s)),
+    "fedadagrad": Case(adaptive(lambda v, s: v + s, beta1=0.0)),
     "fedadam": Case(adaptive(lambda v, s: 0.99 * v + 0.01 * s)),
     "fedyogi": Case(adaptive(lambda v, s: v - 0.01 * s * np.sign(v - s))),
     "fedex_lora": Case(fedex),
@@ -276,8 +280,20 @@ def test_equals_numpy_over_several_rounds(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", RANKED)
-def test_equals_numpy_with_ranks_that_differ(name: str) -> None:
-    follow(name, (1, 3, 2, 1, 2))
+@pytest.mark.parametrize("ranks", [(1, 3, 2, 1, 2), (1, 2, 2, 1, 1)])
+def test_equals_numpy_with_ranks_that_differ(name: str, ranks: Sequence[int]) -> None:
+    """In a cohort that has all ranks, and in one that leaves the last to others."""
+    follow(name, ranks)
+
+
+@pytest.mark.parametrize("name", [name for name in RANKED if name != "flora"])
+def test_ranks_that_nobody_of_the_cohort_has_are_kept(name: str) -> None:
+    """Clients of rank 1 that come back unchanged: what the model computes stays, and so it does where they are all the cohort ever has."""
+    algorithm = build(name)
+    state = first = begin(algorithm)
+    for _ in range(3):
+        state = server_round(algorithm, state, updates(algorithm, state, size=0.0, ranks=(1,) * 5))
+    torch.testing.assert_close(effective(state)["m"], effective(first)["m"], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if ALGORITHMS[name].kind in ("lora", "recommended", "one-shot", "personalized")])
@@ -458,6 +474,18 @@ def test_robust_methods_withstand_one_client_that_sends_anything(name: str, para
     assert max(float(tensor.abs().max()) for tensor in carried.values()) > 1e3
 
 
+@pytest.mark.parametrize(("trim", "count"), [(0.0, 1), (0.1, 10), (0.2, 5), (0.34, 3), (0.49, 3), (1 / 3, 3), (1 / 49, 50)])
+def test_the_smallest_cohort_of_a_trimmed_mean_is_the_first_that_trims(trim: float, count: int) -> None:
+    """One client at each end; with one client fewer it is the plain mean. As a float, 1 / 49 of 49 is less than 1."""
+    algorithm = build("trimmed_mean", trim=trim)
+    assert algorithm.smallest_cohort == count
+    if trim:
+        outlier = torch.zeros(count)
+        outlier[0] = 1e6
+        assert float(algorithm.middle(outlier)) == 0  # type: ignore[attr-defined]
+        assert float(algorithm.middle(outlier[:-1])) > 1  # type: ignore[attr-defined]
+
+
 def test_krum_with_all_selected_is_the_plain_mean() -> None:
     algorithm = build("krum", num_selected=5)
     state = begin(algorithm)
@@ -515,7 +543,7 @@ FEDOPT = ("fedadagrad", "fedadam", "fedyogi")
 
 @pytest.mark.parametrize("name", ["fedavgm", *FEDOPT])
 def test_the_reference_variant_starts_with_the_first_update_itself(name: str) -> None:
-    """Round 1: m = D. Round 2: m = 0.9 D_1 + 0.1 D_2, and for the FedOpt family v is fed with m^2 in both."""
+    """Round 1: m = D. Round 2: m = 0.9 D_1 + 0.1 D_2, but for Adagrad D_2; for the FedOpt family v is fed with m^2 in both."""
     algorithm = build(name, reference=True)
     state, momenta, means = begin(algorithm), [], []
     for _ in range(2):
@@ -525,9 +553,17 @@ def test_the_reference_variant_starts_with_the_first_update_itself(name: str) ->
         state = server_round(algorithm, state, sent)
         momenta.append(state.slots["momentum"][B].numpy())
     np.testing.assert_allclose(momenta[0], means[0], atol=1e-12)
-    np.testing.assert_allclose(momenta[1], 0.9 * means[0] + 0.1 * means[1], atol=1e-12)
+    stays = 0.0 if name == "fedadagrad" else 0.9
+    np.testing.assert_allclose(momenta[1], stays * means[0] + (1 - stays) * means[1], atol=1e-12)
     if name == "fedadagrad":
         np.testing.assert_allclose(state.slots["second_moment"][B].numpy(), 1e-6 + momenta[0] ** 2 + momenta[1] ** 2, atol=1e-12)
+
+
+def test_adagrad_of_the_published_code_has_no_momentum_to_set() -> None:
+    """The others' momentum may be set with it."""
+    with pytest.raises(ValueError, match=r"parameters: reference: the published code's FedAdagrad has no momentum, beta1 is 0\.9"):
+        build("fedadagrad", reference=True, beta1=0.9)
+    assert build("fedadam", reference=True, beta1=0.8)
 
 
 def test_yogi_lets_the_second_moment_fall_slower_than_adam() -> None:

@@ -118,7 +118,7 @@ class AlgorithmConfig(BaseModel):
 
     @model_validator(mode="after")
     def _known(self) -> AlgorithmConfig:
-        _build(ALGORITHMS, "method", self.method, self.parameters)
+        build_algorithm(self)
         if twice := [name for name, count in Counter(self.strategy_names).items() if count > 1]:
             raise ValueError(f"strategies: {twice[0]} is there twice; keep one")
         return self
@@ -145,9 +145,18 @@ class AlgorithmConfig(BaseModel):
 
 
 def build_algorithm(config: AlgorithmConfig) -> Algorithm:
-    """The method a configuration names, with its strategies."""
+    """The method a configuration names, with its strategies.
+
+    Raises:
+        ConfigError: if there is no such method, strategy or parameter, a value breaks a rule, or a strategy does nothing to the method.
+    """
     method = _build(ALGORITHMS, "method", config.method, config.parameters)
     strategies = tuple(_build(STRATEGIES, "strategy", s.name, s.parameters) for s in config.all_strategies)
+    idle = [name for name, strategy in zip(config.strategy_names, strategies, strict=True) if strategy.reweighs and method.ignores_weights]
+    if idle:
+        raise ConfigError(
+            f"strategies: {idle[0]} changes what updates weigh, but {config.method} counts clients alike; leave one of them out"
+        )
     return cast(Algorithm, Composed(method, strategies) if strategies else method)
 
 

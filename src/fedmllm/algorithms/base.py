@@ -103,6 +103,8 @@ class Algorithm(Protocol):
     """True where the server must see each update by itself, which rules out streaming and secure aggregation."""
     changes_frozen: ClassVar[bool]
     """Whether it adds to the frozen matrices, which must then be held in full."""
+    ignores_weights: ClassVar[bool]
+    """Whether clients count alike whatever their updates weigh, so that a strategy that reweighs them does nothing."""
     client_sends: ClassVar[tuple[str, ...]]
     """Names of the further tensors in an update, each named and shaped like the update."""
 
@@ -153,6 +155,7 @@ class ServerAverage:
     personalized: ClassVar[bool] = False
     needs_individual_updates: ClassVar[bool] = False
     changes_frozen: ClassVar[bool] = False
+    ignores_weights: ClassVar[bool] = False
     client_sends: ClassVar[tuple[str, ...]] = ()
     by_head: ClassVar[bool] = False
     """Whether every client counts alike, rather than by its number of samples."""

@@ -13,11 +13,12 @@ from fedmllm.types import Broadcast, Slots, Weights
 
 @dataclass(frozen=True)
 class Ditto(FedAvg):
-    """FedAvg, and beside it every client trains a model of its own that is held near the global one.
+    """FedAvg, and beside it every client trains a model of its own, which strategies do not reach, and which is held near the global one.
 
         v_k <- local training of  loss(v) + (personal_mu / 2) ||v - w||^2,   from its last v_k, at first from w
 
-    The personal pass takes as long as the other one, and sends nothing. ``personal_mu = 0`` leaves v_k to the client's data alone.
+    The personal pass takes as long as the other one, and sends nothing. What a strategy adds to training is for the global model's sake
+    and leaves v_k alone; v_k feels it through w only, though the method is scored by v_k. ``personal_mu = 0`` leaves v_k to the client's data alone.
 
     Attributes:
         personal_mu: how strongly v_k is held.

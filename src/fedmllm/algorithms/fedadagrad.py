@@ -9,6 +9,7 @@ from torch import Tensor
 from fedmllm import weights as W
 from fedmllm.algorithms.base import Aggregate, ServerState, require_positive, require_within, zeros
 from fedmllm.algorithms.fedavg import FedAvg
+from fedmllm.errors import ConfigError
 from fedmllm.types import Weights
 
 
@@ -20,23 +21,30 @@ class FedAdagrad(FedAvg):
         v <- second(v, D^2),            v_0 = tau^2
         w <- w + server_learning_rate m / (sqrt(v) + tau)
 
-    D is the plain mean of the updates; there is no bias correction. All element by element, in float64.
-    Flower's adaptive servers weight D by numbers of samples and start at v_0 = 0; its ``FedAdagrad`` has no momentum, beta1 = 0.
+    D is the plain mean of the updates; there is no bias correction. All element by element, in float64. As published, FedAdagrad
+    has beta1 = 0, so that m = D in every round; FedAdam and FedYogi have 0.9.
+    Flower's adaptive servers weight D by numbers of samples and start at v_0 = 0.
 
     Attributes:
         server_learning_rate: the step's size, above 0.
         beta1: how much of the momentum stays, in [0, 1).
         tau: bounds the adaptivity, above 0.
-        reference: the variant of the code published with FedMLLM: m = D in the first round, and ``second(v, m^2)``.
+        reference: the variant of the code published with FedMLLM: m = D in the first round, and ``second(v, m^2)``. Its FedAdagrad
+            has no momentum at all, and refuses another beta1 than 0.
     """
 
     server_learning_rate: float = 1e-3
-    beta1: float = 0.9
+    beta1: float = 0.0
     tau: float = 1e-3
     reference: bool = False
     by_head = True
 
     def __post_init__(self) -> None:
+        if self.reference and self.beta1 != 0:
+            raise ConfigError(f"reference: the published code's FedAdagrad has no momentum, beta1 is {self.beta1:g}; leave one of them out")
+        self._require_ranges()
+
+    def _require_ranges(self) -> None:
         require_within("beta1", self.beta1, 0, 1)
         require_positive(tau=self.tau, server_learning_rate=self.server_learning_rate)
 

@@ -12,19 +12,21 @@ from fedmllm.algorithms.fedadagrad import FedAdagrad
 
 @dataclass(frozen=True)
 class FedAdam(FedAdagrad):
-    """FedAdagrad with ``second(v, s) = beta2 v + (1 - beta2) s``.
+    """FedAdagrad with momentum, beta1 = 0.9, and ``second(v, s) = beta2 v + (1 - beta2) s``.
 
     Flower's ``FedAdam`` weights D by numbers of samples, starts at v_0 = 0 and multiplies the rate of round t = 1, 2, ... by a
     bias correction that is one step late, ``sqrt(1 - beta2^(t + 1)) / (1 - beta1^(t + 1))``.
 
     Attributes:
+        beta1: how much of the momentum stays, in [0, 1).
         beta2: how much of the second moment stays, in [0, 1).
     """
 
+    beta1: float = 0.9
     beta2: float = 0.99
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        self._require_ranges()
         require_within("beta2", self.beta2, 0, 1)
 
     def second(self, previous: Tensor, square: Tensor) -> Tensor:

@@ -32,7 +32,8 @@ class FedSALoRA(FedAvg):
 
     def local_rule(self, broadcast: Broadcast, client: Client) -> LocalRule:
         """From the shared A and the client's B."""
-        return LocalRule(start=client.state.get("own", {}), finish=self._finish)
+        own = frozenset(filter(factors.is_b, broadcast.weights))
+        return LocalRule(start=client.state.get("own", {}), own=own, finish=self._finish)
 
     def _finish(self, result: LocalResult) -> Upload:
         own = {name: tensor for name, tensor in result.weights.items() if factors.is_b(name)}

@@ -19,8 +19,8 @@ class Krum(Median):
 
         score_k = sum of ||D_k - D_j||^2 over the K - num_byzantine - 2 nearest j;    w <- w + mean of the D_k of lowest score
 
-    Ties go to the client first by name. The rule needs 2 num_byzantine + 3 clients per round; should some fail, at least one
-    neighbor is looked at. Flower's ``Krum`` is the same rule, but takes distances from the weights' inner products in the dtype sent,
+    Ties go to the client first by name. The rule needs 2 num_byzantine + 3 clients per round, and num_selected + num_byzantine, so that
+    the Byzantine ones can be left out. Flower's ``Krum`` is the same rule, but takes distances from the weights' inner products in the dtype sent,
     where rounding can hide small updates; its ``MultiKrum`` weights the chosen by numbers of samples.
 
     Attributes:
@@ -40,8 +40,8 @@ class Krum(Median):
 
     @property
     def smallest_cohort(self) -> int:
-        """``2 num_byzantine + 3``."""
-        return max(2 * self.num_byzantine + 3, self.num_selected)
+        """The larger of ``2 num_byzantine + 3`` and ``num_selected + num_byzantine``."""
+        return self.num_byzantine + max(self.num_byzantine + 3, self.num_selected)
 
     def server_step(self, state: ServerState, aggregate: Aggregate) -> ServerState:
         """Add the mean of the chosen updates."""

@@ -17,13 +17,20 @@ from fedmllm.algorithms.fedavg import FedAvg
 class Median(FedAvg):
     """``w <- w + median_k D_k`` in every coordinate; of an even number of clients the mean of the two in the middle.
 
-    Every client's update must be seen by itself, and clients count alike. Flower's ``FedMedian`` takes the median of the weights,
+    Every client's update must be seen by itself, and clients count alike, so that strategies that reweigh them are refused. Of fewer
+    than 3 the median is the plain mean, so that a round needs 3. Flower's ``FedMedian`` takes the median of the weights,
     which is the same.
     """
 
     kind = "robust"
     needs_individual_updates = True
+    ignores_weights = True
     by_head = True
+
+    @property
+    def smallest_cohort(self) -> int:
+        """3."""
+        return 3
 
     def server_step(self, state: ServerState, aggregate: Aggregate) -> ServerState:
         """Add the robust mean of each tensor."""

@@ -61,6 +61,7 @@ class LocalRule:
         edit_gradient: replaces a gradient before clipping: (name, gradient) -> gradient.
         trains: which tensors train; all for None.
         start: tensors that begin elsewhere than at what the client received.
+        own: names of the tensors that the client keeps for itself: what it received of them is nobody's, and no strategy pulls towards it.
         records_gradient: whether ``LocalResult.gradient`` is wanted.
         alignment: weight of the loss that makes a complete sample and its copy with a modality less answer alike.
         calibration: strength of the calibration to the client's own labels (``training.calibration``).
@@ -72,6 +73,7 @@ class LocalRule:
     edit_gradient: Callable[[str, Tensor], Tensor] | None = None
     trains: Callable[[str], bool] | None = None
     start: Weights = field(default_factory=dict)
+    own: frozenset[str] = frozenset()
     records_gradient: bool = False
     alignment: float = 0.0
     calibration: float = 0.0
@@ -79,8 +81,12 @@ class LocalRule:
     personal: LocalRule | None = None
 
     def with_penalty(self, penalty: Penalty) -> LocalRule:
-        """The same rule with one more penalty."""
-        first = self.penalty
+        """The same rule with one more penalty, on what clients share."""
+        first, own = self.penalty, self.own
+
+        def shared(now: Parameters, received: Parameters, progress: float) -> Tensor:
+            return penalty({name: tensor for name, tensor in now.items() if name not in own}, received, progress)
+
         if first is None:
-            return replace(self, penalty=penalty)
-        return replace(self, penalty=lambda now, received, progress: first(now, received, progress) + penalty(now, received, progress))
+            return replace(self, penalty=shared)
+        return replace(self, penalty=lambda now, received, progress: first(now, received, progress) + shared(now, received, progress))

@@ -12,6 +12,11 @@ from fedmllm.types import Broadcast, ClientUpdate, Slots
 class Strategy:
     """Changes a method's client rule, the weight of an update, or both. This one changes nothing."""
 
+    @property
+    def reweighs(self) -> bool:
+        """Whether it changes the weight of an update."""
+        return type(self).reweigh is not Strategy.reweigh
+
     def rule(self, rule: LocalRule, broadcast: Broadcast, client: Client) -> LocalRule:
         """The client's rule, from the method's."""
         return rule

@@ -19,7 +19,8 @@ class ModalityCoverage(Strategy):
 
     n_km counts the client's samples that hold modality m, N_m those of all clients, n_k and N samples in all. Each modality has
     the same say, so that samples of a rare one, and samples that hold several, count for more. Where every sample is complete the
-    factor is 1. Clients send these counts and nothing else.
+    factor is 1. Clients send these counts and nothing else. Methods that count clients alike whatever updates weigh (median, trimmed mean,
+    Krum) are refused.
 
     Attributes:
         power: 0 changes nothing.
