@@ -13,7 +13,7 @@ from torch import Tensor
 from fedmllm.data.modalities import keep_only
 from fedmllm.data.prompts import PromptStyle, target, to_messages
 from fedmllm.errors import DataError, ModelError
-from fedmllm.models.encoding import Batch, Encoded, collate, encode
+from fedmllm.models.encoding import Batch, Encoded, collate, encode, option_tokens
 from fedmllm.models.load import VisionLanguageModel
 from fedmllm.types import Sample
 
@@ -62,6 +62,9 @@ class Encoder:
 
     def _encoded(self, sample: Sample) -> Encoded:
         try:
+            if sample.options:
+                # What no answer could be read of is found here, not when the first one is asked for.
+                option_tokens(self._vlm, sample)
             return encode(self._vlm, to_messages(sample, self._style), target(sample))
         except (ModelError, DataError) as error:
             raise type(error)(f"sample {sample.id}: {error}") from error
