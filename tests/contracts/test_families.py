@@ -15,9 +15,10 @@ from fedmllm.data.federated import FederatedData
 from fedmllm.data.images import open_image
 from fedmllm.data.prompts import to_messages
 from fedmllm.errors import ModelError
-from fedmllm.evaluation.answers import choose
+from fedmllm.evaluation.answers import _end_tokens, _read, choose
 from fedmllm.models.encoding import Encoded, answer_nll, collate, encode
 from fedmllm.models.families import FAMILIES, TESTED
+from fedmllm.models.families.generic import special_tokens
 from fedmllm.models.features import VisionFeatures, serves
 from fedmllm.models.load import ModelConfig, VisionLanguageModel, load_model
 from fedmllm.models.lora import adapted_layers, attach_lora, copies, read_weights, trainable
@@ -70,6 +71,19 @@ def test_prompt_tokens_carry_no_loss(model: VisionLanguageModel, samples: list[E
     assert batch.answer_mask.sum(dim=1).tolist() == [sample.answer_length for sample in samples]
     with torch.no_grad():
         assert not answer_nll(model, batch)[~batch.answer_mask].any()
+
+
+def test_an_answer_that_spells_control_tokens_trains_none_and_is_read_as_it_was(model: VisionLanguageModel) -> None:
+    """Of strings that the tokenizer knows as control tokens, only the real end is one."""
+    specials = special_tokens(model.processor)
+    controls = torch.tensor(model.tokenizer.convert_tokens_to_ids(list(specials)))
+    ask = (Message("user", (Part("text", "What is it?"),)),)
+    plain = encode(model, ask, "the tag").answer_ids
+    for spelled in specials[:: max(1, len(specials) // 20)]:
+        answer = f"the {spelled} tag"
+        odd = encode(model, ask, answer).answer_ids
+        assert odd[torch.isin(odd, controls)].tolist() == plain[torch.isin(plain, controls)].tolist()
+        assert _read(model, odd, _end_tokens(model)) == answer
 
 
 def test_kept_features_stand_for_pictures(model: VisionLanguageModel, samples: list[Encoded]) -> None:

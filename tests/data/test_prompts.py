@@ -76,5 +76,13 @@ def test_free_answers_are_their_own_target() -> None:
 
 
 def test_too_many_options() -> None:
-    with pytest.raises(DataError, match="27 options"):
-        to_messages(replace(COMPLETE, options=tuple(map(str, range(27)))), "agnostic")
+    with pytest.raises(DataError, match="63 options; at most 62"):
+        to_messages(replace(COMPLETE, options=tuple(map(str, range(63)))), "agnostic")
+
+
+def test_options_beyond_z_have_letters_of_their_own() -> None:
+    options = tuple(map(str, range(62)))
+    posed = replace(COMPLETE, options=options)
+    assert "Y. 24 Z. 25 a. 26 b. 27" in wording(posed, "agnostic")
+    assert "z. 51 0. 52 1. 53" in wording(posed, "agnostic")
+    assert len({target(replace(posed, answer=option)) for option in options}) == 62

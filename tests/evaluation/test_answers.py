@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from fedmllm.data.federated import FederatedData
-from fedmllm.data.prompts import to_messages
+from fedmllm.data.prompts import LETTERS, to_messages
 from fedmllm.evaluation.evaluate import EvaluationConfig, predict
 from fedmllm.models.encoding import answer_nll, collate, encode
 from fedmllm.models.load import VisionLanguageModel
@@ -35,6 +37,17 @@ def test_batches_do_not_change_answers(vlm: VisionLanguageModel, encoder: Encode
     assert [p.sample.id for p in many] == [s.id for s in samples]
     for a, b in zip(one, many, strict=True):
         assert a.probabilities == pytest.approx(b.probabilities, abs=1e-4)
+
+
+def test_sixty_two_options_are_told_apart(vlm: VisionLanguageModel, encoder: Encoder, federation: FederatedData) -> None:
+    """The probability of each against the whole prompt with its letter put in as the answer."""
+    options = tuple(map(str, range(62)))
+    sample = replace(federation.dataset.test[0], id="many", options=options, answer="30")
+    (prediction,) = predict(vlm, [sample], encoder, CONFIG)
+    with torch.no_grad():
+        nll = [answer_nll(vlm, collate(vlm, [encode(vlm, to_messages(sample, "agnostic"), letter)]))[0, 0] for letter in LETTERS]
+    torch.testing.assert_close(torch.tensor(prediction.probabilities), torch.softmax(-torch.stack(nll), 0), atol=1e-4, rtol=0)
+    assert vlm.tokenizer.decode(encoder(sample).answer_ids, skip_special_tokens=True) == "e"
 
 
 def reading(federation: FederatedData, count: int) -> list[Sample]:

@@ -91,6 +91,75 @@ def test_near_misses_of_free_answers(answer: str, guess: str | None, right: bool
     assert is_right(free(answer, guess)) is right
 
 
+@pytest.mark.parametrize(
+    ("answer", "guess", "right"),
+    [
+        ("+", "-", False),
+        ("+", "+.", True),
+        ("-", "-", True),
+        ("-", "?", False),
+        ("HER2 +", "HER2 -", False),
+        ("Rh-", "Rh", False),
+        ("<5", "5", False),
+        ("<5", "< 5", False),
+        ("<5", "<5.", True),
+        ("≥5", ">5", False),
+        ("-1", "1", False),
+        ("-1", "(-1).", True),
+        (".5", "5", False),
+        (".5", "(.5)", True),
+        ("C++", "C#", False),
+        ("C++", "C", False),
+        ("C#", "c#.", True),
+        ("A*", "A", False),
+        ("5\u2032", "5\u2033", False),
+        ("37°", "37", False),
+        ("yes", "**Yes**", True),
+        ("left lung", "_Left lung_.", True),
+        ("2*3*4", "234", False),
+        ("snake_case", "snakecase", False),
+        ("是", "是。", True),
+        ("是", "「是」", True),
+        ("是", "不是。", False),
+        ("да", "«Да»!", True),
+        ("نعم", "نعم؟", True),
+        ("हाँ", "हाँ।", True),
+        ("sí", "¡Sí!", True),
+        ("caf\u00e9", "cafe\u0301", True),
+        ("café", "cafe", False),
+        ("Straße", "STRASSE", True),
+        ("...", "...", True),
+        ("...", "?", False),
+        ("yes", "...", False),
+    ],
+)
+def test_signs_stay_and_punctuation_of_any_script_goes(answer: str, guess: str, right: bool) -> None:
+    assert is_right(free(answer, guess)) is right
+
+
+@pytest.mark.parametrize(("right", "wrong"), [("+", "-"), ("yes", "Yes."), ("a", "a."), ("café", "cafe\u0301"), (".", ",")])
+def test_options_are_compared_by_position_not_as_text(right: str, wrong: str) -> None:
+    """Whatever normalization would make of them: the majority answer of an even split is right half of the time."""
+    rows = [multi(right, guess, (right, wrong)) for guess in (right, wrong)]
+    assert accuracy(rows) == 0.5
+    even = [p.sample for p in rows] + [multi(wrong, wrong, (right, wrong)).sample] * 2
+    assert majority_score("accuracy", even, even) == 0.5
+    assert majority_score("accuracy", [*even, even[2]], even[:2]) == 0.0
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "macro_f1"])
+def test_a_majority_answer_that_a_question_does_not_offer_is_wrong(metric: str) -> None:
+    """Each question has options of its own; "cat" is the most frequent answer and no option of the second question."""
+    cat, fly = multi("cat", None, ("dog", "cat")).sample, multi("fly", None, ("ant", "fly")).sample
+    assert majority_score(metric, [cat, cat, fly], [cat, fly]) == pytest.approx({"accuracy": 1 / 2, "macro_f1": 2 / 3}[metric])
+
+
+@given(st.text(st.characters(codec="utf-8") | st.sampled_from("*_` .,-+#(א。ßΣİé"), max_size=30))
+def test_normalizing_never_leaves_nothing(text: str) -> None:
+    assert bool(normalize(text)) == bool(text.split())
+    assert normalize(normalize(text)) == normalize(text)
+
+
 @given(st.text())
 def test_normalizing_twice_is_normalizing_once(text: str) -> None:
     assert normalize(normalize(text)) == normalize(text)

@@ -82,3 +82,13 @@ def test_text_that_looks_like_a_special_token_does_no_harm(vlm: VisionLanguageMo
     encoded = encode(vlm, to_messages(sample, "agnostic"), "yes")
     image_token = vlm.tokenizer.convert_tokens_to_ids("<image>")
     assert int((encoded.input_ids == image_token).sum()) == 16
+
+
+@pytest.mark.parametrize("answer", ["the <image> tag", "yes <|end|> no <pad> x"])
+def test_an_answer_that_looks_like_a_special_token_does_no_harm(answer: str, vlm: VisionLanguageModel, federation: FederatedData) -> None:
+    """It trains like any text: the picture's features stand where they belong, and only the real end ends the answer."""
+    sample = Sample("odd", "What?", answer, {"image": federation.dataset.test[0].content["image"]}, answer_type="open")
+    encoded = encode(vlm, to_messages(sample, "agnostic"), answer)
+    specials = {id_: token for token, id_ in vlm.tokenizer.get_added_vocab().items()}
+    assert [specials[i] for i in encoded.answer_ids.tolist() if i in specials] == [vlm.tokenizer.eos_token]
+    assert answer_nll(vlm, collate(vlm, [encoded])).isfinite().all()

@@ -8,9 +8,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers.normalizers import Lowercase
 
 from fedmllm.data.federated import FederatedData
-from fedmllm.errors import DataError
+from fedmllm.errors import DataError, ModelError
 from fedmllm.models.encoding import Encoded, answer_logits, collate
 from fedmllm.models.features import VisionFeatures
 from fedmllm.models.load import VisionLanguageModel
@@ -182,3 +183,15 @@ def test_a_model_without_features_reads_samples_without_pixels(vlm: VisionLangua
     whole = Encoder(vlm, "agnostic")(federation.dataset.test[0])
     with torch.no_grad():
         assert torch.equal(answer_logits(vlm, collate(vlm, [slim])), answer_logits(vlm, collate(vlm, [whole])))
+
+
+def test_letters_that_the_tokenizer_confuses_are_found_when_a_sample_is_encoded(
+    vlm: VisionLanguageModel, encoder: Encoder, federation: FederatedData
+) -> None:
+    """Of a model that knows no capitals, A and a are one."""
+    vlm.tokenizer.backend_tokenizer.normalizer = Lowercase()
+    sample = federation.dataset.test[0]
+    many = replace(sample, id="many", options=(*sample.options, *map(str, range(25))))
+    encoder(sample)
+    with pytest.raises(ModelError, match=r"sample many: .* does not tell the letters of 27 options apart"):
+        encoder(many)

@@ -26,17 +26,43 @@ def encoded(samples: list[Sample], encoder: Encoder) -> list[Encoded]:
     return [encoder(sample) for sample in samples]
 
 
-def test_the_bias_is_the_log_of_smoothed_frequencies_whatever_the_order(
+SHARES = {"yes": {"yes": 4 / 6, "no": 2 / 6}, "no": {"yes": 5 / 6, "no": 1 / 6}}
+"""By the sample's own answer, of the other four: three yes and one no, (3 + 1) / (4 + 2) and (1 + 1) / (4 + 2); or four yes."""
+
+
+def test_the_bias_is_the_log_of_the_others_smoothed_frequencies_whatever_the_order(
     vlm: VisionLanguageModel, encoder: Encoder, held: list[Sample]
 ) -> None:
-    """Four yes and one no of two options: (4 + 1) / 7 and (1 + 1) / 7."""
     turned = replace(held[0], options=held[0].options[::-1])
     rows = calibrated(vlm, [turned, *held[1:]], encoded([turned, *held[1:]], encoder), 2.0)
     for sample, row in zip([turned, *held[1:]], rows, strict=True):
         assert row.option_bias is not None
-        expected = [2 * math.log({"yes": 5, "no": 2}[option] / 7) for option in sample.options]
+        expected = [2 * math.log(SHARES[sample.answer][option]) for option in sample.options]
         assert row.option_bias[1].tolist() == pytest.approx(expected)
         assert row.option_bias[0].tolist() == option_tokens(vlm, sample)
+
+
+def test_options_of_their_own_do_not_tell_the_right_answer(vlm: VisionLanguageModel, encoder: Encoder, held: list[Sample]) -> None:
+    """Each question has options that no other has: nothing is known of them, so that no option is preferred."""
+    own = [replace(s, id=f"own-{i}", options=(f"a{i}", f"b{i}", f"c{i}"), answer=f"{'abc'[i % 3]}{i}") for i, s in enumerate(held)]
+    for row in calibrated(vlm, own, encoded(own, encoder), 1.0):
+        assert row.option_bias is not None
+        assert row.option_bias[1].tolist() == pytest.approx([-math.log(3)] * 3)
+
+
+def test_shared_options_change_by_the_sample_left_out_only(vlm: VisionLanguageModel, encoder: Encoder, held: list[Sample]) -> None:
+    """Against (n_o + 1) / (n + 3) of all samples: the right option's odds fall by 1 + 1 / n_o, those of two wrong ones stay."""
+    counts = {"a": 5, "b": 2, "c": 1}
+    answers = [answer for answer, count in counts.items() for _ in range(count)]
+    three = [replace(held[0], id=f"three-{i}", options=("a", "b", "c"), answer=answer) for i, answer in enumerate(answers)]
+    whole = {option: math.log((count + 1) / (8 + 3)) for option, count in counts.items()}
+    for sample, row in zip(three, calibrated(vlm, three, encoded(three, encoder), 1.0), strict=True):
+        assert row.option_bias is not None
+        change = {option: value - whole[option] for option, value in zip("abc", row.option_bias[1].tolist(), strict=True)}
+        right = change.pop(sample.answer)
+        first, second = change.values()
+        assert first == pytest.approx(second, abs=1e-6)
+        assert right - first == pytest.approx(-math.log(1 + 1 / counts[sample.answer]), abs=1e-6)
 
 
 def test_the_bias_enters_the_loss_at_the_letter_only(vlm: VisionLanguageModel, encoder: Encoder, held: list[Sample]) -> None:
@@ -49,7 +75,7 @@ def test_the_bias_enters_the_loss_at_the_letter_only(vlm: VisionLanguageModel, e
     for i, sample in enumerate(held):
         row = logits[i, 0].double().clone()
         for token, option in zip(option_tokens(vlm, sample), sample.options, strict=True):
-            row[token] += math.log({"yes": 5, "no": 2}[option] / 7)
+            row[token] += math.log(SHARES[sample.answer][option])
         letter = int(rows[i].answer_ids[0])
         assert float(ours[i, 0]) == pytest.approx(float(row.logsumexp(0) - row[letter]), abs=1e-4)
 
@@ -66,8 +92,10 @@ def test_questions_without_options_and_mixed_batches_are_left_alone(vlm: VisionL
     assert not torch.allclose(together[1], alone[1])
 
 
-def test_a_client_with_even_answers_is_not_changed(vlm: VisionLanguageModel, encoder: Encoder, held: list[Sample]) -> None:
-    """The same constant on every option shifts them against the rest of the vocabulary only."""
+def test_a_client_with_one_answer_of_each_knows_the_other_one_only(vlm: VisionLanguageModel, encoder: Encoder, held: list[Sample]) -> None:
+    """The other sample is all there is to count: (0 + 1) / (1 + 2) for the own answer, (1 + 1) / (1 + 2) for the other."""
     even = [held[0], held[-1]]
-    rows = calibrated(vlm, even, encoded(even, encoder), 1.0)
-    assert all(row.option_bias is not None and row.option_bias[1].tolist() == pytest.approx([math.log(0.5)] * 2) for row in rows)
+    for sample, row in zip(even, calibrated(vlm, even, encoded(even, encoder), 1.0), strict=True):
+        assert row.option_bias is not None
+        expected = [math.log((1 if option == sample.answer else 2) / 3) for option in sample.options]
+        assert row.option_bias[1].tolist() == pytest.approx(expected)

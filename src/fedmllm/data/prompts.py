@@ -8,7 +8,7 @@ test, and asks to answer without regard to the modality.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from string import ascii_uppercase
+from string import ascii_lowercase, ascii_uppercase, digits
 from typing import Literal
 
 from fedmllm.errors import DataError
@@ -52,6 +52,8 @@ SPECIFIC_QUESTIONS: Mapping[str, Mapping[tuple[Modality, ...], str]] = {
 }
 """A task's question as the datasets hold it, naming no modality, and what the specific style makes of it. Others stay."""
 
+LETTERS = ascii_uppercase + ascii_lowercase + digits
+"""What options are chosen by, in order: single characters, for a choice is read from one token."""
 CHOICE_INSTRUCTION = "Answer with the letter."
 
 
@@ -88,16 +90,14 @@ def options_line(options: tuple[str, ...]) -> str:
 
 
 def letters(options: tuple[str, ...]) -> str:
-    """The letters the options are chosen by.
+    """The letters the options are chosen by: A to Z, then a to z, then 0 to 9.
 
     Raises:
         DataError: if there are more options than letters.
     """
-    if len(options) > len(ascii_uppercase):
-        raise DataError(
-            f"a sample has {len(options)} options; at most {len(ascii_uppercase)} can be lettered: ask for a free answer instead"
-        )
-    return ascii_uppercase[: len(options)]
+    if len(options) > len(LETTERS):
+        raise DataError(f"a sample has {len(options)} options; at most {len(LETTERS)} can be lettered: ask for a free answer instead")
+    return LETTERS[: len(options)]
 
 
 def target(sample: Sample) -> str:

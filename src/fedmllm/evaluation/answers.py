@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fedmllm.models.encoding import Encoded, collate, option_tokens
+from fedmllm.models.families.generic import restored, special_tokens
 from fedmllm.models.load import VisionLanguageModel
 from fedmllm.models.tail import reading
 from fedmllm.types import Prediction, Sample
@@ -56,4 +57,4 @@ def _read(vlm: VisionLanguageModel, tokens: Tensor, ends: list[int]) -> str | No
     if len(stops) == 0:
         return None
     text = vlm.tokenizer.decode(tokens[: int(stops[0])], skip_special_tokens=True).strip()
-    return text or None
+    return restored(text, special_tokens(vlm.processor)) or None

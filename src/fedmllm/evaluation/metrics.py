@@ -102,8 +102,8 @@ def majority_score(metric: str, train: Sequence[Sample], test: Sequence[Sample])
         return 0.5
     if metric == "mixed":
         return float(np.mean([_majority_in(domain, train, test) for domain in sorted({sample.domain for sample in test})]))
-    common = {kind: _most_frequent([s.answer for s in train if s.answer_type == kind]) for kind in {s.answer_type for s in train}}
-    return score(metric, [Prediction(sample, common.get(sample.answer_type)) for sample in test])
+    common = {kind: _most_frequent([s for s in train if s.answer_type == kind]) for kind in {s.answer_type for s in train}}
+    return score(metric, [Prediction(sample, _offered(sample, common.get(sample.answer_type))) for sample in test])
 
 
 def _majority_in(domain: str, train: Sequence[Sample], test: Sequence[Sample]) -> float:
@@ -111,8 +111,14 @@ def _majority_in(domain: str, train: Sequence[Sample], test: Sequence[Sample]) -
     return majority_score(own_metric(asked), learned, asked)
 
 
-def _most_frequent(answers: Sequence[str]) -> str:
-    """The most frequent answer after ``normalize``, in its first spelling; ties go to the first in the alphabet."""
-    spelling = {normalize(answer): answer for answer in reversed(answers)}
-    counts = Counter(map(normalize, answers))
+def _offered(sample: Sample, answer: str | None) -> str | None:
+    """The answer, unless the sample's own options do not have it."""
+    return None if sample.options and answer not in sample.options else answer
+
+
+def _most_frequent(samples: Sequence[Sample]) -> str:
+    """The most frequent answer, free ones after ``normalize`` and in their first spelling; ties go to the first in the alphabet."""
+    keys = [sample.answer if sample.options else normalize(sample.answer) for sample in samples]
+    spelling = {key: sample.answer for key, sample in reversed([*zip(keys, samples, strict=True)])}
+    counts = Counter(keys)
     return spelling[min(spelling, key=lambda key: (-counts[key], key))]

@@ -196,7 +196,10 @@ def option_tokens(vlm: VisionLanguageModel, sample: Sample) -> list[int]:
     rows = vlm.tokenizer(list(letters(sample.options)), add_special_tokens=False)["input_ids"]
     tokens = [row[0] for row in rows]
     if len(set(tokens)) < len(tokens):
-        raise ModelError(f"the tokenizer of {vlm.name!r} does not tell the options' letters apart by their first token")
+        raise ModelError(
+            f"the tokenizer of {vlm.name!r} does not tell the letters of {len(tokens)} options apart by their first token; "
+            "ask with fewer options or for a free answer, or use another model"
+        )
     return tokens
 
 

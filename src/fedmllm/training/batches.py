@@ -17,7 +17,7 @@ from fedmllm.data.fingerprint import prompt_key
 from fedmllm.data.modalities import keep_only
 from fedmllm.data.prompts import PromptStyle, target, to_messages
 from fedmllm.errors import DataError, ModelError
-from fedmllm.models.encoding import Batch, Encoded, collate, encode
+from fedmllm.models.encoding import Batch, Encoded, collate, encode, option_tokens
 from fedmllm.models.load import VisionLanguageModel
 from fedmllm.types import Message, Sample
 
@@ -84,6 +84,9 @@ class Encoder:
     def _encoded(self, sample: Sample) -> Encoded:
         messages, answer = self._worded(sample)
         with _naming(sample):
+            if sample.options:
+                # What no answer could be read of is found here, not when the first one is asked for.
+                option_tokens(self._vlm, sample)
             return encode(self._vlm, messages, answer)
 
 

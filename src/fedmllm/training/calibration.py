@@ -14,10 +14,12 @@ from fedmllm.types import Sample
 
 
 def calibrated(vlm: VisionLanguageModel, samples: Sequence[Sample], encoded: Sequence[Encoded], strength: float) -> list[Encoded]:
-    """The samples with ``strength log p_k(option)`` to be added to their options' logits in training.
+    """The samples with ``strength log p_k,-i(option)`` to be added to their options' logits in training.
 
-    ``p_k(o) = (n_o + 1) / (n + number of options)`` counts answers among the client's samples of the same options, whatever their
-    order. Samples without options stay as they are.
+    ``p_k,-i(o) = (n_o - [o = y_i] + 1) / (n - 1 + number of options)`` counts answers among the client's *other* samples of the same
+    options, whatever their order; y_i is the sample's own answer. With that in the counts, options that occur once would lean towards
+    the right answer by log 2. Where ``n_o`` samples share it, leaving one out changes the log-odds by ``log(1 + 1 / n_o)``.
+    Samples without options stay as they are.
     """
     counts: dict[frozenset[str], Counter[str]] = {}
     for sample in samples:
@@ -29,5 +31,6 @@ def calibrated(vlm: VisionLanguageModel, samples: Sequence[Sample], encoded: Seq
 
 
 def _bias(vlm: VisionLanguageModel, sample: Sample, counts: Counter[str], strength: float) -> tuple[torch.Tensor, torch.Tensor]:
-    shares = torch.tensor([counts[option] + 1 for option in sample.options]) / (counts.total() + len(sample.options))
+    others = torch.tensor([counts[option] - (option == sample.answer) for option in sample.options])
+    shares = (others + 1) / (others.sum() + len(others))
     return torch.tensor(option_tokens(vlm, sample)), strength * shares.log()

@@ -179,6 +179,7 @@ CONTRADICTIONS = {
     "a choice no answer can be": (change(choices=["a", "b "]), "choices: 'b ' must have words and single spaces"),
     "an empty choice": (change(choices=["a", ""]), "choices: '' must have words and single spaces"),
     "YAML's yes and no": (change(choices=[True, False]), "choices.0: Input should be a valid string"),
+    "more choices than letters": (change(choices=[str(i) for i in range(63)]), "choices: there are 63, at most 62 can be lettered"),
     "auc of three": (change(metric="auc", choices=["a", "b", "c"]), "metric: auc needs exactly two choices"),
     "auc of free answers": (change(metric="auc", choices=None), "metric: auc needs exactly two choices"),
     "macro_f1 of free answers": (change(metric="macro_f1", choices=None), "metric: macro_f1 needs choices"),
@@ -238,6 +239,15 @@ def test_options_of_a_row_are_two_or_more(options: object, tmp_path: Path) -> No
 
     (problem,) = problems(tmp_path, change(columns=columns, choices=None))
     assert problem.startswith("train.jsonl:2: o must be two or more different options (a list, or separated by |), is ")
+
+
+def test_a_row_with_more_options_than_letters_is_a_bad_row(tmp_path: Path) -> None:
+    """Found when it is read, and skipped where that is asked for; 62 are taken."""
+    columns = {"text": "report", "answer": "finding", "question": "asked", "options": "o"}
+    many = [*CHOICES, *map(str, range(61))]
+    write(tmp_path, [{**ROW, "o": many[:62]}, {**ROW, "o": many}], [{**TEST, "o": CHOICES}])
+    (problem,) = problems(tmp_path, change(columns=columns, choices=None))
+    assert problem.startswith("train.jsonl:2: o has 63 options, at most 62 can be lettered")
 
 
 def test_missing_files_and_empty_splits_are_refused(tmp_path: Path) -> None:

@@ -14,6 +14,8 @@ from fedmllm.types import Broadcast
 class LabelCalibration(Strategy):
     """Clients train on logits to which ``strength log p_k(option)`` is added, p_k the client's own frequencies of answers.
 
+    They are counted over the client's other samples with the same options: the sample itself would tell its right answer.
+
     What a client's skew explains need not be learnt, so that its update carries less of it; in testing nothing is added
     (logit adjustment, Menon et al., ICLR 2021, client by client; the paper subtracts ``strength n_k(option)^(-1/4)`` instead).
     Frequencies stay with the client. Questions without options are trained plainly; ``strength = 0`` changes nothing.

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from fedmllm.data.datasets.base import DatasetOptions, Metric
 from fedmllm.data.datasets.rows import words_of
+from fedmllm.data.prompts import LETTERS
 from fedmllm.types import Modality
 
 ROLES = ("id", "question", "options", "answer", "answer_type", "category", "client", "domain")
@@ -44,6 +45,10 @@ class Options(DatasetOptions):
             problems.append("choices: give either these or columns.options")
         if len(set(self.choices)) != len(self.choices) or len(self.choices) == 1:
             problems.append(f"choices: two or more different ones are needed, not {list(self.choices)}")
+        if len(self.choices) > len(LETTERS):
+            problems.append(
+                f"choices: there are {len(self.choices)}, at most {len(LETTERS)} can be lettered; leave them out for free answers"
+            )
         problems += [
             f"choices: {choice!r} must have words and single spaces" for choice in self.choices if words_of(choice) != choice or not choice
         ]

@@ -30,6 +30,7 @@ from fedmllm.data.datasets.base import Dataset, DatasetRequest, hold_out
 from fedmllm.data.datasets.columns import ROLES, Options
 from fedmllm.data.datasets.files import json_lines, require, stored, table
 from fedmllm.data.datasets.rows import Row, RowError, Sieve, shown, words_of
+from fedmllm.data.prompts import LETTERS
 from fedmllm.errors import ConfigError, listing
 from fedmllm.types import AnswerType, Content, Modality, Sample
 
@@ -159,4 +160,8 @@ def _choices(row: Row, columns: Mapping[str, str]) -> tuple[str, ...]:
     choices = tuple(map(words_of, parts)) if isinstance(parts, (list, tuple)) else ()
     if len(choices) < 2 or len(set(choices)) != len(choices) or not all(choices):
         raise RowError(f"{columns['options']} must be two or more different options (a list, or separated by |), is {shown(value)}")
+    if len(choices) > len(LETTERS):
+        raise RowError(
+            f"{columns['options']} has {len(choices)} options, at most {len(LETTERS)} can be lettered; leave it empty for a free answer"
+        )
     return choices

@@ -40,14 +40,14 @@ class ModelFamily:
         return getattr(processor, "chat_template", None) is not None
 
     def render(self, processor: ProcessorMixin, messages: Sequence[Message], answer: str) -> tuple[str, str]:
-        """(prompt, completion) as the chat template writes them; the completion is the answer and its end token.
+        """(prompt, completion) as the chat template writes them; the completion is the answer and its end token. Both are defused.
 
         Raises:
             ModelError: if the template does not continue its own generation prompt.
         """
         specials = special_tokens(processor)
         chat = [_as_chat(message, specials) for message in messages]
-        return continued(processor, chat, {"role": "assistant", "content": [{"type": "text", "text": answer}]})
+        return continued(processor, chat, {"role": "assistant", "content": [{"type": "text", "text": defuse(answer, specials)}]})
 
     def prompt_tensors(self, processor: ProcessorMixin, prompt: str, messages: Sequence[Message]) -> dict[str, Tensor]:
         """The processor's tensors for one prompt: ``input_ids`` of shape (1, length) and, with images, theirs.
@@ -160,4 +160,11 @@ def defuse(text: str, specials: Sequence[str]) -> str:
     for token in specials:
         if token in text:
             text = text.replace(token, f"{token[0]} {token[1:]}")
+    return text
+
+
+def restored(text: str, specials: Sequence[str]) -> str:
+    """What a model wrote that learnt from defused answers, as it stood in the data."""
+    for token in specials:
+        text = text.replace(f"{token[0]} {token[1:]}", token) if len(token) > 1 else text
     return text

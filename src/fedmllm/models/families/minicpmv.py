@@ -37,7 +37,7 @@ class MiniCPMV(ModelFamily):
             {"role": m.role, "content": "\n".join(PICTURE if p.type == "image" else defuse(str(p.value), specials) for p in m.parts)}
             for m in messages
         ]
-        return continued(processor.tokenizer, chat, {"role": "assistant", "content": answer})
+        return continued(processor.tokenizer, chat, {"role": "assistant", "content": defuse(answer, specials)})
 
     def prompt_tensors(self, processor: ProcessorMixin, prompt: str, messages: Sequence[Message]) -> dict[str, Tensor]:
         """``input_ids`` and, with pictures, ``pixel_values`` (3, patch, widths summed), ``tgt_sizes`` and ``image_bound`` (slices, 2)."""

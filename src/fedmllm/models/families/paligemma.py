@@ -28,7 +28,7 @@ class PaliGemma(ModelFamily):
         parts, specials = [part for message in messages for part in message.parts], special_tokens(processor)
         pictures = processor.image_token * sum(part.type == "image" for part in parts)
         texts = [defuse(str(part.value), specials) for part in parts if part.type == "text"]
-        return pictures + "\n".join(texts), answer + processor.tokenizer.eos_token
+        return pictures + "\n".join(texts), defuse(answer, specials) + processor.tokenizer.eos_token
 
     def prompt_tensors(self, processor: ProcessorMixin, prompt: str, messages: Sequence[Message]) -> dict[str, Tensor]:
         """As of any family; a prompt without a picture, which the processor refuses, is written as the processor would."""
