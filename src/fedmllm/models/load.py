@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -13,7 +15,8 @@ from packaging import version
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from safetensors import SafetensorError
 
-from fedmllm.errors import ModelError
+from fedmllm.errors import ModelError, listing
+from fedmllm.files import is_pointer
 from fedmllm.models.checkpointing import checkpoint_layers
 from fedmllm.models.families import family_of
 from fedmllm.models.families.generic import ModelFamily
@@ -25,6 +28,7 @@ from fedmllm.models.tail import narrow
 if TYPE_CHECKING:
     from fedmllm.models.features import VisionFeatures
 
+_LOG = logging.getLogger(__name__)
 NANO_FOLDER = Path(__file__).parent / "nano" / "folder"
 """The embedded model, an ordinary Transformers folder."""
 
@@ -185,8 +189,21 @@ def _pretrained(config: ModelConfig, source: str, dtype: torch.dtype, device: to
         placed = {"device_map": {"": str(device)}}
     processor = load_processor(source, **options)
     loader = getattr(transformers, family.auto_class)
-    model = loader.from_pretrained(source, dtype=dtype, use_safetensors=True, **options, **placed)
+    model, found = loader.from_pretrained(source, dtype=dtype, use_safetensors=True, output_loading_info=True, **options, **placed)
+    _require_all(config.name, found)
     return family, processor, model if placed else model.to(device)
+
+
+def _require_all(name: str, found: Mapping[str, Collection[str]]) -> None:
+    """Refuse a model with tensors that no file holds, which Transformers would draw at random; one that is tied to another is not missing."""
+    if missing := sorted(found["missing_keys"]):
+        raise ModelError(
+            f"model.name: {name!r} cannot be loaded: its *.safetensors lack {len(missing)} of the model's tensors; download it again:\n"
+            f"{listing(missing)}"
+        )
+    if unexpected := sorted(found["unexpected_keys"]):
+        shown = ", ".join(unexpected[:3])
+        _LOG.warning("model.name: %r: the model does not use %d tensors of its *.safetensors, e.g. %s", name, len(unexpected), shown)
 
 
 def _what_failed(error: Exception) -> str:
@@ -219,7 +236,11 @@ def check_source(config: ModelConfig) -> str:
 
 
 def _check_weights(name: str, folder: Path) -> None:
-    """Name what is wrong with a local folder's weights."""
+    """Name what is wrong with a local folder's files, its weights above all."""
+    if pointers := [path.name for path in sorted(folder.iterdir()) if is_pointer(path)] if folder.is_dir() else []:
+        raise ModelError(
+            f"model.name: {name!r} holds git-lfs pointers in place of {', '.join(pointers)}; download the files, e.g. with 'git lfs pull'"
+        )
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
         others = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
         hint = (
