@@ -77,6 +77,13 @@ def test_a_site_without_data_trains_its_part_of_the_embedded_split(experiment: E
     assert told.num_samples == len(data.clients["client-00"])
 
 
+def test_a_site_with_another_base_does_not_take_part(experiment: Experiment, tmp_path: Path) -> None:
+    """Shapes are the same, and what it learned would be averaged in."""
+    told = presence(worker(tmp_path, data=OWN), experiment.with_fingerprint("0" * 16))
+    assert isinstance(told, ClientFailure)
+    assert "'nano' is another model than model.fingerprint says" in told.reason
+
+
 def test_what_leaves_the_site_is_written_down(experiment: Experiment, tmp_path: Path) -> None:
     site = worker(tmp_path, data=OWN)
     presence(site, experiment)

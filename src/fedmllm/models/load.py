@@ -20,6 +20,7 @@ from fedmllm.files import is_pointer
 from fedmllm.models.checkpointing import checkpoint_layers
 from fedmllm.models.families import family_of
 from fedmllm.models.families.generic import ModelFamily
+from fedmllm.models.fingerprint import fingerprint
 from fedmllm.models.processors import load_processor
 from fedmllm.models.products import available, direct
 from fedmllm.models.quantized import four_bits, require_gpu
@@ -58,6 +59,8 @@ class ModelConfig(BaseModel):
     """Branch, tag or commit on the hub."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model, of the commit in ``revision``. Off: such code can do anything that you can."""
+    fingerprint: str | None = None
+    """Which model it must be, whatever its folder is called; another is refused. A run notes that of its own model. Null for any."""
 
     @model_validator(mode="after")
     def _computes_in_bfloat16(self) -> ModelConfig:
@@ -151,11 +154,17 @@ def load_model(config: ModelConfig, device: torch.device) -> VisionLanguageModel
     """Load model and processor, frozen and in evaluation mode.
 
     Raises:
-        ModelError: if the folder has no config, weights, processor or chat template, its code is not trusted, or Transformers is too old.
+        ModelError: if the folder has no config, weights, processor or chat template, it is another model than ``config.fingerprint`` says, its
+            code is not trusted, or Transformers is too old.
     """
     require_transformers(metadata.version("transformers"))
     source, dtype = check_source(config), getattr(torch, config.dtype)
     _check_weights(config.name, Path(source))
+    if config.fingerprint is not None and (there := fingerprint_of(config)) != config.fingerprint:
+        raise ModelError(
+            f"model.name: {config.name!r} is another model than model.fingerprint says (there {there}, expected {config.fingerprint}); "
+            "give that model, or take this one with --force"
+        )
     try:
         family, processor, model = _pretrained(config, source, dtype, device)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
@@ -171,6 +180,20 @@ def load_model(config: ModelConfig, device: torch.device) -> VisionLanguageModel
         checkpoint_layers(model, config.name)
     limit = min(config.max_length, _context(model))
     return VisionLanguageModel(config.name, model, processor, family, device, limit, dtype, max_image_side=config.max_image_side)
+
+
+def fingerprint_of(config: ModelConfig) -> str:
+    """Which model a folder or hub id is, see ``fingerprint``; a hub's files are downloaded for it.
+
+    Raises:
+        ModelError: if there is no such model, or its files are damaged.
+    """
+    source = check_source(config)
+    _check_weights(config.name, Path(source))
+    try:
+        return fingerprint(source, config.revision)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise ModelError(f"model.name: {config.name!r} {_what_failed(error)}") from error
 
 
 def _pretrained(config: ModelConfig, source: str, dtype: torch.dtype, device: torch.device) -> tuple[ModelFamily, Any, Any]:
