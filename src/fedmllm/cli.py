@@ -30,6 +30,7 @@ app.add_typer(server_app, name="server")
 app.add_typer(site_app, name="site")
 
 ExperimentFile = Annotated[Path, typer.Argument(help="Experiment in YAML, e.g. experiments/quickstart.yaml.")]
+Force = Annotated[bool, typer.Option("--force", help="Take the model although it is another than the run began with.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Settings as key.path=value, e.g. federation.num_rounds=5.")]
 
 
@@ -44,6 +45,7 @@ def train(
     track: Annotated[
         list[str], typer.Option(help="Where to write the numbers down besides: tensorboard, wandb, mlflow, none; once for each.")
     ] = ["tensorboard"],  # noqa: B006
+    force: Force = False,
 ) -> None:
     """Train an experiment; write numbers, adapter and report into a run folder."""
     from fedmllm.benchmark import run
@@ -57,9 +59,8 @@ def train(
     _print_plan(settings)
     try:
         with Display(settings.federation.num_rounds) as display:
-            result = run.train(
-                settings, folder, name=name, resume=resume, observer=display.observer, track=[t for t in track if t != "none"]
-            )
+            trackers = [tracker for tracker in track if tracker != "none"]
+            result = run.train(settings, folder, name=name, resume=resume, observer=display.observer, track=trackers, force=force)
     except KeyboardInterrupt:
         typer.echo("interrupted; go on with the same command and --resume", err=True)
         raise typer.Exit(130) from None
@@ -111,11 +112,12 @@ def evaluate(
     experiment: Annotated[
         Path | None, typer.Option(help="Experiment that names model and data, for an adapter outside a run folder.")
     ] = None,
+    force: Force = False,
 ) -> None:
     """Score a trained adapter on its experiment's test data."""
     from fedmllm.benchmark.scoring import score_adapter
 
-    metric, scores = score_adapter(run_or_adapter, experiment, overrides or [])
+    metric, scores = score_adapter(run_or_adapter, experiment, overrides or [], force)
     typer.echo(f"metric  {metric}")
     for name, value in scores.items():
         typer.echo(f"{name:<18}{value:.4g}")
@@ -129,6 +131,7 @@ def chat(
     text: Annotated[str | None, typer.Option(help="The same in words.")] = None,
     option: Annotated[list[str] | None, typer.Option(help="An answer to choose; once for each.")] = None,
     experiment: Annotated[Path | None, typer.Option(help="Experiment that names the model, for an adapter outside a run folder.")] = None,
+    force: Force = False,
 ) -> None:
     """Ask a trained model, in the words it was trained on."""
     import sys
@@ -136,7 +139,7 @@ def chat(
     from fedmllm.benchmark.scoring import chat as chat_with
 
     content = {name: value for name, value in (("image", image), ("text", text)) if value is not None}
-    ask = chat_with(run_or_adapter, experiment, content, option or ())
+    ask = chat_with(run_or_adapter, experiment, content, option or (), force)
     for line in [question] if question else sys.stdin:
         if line.strip():
             prediction = ask(line.strip())
@@ -151,11 +154,12 @@ def merge(
     output: Annotated[Path, typer.Option(help="Folder for the model; it must not exist.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="Settings as key.path=value, e.g. model.name=/models/qwen.")] = None,
     experiment: Annotated[Path | None, typer.Option(help="Experiment that names the model, for an adapter outside a run folder.")] = None,
+    force: Force = False,
 ) -> None:
     """Write the whole model with a trained adapter merged into its weights."""
     from fedmllm.benchmark.scoring import merge as merge_adapter
 
-    merge_adapter(run_or_adapter, output, experiment, overrides or [])
+    merge_adapter(run_or_adapter, output, experiment, overrides or [], force)
     typer.echo(f"model  {output}")
 
 

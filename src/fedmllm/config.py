@@ -22,6 +22,7 @@ from fedmllm.models.parts import LoraConfig
 from fedmllm.training.local import TrainingConfig
 
 Path_ = tuple[str, ...]
+_FINGERPRINT = ("model", "fingerprint")
 
 
 class Experiment(BaseModel):
@@ -107,14 +108,23 @@ class Experiment(BaseModel):
             raise ValueError("data.prompt: algorithm.strategies has agnostic_prompt, data.prompt is specific; change one of them")
         return self
 
+    def with_fingerprint(self, fingerprint: str | None) -> Experiment:
+        """The same on one model only, or on any for None."""
+        return self.model_copy(update={"model": self.model.model_copy(update={"fingerprint": fingerprint})})
+
     def to_yaml(self) -> str:
         """The experiment in full, defaults included."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
 def differences(a: Experiment, b: Experiment) -> list[str]:
-    """The settings in which two experiments differ, as ``section.key: value of a, value of b``."""
+    """The settings in which two experiments differ, as ``section.key: value of a, value of b``.
+
+    A fingerprint of the model that only one of them has says nothing about the other.
+    """
     left, right = (dict(flattened(e)) for e in (a, b))
+    if None in (left[_FINGERPRINT], right[_FINGERPRINT]):
+        left[_FINGERPRINT] = right[_FINGERPRINT] = None
     return [
         f"{'.'.join(key)}: {left.get(key)!r} and {right.get(key)!r}"
         for key in sorted(left.keys() | right.keys())

@@ -6,11 +6,12 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -18,14 +19,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from fedmllm.algorithms import ServerState
 from fedmllm.benchmark.folder import Round, read_run
 from fedmllm.benchmark.observer import Observer
 from fedmllm.benchmark.results import SCORES, RunResult
 from fedmllm.benchmark.run import pooled, train
-from fedmllm.benchmark.scoring import score_adapter
+from fedmllm.benchmark.scoring import chat, merge, score_adapter
 from fedmllm.config import Experiment
 from fedmllm.data.federated import FederatedData, federate
 from fedmllm.data.prompts import to_messages
@@ -282,6 +283,53 @@ def test_evaluate_gives_the_run_s_own_score(finished: Path) -> None:
     for path in (finished, finished / "adapter"):
         metric, scores = score_adapter(path)
         assert (metric, scores["score"]) == ("auc", pytest.approx(expected, abs=1e-9))
+
+
+@pytest.fixture(scope="module")
+def other_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of the embedded one's shapes with other weights."""
+    folder = Path(shutil.copytree(model_source("nano"), tmp_path_factory.mktemp("models") / "other"))
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: -tensor for name, tensor in weights.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_an_adapter_is_put_on_its_own_base_only(finished: Path, other_base: Path, tmp_path: Path) -> None:
+    """Also where the experiment is named, or only the adapter's folder is given."""
+    override = f"model.name={other_base}"
+    named = tmp_path / "named.yaml"
+    named.write_text(change(Experiment.load(finished / "config.yaml").with_fingerprint(None), model={"name": str(other_base)}).to_yaml())
+    commands: list[Callable[[], object]] = [
+        lambda: score_adapter(finished, None, [override]),
+        lambda: score_adapter(finished / "adapter", None, [override]),
+        lambda: score_adapter(finished, named),
+        lambda: chat(finished, named),
+        lambda: merge(finished, tmp_path / "merged", None, [override]),
+    ]
+    for command in commands:
+        with pytest.raises(ModelError, match=r"is another model than model\.fingerprint says"):
+            command()
+    assert not (tmp_path / "merged").exists()
+    assert score_adapter(finished, None, [override], force=True)[1] != score_adapter(finished)[1]
+
+
+def test_a_run_goes_on_with_its_own_base_only(tiny: Experiment, other_base: Path, tmp_path: Path) -> None:
+    """The folder of the model has another content than when the run began."""
+    base = Path(shutil.copytree(model_source("nano"), tmp_path / "base"))
+    experiment = change(tiny, model={"name": str(base)})
+
+    def stop(record: Record) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(experiment, tmp_path / "run", observer=Observer(round_done=stop))
+    before = (tmp_path / "run" / "config.yaml").read_bytes()
+    shutil.copy(other_base / "model.safetensors", base)
+    with pytest.raises(RunError, match="is another model than the run began with"):
+        train(experiment, tmp_path / "run", resume=True)
+    assert (tmp_path / "run" / "config.yaml").read_bytes() == before
+    train(experiment, tmp_path / "run", resume=True, force=True)
+    score_adapter(tmp_path / "run")
 
 
 def test_an_adapter_without_experiment_is_refused(finished: Path, tmp_path: Path) -> None:

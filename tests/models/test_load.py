@@ -10,7 +10,7 @@ import pytest
 import torch
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 from packaging.requirements import Requirement
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from fedmllm.data.federated import FederatedData
 from fedmllm.errors import ModelError
@@ -57,6 +57,39 @@ def test_damaged_weights(copy: Path) -> None:
     file = copy / "model.safetensors"
     file.write_bytes(file.read_bytes()[:5000])
     with pytest.raises(ModelError, match="cannot be loaded"):
+        load(copy)
+
+
+def test_weights_that_lack_a_layer_are_refused(copy: Path) -> None:
+    """Transformers would draw the layer at random, and the run would train on it."""
+    weights = load_file(copy / "model.safetensors")
+    kept = {name: tensor for name, tensor in weights.items() if ".layers.3." not in name}
+    save_file(kept, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError) as refused:
+        load(copy)
+    assert f"lack {len(weights) - len(kept)} of the model's tensors" in str(refused.value)
+    assert "language_model.layers.3.input_layernorm.weight" in str(refused.value)
+
+
+def test_tied_weights_are_not_missing(tmp_path: Path) -> None:
+    """The head is the embedding, which the file holds once."""
+    make("gemma3", tmp_path)
+    vlm = load_model(ModelConfig(name=str(tmp_path)), torch.device("cpu"))
+    assert vlm.model.get_output_embeddings().weight is vlm.model.get_input_embeddings().weight
+    assert not any("lm_head" in name for name in load_file(tmp_path / "model.safetensors"))
+
+
+def test_tensors_that_the_model_does_not_use_are_told(copy: Path, caplog: pytest.LogCaptureFixture) -> None:
+    weights = load_file(copy / "model.safetensors")
+    save_file({**weights, "model.further.weight": torch.zeros(2)}, copy / "model.safetensors", metadata={"format": "pt"})
+    load(copy)
+    assert "does not use 1 tensors of its *.safetensors, e.g. model.further.weight" in caplog.text
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json"])
+def test_a_folder_cloned_without_its_large_files(file: str, copy: Path) -> None:
+    (copy / file).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 7923120\n")
+    with pytest.raises(ModelError, match=f"git-lfs pointers in place of {file}; download the files"):
         load(copy)
 
 

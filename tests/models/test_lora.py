@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from fedmllm.errors import ModelError
 from fedmllm.models.load import ModelConfig, VisionLanguageModel, load_model, model_source
@@ -86,3 +87,20 @@ def test_adapters_that_do_not_fit(vlm: VisionLanguageModel, tmp_path: Path) -> N
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(ModelError, match="does not fit model 'nano'"):
         load_adapter(fresh(), tmp_path / "adapter")
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [(4, r"16 of its tensors do not match; .*\n  - the model has no place for .*layers\.[45]\."), (0, "the adapter lacks .*layers.5")],
+)
+def test_an_adapter_is_not_cut_to_fit(layers: int, message: str, vlm: VisionLanguageModel, tmp_path: Path) -> None:
+    """A base of four layers instead of six; an adapter without the factors of a layer."""
+    save_adapter(vlm, read_weights(vlm.model), tmp_path / "adapter")
+    other = fresh()
+    if layers:
+        other.model.model.language_model.layers = other.model.model.language_model.layers[:layers]
+    else:
+        file = tmp_path / "adapter" / "adapter_model.safetensors"
+        save_file({name: tensor for name, tensor in load_file(file).items() if ".layers.5." not in name}, file)
+    with pytest.raises(ModelError, match=message):
+        load_adapter(other, tmp_path / "adapter")

@@ -91,6 +91,13 @@ def test_a_run_begins_on_the_data_as_they_are_then(experiment: Experiment, tmp_p
     assert counts == [6, 9]
 
 
+def test_a_site_with_another_base_does_not_take_part(experiment: Experiment, tmp_path: Path) -> None:
+    """Shapes are the same, and what it learned would be averaged in."""
+    told = presence(worker(tmp_path, data=OWN), experiment.with_fingerprint("0" * 16))
+    assert isinstance(told, ClientFailure)
+    assert "'nano' is another model than model.fingerprint says" in told.reason
+
+
 def test_what_leaves_the_site_is_written_down(experiment: Experiment, tmp_path: Path) -> None:
     site = worker(tmp_path, data=OWN)
     presence(site, experiment)

@@ -9,6 +9,7 @@ from fedmllm.config import Experiment, differences
 from fedmllm.data.federated import FederatedData, manifest
 from fedmllm.engine.checkpoint import write_atomically, write_json
 from fedmllm.errors import RunError, listing
+from fedmllm.models.load import fingerprint_of
 
 
 def default_folder(name: str) -> Path:
@@ -40,6 +41,25 @@ def check_folder(folder: Path, experiment: Experiment, resume: bool) -> None:
         raise RunError(f"{folder}: no config.yaml, so there is no run to resume; leave --resume out")
     elif changed := differences(Experiment.load(config), experiment):
         raise RunError(f"{folder}: cannot resume with other settings than the run began with (there and now):\n{listing(changed)}")
+
+
+def known_model(folder: Path, experiment: Experiment, resume: bool, force: bool) -> Experiment:
+    """The experiment with the fingerprint of its model, by which the run, and who uses its adapter later, tells it from another.
+
+    Raises:
+        ModelError: if there is no such model.
+        RunError: if a run is resumed that began with another.
+    """
+    if force:
+        return experiment.with_fingerprint(fingerprint_of(experiment.model))
+    found = experiment.model.fingerprint or fingerprint_of(experiment.model)
+    began = Experiment.load(folder / "config.yaml").model.fingerprint if resume else None
+    if began not in (None, found):
+        raise RunError(
+            f"{folder}: model.name: {experiment.model.name!r} is another model than the run began with (there {began}, now {found}); "
+            "give that one, or go on with --force"
+        )
+    return experiment.with_fingerprint(found)
 
 
 def open_folder(folder: Path, experiment: Experiment, data: FederatedData) -> None:

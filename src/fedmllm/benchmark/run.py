@@ -11,7 +11,7 @@ from fedmllm.algorithms import Client, ServerState, build_algorithm
 from fedmllm.algorithms.fedavg import FedAvg
 from fedmllm.benchmark.card import adapter_card
 from fedmllm.benchmark.federation import Federation, federation
-from fedmllm.benchmark.folders import check_folder, default_folder, open_folder
+from fedmllm.benchmark.folders import check_folder, default_folder, known_model, open_folder
 from fedmllm.benchmark.observer import UNOBSERVED, Observer
 from fedmllm.benchmark.report import write_report
 from fedmllm.benchmark.resident import Resident
@@ -47,6 +47,7 @@ def train(
     resident: Resident | None = None,
     report: bool = True,
     track: Sequence[str] = (),
+    force: bool = False,
 ) -> RunResult:
     """Run an experiment: zero-shot, the federation, the baselines asked for; then adapter, result and report.
 
@@ -61,6 +62,7 @@ def train(
         report: whether to write the report; ``fedmllm report`` writes it any time.
         track: where to write the numbers down besides, names of ``benchmark.tracking.TRACKERS``.
         resident: what earlier runs of this process left to be used again; nothing for None.
+        force: go on although the model is another than the run began with.
 
     Raises:
         FedMLLMError: see the kinds in ``fedmllm.errors``.
@@ -69,6 +71,8 @@ def train(
     check_folder(folder, experiment, resume)
     require_trackers(track)
     held, told = resident or Resident(), observer or UNOBSERVED
+    held.dataset(experiment)  # what is wrong with the data shows before a model is downloaded, or sites are waited for
+    experiment = known_model(folder, experiment, resume, force)
     with federation(experiment, held, told) as clients, held.model(experiment) as (vlm, trainable):
         dataset = clients.data.dataset
         copies = {spec: reduced_copy(dataset.test, spec, experiment.seed) for spec in experiment.evaluation.tested}

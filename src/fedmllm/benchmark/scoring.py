@@ -17,18 +17,22 @@ from fedmllm.training.batches import Encoder
 from fedmllm.types import Metrics, Modality, Prediction, Sample
 
 
-def score_adapter(path: Path, experiment_file: Path | None = None, overrides: Sequence[str] = ()) -> tuple[str, Metrics]:
+def score_adapter(
+    path: Path, experiment_file: Path | None = None, overrides: Sequence[str] = (), force: bool = False
+) -> tuple[str, Metrics]:
     """(name of the headline metric, all metrics) of an adapter on its experiment's test split.
 
     Args:
         path: a run folder, or a PEFT adapter folder.
         experiment_file: names model and data; by default the run's own ``config.yaml``.
         overrides: settings as ``key.path=value``, e.g. where the data lie now.
+        force: take the model although it is another than the run's.
 
     Raises:
         RunError: if neither the folder nor the arguments say which experiment it is.
+        ModelError: if the model is another than the run's, or the adapter does not fit.
     """
-    experiment, adapter = _found(path, experiment_file, overrides)
+    experiment, adapter = _found(path, experiment_file, overrides, force)
     data = experiment.data
     dataset = load(data, experiment.seed)
     vlm = _loaded(experiment, adapter)
@@ -36,7 +40,11 @@ def score_adapter(path: Path, experiment_file: Path | None = None, overrides: Se
 
 
 def chat(
-    path: Path, experiment_file: Path | None = None, content: Mapping[Modality, Any] | None = None, options: Sequence[str] = ()
+    path: Path,
+    experiment_file: Path | None = None,
+    content: Mapping[Modality, Any] | None = None,
+    options: Sequence[str] = (),
+    force: bool = False,
 ) -> Callable[[str], Prediction]:
     """A function from a question to the trained model's answer, worded as in training.
 
@@ -45,12 +53,14 @@ def chat(
         experiment_file: names model and prompt; by default the run's own ``config.yaml``.
         content: what all questions are about: an image's path, a text.
         options: to choose from; empty for free answers.
+        force: take the model although it is another than the run's.
 
     Raises:
         RunError: if neither the folder nor the arguments say which experiment it is.
+        ModelError: if the model is another than the run's, or the adapter does not fit.
         DataError: if the image cannot be read.
     """
-    experiment, adapter = _found(path, experiment_file, ())
+    experiment, adapter = _found(path, experiment_file, (), force)
     held = {name: open_image(value) if name == "image" else value for name, value in (content or {}).items()}
     vlm = _loaded(experiment, adapter)
     encode, config = Encoder(vlm, experiment.data.prompt, max_bytes=0), experiment.evaluation
@@ -63,7 +73,7 @@ def chat(
     return ask
 
 
-def merge(path: Path, output: Path, experiment_file: Path | None = None, overrides: Sequence[str] = ()) -> None:
+def merge(path: Path, output: Path, experiment_file: Path | None = None, overrides: Sequence[str] = (), force: bool = False) -> None:
     """Write the model with the adapter merged into its weights as a Transformers folder; of a model in 4 bits, in bfloat16.
 
     Args:
@@ -71,29 +81,34 @@ def merge(path: Path, output: Path, experiment_file: Path | None = None, overrid
         output: where; it must not exist.
         experiment_file: names the model; by default the run's own ``config.yaml``.
         overrides: settings as ``key.path=value``, e.g. ``model.name`` where the model lies now.
+        force: take the model although it is another than the run's.
 
     Raises:
         RunError: if neither the folder nor the arguments say which experiment it is.
-        ModelError: if there is something at ``output``, or the adapter does not fit.
+        ModelError: if there is something at ``output``, the model is another than the run's, or the adapter does not fit.
     """
-    experiment, adapter = _found(path, experiment_file, overrides)
+    experiment, adapter = _found(path, experiment_file, overrides, force)
     whole = experiment.model.model_copy(update={"quantization": "none"})
     save_merged(_loaded(experiment.model_copy(update={"model": whole}), adapter), output)
 
 
-def _found(path: Path, experiment_file: Path | None, overrides: Sequence[str]) -> tuple[Experiment, Path]:
-    """The experiment and the adapter's folder."""
+def _found(path: Path, experiment_file: Path | None, overrides: Sequence[str], force: bool) -> tuple[Experiment, Path]:
+    """The experiment, on the run's own model unless forced, and the adapter's folder."""
     adapter = path / "adapter" if (path / "adapter").is_dir() else path
-    return Experiment.load(experiment_file or _own_config(path, adapter), overrides), adapter
+    own = _own_config(path, adapter)
+    chosen = experiment_file or own
+    if chosen is None:
+        raise RunError(f"{path}: no config.yaml here or beside it; name the experiment with --experiment FILE.yaml")
+    experiment = Experiment.load(chosen, overrides)
+    began = None if own is None else Experiment.load(own).model.fingerprint
+    return experiment.with_fingerprint(None if force else experiment.model.fingerprint or began), adapter
 
 
 def _loaded(experiment: Experiment, adapter: Path) -> VisionLanguageModel:
     return load_adapter(load_model(experiment.model, choose_device(experiment.engine.device)), adapter)
 
 
-def _own_config(path: Path, adapter: Path) -> Path:
+def _own_config(path: Path, adapter: Path) -> Path | None:
     """The ``config.yaml`` of the run that the folder is, or lies in; a client's own adapter lies one folder deeper."""
-    for folder in (path, *adapter.resolve().parents[:2]):
-        if (folder / "config.yaml").is_file():
-            return folder / "config.yaml"
-    raise RunError(f"{path}: no config.yaml here or beside it; name the experiment with --experiment FILE.yaml")
+    places = (folder / "config.yaml" for folder in (path, *adapter.resolve().parents[:2]))
+    return next((place for place in places if place.is_file()), None)

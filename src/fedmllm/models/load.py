@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -13,10 +15,12 @@ from packaging import version
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from safetensors import SafetensorError
 
-from fedmllm.errors import ModelError
+from fedmllm.errors import ModelError, listing
+from fedmllm.files import is_pointer
 from fedmllm.models.checkpointing import checkpoint_layers
 from fedmllm.models.families import family_of
 from fedmllm.models.families.generic import ModelFamily
+from fedmllm.models.fingerprint import fingerprint
 from fedmllm.models.processors import load_processor
 from fedmllm.models.products import available, direct
 from fedmllm.models.quantized import four_bits, require_gpu
@@ -25,6 +29,7 @@ from fedmllm.models.tail import narrow
 if TYPE_CHECKING:
     from fedmllm.models.features import VisionFeatures
 
+_LOG = logging.getLogger(__name__)
 NANO_FOLDER = Path(__file__).parent / "nano" / "folder"
 """The embedded model, an ordinary Transformers folder."""
 
@@ -54,6 +59,8 @@ class ModelConfig(BaseModel):
     """Branch, tag or commit on the hub."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model, of the commit in ``revision``. Off: such code can do anything that you can."""
+    fingerprint: str | None = None
+    """Which model it must be, whatever its folder is called; another is refused. A run notes that of its own model. Null for any."""
 
     @model_validator(mode="after")
     def _computes_in_bfloat16(self) -> ModelConfig:
@@ -147,11 +154,17 @@ def load_model(config: ModelConfig, device: torch.device) -> VisionLanguageModel
     """Load model and processor, frozen and in evaluation mode.
 
     Raises:
-        ModelError: if the folder has no config, weights, processor or chat template, its code is not trusted, or Transformers is too old.
+        ModelError: if the folder has no config, weights, processor or chat template, it is another model than ``config.fingerprint`` says, its
+            code is not trusted, or Transformers is too old.
     """
     require_transformers(metadata.version("transformers"))
     source, dtype = check_source(config), getattr(torch, config.dtype)
     _check_weights(config.name, Path(source))
+    if config.fingerprint is not None and (there := fingerprint_of(config)) != config.fingerprint:
+        raise ModelError(
+            f"model.name: {config.name!r} is another model than model.fingerprint says (there {there}, expected {config.fingerprint}); "
+            "give that model, or take this one with --force"
+        )
     try:
         family, processor, model = _pretrained(config, source, dtype, device)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
@@ -167,6 +180,20 @@ def load_model(config: ModelConfig, device: torch.device) -> VisionLanguageModel
         checkpoint_layers(model, config.name)
     limit = min(config.max_length, _context(model))
     return VisionLanguageModel(config.name, model, processor, family, device, limit, dtype, max_image_side=config.max_image_side)
+
+
+def fingerprint_of(config: ModelConfig) -> str:
+    """Which model a folder or hub id is, see ``fingerprint``; a hub's files are downloaded for it.
+
+    Raises:
+        ModelError: if there is no such model, or its files are damaged.
+    """
+    source = check_source(config)
+    _check_weights(config.name, Path(source))
+    try:
+        return fingerprint(source, config.revision)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise ModelError(f"model.name: {config.name!r} {_what_failed(error)}") from error
 
 
 def _pretrained(config: ModelConfig, source: str, dtype: torch.dtype, device: torch.device) -> tuple[ModelFamily, Any, Any]:
@@ -185,8 +212,21 @@ def _pretrained(config: ModelConfig, source: str, dtype: torch.dtype, device: to
         placed = {"device_map": {"": str(device)}}
     processor = load_processor(source, **options)
     loader = getattr(transformers, family.auto_class)
-    model = loader.from_pretrained(source, dtype=dtype, use_safetensors=True, **options, **placed)
+    model, found = loader.from_pretrained(source, dtype=dtype, use_safetensors=True, output_loading_info=True, **options, **placed)
+    _require_all(config.name, found)
     return family, processor, model if placed else model.to(device)
+
+
+def _require_all(name: str, found: Mapping[str, Collection[str]]) -> None:
+    """Refuse a model with tensors that no file holds, which Transformers would draw at random; one that is tied to another is not missing."""
+    if missing := sorted(found["missing_keys"]):
+        raise ModelError(
+            f"model.name: {name!r} cannot be loaded: its *.safetensors lack {len(missing)} of the model's tensors; download it again:\n"
+            f"{listing(missing)}"
+        )
+    if unexpected := sorted(found["unexpected_keys"]):
+        shown = ", ".join(unexpected[:3])
+        _LOG.warning("model.name: %r: the model does not use %d tensors of its *.safetensors, e.g. %s", name, len(unexpected), shown)
 
 
 def _what_failed(error: Exception) -> str:
@@ -219,7 +259,11 @@ def check_source(config: ModelConfig) -> str:
 
 
 def _check_weights(name: str, folder: Path) -> None:
-    """Name what is wrong with a local folder's weights."""
+    """Name what is wrong with a local folder's files, its weights above all."""
+    if pointers := [path.name for path in sorted(folder.iterdir()) if is_pointer(path)] if folder.is_dir() else []:
+        raise ModelError(
+            f"model.name: {name!r} holds git-lfs pointers in place of {', '.join(pointers)}; download the files, e.g. with 'git lfs pull'"
+        )
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
         others = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
         hint = (

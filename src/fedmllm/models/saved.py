@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Set
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from fedmllm import factors
-from fedmllm.errors import ModelError
+from fedmllm.errors import ModelError, listing
 from fedmllm.models.load import VisionLanguageModel
 from fedmllm.models.lora import widened, without_deprecations, write_weights
 from fedmllm.types import Weights
@@ -33,11 +34,26 @@ def load_adapter(vlm: VisionLanguageModel, folder: Path) -> VisionLanguageModel:
         if not (folder / name).is_file():
             raise ModelError(f"{folder}: no {name}; give a run folder or a PEFT adapter folder")
     try:
-        with without_deprecations():
+        with without_deprecations(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")
             model = peft.PeftModel.from_pretrained(vlm.model, str(folder))
+            with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+                held = set(file.keys())
     except (RuntimeError, ValueError, KeyError, OSError, SafetensorError) as error:
         raise ModelError(f"{folder}: the adapter does not fit model {vlm.name!r}: {' '.join(str(error).split())[:300]}") from error
+    _require_fit(f"{folder}: the adapter does not fit model {vlm.name!r}", model, held)
     return replace(vlm, model=widened(model.eval(), vlm.dtype))
+
+
+def _require_fit(what: str, model: Any, held: Set[str]) -> None:
+    """Refuse an adapter of which tensors were left out, or left as they are drawn: PEFT does both in silence or nearly so."""
+    from peft import get_peft_model_state_dict
+
+    wanted = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    problems = [f"the model has no place for {name}" for name in sorted(held - wanted)]
+    problems += [f"the adapter lacks {name}" for name in sorted(wanted - held)]
+    if problems:
+        raise ModelError(f"{what}: {len(problems)} of its tensors do not match; use the model that it was trained on:\n{listing(problems)}")
 
 
 def save_adapter(vlm: VisionLanguageModel, weights: Weights, folder: Path, base: Mapping[str, Tensor] | None = None) -> None:
