@@ -105,6 +105,9 @@ class Message:
 Slots = Mapping[str, Weights]
 """Further tensors of a method by what they are: momentum, controls, a client's own factors."""
 
+Accepted = Mapping[str, Sequence[int]]
+"""Rounds, counted from 0 and ascending, by client whose update was accepted in them."""
+
 Profile = Mapping[str, int]
 """How many samples somebody holds by the modalities they have, e.g. ``{"image+text": 12, "text": 3}``."""
 

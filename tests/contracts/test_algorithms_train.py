@@ -178,5 +178,5 @@ def test_strategies_leave_the_clients_own_model_alone(
     for strategies in ((), ("label_calibration", "feature_alignment")):
         write_weights(vlm.model, initial)
         trained("ditto", clients, vlm, encoder, tmp_path / str(len(strategies)), 1, *strategies)
-        kept.append(RunStore(tmp_path / str(len(strategies))).client_states("federated").load("c0", 1)["personal"])
+        kept.append(RunStore(tmp_path / str(len(strategies))).client_states("federated").load("c0", [0])["personal"])
     assert all(torch.equal(kept[0][name], kept[1][name]) for name in initial)

@@ -9,9 +9,10 @@ import torch
 
 from fedmllm.algorithms import ServerState
 from fedmllm.engine.checkpoint import BackgroundCheckpoint, RunStore, write_atomically, write_json
+from fedmllm.engine.packing import pack
 from fedmllm.errors import RunError
 
-STATE = ServerState({"a.b/c": torch.randn(2, 3)}, 4, {"momentum": {"a.b/c": torch.randn(2, 3)}})
+STATE = ServerState({"a.b/c": torch.randn(2, 3)}, 4, {"momentum": {"a.b/c": torch.randn(2, 3)}}, accepted={"c0": [1, 3], "c1": [2]})
 
 
 def test_a_state_comes_back_bit_for_bit(tmp_path: Path) -> None:
@@ -19,7 +20,7 @@ def test_a_state_comes_back_bit_for_bit(tmp_path: Path) -> None:
     store.save_state("s", STATE)
     loaded = store.load_state("s")
     assert loaded is not None
-    assert loaded.round_num == 4
+    assert (loaded.round_num, loaded.accepted) == (4, STATE.accepted)
     assert torch.equal(loaded.weights["a.b/c"], STATE.weights["a.b/c"])
     assert torch.equal(loaded.slots["momentum"]["a.b/c"], STATE.slots["momentum"]["a.b/c"])
 
@@ -70,6 +71,13 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path, keep: int) -> None:
         store.load_state("s")
 
 
+def test_a_checkpoint_without_word_of_whose_updates_were_accepted_is_refused(tmp_path: Path) -> None:
+    """Clients would go on from nothing, or from what the server refused."""
+    write_atomically(tmp_path / "checkpoints" / "s.safetensors", pack({"weights": STATE.weights}, {"round_num": 4}))
+    with pytest.raises(RunError, match=r"s\.safetensors: an older version wrote it, .*; delete it to train this stage anew"):
+        RunStore(tmp_path).load_state("s")
+
+
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "x"
     write_atomically(path, b"old")
@@ -116,31 +124,36 @@ def kept(value: float) -> dict[str, dict[str, torch.Tensor]]:
     return {"control": {"w": torch.full((2,), value)}}
 
 
-def test_a_client_finds_what_it_kept_before_the_round(tmp_path: Path) -> None:
-    """A round that was cut short leaves a file of its own behind, which the round's second run must not see."""
+def test_a_client_finds_what_it_kept_in_its_last_accepted_turn(tmp_path: Path) -> None:
+    """That of round 4 was refused. A round that was cut short leaves a file of its own behind, which the round's second run must not see."""
     states = RunStore(tmp_path).client_states("federated")
-    assert states.load("a", 3) == {}
-    for round_num in (1, 4, 6):
-        states.save("a", round_num, kept(round_num))
-    assert states.load("b", 9) == {}
-    assert [float(states.load("a", r)["control"]["w"][0]) for r in (5, 6, 7, 100)] == [4, 4, 6, 6]
-    states.save("a", 6, kept(60))
-    assert float(states.load("a", 7)["control"]["w"][0]) == 60
-    assert float(states.load("a", 6)["control"]["w"][0]) == 4
+    assert states.load("a", []) == states.load("a", [3]) == {}
+    for round_num, accepted in ((1, []), (4, [1]), (6, [1])):
+        states.save("a", round_num, kept(round_num), accepted)
+    assert states.load("b", [6]) == {}
+    assert [float(states.load("a", accepted)["control"]["w"][0]) for accepted in ([1], [1, 6])] == [1, 6]
+    states.save("a", 6, kept(60), [1])
+    assert [float(states.load("a", accepted)["control"]["w"][0]) for accepted in ([1], [1, 6])] == [1, 60]
 
 
 def test_clients_files_do_not_pile_up(tmp_path: Path) -> None:
-    states = RunStore(tmp_path).client_states("federated")
+    """Of twelve turns those of rounds 8 to 10 were refused; one that ends late, after the next was asked for, takes nothing away."""
+    states, accepted = RunStore(tmp_path).client_states("federated"), list[int]()
     for round_num in range(12):
-        states.save("a", round_num, kept(round_num))
-    files = {path.name for path in (tmp_path / "checkpoints" / "federated-clients" / "a").iterdir()}
-    assert files == {"9.safetensors", "10.safetensors", "11.safetensors"}
+        states.save("a", round_num, kept(round_num), accepted)
+        if round_num not in (8, 9, 10):
+            accepted = [*accepted, round_num][-2:]
+    states.save("a", 10, kept(10), [6, 7])
+    folder = tmp_path / "checkpoints" / "federated-clients" / "a"
+    assert {path.stem for path in folder.iterdir()} == {"6", "7", "10", "11"}
+    states.save("a", 12, kept(12), [7, 11])
+    assert {path.stem for path in folder.iterdir()} == {"7", "11", "12"}
 
 
 def test_a_damaged_client_state_is_named(tmp_path: Path) -> None:
     states = RunStore(tmp_path).client_states("federated")
-    states.save("a", 0, kept(1.0))
+    states.save("a", 0, kept(1.0), [])
     (path,) = (tmp_path / "checkpoints" / "federated-clients" / "a").iterdir()
     path.write_bytes(path.read_bytes()[:20])
     with pytest.raises(RunError, match=r"a/0\.safetensors: damaged checkpoint .*start the run anew"):
-        states.load("a", 1)
+        states.load("a", [0])

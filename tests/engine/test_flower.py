@@ -71,7 +71,7 @@ def not_a_number(reply: Message) -> Message:
 
 def absurd(reply: Message) -> Message:
     groups, facts = unpack(enclosed(reply.content))
-    reply.content = enclose(pack({"update": {name: tensor + 100.0 for name, tensor in groups["update"].items()}}, facts))
+    reply.content = enclose(pack({**groups, "update": {name: tensor + 100.0 for name, tensor in groups["update"].items()}}, facts))
     return reply
 
 
@@ -147,6 +147,30 @@ def test_with_three_of_ten_clients_failing_in_every_round_the_run_goes_on_with_t
     assert [record["num_samples"] for record in records] == [28] * 5
     assert all(len(record["losses"]) == 7 for record in records)
     assert 0 <= records[-1]["score"] <= 1
+
+
+@pytest.mark.parametrize("fault", [not_a_number, absurd, an_error, lambda reply: None], ids=["NaN", "too large", "an error", "late"])
+def test_over_messages_too_a_client_keeps_what_its_last_accepted_turn_left(
+    fault: Tamper, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SCAFFOLD's control at the server stays the mean of all clients': client-02's update fails in the second round, client-01's in the last."""
+
+    def spoil(reply: Message) -> Message | None:
+        key = (client_of(reply), unpack(enclosed(reply.content))[1]["round_num"])
+        return fault(reply) if key in (("client-02", 1), ("client-01", 2)) else reply
+
+    monkeypatch.setitem(SETTINGS, "federation", SETTINGS["federation"] | {"num_rounds": 3, "clients_per_round": 4})
+    monkeypatch.setitem(SETTINGS, "algorithm", {"name": "scaffold"})
+    records = trained(tmp_path / "run", monkeypatch, spoil, deadline=0.5)
+    assert [[row["client"] for row in record["refused"]] for record in records] == [[], ["client-02"], ["client-01"]]
+    store = RunStore(tmp_path / "run")
+    state, states = store.load_state("federated"), store.client_states("federated")
+    assert state is not None
+    assert list(state.accepted.values()) == [[1, 2], [0, 1], [0, 2], [1, 2]]
+    kept = [states.load(client, rounds)["control"] for client, rounds in state.accepted.items()]
+    for name, control in state.slots["control"].items():
+        mean = torch.stack([own[name].double() for own in kept]).mean(0)
+        torch.testing.assert_close(control.double(), mean, atol=1e-7, rtol=1e-5)
 
 
 def test_an_answer_that_does_not_come_is_not_waited_for_past_the_deadline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,7 +38,7 @@ def assignment(name: str = "fedavg", ranks: dict[str, int] | None = None) -> Ass
     method = build_algorithm(AlgorithmConfig(name=name))
     state = method.init(WEIGHTS, {"layer.q_proj": torch.randn(5, 6)})
     broadcast = method.broadcast(replace(state, round_num=2, population=Population(9, {"image": 30})))
-    return Assignment(broadcast, method, 1e-3, 11, ClientStates(Path("unused")), ranks or {})
+    return Assignment(broadcast, method, 1e-3, 11, ClientStates(Path("unused")), ranks or {}, accepted={"c1": [0, 1], "c2": [1]})
 
 
 def answer_of(content: bytes, wanted: Expected = WANTED) -> ClientUpdate | ClientFailure:
@@ -70,7 +70,7 @@ def test_a_task_arrives_as_it_was_broadcast(name: str) -> None:
     asked = assignment(name)
     task = read_task(write_task(asked, "federated", "c1", {"settings": "seed: 0"}, Missing()))
     assert (task.facts.stage, task.facts.client, task.facts.round_num, task.facts.seed) == ("federated", "c1", 2, 11)
-    assert task.facts.about == {"settings": "seed: 0"}
+    assert (task.facts.about, task.facts.accepted) == ({"settings": "seed: 0"}, [0, 1])
     received = task.broadcast(asked.algorithm.broadcast(asked.algorithm.init(WEIGHTS, {})), KEPT)
     assert received.round_num == 2
     assert received.population == Population(9, {"image": 30})

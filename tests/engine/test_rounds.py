@@ -171,10 +171,11 @@ def test_a_personalized_method_is_scored_by_the_mean_of_the_clients_own_models(t
 
     own = replace(loop(tmp_path), algorithm=build_algorithm(AlgorithmConfig(name="ditto")), evaluate=scored)
     for client, value in (("c0", 0.25), ("c1", 0.75)):
-        own.store.client_states("federated").save(client, 0, {"personal": {"w": torch.full((2,), value)}})
+        own.store.client_states("federated").save(client, 0, {"personal": {"w": torch.full((2,), value)}}, [])
     # 0.25, 0.75 and, of a client that never took part, the global 0.5: standard deviation 0.25.
-    several = evaluate_state(own, stage(3), ServerState({"w": torch.full((2,), 0.5)}, round_num=1))
+    state = ServerState({"w": torch.full((2,), 0.5)}, round_num=1, accepted={"c0": [0], "c1": [0]})
+    several = evaluate_state(own, stage(3), state)
     assert several == {"score": 0.5, "standard_error": pytest.approx(0.25 / 3**0.5), "num_samples": 24, "failures": 3}
     # One client has no error over clients: it keeps that over the test samples.
-    alone = evaluate_state(own, stage(1), ServerState({"w": torch.full((2,), 0.5)}, round_num=1))
+    alone = evaluate_state(own, stage(1), state)
     assert alone == {"score": 0.25, "standard_error": 0.5, "num_samples": 8, "failures": 1}

@@ -22,12 +22,14 @@ from fedmllm.benchmark.resident import Resident
 from fedmllm.benchmark.results import RunResult
 from fedmllm.benchmark.worker import client_app
 from fedmllm.config import Experiment
-from fedmllm.engine.checkpoint import RunStore
+from fedmllm.engine.checkpoint import ClientStates, RunStore
+from fedmllm.engine.flower import enclosed
+from fedmllm.engine.packing import unpack
 from fedmllm.engine.sites import SiteConfig
 from fedmllm.errors import ConfigError, FederationError
 from fedmllm.sites import keys
 from fedmllm.sites.client import SiteWorker
-from loopback import LoopbackGrid
+from loopback import LoopbackGrid, Tamper
 
 RESIDENT = Resident()
 NAMES = ("client-00", "client-01", "client-02")
@@ -45,7 +47,7 @@ OWN = {"data": {"dataset": "digits-claims", "num_train": 12, "num_test": 6, "che
 class Sites(LoopbackGrid):
     """A worker for each site, all of this process."""
 
-    def __init__(self, workers: Mapping[str, SiteWorker]) -> None:
+    def __init__(self, workers: Mapping[str, SiteWorker], tamper: Tamper) -> None:
         self._names = list(workers)
         app, apps = ClientApp(), {i: client_app(lambda worker=worker: worker) for i, worker in enumerate(workers.values())}  # type: ignore[misc]
 
@@ -53,7 +55,7 @@ class Sites(LoopbackGrid):
             return apps[context.node_id](message, context)
 
         app.train()(passed), app.query()(passed), app.evaluate()(passed)
-        super().__init__(app)
+        super().__init__(app, tamper)
 
     def online(self, names: Sequence[str]) -> dict[str, int]:
         return {name: self._names.index(name) for name in names}
@@ -61,7 +63,7 @@ class Sites(LoopbackGrid):
 
 @pytest.fixture
 def over_sites(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    def trained(folder: Path, own: Mapping[str, Mapping[str, Any]], **sections: Any) -> RunResult:
+    def trained(folder: Path, own: Mapping[str, Mapping[str, Any]], tamper: Tamper = lambda reply: reply, **sections: Any) -> RunResult:
         if not (tmp_path / "federation").exists():
             keys.init(tmp_path / "federation", "127.0.0.1:8000", NAMES)
         workers = {}
@@ -71,7 +73,7 @@ def over_sites(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
         @contextmanager
         def serving(link: object) -> Iterator[Sites]:
-            yield Sites(workers)
+            yield Sites(workers, tamper)
 
         monkeypatch.setattr(federation, "serving", serving)
         engine = SETTINGS["engine"] | {"name": "flower", "server": str(tmp_path / "federation" / "server" / "server.yaml")}
@@ -101,6 +103,29 @@ def test_models_stay_at_their_sites_and_score_as_in_one_process(name: str, over_
         theirs = load_file(kept / "adapter_model.safetensors")
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(theirs[key], tensor) for key, tensor in ours.items())
+
+
+@pytest.mark.parametrize("name", ["ditto", "fedsa_lora"])
+def test_a_site_whose_answer_is_lost_keeps_the_model_it_had(name: str, over_sites: Any, tmp_path: Path) -> None:
+    """In the second and last round all train, and one answer is lost: that site's model scores as it did after the first, the others' do not."""
+    every = {"algorithm": {"name": name}, "federation": SETTINGS["federation"] | {"clients_per_round": 3}}
+
+    def lose(reply: Message) -> Message | None:
+        told = unpack(enclosed(reply.content))[1]
+        return None if (told["client"], told.get("round_num")) == ("client-01", 1) and "num_samples" in told else reply
+
+    over_sites(tmp_path / "there", {}, lose, **every, failures={"deadline": 0.5})
+    (record,) = [r for r in RunStore(tmp_path / "there").records("federated") if r["refused"]]
+    assert (record["round"], [row["client"] for row in record["refused"]]) == (2, ["client-01"])
+    kept = {client: ClientStates(next((tmp_path / "federation" / "sites" / client / "state").iterdir()) / "federated") for client in NAMES}
+    kind = {"ditto": "personal", "fedsa_lora": "own"}[name]
+    for client, states in kept.items():
+        (folder,) = (tmp_path / "federation" / "sites" / client / "adapters").iterdir()
+        model = load_file(folder / "adapter_model.safetensors")
+        for i in (0, 1):
+            own = states.load(client, [i])[kind]
+            alike = all(torch.equal(model[key], tensor) for key, tensor in own.items())
+            assert alike == (i == (0 if client == "client-01" else 1))
 
 
 def test_a_site_scores_its_model_on_its_own_test_data_and_writes_down_what_it_tells(over_sites: Any, tmp_path: Path) -> None:

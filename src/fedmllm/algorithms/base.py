@@ -12,7 +12,7 @@ from fedmllm import factors
 from fedmllm import weights as W
 from fedmllm.errors import ConfigError, FederationError
 from fedmllm.training.rules import LocalRule
-from fedmllm.types import Broadcast, ClientUpdate, Population, Profile, Slots, Weights
+from fedmllm.types import Accepted, Broadcast, ClientUpdate, Population, Profile, Slots, Weights
 
 Kind = Literal["recommended", "classic", "robust", "lora", "one-shot", "personalized"]
 
@@ -27,12 +27,15 @@ class ServerState:
         slots: further tensors of the method by name: momentum and controls, shaped like the weights; ``base``, what has been
             merged into the frozen weights (by module, of full size); ``base_step``, the factors of the last round's part of it.
         population: all clients; set by the loop, not kept in checkpoints.
+        accepted: by client, the last two rounds (counted from 0) whose aggregates hold its update, ascending; set by the loop. What a client
+            keeps is what it kept in the last of them.
     """
 
     weights: Weights
     round_num: int = 0
     slots: Slots = field(default_factory=dict)
     population: Population = field(default_factory=Population)
+    accepted: Accepted = field(default_factory=dict)
 
     @property
     def base(self) -> Weights:
@@ -50,7 +53,7 @@ class Client:
 
     Attributes:
         name: its id.
-        state: what it kept from its last turn; empty at its first.
+        state: what it kept from its last accepted turn; empty before the first.
         profile: its samples by modalities.
     """
 
@@ -107,6 +110,8 @@ class Algorithm(Protocol):
     """Whether clients count alike whatever their updates weigh, so that a strategy that reweighs them does nothing."""
     client_sends: ClassVar[tuple[str, ...]]
     """Names of the further tensors in an update, each named and shaped like the update."""
+    uniform: ClassVar[tuple[str, ...]]
+    """What of an update has the same weight from every client, whatever the update itself weighs."""
 
     @property
     def smallest_cohort(self) -> int:
@@ -157,6 +162,7 @@ class ServerAverage:
     changes_frozen: ClassVar[bool] = False
     ignores_weights: ClassVar[bool] = False
     client_sends: ClassVar[tuple[str, ...]] = ()
+    uniform: ClassVar[tuple[str, ...]] = ()
     by_head: ClassVar[bool] = False
     """Whether every client counts alike, rather than by its number of samples."""
 
@@ -221,7 +227,7 @@ class Aggregator:
             self._members.append((slots, weight))
             return
         for kind, term in slots.items():
-            self._means.setdefault(kind, W.WeightedMean()).add(term, weight)
+            self._means.setdefault(kind, W.WeightedMean()).add(term, 1.0 if kind in self._algorithm.uniform else weight)
 
     @property
     def num_bytes(self) -> int:

@@ -18,7 +18,8 @@ class Scaffold(FedAvg):
         client:  g <- g + c - c_k  at every step;    c_k' = mean over its steps of g before the correction
         server:  w <- w + server_learning_rate mean(D_k);    c <- c + |S| / N mean(c_k' - c_k)
 
-    Means over clients are plain. Controls are gradients, and start at zero.
+    Means over clients are plain. A strategy may weigh the updates D_k; the mean of the controls stays plain, for c is the mean of all
+    clients' c_k, and a client that took no part has 0. Controls are gradients, and start at zero.
 
     **Under AdamW.** The paper's option II, ``c_k' = c_k - c + (w_global - w_k) / (K lr)``, reads the mean gradient off the way a
     client has come. That holds for SGD only, where it equals the mean of the uncorrected gradients, term by term. AdamW's steps have
@@ -32,6 +33,7 @@ class Scaffold(FedAvg):
 
     server_learning_rate: float = 1.0
     client_sends = ("control",)
+    uniform = ("control",)
     by_head = True
 
     def __post_init__(self) -> None:

@@ -115,7 +115,7 @@ def _trial(method: Algorithm, cohort: int) -> _Trial:
         loop = Loop(method, _Stirring(), TrainingConfig(), lambda weights, base: {"score": 0.0}, store, 0)
         state = run_stage(loop, stage, method.init(tensors, frozen))
         rounds = store.records(stage.name)
-        kept = store.client_states(stage.name).load("client-0", ROUNDS)
+        kept = store.client_states(stage.name).load("client-0", state.accepted["client-0"])
     adapter = W.num_bytes(tensors)
     return _Trial(
         cohort,
@@ -136,11 +136,11 @@ class _Stirring:
 
     def _turn(self, assignment: Assignment, name: str) -> ClientUpdate:
         algorithm, received, round_num = assignment.algorithm, assignment.broadcast.weights, assignment.broadcast.round_num
-        rule = algorithm.local_rule(assignment.broadcast, Client(name, assignment.states.load(name, round_num)))
+        rule = algorithm.local_rule(assignment.broadcast, Client(name, assignment.kept(name)))
         ended: Weights = {tensor: 1.1 * value for tensor, value in {**received, **rule.start}.items()}
         upload = rule.finish(LocalResult(ended, received, {"steps": 1.0}, ended))
         if keeps := {**upload.keeps, **({"personal": ended} if rule.personal else {})}:
-            assignment.states.save(name, round_num, keeps)
+            assignment.keep(name, keeps)
         update = {tensor: upload.weights[tensor] - value for tensor, value in received.items() if algorithm.uploads(round_num, tensor)}
         return ClientUpdate(name, update, 1, {"steps": 1.0}, upload.extras)
 

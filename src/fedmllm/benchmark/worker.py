@@ -73,6 +73,7 @@ class _Opened:
             states,
             {} if facts.rank is None else {facts.client: facts.rank},
             self.experiment.compression,
+            accepted={facts.client: facts.accepted},
         )
         (answer,) = self.engine.map_clients(assignment, {facts.client: self.samples(facts.client)})
         return answer
@@ -81,7 +82,7 @@ class _Opened:
         """The model that a client ends with: the weights, and what was merged into the frozen ones."""
         received, client = _received(task, self.own, states), task.facts.client
         state = ServerState(received.weights, received.round_num, {"base": received.base})
-        return replace(state, weights=self.algorithm.personal(state, states.load(client, received.round_num)))
+        return replace(state, weights=self.algorithm.personal(state, states.load(client, task.facts.accepted)))
 
     def score(self, model: ServerState, samples: Sequence[Sample], copy: str) -> Metrics:
         """Of a model on a copy of some samples; empty for themselves."""

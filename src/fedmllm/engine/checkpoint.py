@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,20 +44,23 @@ class RunStore:
 
     def save_state(self, stage: str, state: ServerState) -> None:
         """Replace a stage's checkpoint."""
-        content = pack({"weights": state.weights, **state.slots}, {"round_num": state.round_num})
+        facts = {"round_num": state.round_num, "accepted": {client: list(rounds) for client, rounds in state.accepted.items()}}
+        content = pack({"weights": state.weights, **state.slots}, facts)
         write_atomically(self._state_file(stage), content)
 
     def load_state(self, stage: str) -> ServerState | None:
         """A stage's last checkpoint; None if it has none.
 
         Raises:
-            RunError: if the file is damaged.
+            RunError: if the file is damaged, or does not say whose updates were accepted.
         """
-        path = self._state_file(stage)
+        path, remedy = self._state_file(stage), "delete it to train this stage anew"
         if not path.is_file():
             return None
-        groups, round_num = read_checkpoint(path, "delete it to train this stage anew")
-        return ServerState(groups.pop("weights"), round_num, groups)
+        groups, facts = read_checkpoint(path, remedy)
+        if "accepted" not in facts:
+            raise RunError(f"{path}: an older version wrote it, which did not note whose updates were accepted; {remedy}")
+        return ServerState(groups.pop("weights"), facts["round_num"], groups, accepted=facts["accepted"])
 
     def client_states(self, stage: str) -> ClientStates:
         """What the clients of a stage keep for themselves."""
@@ -121,29 +124,32 @@ class BackgroundCheckpoint:
 class ClientStates:
     """What clients keep from one turn to the next, on disk, a file for each client and round.
 
-    The two files before the newest stay: after a crash the last two rounds may be trained again, the one that it cut short and the one
-    whose checkpoint was still being written.
+    A turn's file is pending until a later task says that its update was accepted, for that is not known where and when it is written: the
+    server may refuse the update, lose it, or not wait for it. Rounds are counted from 0.
     """
 
     folder: Path
 
-    def load(self, client: str, round_num: int) -> Slots:
-        """What a client kept from its last turn before a round (counted from 0); empty at its first.
+    def load(self, client: str, accepted: Sequence[int]) -> Slots:
+        """What a client kept from the last of its accepted turns; empty before the first, and where it kept nothing.
 
         Raises:
             RunError: if the file is damaged.
         """
-        before = [number for number in self._rounds(client) if number < round_num]
-        if not before:
+        if not accepted or not (path := self._file(client, accepted[-1])).is_file():
             return {}
-        return read_checkpoint(self._file(client, before[-1]), "start the run anew in another folder")[0]
+        return read_checkpoint(path, "start the run anew in another folder")[0]
 
-    def save(self, client: str, round_num: int, slots: Slots) -> None:
-        """Keep what a client's turn in a round came to."""
-        before = [number for number in self._rounds(client) if number < round_num]
+    def save(self, client: str, round_num: int, slots: Slots, accepted: Sequence[int]) -> None:
+        """Keep what a client's turn in a round came to, beside what it kept from the accepted ones.
+
+        Two of these are needed: after a crash the last two rounds may be trained again, the one that it cut short and the one whose
+        checkpoint was still being written.
+        """
         write_atomically(self._file(client, round_num), pack(slots, {"round_num": round_num}))
-        for number in before[:-2]:
-            self._file(client, number).unlink()
+        for number in self._rounds(client):
+            if number < round_num and number not in accepted:
+                self._file(client, number).unlink(missing_ok=True)
 
     def _rounds(self, client: str) -> list[int]:
         return sorted(int(path.stem) for path in (self.folder / client).glob("*.safetensors") if path.stem.isdigit())
@@ -152,14 +158,14 @@ class ClientStates:
         return self.folder / client / f"{round_num}.safetensors"
 
 
-def read_checkpoint(path: Path, remedy: str) -> tuple[dict[str, Weights], int]:
-    """The groups of a file, and its round.
+def read_checkpoint(path: Path, remedy: str) -> tuple[dict[str, Weights], Record]:
+    """The groups of a file, and what is noted beside them: its round at least.
 
     Raises:
         RunError: if it is damaged.
     """
     try:
         groups, facts = unpack(path.read_bytes())
-        return groups, int(facts["round_num"])
+        return groups, {**facts, "round_num": int(facts["round_num"])}
     except (ValueError, KeyError, TypeError) as error:
         raise RunError(f"{path}: damaged checkpoint ({error}); {remedy}") from error

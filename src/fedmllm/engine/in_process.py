@@ -25,7 +25,7 @@ from fedmllm.training.batches import Encoder
 from fedmllm.training.calibration import calibrated
 from fedmllm.training.local import LocalTask, TrainingConfig, train_locally, train_together
 from fedmllm.training.rules import LocalResult, LocalRule, Upload
-from fedmllm.types import Answer, Broadcast, ClientFailure, ClientUpdate, Sample, Slots
+from fedmllm.types import Accepted, Answer, Broadcast, ClientFailure, ClientUpdate, Sample, Slots
 
 _LOG = logging.getLogger(__name__)
 
@@ -43,6 +43,7 @@ class Assignment:
         ranks: clients' own LoRA ranks, where they differ from the server's.
         compression: how updates are written for the way up.
         deadline: seconds for the whole cohort; None for no limit.
+        accepted: of the server's state: from which turn a client keeps what it does.
     """
 
     broadcast: Broadcast
@@ -53,6 +54,15 @@ class Assignment:
     ranks: Mapping[str, int] = field(default_factory=dict)
     compression: CompressionConfig = UNCOMPRESSED
     deadline: float | None = None
+    accepted: Accepted = field(default_factory=dict)
+
+    def kept(self, client: str) -> Slots:
+        """What a client kept from its last accepted turn."""
+        return self.states.load(client, self.accepted.get(client, ()))
+
+    def keep(self, client: str, slots: Slots) -> None:
+        """What it keeps of this one, should its update be accepted."""
+        self.states.save(client, self.broadcast.round_num, slots, self.accepted.get(client, ()))
 
 
 @dataclass(frozen=True)
@@ -122,7 +132,7 @@ class InProcessEngine:
 
     def _turn(self, assignment: Assignment, name: str, samples: Sequence[Sample]) -> _Turn:
         broadcast = assignment.broadcast
-        client = Client(name, assignment.states.load(name, broadcast.round_num), profile(samples))
+        client = Client(name, assignment.kept(name), profile(samples))
         return _Turn(client, samples, assignment.algorithm.local_rule(broadcast, client), assignment.ranks.get(name))
 
     def _wave(self, assignment: Assignment, turns: Sequence[_Turn]) -> Iterator[Answer]:
@@ -165,8 +175,9 @@ class InProcessEngine:
         """Keep what is the client's own, send the rest."""
         upload = turn.rule.finish(result)
         update, lost = _compressed(assignment.compression, _update(assignment, turn, result, upload), turn.client.state)
-        if keeps := {**upload.keeps, **personal, **lost}:
-            assignment.states.save(turn.client.name, assignment.broadcast.round_num, keeps)
+        # A turn that leaves nothing new leaves what there was.
+        if keeps := {**upload.keeps, **personal, **lost} or turn.client.state:
+            assignment.keep(turn.client.name, keeps)
         return update
 
     def _train(self, assignment: Assignment, turns: Sequence[tuple[_Turn, LocalRule]]) -> list[LocalResult]:

@@ -27,6 +27,7 @@ class TaskFacts(Facts):
     """What a client is told beside tensors.
 
     Attributes:
+        accepted: the last two rounds in which the client's update was accepted: what it keeps is what it kept in the last.
         base_since, sitting: as in ``Missing``.
         about: what the worker needs beside, e.g. the experiment's settings; the engine does not look at it.
     """
@@ -39,6 +40,7 @@ class TaskFacts(Facts):
     rank: int | None
     num_clients: int
     profile: dict[str, int]
+    accepted: list[int] = Field(max_length=2)
     base_since: int | None
     sitting: str = Field(pattern=r"^[0-9a-f]{8}$")
     about: dict[str, Any]
@@ -103,6 +105,7 @@ def write_task(assignment: Assignment, stage: str, client: str, about: Mapping[s
         rank=rank,
         num_clients=broadcast.population.num_clients,
         profile=dict(broadcast.population.profile),
+        accepted=list(assignment.accepted.get(client, ())),
         base_since=missing.since,
         sitting=missing.sitting,
         about=dict(about),
@@ -158,6 +161,7 @@ def write_question(client: str, about: Mapping[str, Any]) -> bytes:
         rank=None,
         num_clients=0,
         profile={},
+        accepted=[],
         base_since=0,
         sitting=Missing().sitting,
         about=dict(about),

@@ -91,7 +91,7 @@ def _round(loop: Loop, stage: Stage, state: ServerState, watch: _Watch, checkpoi
     intake = Intake(loop.algorithm, state, stage.ranks, _largest(loop, assignment), stage.claim)
     asked = _collect(loop, stage, assignment, cohort, intake, watch)
     complete = len(intake.accepted) >= _needed(loop, stage)
-    state = loop.algorithm.server_step(state, intake.aggregate()) if complete else _skipped(state)
+    state = _stepped(loop.algorithm, state, intake) if complete else _skipped(state)
     watch.lap("aggregate")
     scores = evaluate_state(loop, stage, state) if stage.evaluates(state.round_num) else None
     watch.lap("evaluate")
@@ -118,9 +118,16 @@ def _round(loop: Loop, stage: Stage, state: ServerState, watch: _Watch, checkpoi
 def _assignment(loop: Loop, stage: Stage, state: ServerState) -> Assignment:
     """What the clients of a round are told."""
     learning_rate = round_learning_rate(loop.training, state.round_num, stage.num_rounds)
-    states, deadline = loop.store.client_states(stage.name), loop.failures.deadline
     return Assignment(
-        loop.algorithm.broadcast(state), loop.algorithm, learning_rate, loop.seed, states, stage.ranks, loop.compression, deadline
+        loop.algorithm.broadcast(state),
+        loop.algorithm,
+        learning_rate,
+        loop.seed,
+        loop.store.client_states(stage.name),
+        stage.ranks,
+        loop.compression,
+        loop.failures.deadline,
+        state.accepted,
     )
 
 
@@ -169,8 +176,14 @@ def _collect(loop: Loop, stage: Stage, assignment: Assignment, cohort: Sequence[
     raise FederationError(intake.missing(stage.name, needed))
 
 
+def _stepped(algorithm: Algorithm, state: ServerState, intake: Intake) -> ServerState:
+    """The state after a round, which says whose updates are in it: these clients keep what they kept of it."""
+    accepted = {client: [*state.accepted.get(client, ()), state.round_num][-2:] for client in intake.accepted}
+    return replace(algorithm.server_step(state, intake.aggregate()), accepted=dict(sorted({**state.accepted, **accepted}.items())))
+
+
 def _skipped(state: ServerState) -> ServerState:
-    """One round later, with nothing changed, and so with nothing new to be sent of the frozen weights' change."""
+    """One round later, with nothing changed, and so with nothing new to be sent of the frozen weights' change; no client's update counts."""
     return replace(state, round_num=state.round_num + 1, slots={kind: slot for kind, slot in state.slots.items() if kind != "base_step"})
 
 
@@ -191,7 +204,8 @@ def personal_models(loop: Loop, stage: Stage, state: ServerState) -> dict[str, W
     if not loop.algorithm.personalized:
         return dict.fromkeys(sorted(stage.clients), state.weights)
     states = loop.store.client_states(stage.name)
-    return {client: loop.algorithm.personal(state, states.load(client, state.round_num)) for client in sorted(stage.clients)}
+    kept = {client: states.load(client, state.accepted.get(client, ())) for client in sorted(stage.clients)}
+    return {client: loop.algorithm.personal(state, slots) for client, slots in kept.items()}
 
 
 def evaluate_state(loop: Loop, stage: Stage, state: ServerState) -> Metrics:
