@@ -9,7 +9,7 @@ from PIL import Image
 
 from fedmllm.config import Experiment
 from fedmllm.data.datasets import DATASETS, Dataset
-from fedmllm.data.federated import FederatedData, client_id, decodable, federate, manifest
+from fedmllm.data.federated import FederatedData, client_id, decodable, federate, manifest, spread
 from fedmllm.errors import ConfigError, DataError
 from fedmllm.types import EditedImage, Sample
 
@@ -34,6 +34,19 @@ def test_the_manifest_counts_what_clients_hold() -> None:
         assert client["labels"] == dict(Counter(sample.category for sample in samples))
         assert sum(client["modalities"].values()) == len(samples) == client["num_samples"]
     assert record["test"]["modalities"] == {"image+text": 10}
+
+
+def test_what_a_scenario_drops_is_counted_where_it_cannot_be_helped() -> None:
+    """Samples that lose all they have, and those that natural clients hold without being able to."""
+    assert make(num_clients=5, scenario="missing-0.4").dropped > 0
+    samples = [Sample(f"s{i}", "q", "a", {"image": b""} if i % 2 else {"text": "t"}, client=f"c{i % 4 // 2}") for i in range(40)]
+    dataset = Dataset("own", "accuracy", tuple(samples[:-2]), tuple(samples[-2:]), ("image", "text"))
+    federation = Experiment.parse(
+        {"federation": {"scenario": "cross-5:5", "partition": "natural", "num_clients": 2, "clients_per_round": 1}}
+    )
+    data = spread(dataset, federation.federation, 0)
+    assert data.dropped == 19
+    assert manifest(data, "cross-5:5", 0)["dropped"] == 19
 
 
 def test_the_test_split_stays_complete() -> None:

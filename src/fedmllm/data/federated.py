@@ -8,11 +8,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from fedmllm.data import reference
 from fedmllm.data.datasets import Dataset, DatasetRequest, load_dataset
 from fedmllm.data.datasets.rows import OnBadSample, skipped
+from fedmllm.data.holders import Holders
 from fedmllm.data.images import broken_images
-from fedmllm.data.modalities import apply_scenario, profile
+from fedmllm.data.modalities import apply_scenario, holdings, profile
 from fedmllm.data.partition import Indices, by_domain, dirichlet, iid, natural, quantity
 from fedmllm.data.quality import parse_part
 from fedmllm.data.settings import DataConfig, FederationConfig
@@ -59,7 +63,13 @@ def spread(dataset: Dataset, federation: FederationConfig, seed: int) -> Federat
     for alter in map(parse_part, federation.heterogeneity):
         altered = {name: alter(name, samples, seed) for name, samples in altered.items()}
     clients, dropped = apply_scenario(
-        federation.scenario, altered, dataset.modalities, seed, protocol=federation.protocol, keep_empty=federation.keep_empty
+        federation.scenario,
+        altered,
+        dataset.modalities,
+        seed,
+        protocol=federation.protocol,
+        keep_empty=federation.keep_empty,
+        by_client=dataset.mixed,
     )
     _refuse_empty(clients, complete, federation.scenario)
     return FederatedData(dataset, clients, dropped)
@@ -107,29 +117,71 @@ def _problem(sample: Sample, broken: Mapping[Path | bytes, str]) -> str:
 
 
 def _partition(dataset: Dataset, federation: FederationConfig, seed: int) -> tuple[list[str], Indices]:
-    """Names of the clients, and positions in the training split."""
-    samples, count, alpha, least = dataset.train, federation.num_clients, federation.alpha, federation.min_partition_size
-    rng, categories = generator(seed, "partition"), [sample.category for sample in dataset.train]
+    """Names of the clients, and positions in the training split.
+
+    What the data's own clients hold cannot be moved. Else, where a scenario leaves clients that could keep nothing of some samples, holders are
+    decided first.
+    """
+    samples, count, least = dataset.train, federation.num_clients, federation.min_partition_size
     names = [client_id(i, count) for i in range(count)]
-    if federation.protocol == "reference":
-        return names, reference.dirichlet(categories, samples[0].options or sorted(set(categories)), count, alpha)
-    if federation.partition == "iid":
-        return names, iid(len(samples), count, least, rng)
-    if federation.partition == "quantity":
-        return names, quantity(len(samples), count, alpha, least, rng)
+    if federation.partition == "domain" and not dataset.mixed:
+        raise ConfigError(
+            f"federation.partition: domain spreads the datasets of a mixture, {dataset.name} is a single dataset; use data.dataset=mixture"
+        )
     if federation.partition == "natural":
-        owners = [sample.client for sample in samples]
-        own_names = sorted(set(owners))
-        # Files are named after clients: an id that is no plain word gives way to a number.
-        plain = len(own_names) == count and all(re.fullmatch(r"\w[\w.-]{0,63}", name, re.ASCII) for name in own_names)
-        return own_names if plain else names, natural(owners, count, least)
+        return _natural(samples, names, least)
+    decided = holdings(federation.scenario, names, dataset.modalities, seed, protocol=federation.protocol, by_client=dataset.mixed)
+    holders = Holders.of(samples, names, decided) if decided else None
+    if holders is None or holders.able.all():
+        return names, _among_all(dataset, federation, generator(seed, "partition"))
+    return names, _among_holders(samples, holders, federation, generator(seed, "partition"))
+
+
+def _natural(samples: Sequence[Sample], names: list[str], least: int) -> tuple[list[str], Indices]:
+    owners, count = [sample.client for sample in samples], len(names)
+    own_names = sorted(set(owners))
+    # Files are named after clients: an id that is no plain word gives way to a number.
+    plain = len(own_names) == count and all(re.fullmatch(r"\w[\w.-]{0,63}", name, re.ASCII) for name in own_names)
+    return own_names if plain else names, natural(owners, count, least)
+
+
+def _among_all(dataset: Dataset, federation: FederationConfig, rng: np.random.Generator) -> Indices:
+    """Anybody can hold anything."""
+    categories, count, least = [sample.category for sample in dataset.train], federation.num_clients, federation.min_partition_size
+    if federation.protocol == "reference":
+        return reference.dirichlet(categories, _classes(dataset), count, federation.alpha)
     if federation.partition == "domain":
-        if dataset.name != "mixture":
-            raise ConfigError(
-                f"federation.partition: domain spreads the datasets of a mixture, {dataset.name} is a single dataset; use data.dataset=mixture"
-            )
-        return names, by_domain([sample.domain for sample in samples], categories, count, alpha, least, rng)
-    return names, dirichlet(categories, count, alpha, least, rng)
+        return by_domain([sample.domain for sample in dataset.train], categories, count, federation.alpha, least, rng)
+    return _divided(federation, categories, count, least, rng)
+
+
+def _among_holders(samples: Sequence[Sample], holders: Holders, federation: FederationConfig, rng: np.random.Generator) -> Indices:
+    """Each kind of sample spread among its holders. The reference code's medical task has no label skew, and no least size."""
+    published = federation.protocol == "reference"
+
+    def divide(rows: NDArray[np.int64], count: int) -> Indices:
+        if published:
+            return iid(len(rows), count, 0, rng)
+        return _divided(federation, [samples[row].category for row in rows], count, 0, rng)
+
+    if federation.partition == "domain":
+        holders = holders.at_home()
+    return holders.divided(divide, 1 if published else federation.min_partition_size, rng)
+
+
+def _divided(federation: FederationConfig, categories: Sequence[str], count: int, least: int, rng: np.random.Generator) -> Indices:
+    """The configured partition of samples that all of ``count`` clients can hold."""
+    if federation.partition == "iid":
+        return iid(len(categories), count, least, rng)
+    if federation.partition == "quantity":
+        return quantity(len(categories), count, federation.alpha, least, rng)
+    return dirichlet(categories, count, federation.alpha, least, rng)
+
+
+def _classes(dataset: Dataset) -> Sequence[str]:
+    """In the order of the options, where these are the categories."""
+    options, found = dataset.train[0].options, {sample.category for sample in dataset.train}
+    return options if found <= set(options) else sorted(found)
 
 
 def client_id(index: int, num_clients: int) -> str:

@@ -20,17 +20,30 @@ Protocol = Literal["clean", "reference"]
 """Whose draws: ours, or those of the published reference code (see ``reference``)."""
 
 Keep = Callable[[str, Sample], Sequence[Modality]]
+Holdings = Mapping[str, tuple[Modality, ...]]
+"""The modalities that each client holds."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What a scenario works with: its level, the clients, the dataset's modalities, the experiment's seed and the protocol."""
+    """What a scenario works with.
+
+    Attributes:
+        level: the scenario's.
+        clients: their names.
+        modalities: the dataset's.
+        seed: the experiment's.
+        protocol: whose draws.
+        by_client: whether a client that draws no modality gets one for all its samples, as the published medical task does, and not one
+            by sample.
+    """
 
     level: str
     clients: tuple[str, ...]
     modalities: tuple[Modality, ...]
     seed: int
     protocol: Protocol = "clean"
+    by_client: bool = False
 
 
 def aligned(setting: Setting) -> Keep:
@@ -48,7 +61,7 @@ def missing(setting: Setting) -> Keep:
     return keep
 
 
-def cross(setting: Setting) -> Keep:
+def cross(setting: Setting) -> Holdings:
     """Each client holds one modality only; ``level`` is the ratio image-only : text-only."""
     images, texts = (float(part) for part in setting.level.split(":"))
     count = round(len(setting.clients) * images / (images + texts))
@@ -57,28 +70,48 @@ def cross(setting: Setting) -> Keep:
     else:
         drawn = generator(setting.seed, "cross").choice(len(setting.clients), size=count, replace=False).tolist()
     chosen = {setting.clients[i] for i in drawn}
-    return lambda client, sample: ["image"] if client in chosen else ["text"]
+    return {client: ("image",) if client in chosen else ("text",) for client in setting.clients}
 
 
-def hybrid(setting: Setting) -> Keep:
-    """Each client holds each modality with probability ``level``; one that holds none keeps one at random per sample."""
+def hybrid(setting: Setting) -> Holdings:
+    """Each client holds each modality with probability ``level``; one that draws none holds none of its own, or one if ``by_client``."""
     rate = float(setting.level)
-    bits = reference.hybrid(len(setting.clients), rate) if setting.protocol == "reference" else []
-    published = {
-        client: [name for name, bit in zip(("image", "text"), pair, strict=True) if bit]
-        for client, pair in zip(setting.clients, bits, strict=False)
-    }
+    if setting.protocol == "reference":
+        bits = reference.hybrid(len(setting.clients), rate)
+        drawn = {
+            client: tuple(name for name, bit in zip(("image", "text"), pair, strict=True) if bit)
+            for client, pair in zip(setting.clients, bits, strict=True)
+        }
+    else:
+        drawn = {c: tuple(m for m in setting.modalities if uniform(setting.seed, "hybrid", m, c) < rate) for c in setting.clients}
+    if not setting.by_client:
+        return drawn
+    return {client: held or (_one(setting.modalities, setting.seed, client),) for client, held in drawn.items()}
 
-    def keep(client: str, sample: Sample) -> list[Modality]:
-        held = published.get(client) if published else [m for m in setting.modalities if uniform(setting.seed, "hybrid", m, client) < rate]
-        return held or [setting.modalities[int(uniform(setting.seed, "hybrid", client, sample.id) * len(setting.modalities))]]
 
-    return keep
+def _one(modalities: Sequence[Modality], seed: int, *keys: str) -> Modality:
+    """One of them at random."""
+    return modalities[int(uniform(seed, "hybrid", *keys) * len(modalities))]
+
+
+def _by_client(decide: Callable[[Setting], Holdings]) -> Callable[[Setting], Keep]:
+    """What clients hold, as a rule for samples. A client without a modality of its own keeps in each sample one of what is there."""
+
+    def plan(setting: Setting) -> Keep:
+        holdings = decide(setting)
+
+        def keep(client: str, sample: Sample) -> Sequence[Modality]:
+            there = [name for name in setting.modalities if name in sample.content]
+            return holdings[client] or (there and [_one(there, setting.seed, client, sample.id)])
+
+        return keep
+
+    return plan
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """A row of the index: the function, one line of description and the level's rule."""
+    """A row of the index: the rule for samples, one line of description, the level's rule, and what clients hold if that is decided by client."""
 
     plan: Callable[[Setting], Keep]
     summary: str
@@ -86,6 +119,7 @@ class Scenario:
     level_rule: str
     valid: Callable[[str], bool]
     needs_two: bool = False
+    holdings: Callable[[Setting], Holdings] | None = None
 
 
 def _rate(level: str) -> bool:
@@ -106,9 +140,23 @@ SCENARIOS: Mapping[str, Scenario] = {
         aligned, "all clients have all modalities, labels are skewed", "", "a Dirichlet alpha above 0", lambda x: float(x) > 0
     ),
     "missing": Scenario(missing, "each sample loses each modality at a rate", "0.4", "a rate in [0, 1)", _rate),
-    "cross": Scenario(cross, "each client has one modality only", "5:5", "image-only:text-only, e.g. 3:7", _ratio, needs_two=True),
+    "cross": Scenario(
+        _by_client(cross),
+        "each client has one modality only",
+        "5:5",
+        "image-only:text-only, e.g. 3:7",
+        _ratio,
+        needs_two=True,
+        holdings=cross,
+    ),
     "hybrid": Scenario(
-        hybrid, "each client has each modality with a probability", "0.7", "a probability in [0, 1]", _probability, needs_two=True
+        _by_client(hybrid),
+        "each client has each modality with a probability",
+        "0.7",
+        "a probability in [0, 1]",
+        _probability,
+        needs_two=True,
+        holdings=hybrid,
     ),
 }
 
@@ -142,6 +190,25 @@ def parse_scenario(text: str) -> tuple[str, str]:
     return name, level
 
 
+def holdings(
+    scenario: str,
+    clients: Sequence[str],
+    modalities: tuple[Modality, ...],
+    seed: int,
+    *,
+    protocol: Protocol = "clean",
+    by_client: bool = False,
+) -> Holdings:
+    """The modalities that each client holds, where the scenario says it of the client; who is not named may hold anything.
+
+    Raises:
+        ConfigError: if the scenario separates modalities and the dataset has but one.
+    """
+    row, setting = _checked(scenario, Setting("", tuple(clients), modalities, seed, protocol, by_client))
+    found = {} if row.holdings is None else row.holdings(setting)
+    return {client: held for client, held in found.items() if held}
+
+
 def apply_scenario(
     scenario: str,
     clients: Mapping[str, Sequence[Sample]],
@@ -150,25 +217,34 @@ def apply_scenario(
     *,
     protocol: Protocol = "clean",
     keep_empty: bool = False,
+    by_client: bool = False,
 ) -> tuple[dict[str, tuple[Sample, ...]], int]:
     """Clients with what the scenario leaves them, and how many samples lost everything and were left out.
 
-    With ``keep_empty`` none is: such samples keep their question alone.
+    With ``keep_empty`` none is: such samples keep their question alone. The other arguments are those of ``Setting``.
 
     Raises:
         ConfigError: if the scenario separates modalities and the dataset has but one.
     """
-    name, level = parse_scenario(scenario)
-    if SCENARIOS[name].needs_two and not {"image", "text"} <= set(modalities):
-        raise ConfigError(
-            f"federation.scenario: {scenario} needs images and texts, the dataset's samples hold {' and '.join(modalities)} only; use aligned or missing"
-        )
-    keep = SCENARIOS[name].plan(Setting(level, tuple(clients), modalities, seed, protocol))
+    row, setting = _checked(scenario, Setting("", tuple(clients), modalities, seed, protocol, by_client))
+    keep = row.plan(setting)
     kept = {client: tuple(keep_only(sample, keep(client, sample)) for sample in samples) for client, samples in clients.items()}
     if keep_empty:
         return kept, 0
     left = {client: tuple(sample for sample in samples if sample.content) for client, samples in kept.items()}
     return left, sum(map(len, kept.values())) - sum(map(len, left.values()))
+
+
+def _checked(scenario: str, setting: Setting) -> tuple[Scenario, Setting]:
+    """A scenario's row, and what it works with at its level."""
+    name, level = parse_scenario(scenario)
+    row = SCENARIOS[name]
+    if row.needs_two and not {"image", "text"} <= set(setting.modalities):
+        held = " and ".join(setting.modalities)
+        raise ConfigError(
+            f"federation.scenario: {scenario} needs images and texts, the dataset's samples hold {held} only; use aligned or missing"
+        )
+    return row, replace(setting, level=level)
 
 
 def keep_only(sample: Sample, kept: Sequence[Modality]) -> Sample:

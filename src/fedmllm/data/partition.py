@@ -49,7 +49,7 @@ def dirichlet(categories: Sequence[str], num_clients: int, alpha: float, min_siz
         cuts = np.floor(np.cumsum(shares)[:-1] * len(members)).astype(np.int64)
         owner[members] = np.repeat(np.arange(num_clients), np.diff(cuts, prepend=0, append=len(members)))
     _top_up(owner, num_clients, min_size, rng)
-    return _members(owner, num_clients)
+    return by_owner(owner, num_clients)
 
 
 def quantity(num_samples: int, num_clients: int, alpha: float, min_size: int, rng: np.random.Generator) -> Indices:
@@ -83,7 +83,7 @@ def natural(owners: Sequence[str], num_clients: int, min_size: int) -> Indices:
     if len(sizes) < num_clients:
         raise DataError(f"federation.num_clients: {num_clients} clients asked for, the samples have {len(sizes)} natural ones; lower it")
     holder = {name: i for i, name in enumerate(sorted(sizes))} if len(sizes) == num_clients else _dealt(sizes, num_clients)
-    parts = _members(np.array([holder[name] for name in owners], dtype=np.int64), num_clients)
+    parts = by_owner(np.array([holder[name] for name in owners], dtype=np.int64), num_clients)
     if (least := min(map(len, parts))) < min_size:
         raise DataError(
             f"federation.min_partition_size: a natural client has {least} samples, {min_size} are asked for; lower either number"
@@ -123,8 +123,13 @@ def by_domain(
     return parts
 
 
-def _members(owner: NDArray[np.int64], num_clients: int) -> Indices:
-    """Positions by owner, ascending."""
+def by_owner(owner: NDArray[np.int64], num_clients: int) -> Indices:
+    """Positions by owner, ascending.
+
+    Args:
+        owner: the client of each sample.
+        num_clients: how many parts; some may be empty.
+    """
     order = np.argsort(owner, kind="stable")
     return np.split(order, np.cumsum(np.bincount(owner, minlength=num_clients))[:-1])
 
@@ -143,7 +148,7 @@ def _top_up(owner: NDArray[np.int64], num_clients: int, min_size: int, rng: np.r
     Linear in the samples: each client's members are shuffled at most once and leave from the end.
     """
     sizes = np.bincount(owner, minlength=num_clients)
-    members = _members(owner, num_clients)
+    members = by_owner(owner, num_clients)
     shuffled: dict[int, NDArray[np.int64]] = {}
     largest = [(-int(size), client) for client, size in enumerate(sizes)]
     heapq.heapify(largest)

@@ -87,7 +87,7 @@ class FederationConfig(BaseModel):
     keep_empty: bool = False
     """Keep samples that lost every modality, as the reference code does; else they are left out and counted."""
     min_partition_size: int = Field(8, gt=0)
-    """Samples every client has before a scenario takes modalities away."""
+    """Samples every client has, of those that it can hold, before ``missing`` takes modalities away."""
 
     @field_validator("scenario")
     @classmethod

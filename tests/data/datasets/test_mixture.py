@@ -8,7 +8,7 @@ import pytest
 from fedmllm.config import Experiment
 from fedmllm.data.datasets import Dataset, DatasetRequest, load_dataset
 from fedmllm.data.federated import FederatedData, federate
-from fedmllm.errors import ConfigError
+from fedmllm.errors import ConfigError, DataError
 from fedmllm.evaluation.metrics import all_metrics, majority_score, score
 from fedmllm.types import Prediction
 
@@ -21,9 +21,10 @@ def mixture(parts: list[dict[str, Any]], **settings: Any) -> Dataset:
 
 
 def federated(parts: list[dict[str, Any]], **federation: Any) -> FederatedData:
+    seed = federation.pop("seed", 0)
     settings = {"num_clients": 4, "min_partition_size": 4, **federation}
     experiment = Experiment.parse({"data": {"dataset": "mixture", "options": {"parts": parts}}, "federation": settings})
-    return federate(experiment.data, experiment.federation, 0)
+    return federate(experiment.data, experiment.federation, seed)
 
 
 def test_parts_keep_their_samples_under_their_name() -> None:
@@ -48,7 +49,82 @@ def test_under_cross_a_client_holds_the_one_or_the_other() -> None:
     data = federated(MEDICAL, scenario="cross-5:5")
     held = Counter(next(iter({sample.domain for sample in samples})) for samples in data.clients.values())
     assert held == {"digits-vqa": 2, "digits-cards": 2}
-    assert sum(map(len, data.clients.values())) + data.dropped == 100
+    assert data.dropped == 0
+    assert sum(map(len, data.clients.values())) == 100
+
+
+SCENARIOS = ["cross-3:7", "cross-5:5", "cross-7:3", "hybrid-0.8", "hybrid-0.7", "hybrid-0.6", "hybrid-0.3"]
+PARTITIONS = [
+    {"partition": "dirichlet"},
+    {"partition": "iid"},
+    {"partition": "quantity"},
+    {"partition": "domain"},
+    {"protocol": "reference"},
+]
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+@pytest.mark.parametrize("how", PARTITIONS, ids=lambda how: next(iter(how.values())))
+def test_nothing_of_a_mixture_is_dropped_and_no_client_starves(scenario: str, how: dict[str, str]) -> None:
+    """Ten clients of at least 8: every picture and every text is with one of them, as it was."""
+    parts = [{"dataset": "digits-vqa", "num_train": 120, "num_test": 10}, {"dataset": "digits-cards", "num_train": 120, "num_test": 10}]
+    for seed in range(4):
+        data = federated(parts, scenario=scenario, seed=seed, num_clients=10, min_partition_size=8, **how)
+        held = {sample.id: sample for samples in data.clients.values() for sample in samples}
+        assert data.dropped == 0
+        assert held == {sample.id: sample for sample in data.dataset.train}
+        assert sum(map(len, data.clients.values())) == 240
+        assert "protocol" in how or min(map(len, data.clients.values())) >= 8
+
+
+def test_the_medical_task_spreads_each_domain_evenly_among_its_holders() -> None:
+    """As the published generators do: pictures among the clients that hold pictures, texts among those that hold texts, no label skew."""
+    for scenario in SCENARIOS[:-1]:
+        data = federated(MEDICAL, scenario=scenario, num_clients=5, partition="iid")
+        for domain, count in (("digits-vqa", 60), ("digits-cards", 40)):
+            sizes = [sum(sample.domain == domain for sample in samples) for samples in data.clients.values()]
+            holders = [size for size in sizes if size]
+            assert sum(holders) == count
+            assert max(holders) - min(holders) <= 1
+
+
+def test_a_hybrid_client_that_draws_neither_gets_one_modality_for_all_its_samples() -> None:
+    """At a probability of 0 that is everybody; in a single dataset it stays one by sample."""
+    data = federated(MEDICAL, scenario="hybrid-0", num_clients=10)
+    kinds = [{sample.modalities for sample in samples} for samples in data.clients.values()]
+    assert {len(kind) for kind in kinds} == {1}
+    assert set.union(*kinds) == {("image",), ("text",)}
+    experiment = Experiment.parse({"data": {"num_train": 200, "num_test": 8}, "federation": {"scenario": "hybrid-0", "num_clients": 4}})
+    for samples in federate(experiment.data, experiment.federation, 0).clients.values():
+        assert {sample.modalities for sample in samples} == {("image",), ("text",)}
+
+
+def test_the_reference_protocol_chooses_a_mixture_s_holders() -> None:
+    """Clients 0, 1 and 4 hold pictures in the published cross-3:7."""
+    data = federated(MEDICAL, scenario="cross-3:7", protocol="reference", num_clients=10)
+    domains = [{sample.domain for sample in samples} for samples in data.clients.values()]
+    assert [i for i, held in enumerate(domains) if held == {"digits-vqa"}] == [0, 1, 4]
+    assert all(held in ({"digits-vqa"}, {"digits-cards"}) for held in domains)
+
+
+def test_the_reference_protocol_loses_no_row_of_classes_that_are_no_options() -> None:
+    """A mixture's categories begin with the dataset's name, its options do not."""
+    data = federated(TASKS, scenario="aligned", protocol="reference")
+    assert sum(map(len, data.clients.values())) == len(data.dataset.train) == 120
+
+
+def test_what_no_client_can_hold_is_an_error() -> None:
+    with pytest.raises(DataError, match="no client can hold some of the training samples") as caught:
+        federated(MEDICAL, scenario="cross-1:0")
+    assert "40 samples with text of digits-cards" in str(caught.value)
+
+
+def test_sizes_that_cannot_be_are_an_error_that_says_why() -> None:
+    """Two of four clients hold texts, of which there are 40; pictures would be enough."""
+    with pytest.raises(DataError, match="2 clients of at least 21 samples need 42, but of the samples that they can hold") as caught:
+        federated(MEDICAL, scenario="cross-5:5", min_partition_size=21)
+    assert r"(text) there are 40" in str(caught.value)
+    assert min(map(len, federated(MEDICAL, scenario="cross-5:5", min_partition_size=20).clients.values())) >= 20
 
 
 def test_a_task_mix_is_scored_by_the_mean_of_each_task_s_own_score() -> None:

@@ -47,6 +47,11 @@ class Dataset:
         if problems:
             raise DataError(f"dataset {self.name}: every split needs samples and every sample an id of its own:\n{listing(problems)}")
 
+    @property
+    def mixed(self) -> bool:
+        """Whether it is several datasets in one."""
+        return self.name == "mixture"
+
 
 class DatasetOptions(BaseModel):
     """What can be chosen about one dataset; a dataset file's ``Options`` adds its own fields. None by default."""

@@ -6,7 +6,7 @@
     federation: {partition: domain}          # each client one of them; or dirichlet: every client some of each
 
 The benchmark's medical task is such a mixture: pictures with questions from VQA-RAD, texts from the flashcards. Under ``cross``
-and ``hybrid`` a client then holds the one, the other or a share of both.
+and ``hybrid`` a client then holds the one, the other or a share of both: ``data.holders`` divides each dataset among its holders.
 
 A sample's ``domain`` is its dataset's name, its id and category begin with it. The headline score is that of the parts if they
 share one, else ``mixed``: the mean over the parts of each one's own.
