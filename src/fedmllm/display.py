@@ -121,7 +121,7 @@ class _Clock:
     def start(self, stages: Sequence[Stage]) -> None:
         """Lay the stages end to end: rounds x cohort x mean client size."""
         for stage in stages:
-            mean_size = stage.num_samples / len(stage.clients)
+            mean_size = max(1, stage.num_samples) / len(stage.clients)
             self._costs[stage.name] = stage.num_rounds * stage.clients_per_round * mean_size
             self._ends[stage.name] = sum(self._costs.values())
         self._begin = time.monotonic()

@@ -114,9 +114,9 @@ Profile = Mapping[str, int]
 
 @dataclass(frozen=True)
 class Holding:
-    """What a client that is elsewhere says it holds: how many samples, and how many of which modalities, if it says so."""
+    """What a client that is elsewhere says it holds: how many samples, None if it withholds that; and how many of which modalities, if it says so."""
 
-    num_samples: int
+    num_samples: int | None
     profile: Profile = field(default_factory=dict)
 
 
@@ -156,7 +156,7 @@ class ClientUpdate:
     Attributes:
         client: the client's id.
         update: client minus what it received, by parameter name.
-        num_samples: how many samples the client trained on; its weight in the average.
+        num_samples: how many samples the client trained on; None if it withholds that.
         metrics: the client's own numbers, e.g. its mean training loss.
         extras: further tensors that the method's server needs.
         profile: the client's samples by modalities.
@@ -168,7 +168,7 @@ class ClientUpdate:
 
     client: str
     update: Weights
-    num_samples: int
+    num_samples: int | None
     metrics: Metrics = field(default_factory=dict)
     extras: Slots = field(default_factory=dict)
     profile: Profile = field(default_factory=dict)
@@ -176,6 +176,11 @@ class ClientUpdate:
     num_bytes: int | None = None
     round_num: int | None = None
     packed: Mapping[str, Mapping[str, Sequence[Tensor]]] = field(default_factory=dict)
+
+    @property
+    def weight(self) -> float:
+        """What it weighs where clients count by samples: 1 if it withholds how many."""
+        return 1.0 if self.num_samples is None else float(self.num_samples)
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,12 @@ def test_scores_are_the_inputs(html: str) -> None:
     assert rows["majority answer"][0] == "0.247"
 
 
+def test_a_client_that_withholds_its_number_of_samples_is_left_out_of_the_counts(folder: Folder) -> None:
+    told = [client["num_samples"] for client in folder.manifest["clients"]]
+    folder.manifest["clients"][0]["num_samples"] = None
+    assert f"{sum(told[1:])} training samples" in Page(folder.report()).text.replace(",", "")
+
+
 def test_rounds_are_the_inputs(html: str) -> None:
     rows = table_rows(html)
     assert rows["1"] == ["2", "60", "1.00e-03", "2.0000", "", "1.00 MB", "2.00 MB", "3.00 MB"]

@@ -11,7 +11,7 @@ from fedmllm.config import Experiment
 from fedmllm.data.datasets import DATASETS, Dataset
 from fedmllm.data.federated import FederatedData, client_id, decodable, federate, manifest, spread
 from fedmllm.errors import ConfigError, DataError
-from fedmllm.types import EditedImage, Sample
+from fedmllm.types import EditedImage, Holding, Sample
 
 
 def make(**federation: object) -> FederatedData:
@@ -47,6 +47,19 @@ def test_what_a_scenario_drops_is_counted_where_it_cannot_be_helped() -> None:
     data = spread(dataset, federation.federation, 0)
     assert data.dropped == 19
     assert manifest(data, "cross-5:5", 0)["dropped"] == 19
+
+
+def test_the_manifest_says_whose_numbers_are_withheld() -> None:
+    """No number stands for them."""
+    data = make(num_clients=2)
+    told = {"a": Holding(None), "b": Holding(7, {"text": 7})}
+    record = manifest(FederatedData(data.dataset, {"a": (), "b": ()}, 0, told), "aligned", 0)
+    assert [client["num_samples"] for client in record["clients"]] == [None, 7]
+    assert record["notes"] == [
+        *data.dataset.notes,
+        "1 client(s) withhold how many samples they have, and count as one sample each in averages by samples: a",
+    ]
+    assert manifest(data, "aligned", 0)["notes"] == list(data.dataset.notes)
 
 
 def test_the_test_split_stays_complete() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 
 pytest.importorskip("flwr", reason="Flower is not installed: pip install 'fedmllm[flower]'")
 
-from fedmllm.algorithms import build_algorithm
+from fedmllm.algorithms import AlgorithmConfig, build_algorithm
 from fedmllm.benchmark.federation import settings
 from fedmllm.benchmark.resident import Resident
 from fedmllm.config import Experiment
@@ -114,10 +115,55 @@ def test_what_leaves_the_site_is_written_down(experiment: Experiment, tmp_path: 
 def test_what_is_withheld_does_not_leave(experiment: Experiment, tmp_path: Path) -> None:
     site = worker(tmp_path, data=OWN, withhold=["metrics", "profile", "num_samples"])
     told = presence(site, experiment)
-    assert told == Presence(client="client-00", num_samples=1, profile={}, rank=None, trial=False)
+    assert told == Presence(client="client-00", num_samples=None, profile={}, rank=None, trial=False)
     found = answer(site, experiment)
     assert isinstance(found, ClientUpdate)
-    assert (found.num_samples, found.metrics, found.profile) == (1, {}, {})
+    assert (found.num_samples, found.metrics, found.profile) == (None, {}, {})
+    assert [row["num_samples"] for row in sent(tmp_path)] == [None, None]
+
+
+def with_method(experiment: Experiment, **algorithm: Any) -> Experiment:
+    return experiment.model_copy(update={"algorithm": AlgorithmConfig.model_validate(algorithm)})
+
+
+def test_steps_that_a_method_needs_follow_from_the_number_of_samples(experiment: Experiment, tmp_path: Path) -> None:
+    """Its metrics are withheld, but the server weighs the update by as many steps as 12 samples take."""
+    nova, training = with_method(experiment, name="fednova"), experiment.training
+    site = worker(tmp_path, data=OWN, withhold=["metrics", "profile"])
+    assert isinstance(presence(site, nova), Presence)
+    found, open_ = answer(site, nova), answer(worker(tmp_path, data=OWN), nova)
+    assert isinstance(found, ClientUpdate)
+    assert isinstance(open_, ClientUpdate)
+    steps = training.local_epochs * math.ceil(12 / (training.batch_size * training.accumulation))
+    assert found.metrics == {"steps": steps} == {"steps": open_.metrics["steps"]}
+    assert steps > 1
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "withheld", "reason"),
+    [
+        (
+            {"name": "fednova"},
+            ["metrics", "num_samples"],
+            "(fednova) needs the number of this site's steps, which withholds both metrics and",
+        ),
+        ({"strategies": ["modality_coverage"]}, ["profile"], "(fedavg, modality_coverage) needs this site's samples by modality"),
+        (
+            {"strategies": [{"name": "adaptive_regularization", "parameters": {"adaptivity": 2.0}}]},
+            ["profile"],
+            "(fedavg, adaptive_regularization) needs this site's samples by modality",
+        ),
+    ],
+)
+def test_a_method_that_needs_what_is_withheld_is_refused_before_the_first_round(
+    experiment: Experiment, tmp_path: Path, algorithm: dict[str, Any], withheld: list[str], reason: str
+) -> None:
+    asked = with_method(experiment, **algorithm)
+    site = worker(tmp_path, data=OWN, withhold=withheld)
+    for told in (presence(site, asked), answer(site, asked)):
+        assert isinstance(told, ClientFailure)
+        assert told.reason.startswith("ConfigError: withhold: the method " + reason)
+    assert isinstance(presence(site, experiment), Presence)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,9 @@ from fedmllm.types import Accepted, Broadcast, ClientUpdate, Population, Profile
 
 Kind = Literal["recommended", "classic", "robust", "lora", "one-shot", "personalized"]
 
+Fact = Literal["steps", "profile"]
+"""What a client may withhold: its number of optimizer steps, and its samples by modalities."""
+
 
 @dataclass(frozen=True)
 class ServerState:
@@ -118,6 +121,11 @@ class Algorithm(Protocol):
         """Clients per round without which the rule has no meaning."""
         ...
 
+    @property
+    def needs(self) -> frozenset[Fact]:
+        """What clients must tell of themselves; updates without it are refused."""
+        ...
+
     def init(self, weights: Weights, frozen: Weights) -> ServerState:
         """The state before the first round, from the adapter and the frozen matrices under it, by module, shape (outputs, inputs)."""
         ...
@@ -171,6 +179,11 @@ class ServerAverage:
         """One."""
         return 1
 
+    @property
+    def needs(self) -> frozenset[Fact]:
+        """Nothing."""
+        return frozenset()
+
     def init(self, weights: Weights, frozen: Weights) -> ServerState:
         """The weights alone."""
         return ServerState(weights)
@@ -194,7 +207,7 @@ class ServerAverage:
 
     def fold(self, state: ServerState, update: ClientUpdate) -> tuple[Slots, float]:
         """The update and what came with it, by number of samples or by head."""
-        return {"update": update.update, **update.extras}, 1.0 if self.by_head else float(update.num_samples)
+        return {"update": update.update, **update.extras}, 1.0 if self.by_head else update.weight
 
     def server_step(self, state: ServerState, aggregate: Aggregate) -> ServerState:
         """Add the mean update, in float64, rounded once to float32."""

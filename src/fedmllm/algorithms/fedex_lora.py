@@ -27,7 +27,7 @@ class FedExLoRA(FedAvg):
 
     def fold(self, state: ServerState, update: ClientUpdate) -> tuple[Slots, float]:
         """The client's factors."""
-        return {"weights": client_weights(state, update)}, float(update.num_samples)
+        return {"weights": client_weights(state, update)}, update.weight
 
     def server_step(self, state: ServerState, aggregate: Aggregate) -> ServerState:
         """The rule above; the residual is taken to the factors as rounded."""

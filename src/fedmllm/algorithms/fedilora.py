@@ -56,7 +56,7 @@ class FediLoRA(FedAvg):
         """The padded update, and ones where the client has a rank."""
         ones = {name: torch.ones_like(tensor) for name, tensor in update.update.items()}
         slots = {kind: factors.padded(tensors, state.weights) for kind, tensors in (("update", update.update), ("present", ones))}
-        return slots, float(update.num_samples)
+        return slots, update.weight
 
     def server_step(self, state: ServerState, aggregate: Aggregate) -> ServerState:
         """The rule above; ranks that no client of the cohort has stay as they are."""

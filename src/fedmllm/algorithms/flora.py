@@ -33,7 +33,7 @@ class FLoRA(FedAvg):
 
     def fold(self, state: ServerState, update: ClientUpdate) -> tuple[Slots, float]:
         """The client's factors at its own rank."""
-        return {"weights": client_weights(state, update)}, float(update.num_samples)
+        return {"weights": client_weights(state, update)}, update.weight
 
     def server_step(self, state: ServerState, aggregate: Aggregate) -> ServerState:
         """The rule above."""

@@ -140,7 +140,7 @@ def _spread(heights: Sequence[float], gap: float) -> list[float]:
 def client_samples(clients: Sequence[Client]) -> Figure:
     """Two stacked bars per client: its samples by label, and by the modalities they hold."""
     named = len(clients) <= MAX_NAMED
-    clients = clients if named else sorted(clients, key=lambda client: (-client.num_samples, client.id))
+    clients = clients if named else sorted(clients, key=lambda client: (-(client.num_samples or 0), client.id))
     labels = _groups([client.labels for client in clients], FILLS)
     modalities = _groups([client.modalities for client in clients], FILLS[::-1])
     height, legend = min(max(0.2 * len(clients), 0.6), 4.6), 0.4 + 0.18 * ((max(len(labels), len(modalities)) + 1) // 2)

@@ -26,10 +26,13 @@ class Counts(_Checked):
     modalities: dict[str, int]
 
 
-class Client(Counts):
-    """One client of the manifest."""
+class Client(_Checked):
+    """One client of the manifest; one elsewhere may withhold how many samples it has."""
 
     id: str
+    num_samples: int | None
+    labels: dict[str, int]
+    modalities: dict[str, int]
 
 
 class Manifest(_Checked):
@@ -74,6 +77,7 @@ class Round(Line):
     bytes_held: int = 0
     skipped: bool = False
     halvings: dict[str, int] = Field(default_factory=dict)
+    withheld: list[str] = Field(default_factory=list)
     refused: list[Refusal]
 
 

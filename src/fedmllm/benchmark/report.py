@@ -84,7 +84,7 @@ def _context(run: Run) -> dict[str, Any]:
         "own_kind": client_rows(run),
         "costs": cost_rows(rounds),
         "parts": part_rows(run),
-        "sizes": sorted(client.num_samples for client in clients) or [0],
+        "sizes": sorted(client.num_samples for client in clients if client.num_samples is not None) or [0],
         "median": median,
         "modalities": _modalities(run),
         "running": list(accumulate(line.bytes_up + line.bytes_down for line in rounds)),

@@ -215,11 +215,20 @@ def manifest(data: FederatedData, scenario: str, seed: int) -> Record:
         "scenario": scenario,
         "seed": seed,
         "metric": dataset.metric,
-        "notes": list(dataset.notes),
+        "notes": [*dataset.notes, *_withheld(data.told)],
         "dropped": data.dropped,
         "clients": clients,
         "test": _counts(dataset.test),
     }
+
+
+def _withheld(told: Mapping[str, Holding]) -> list[str]:
+    """Which clients do not tell how many samples they have, in words; none if all do."""
+    if not (names := [name for name, held in told.items() if held.num_samples is None]):
+        return []
+    return [
+        f"{len(names)} client(s) withhold how many samples they have, and count as one sample each in averages by samples: {', '.join(names)}"
+    ]
 
 
 def _counts(samples: Sequence[Sample]) -> Record:

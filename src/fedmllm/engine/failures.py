@@ -28,7 +28,8 @@ class FailureConfig(BaseModel):
     """Seconds before clients are asked again; what died may need them to come back."""
     norm_limit: float | None = Field(10.0, ge=1)
     """An update is refused whose norm is more than so many times what training could give (``training.local.reach``), or with controls (SCAFFOLD)
-    that are more than this in each entry, as a root mean square; null to take any."""
+    that are more than this in each entry, as a root mean square; null to take any. What a client could reach that withholds how many samples it
+    has is not known: its updates are not measured."""
 
     def needed(self, smallest_cohort: int, cohort: int) -> int:
         """Updates that make a round complete, of a method that needs so many, in rounds of so many clients; baselines are federations of one."""

@@ -21,7 +21,7 @@ class Intake:
         ranks: clients' own LoRA ranks.
         largest: what it is of (``update``, or what the method sends besides) and number of samples -> the largest norm that is taken; None for
             any.
-        claim: client -> the number of samples it told of before the first round; None where that is not known.
+        claim: client -> the number of samples it told of before the first round, 0 if it withholds that; None where that is not known.
     """
 
     def __init__(
@@ -37,7 +37,8 @@ class Intake:
         self.accepted: set[str] = set()
         """Clients whose updates are in the aggregate."""
         self._num_samples = self._bytes_up = 0
-        self._losses: dict[str, tuple[int, float]] = {}
+        self._losses: dict[str, tuple[float, float]] = {}
+        self._withheld: list[str] = []
         self._halvings: dict[str, int] = {}
         self._refused: list[Record] = []
 
@@ -53,9 +54,11 @@ class Intake:
             return
         self._aggregator.add(update)
         self.accepted.add(update.client)
-        self._num_samples += update.num_samples
+        self._num_samples += update.num_samples or 0
+        if update.num_samples is None:
+            self._withheld.append(update.client)
         if "loss" in update.metrics:
-            self._losses[update.client] = (update.num_samples, update.metrics["loss"])
+            self._losses[update.client] = (update.weight, update.metrics["loss"])
         if halvings := int(update.metrics.get("halvings", 0)):
             self._halvings[update.client] = halvings
 
@@ -67,13 +70,16 @@ class Intake:
         rank = self._ranks.get(update.client)
         if update.rank != rank:
             return f"the update is of rank {update.rank}, the client's rank is {rank}"
-        if (claim := self._claim(update.client)) is not None and update.num_samples > claim:
+        if (claim := self._claim(update.client)) is not None and (update.num_samples or 0) > claim:
             return f"it says that it trained on {update.num_samples:,} samples, it has told of {claim:,}"
+        told = {"steps": "steps" in update.metrics, "profile": bool(update.profile)}
+        if lacking := sorted(fact for fact in self._algorithm.needs if not told[fact]):
+            return f"it does not tell its {lacking[0]}, which the method needs"
         sent = {n: tensor for n, tensor in self._state.weights.items() if self._algorithm.uploads(self._state.round_num, n)}
         return refusal(update, factors.cut(sent, rank), self._algorithm.client_sends) or self._too_large(update)
 
     def _too_large(self, update: ClientUpdate) -> str | None:
-        if self._largest is None:
+        if self._largest is None or update.num_samples is None:
             return None
         for kind, tensors in {"update": update.update, **update.extras}.items():
             if (size := W.norm(tensors)) > (limit := self._largest(kind, update.num_samples)):
@@ -103,6 +109,7 @@ class Intake:
             "loss": sum(count * loss for count, loss in self._losses.values()) / weight if weight else None,
             "losses": {client: loss for client, (_, loss) in self._losses.items()},
             "halvings": self._halvings,
+            "withheld": self._withheld,
             "bytes_up": self._bytes_up,
             "bytes_held": self._aggregator.num_bytes,
             "refused": self._refused,
@@ -118,6 +125,6 @@ def refusal(update: ClientUpdate, expected: Weights, extras: Sequence[str] = ())
             return mismatch if kind == "update" else f"{kind}: {mismatch}"
         if not W.is_finite(tensors):
             return f"the {kind} holds NaN or infinity"
-    if update.num_samples <= 0:
+    if update.num_samples is not None and update.num_samples <= 0:
         return f"num_samples is {update.num_samples}"
     return None

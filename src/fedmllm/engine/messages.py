@@ -51,7 +51,7 @@ class AnswerFacts(Facts):
 
     client: str
     round_num: int = Field(ge=0)
-    num_samples: int = Field(ge=0, lt=2**40)
+    num_samples: int | None = Field(ge=0, lt=2**40)
     metrics: dict[str, float]
     profile: dict[str, int]
     rank: int | None

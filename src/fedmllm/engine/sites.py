@@ -124,7 +124,8 @@ class SiteConfig(_File):
     """Cores to compute with."""
     withhold: tuple[Withheld, ...] = ()
     """What the server is not told: ``metrics`` (training loss and steps, scores of the site's own model), ``profile`` (samples by modality),
-    ``num_samples`` (the site then weighs as one sample)."""
+    ``num_samples`` (where clients count by samples, the site then weighs as one). A run whose method needs what is withheld is refused; steps that
+    a method needs (FedNova) follow from the number of samples, and are told unless that is withheld too."""
 
     @model_validator(mode="after")
     def _beside_the_file(self) -> SiteConfig:

@@ -43,13 +43,12 @@ class Stage:
 
     @property
     def num_samples(self) -> int:
-        """Of all clients."""
-        return sum(map(len, self.clients.values())) + sum(held.num_samples for held in self.told.values())
+        """Of all clients that tell how many they have."""
+        return sum(map(len, self.clients.values())) + sum(held.num_samples or 0 for held in self.told.values())
 
     def claim(self, client: str) -> int | None:
-        """How many samples a client holds, as far as that is known: one that was not there before the first round has not told."""
-        held = self.told[client].num_samples if client in self.told else len(self.clients[client])
-        return held or None
+        """How many samples a client has told of: 0 if it withholds that; None of one that was not there before the first round."""
+        return self.told[client].num_samples or 0 if client in self.told else len(self.clients[client]) or None
 
     def cohort(self, seed: int, round_num: int) -> list[str]:
         """The clients of a round, drawn without replacement, sorted."""

@@ -20,7 +20,8 @@ class Presence(Facts):
     """What a client says of itself before the first round."""
 
     client: str
-    num_samples: int = Field(gt=0, lt=2**40)
+    num_samples: int | None = Field(gt=0, lt=2**40)
+    """None if it withholds that; so is an empty profile."""
     profile: dict[str, int]
     rank: int | None
     trial: bool

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fedmllm.algorithms import ServerState
+from fedmllm.algorithms import ServerState, build_algorithm
 from fedmllm.benchmark.worker import Clients, Worker, client_app
 from fedmllm.config import Experiment
 from fedmllm.engine.checkpoint import ClientStates
@@ -48,9 +48,22 @@ class SiteWorker(Worker):
         if site.data is None and not told.data.dataset.startswith("digits-"):
             raise ConfigError("a site without data of its own tries out embedded data only; set data in site.yaml")
         model = told.model.model_copy(update={"name": site.model or "nano", "trust_remote_code": False, "revision": None})
+        self._require_told(told)
         engine = told.engine.model_copy(update={"device": site.device, "worker_cpus": float(site.cpus)})
         data = told.data if site.data is None else site.data.model_copy(update={"prompt": told.data.prompt})
         return told.model_copy(update={"model": model, "engine": engine, "data": data})
+
+    def _require_told(self, told: Experiment) -> None:
+        """Refuse a method that needs what is withheld: no number stands for it."""
+        needs, hidden = build_algorithm(told.algorithm).needs, set(self._site.withhold)
+        if "steps" in needs and hidden >= {"metrics", "num_samples"}:
+            lacks = "the number of this site's steps, which withholds both metrics and num_samples, from which they follow"
+        elif "profile" in needs and "profile" in hidden:
+            lacks = "this site's samples by modality, which withholds its profile"
+        else:
+            return
+        names = ", ".join([told.algorithm.name, *told.algorithm.strategy_names])
+        raise ConfigError(f"withhold: the method ({names}) needs {lacks}; tell them in this run, or take no part in it")
 
     def clients(self, experiment: Experiment) -> Clients:
         """One: this site."""
@@ -98,7 +111,7 @@ class SiteWorker(Worker):
         if "profile" in hidden:
             kept = kept.model_copy(update={"profile": {}})
         if "num_samples" in hidden:
-            kept = kept.model_copy(update={"num_samples": 1})
+            kept = kept.model_copy(update={"num_samples": None})
         self._note({"kind": "presence", **kept.model_dump()})
         return kept
 
@@ -108,12 +121,17 @@ class SiteWorker(Worker):
             return self._noted(replace(answer, reason=answer.reason.partition(":")[0] + "; more is in the site's log"), facts)
         hidden = self._site.withhold
         if "metrics" in hidden:
-            answer = replace(answer, metrics={})
+            answer = replace(answer, metrics={name: answer.metrics[name] for name in self._needed_metrics})
         if "profile" in hidden:
             answer = replace(answer, profile={})
         if "num_samples" in hidden:
-            answer = replace(answer, num_samples=1)
+            answer = replace(answer, num_samples=None)
         return self._noted(answer, facts)
+
+    @property
+    def _needed_metrics(self) -> list[str]:
+        """What of the metrics is told though they are withheld: steps, which the server knows how to count from the number of samples."""
+        return ["steps"] if self._run is not None and "steps" in self._run.algorithm.needs else []
 
     def scored(self, scores: Scores, facts: TaskFacts, model: ServerState) -> Scores | ClientFailure:
         """Nothing if metrics are withheld. The model is left in the site's folder, under the run's name."""

@@ -344,7 +344,7 @@ class _Turn:
     def result(self, weights: Weights) -> LocalResult:
         """What it came to, with the weights it ended with."""
         if not self.plan:
-            return LocalResult(weights, self._task.received, {})
+            return LocalResult(weights, self._task.received, {"steps": 0.0})
         gradient = {name: (total / len(self.plan)).float().cpu() for name, total in self._gradient.items()}
         metrics = {"loss": self.loss / len(self.plan), "steps": float(len(self.plan))}
         metrics |= {"halvings": float(self.halvings)} if self.halvings else {}

@@ -22,7 +22,7 @@ class LocalResult:
     Attributes:
         weights: all tensors, those that did not train included.
         received: what the client was sent.
-        metrics: ``loss``, the mean over steps in nats per token, and ``steps``; empty where no step was taken.
+        metrics: ``loss``, the mean over steps in nats per token, which is left out where no step was taken, and ``steps``.
         gradient: mean over steps of the gradient before any edit or clipping; empty unless the rule asks for it.
     """
 

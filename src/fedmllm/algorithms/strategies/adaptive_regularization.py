@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from functools import cache
 
-from fedmllm.algorithms.base import Client, require_not_negative, require_within
+from fedmllm.algorithms.base import Client, Fact, require_not_negative, require_within
 from fedmllm.algorithms.fedprox import proximal
 from fedmllm.algorithms.strategies.base import Strategy
 from fedmllm.errors import ConfigError
@@ -43,6 +43,11 @@ class AdaptiveRegularization(Strategy):
     def __post_init__(self) -> None:
         require_not_negative(mu=self.mu, weight=self.weight, adaptivity=self.adaptivity)
         require_within("skip_fraction", self.skip_fraction, 0, 0.5)
+
+    @property
+    def needs(self) -> frozenset[Fact]:
+        """Of all clients, if the pull is to depend on it."""
+        return frozenset({"profile"} if self.adaptivity else ())
 
     def rule(self, rule: LocalRule, broadcast: Broadcast, client: Client) -> LocalRule:
         """One more penalty; none where it would be zero."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fedmllm.algorithms.base import Algorithm, Client, ServerState
+from fedmllm.algorithms.base import Algorithm, Client, Fact, ServerState
 from fedmllm.training.rules import LocalRule
 from fedmllm.types import Broadcast, ClientUpdate, Slots
 
@@ -16,6 +16,11 @@ class Strategy:
     def reweighs(self) -> bool:
         """Whether it changes the weight of an update."""
         return type(self).reweigh is not Strategy.reweigh
+
+    @property
+    def needs(self) -> frozenset[Fact]:
+        """What clients must tell of themselves, as of a method."""
+        return frozenset()
 
     def rule(self, rule: LocalRule, broadcast: Broadcast, client: Client) -> LocalRule:
         """The client's rule, from the method's."""
@@ -39,6 +44,11 @@ class Composed:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._method, name)
+
+    @property
+    def needs(self) -> frozenset[Fact]:
+        """What the method or a strategy needs to be told."""
+        return self._method.needs.union(*(strategy.needs for strategy in self._strategies))
 
     def local_rule(self, broadcast: Broadcast, client: Client) -> LocalRule:
         """The method's rule with what the strategies add."""

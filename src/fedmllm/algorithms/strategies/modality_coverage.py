@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 from fractions import Fraction
 
-from fedmllm.algorithms.base import ServerState, require_not_negative
+from fedmllm.algorithms.base import Fact, ServerState, require_not_negative
 from fedmllm.algorithms.strategies.base import Strategy
 from fedmllm.types import ClientUpdate, Profile
 
@@ -31,8 +31,13 @@ class ModalityCoverage(Strategy):
     def __post_init__(self) -> None:
         require_not_negative(power=self.power)
 
+    @property
+    def needs(self) -> frozenset[Fact]:
+        """n_km, and N_m which they add up to."""
+        return frozenset({"profile"})
+
     def reweigh(self, weight: float, state: ServerState, update: ClientUpdate) -> float:
-        """The rule above; without counts the weight stays."""
+        """The rule above."""
         factor = coverage(update.profile, state.population.profile)
         return weight * float(float(factor) ** self.power)
 
