@@ -26,7 +26,7 @@ from fedmllm.engine.words import Presence, read_word
 from fedmllm.errors import RunError
 from fedmllm.models.lora import frozen_weights, read_weights
 from fedmllm.sites.client import SiteWorker
-from fedmllm.sites.supernode import next_task
+from fedmllm.sites.supernode import Inbox
 from fedmllm.types import ClientFailure, ClientUpdate
 
 RESIDENT = Resident()
@@ -252,4 +252,4 @@ def test_a_port_that_another_process_has_is_named(tmp_path: Path) -> None:
     with pytest.raises(
         RunError, match=r"port 9094 of this machine is not this site's SuperNode \(401\); end it, or set another port in site\.yaml"
     ):
-        next_task(site, Other())
+        Inbox(site, Other()).next()

@@ -234,10 +234,12 @@ def _send(grid: Carrier, kind: str, client: str, content: bytes, node: int | Non
     if node is None:
         return ClientFailure(client, "not connected")
     life = _NEVER if time_left.deadline is None else time_left.deadline + _GRACE
+    # The same in every try: what it leads to knows it again, and the client is not asked twice.
+    message = Message(enclose(content), dst_node_id=node, message_type=kind, ttl=life)
     while True:
         late = time_left.late
         try:
-            taken = list(grid.push_messages([Message(enclose(content), dst_node_id=node, message_type=kind, ttl=life)]))
+            taken = list(grid.push_messages([message]))
         except ConnectionError as error:
             if late or time_left.deadline is None:
                 return ClientFailure(client, str(error))

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fedmllm.engine.heartbeat import Heartbeat
 from fedmllm.engine.replies import Reply
 from fedmllm.engine.superlink import SuperLink, TurnedDownError
+from fedmllm.engine.wire import Wire
 from fedmllm.errors import FederationError
 
 if TYPE_CHECKING:
     from flwr.app import Message
 
 T = TypeVar("T")
+_BEGUN = 3
+"""How many runs are begun, at most, until the SuperLink's answer about one arrives."""
 
 
 class RunGrid:
     """Flower's Grid of a run that this process serves, begun anew where the SuperLink does not know it any more.
 
-    What was on its way then is lost, which the round's failure policy deals with. Messages are sent and looked for once, without waiting for a SuperLink
+    What was on its way then is lost, which the round's failure policy deals with. Messages are sent and looked for without waiting for a SuperLink
     that cannot be reached: how long that may take is known to who asks.
     """
 
@@ -31,33 +35,61 @@ class RunGrid:
         self._sent: set[str] = set()
         self._coming: dict[str, Reply] = {}
         self._taken: list[Reply] = []
+        self._doubtful: set[str] = set()
         self._open()
 
     def _open(self, patience: float | None = None) -> None:
-        from flwr.common.serde import run_from_proto
+        """Begin a run, and another where the connection broke just as the first was told about, which then is left."""
         from flwr.proto.runtime_pb2 import PullTaskInputRequest
+
+        for _ in range(_BEGUN):
+            _, token = self._link.begin(patience)
+            with ExitStack() as left:
+                client = self._link.server(token)
+                left.callback(client.close)
+                told = self._link.reached(partial(client.PullTaskInput, PullTaskInputRequest()), patience)
+                if told is not None:
+                    left.pop_all()
+                    self._serve(client, token, told)
+                    return
+        raise ConnectionError(
+            f"the SuperLink at {self._link.address} cannot be reached: the connection broke as each of {_BEGUN} runs began"
+        )
+
+    def _serve(self, client: Wire, token: str, told: Any) -> None:
+        """Be the server of a run that has been begun."""
+        from flwr.common.serde import run_from_proto
         from flwr.supercore.task_identity import TaskIdentity
         from flwr.superlink.grid import HttpGrid
 
-        _, token = self._link.begin(patience)
-        grid = HttpGrid(self._link.address, False, self._link.certificate.read_bytes(), token=token)
-        # Flower's own way of trying again ends the process where it is turned down.
-        grid._retry_invoker = None  # type: ignore[assignment]
-        told = self._link.reached(lambda: grid._runtime_client.PullTaskInput(PullTaskInputRequest()), patience)
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = told.task_id, told.run.run_id, told.context.node_id
+        grid: Any = HttpGrid(self._link.address, token=token)
+        # In the place of Flower's own, which is repeated without an end and ends the process where it is turned down.
+        grid._client = client
         grid.set_run(run_from_proto(told.run))
-        self._heartbeat = Heartbeat(grid._runtime_client)
-        self._grid = grid
+        self._grid, self._heartbeat = grid, Heartbeat(client)
 
     def push_messages(self, messages: list[Message]) -> Iterable[str]:
-        """Send.
+        """Send. One that could not be sent may be given again, as it is: what of it is there already is not sent, or kept, twice.
 
         Raises:
             ConnectionError: if the SuperLink cannot be reached, or does not know the run any more.
         """
-        names = [str(name) for name in self._alive(lambda: self._grid.push_messages(messages)) if name]
+        names = [str(name) for name in self._alive(lambda: self._push(messages)) if name]
         self._sent |= set(names)
         return names
+
+    def _push(self, messages: list[Message]) -> Iterable[str]:
+        from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
+        from flwr.supercore.task_identity import TaskIdentity
+
+        for message in messages:
+            # One that was made for a run that is lost goes with the one that was begun since.
+            message.metadata.__dict__.update(_run_id=TaskIdentity.run_id, _src_task_id=TaskIdentity.task_id)
+        try:
+            return list(self._grid.push_messages(messages))
+        except ObjectPushError as error:
+            raise ConnectionError(f"the SuperLink at {self._link.address} does not take a part of a message any more") from error
 
     def pull_messages(self, message_ids: list[str], largest: int) -> Iterable[Message]:
         """Answers of which all is there. What is there of others is kept until others are asked for.
@@ -69,19 +101,35 @@ class RunGrid:
         return self._alive(lambda: self._answers(message_ids, largest))
 
     def _answers(self, names: Sequence[str], largest: int) -> list[Message]:
-        from flwr.proto.runtime_pb2 import PullAppMessagesRequest
-
         if not self._sent.issuperset(names):
             raise ValueError("the SuperLink does not know the run any more in which it was asked")
         client = self._grid._runtime_client
         self._coming = {name: reply for name, reply in self._coming.items() if name in names}
         if others := [name for name in names if name not in self._coming]:
-            told = client.PullMessages(PullAppMessagesRequest(message_ids=others))
+            told = self._told(client, others)
             for message, tree in zip(told.messages_list, told.message_object_trees, strict=True):
                 self._coming[message.metadata.reply_to_message_id] = Reply(client, message, tree, largest)
         complete = [self._coming.pop(name) for name, reply in list(self._coming.items()) if reply.complete()]
         self._taken += complete
-        return [reply.message() for reply in complete]
+        return [self._certain(reply.message()) for reply in complete]
+
+    def _told(self, client: Any, names: list[str]) -> Any:
+        """What has come in answer to messages. It is told once; where the connection breaks, it may have been."""
+        import httpx
+        from flwr.proto.runtime_pb2 import PullAppMessagesRequest
+
+        try:
+            return client.PullMessages(PullAppMessagesRequest(message_ids=names))
+        except httpx.TransportError:
+            self._doubtful |= set(names)
+            raise
+
+    def _certain(self, reply: Message) -> Message:
+        from flwr.common.constant import ErrorCode
+
+        if reply.has_error() and reply.error.code == ErrorCode.MESSAGE_UNAVAILABLE and reply.metadata.reply_to_message_id in self._doubtful:
+            raise ValueError("its answer was lost: the connection to the SuperLink broke as it was handed over")
+        return reply
 
     def _nodes(self) -> list[Any]:
         """Flower's. What has been taken is forgotten first: now nobody sends, whom that would keep from writing until it gives up."""
@@ -116,7 +164,7 @@ class RunGrid:
         if self._grid is not None:
             self._heartbeat.stop()
             self._grid.close()
-        self._grid, self._sent, self._coming, self._taken = None, set(), {}, []
+        self._grid, self._sent, self._coming, self._taken, self._doubtful = None, set(), {}, [], set()
 
     def close(self) -> None:
         """Say that the run has ended."""

@@ -2,7 +2,7 @@
 
 A run of Flower is begun for each training, and its server's part is taken over by this process, which needs the SuperLink's secret. Code is not
 sent: what Flower calls the app is empty here, and sites run what they have installed. All that is not Flower's public interface is in this file, in
-``run_grid``, ``replies`` and ``heartbeat`` beside it and in ``fedmllm.sites.supernode``; they are written for flwr 1.41.
+``wire``, ``run_grid``, ``replies`` and ``heartbeat`` beside it and in ``fedmllm.sites.supernode`` and ``incoming``; they are written for flwr 1.41.
 """
 
 from __future__ import annotations
@@ -13,14 +13,12 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
+from fedmllm.engine.wire import Wire, connected
 from fedmllm.errors import RunError
-
-if TYPE_CHECKING:
-    pass
 
 T = TypeVar("T")
 _PROJECT = """[project]
@@ -36,7 +34,9 @@ clientapp = "installed:app"
 _POLL = 0.1
 """Seconds between two tries."""
 _HANDOVER = 60.0
-"""Seconds within which a SuperLink hands over a run that has been begun."""
+"""Seconds within which a SuperLink hands over a run that has been begun; one that was handed over to a connection that broke is there again after 30."""
+_PATIENCE = 10.0
+"""Seconds after its first try at which a call is not repeated any more at once; whoever asks does so again, as long as there is patience or time."""
 
 
 class TurnedDownError(ConnectionError):
@@ -66,6 +66,7 @@ class SuperLink:
 
         Raises:
             RunError: if a key is none, or another site has it.
+            ConnectionError: if the SuperLink cannot be reached.
         """
         from flwr.proto.control_pb2 import ListNodesRequest, RegisterNodeRequest
 
@@ -73,7 +74,8 @@ class SuperLink:
             known = self.sites_of(self.reached(lambda: control.ListNodes(ListNodesRequest())).nodes_info)
             for name, key in self.keys.items():
                 if name not in known:
-                    control.RegisterNode(RegisterNodeRequest(public_key=_public_key(name, key), name=name))
+                    request = RegisterNodeRequest(public_key=_public_key(name, key), name=name)
+                    self.reached(partial(control.RegisterNode, request))
 
     def sites_of(self, nodes: Iterable[Any]) -> dict[str, Any]:
         """Those of Flower's nodes that have a site's key, by the site. Names are no proof: Flower lets anybody admit a node under any."""
@@ -105,17 +107,21 @@ class SuperLink:
                     raise ConnectionError(f"the SuperLink at {self.address} cannot be reached: {_first_line(error)}") from error
                 time.sleep(5 * _POLL)
 
-    def _control(self) -> Any:
+    def _control(self) -> Wire:
         from flwr.cli.cli_client_interceptor import CliClientHttpInterceptor
         from flwr.supercore.control.control_http_client import ControlHttpClient
 
         return self._client(ControlHttpClient, "flwr CLI", CliClientHttpInterceptor())
 
-    def _client(self, kind: Any, component: str, *interceptors: Any) -> Any:
-        from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
+    def server(self, token: str) -> Wire:
+        """The connection of a run's server."""
+        from flwr.supercore.interceptors import RuntimeTokenHttpInterceptor
+        from flwr.supercore.runtime import RuntimeHttpClient
 
-        every = [RuntimeVersionHttpInterceptor(component_name=component), *interceptors]
-        return kind.from_server_address(self.address, False, self.certificate.read_bytes(), every)
+        return self._client(RuntimeHttpClient, "flwr-serverapp", RuntimeTokenHttpInterceptor(token))
+
+    def _client(self, kind: Any, component: str, *interceptors: Any) -> Wire:
+        return connected(kind, self.address, self.certificate.read_bytes(), component, interceptors, _PATIENCE)
 
     def begin(self, patience: float | None = None) -> tuple[int, str]:
         """Begin a run and become its server: its number, and the token that shows it.

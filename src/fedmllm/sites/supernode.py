@@ -1,9 +1,14 @@
 """What the SuperNode of this machine receives: taken from it message by message, over its interface on 127.0.0.1, and answered.
 
 The SuperNode takes one message from the server, says that there is a task, fetches the message's content, and waits for the reply before it takes the
-next. It waits for ever for a reply to a message whose task was finished without one, and it forgets a message without a word when the run ends while
-the content is fetched, for example because the server died while it sent. What happens here to a message therefore ends with a reply, or with a task
-that is left unfinished, which the SuperNode notices by itself within a minute. Only a task whose content will not come is finished without a reply.
+next. It waits for ever for a reply to a message whose task was finished without one, or whose reply was begun to be handed over, and it forgets a message
+without a word when the run ends while the content is fetched, for example because the server died while it sent. What happens here to a message therefore
+ends in one of four ways, and the server hears of each:
+
+- with a reply, also where the message could not be answered;
+- with a task that is left unfinished, which the SuperNode notices within a minute: it then answers with an error;
+- with a task that is finished without a reply, where the content will not come, because then the SuperNode waits for none;
+- with the end of this process, where the SuperNode would wait for ever. The SuperNode is ended with it (``fedmllm.sites.start``), which tells the server.
 """
 
 from __future__ import annotations
@@ -15,79 +20,103 @@ from typing import Any
 
 from fedmllm.engine.heartbeat import Heartbeat
 from fedmllm.engine.sites import SiteConfig
+from fedmllm.engine.wire import Wire, connected
 from fedmllm.errors import RunError
+from fedmllm.sites import incoming
+from fedmllm.sites.incoming import AbandonedError, Incoming, LostError
 
 _LOG = logging.getLogger("fedmllm.site")
-_POLL = 0.1
-"""Seconds between two looks for a message."""
+_PATIENCE = 60.0
+"""Seconds after its first try at which a call to the SuperNode is not repeated any more; well below the 180 s that it keeps a reply begun."""
+_GONE = 600.0
+"""Seconds for which a SuperNode that does not answer is waited for; then this process and the SuperNode are started anew."""
+_HANDED_OVER = 3
+"""How often a reply is begun to be handed over, at most."""
 
 
-class AbandonedError(Exception):
-    """The content of a message will not come.
+class Inbox:
+    """The tasks that the site's SuperNode has.
 
     Args:
-        token: of the task that came instead; empty for none.
+        site: whose.
+        node: the connection to its SuperNode.
     """
 
-    def __init__(self, token: str) -> None:
-        super().__init__("its run ended before its content was there")
-        self.token = token
+    def __init__(self, site: SiteConfig, node: Any) -> None:
+        self._site, self._node = site, node
+        self._missed: float | None = None
+
+    def next(self) -> str:
+        """The token of a task that waits; empty for none, after a second where no SuperNode answers.
+
+        Raises:
+            RunError: if another than the site's SuperNode listens there, or none has answered for long.
+        """
+        import httpx
+        from flwr.proto.runtime_pb2 import AcquireTaskRequest
+
+        try:
+            taken = self._node.AcquireTask(AcquireTaskRequest(supported_task_types=["flwr-clientapp"]))
+        except httpx.HTTPStatusError as error:
+            raise RunError(
+                f"what listens on port {self._site.port} of this machine is not this site's SuperNode ({error.response.status_code}); "
+                "end it, or set another port in site.yaml"
+            ) from None
+        except httpx.TransportError as error:
+            # The SuperNode is not there yet, or is being started anew.
+            self._miss(str(error) or type(error).__name__)
+            time.sleep(10 * incoming.POLL)
+            return ""
+        if self._missed is not None:
+            self._missed = None
+            _LOG.info("%s: the SuperNode answers", self._site.name)
+        return str(taken.token) if taken.HasField("task") else ""
+
+    def _miss(self, words: str) -> None:
+        """Say once that it is waited for the SuperNode, and for how long at most."""
+        now, where = time.monotonic(), f"no SuperNode answers on port {self._site.port} of this machine ({words})"
+        if self._missed is None:
+            self._missed = now
+            _LOG.warning("%s: %s; it is waited for, %g s at most", self._site.name, where, _GONE)
+        if now - self._missed > _GONE:
+            raise RunError(f"{where}, for {_GONE:g} s; this worker and the SuperNode are started anew")
 
 
 def serve(site: SiteConfig, app: Any) -> None:
     """Answer what the SuperNode receives, until the process ends.
 
     Raises:
-        RunError: if another than the site's SuperNode listens there.
+        RunError: if another than the site's SuperNode listens there, or it has to be started anew.
     """
     from flwr.supercore.interceptors import SuperExecAuthHttpInterceptor
 
     guarded = frozenset({"/flwr.proto.Runtime/AcquireTask"})
     secret = (site.folder / "secret").read_bytes()
-    node = _connected(site, "SuperExec", SuperExecAuthHttpInterceptor(master_secret=secret, protected_methods=guarded))
+    shown = SuperExecAuthHttpInterceptor(master_secret=secret, protected_methods=guarded)
+    inbox = Inbox(site, _connected(site, "SuperExec", shown))
     _LOG.info("%s waits for work", site.name)
     token = ""
     while True:
-        if token := token or next_task(site, node):
-            token = _answered(site, app, token, lambda: next_task(site, node))
+        if token := token or inbox.next():
+            token = _answered(site, app, token, inbox.next)
         else:
-            time.sleep(_POLL)
+            time.sleep(incoming.POLL)
 
 
-def _connected(site: SiteConfig, component: str, interceptor: Any) -> Any:
+def _connected(site: SiteConfig, component: str, interceptor: Any) -> Wire:
     """To the SuperNode, which asks for the site's secret."""
-    from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
     from flwr.supercore.runtime import RuntimeHttpClient
 
-    every = [RuntimeVersionHttpInterceptor(component_name=component), interceptor]
-    return RuntimeHttpClient.from_server_address(f"127.0.0.1:{site.port}", True, None, every)
-
-
-def next_task(site: SiteConfig, node: Any) -> str:
-    """The token of a task that waits; empty for none.
-
-    Raises:
-        RunError: if another than the site's SuperNode listens there.
-    """
-    import httpx
-    from flwr.proto.runtime_pb2 import AcquireTaskRequest
-
-    try:
-        taken = node.AcquireTask(AcquireTaskRequest(supported_task_types=["flwr-clientapp"]))
-    except httpx.HTTPStatusError as error:
-        raise RunError(
-            f"what listens on port {site.port} of this machine is not this site's SuperNode ({error.response.status_code}); "
-            "end it, or set another port in site.yaml"
-        ) from None
-    except httpx.TransportError:
-        # The SuperNode is not there yet, or is being started anew.
-        time.sleep(1)
-        return ""
-    return str(taken.token) if taken.HasField("task") else ""
+    return connected(RuntimeHttpClient, f"127.0.0.1:{site.port}", None, component, (interceptor,), _PATIENCE)
 
 
 def _answered(site: SiteConfig, app: Any, token: str, another: Callable[[], str]) -> str:
-    """Answer a task's message; the token of a task that came instead, empty for none. What happens to one message does not end the process."""
+    """Answer a task's message; the token of a task that came instead, empty for none.
+
+    Raises:
+        RunError: if the SuperNode would wait for ever.
+    """
+    import httpx
     from flwr.supercore.interceptors import RuntimeTokenHttpInterceptor
 
     own = _connected(site, "flwr-clientapp", RuntimeTokenHttpInterceptor(token))
@@ -97,12 +126,26 @@ def _answered(site: SiteConfig, app: Any, token: str, another: Callable[[], str]
     except AbandonedError as error:
         _LOG.warning("%s: a message was given up: %s", site.name, error)
         return error.token
+    except LostError as error:
+        _LOG.error("%s: a message was lost (%s); the SuperNode answers it with an error within a minute", site.name, error, exc_info=error)
+    except httpx.ConnectError as error:
+        _LOG.error("%s: a message was lost with the SuperNode, which is gone (%s)", site.name, error)
     except Exception as error:
-        _LOG.error("a message was lost; the SuperNode will notice", exc_info=error)
+        if not _over(error):
+            words = "a message could not be answered to the SuperNode"
+            raise RunError(f"{words} ({error or type(error).__name__}); this worker and the SuperNode are started anew") from error
+        _LOG.error("%s: the SuperNode does not wait for this message's answer any more", site.name)
     finally:
         heartbeat.stop()
         own.close()
     return ""
+
+
+def _over(error: Exception) -> bool:
+    """Whether the SuperNode says that the task has ended, which it has told the server."""
+    import httpx
+
+    return isinstance(error, httpx.HTTPStatusError) and error.response.status_code == httpx.codes.UNAUTHORIZED
 
 
 def answer(name: str, app: Any, own: Any, another: Callable[[], str]) -> None:
@@ -116,20 +159,42 @@ def answer(name: str, app: Any, own: Any, another: Callable[[], str]) -> None:
 
     Raises:
         AbandonedError: if the message's content will not come.
+        LostError: if the message was handed over, and cannot be read or is not here.
+        RunError: if its content has not come for long.
     """
     from flwr.common.constant import SubStatus
-    from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
+    from flwr.proto.runtime_pb2 import PullTaskInputRequest, PushTaskOutputRequest
 
-    patient: Any = Patient(own, another)
+    # What this tells is not needed: the message says where it belongs, and the rest is of apps that Flower starts.
+    own.PullTaskInput(PullTaskInputRequest())
     try:
-        message, context, _, _ = pull_task_input(patient)
+        message = Incoming(own).message(another)
     except AbandonedError as error:
         # Left unfinished it would be answered with an error in a minute, and the SuperNode take that for the reply to the message it has then.
-        push_task_output(own, None, SubStatus.FAILED, str(error))
+        own.PushTaskOutput(PushTaskOutputRequest(sub_status=SubStatus.FAILED, details=str(error)))
         raise
     _LOG.info("%s: a message of kind %s", name, message.metadata.message_type)
-    push_message(own, _reply(app, message, context), context)
-    push_task_output(own, context, SubStatus.COMPLETED, "")
+    _hand_over(app, message, own)
+    own.PushTaskOutput(PushTaskOutputRequest(sub_status=SubStatus.COMPLETED))
+
+
+def _hand_over(app: Any, message: Any, own: Any) -> None:
+    """Have a message answered, and give the reply to the SuperNode."""
+    from flwr.app import Context, RecordDict
+    from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
+    from flwr.supernode.runtime.run_clientapp import push_message
+
+    told = message.metadata
+    context = Context(run_id=told.run_id, node_id=told.dst_node_id, node_config={}, state=RecordDict(), run_config={})
+    reply = _reply(app, message, context)
+    for tried in range(1, _HANDED_OVER + 1):
+        try:
+            push_message(own, reply, context)
+            return
+        except ObjectPushError:
+            # A try that was given up can be carried out late, and has begun anew then what later ones had begun.
+            if tried == _HANDED_OVER:
+                raise
 
 
 def _reply(app: Any, message: Any, context: Any) -> Any:
@@ -142,50 +207,3 @@ def _reply(app: Any, message: Any, context: Any) -> Any:
     except Exception as error:
         _LOG.error("a message could not be answered", exc_info=error)
         return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, type(error).__name__), reply_to=message)
-
-
-class Patient:
-    """A task's connection, which hands over a message only once its content is there.
-
-    The SuperNode tells of a task before it has the message, and of the message before its content; it has all of the content at once. It has a new
-    task only when it is done with the one before, so one that comes while content is waited for says that this content will not.
-
-    Args:
-        own: the connection.
-        another: looks for another task; its token, empty for none.
-    """
-
-    def __init__(self, own: Any, another: Callable[[], str]) -> None:
-        self._own, self._another = own, another
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._own, name)
-
-    def PullMessages(self, request: Any) -> Any:  # noqa: N802 (it is called by Flower)
-        """The task's message.
-
-        Raises:
-            AbandonedError: if its content will not come.
-        """
-        found = self._own.PullMessages(request)
-        while not (found.messages_list and self._complete(found)):
-            if token := self._another():
-                raise AbandonedError(token)
-            time.sleep(_POLL)
-            if not found.messages_list:
-                found = self._own.PullMessages(request)
-        return found
-
-    def _complete(self, found: Any) -> bool:
-        """Whether the content is there.
-
-        Raises:
-            AbandonedError: if the SuperNode could not fetch it.
-        """
-        from flwr.proto.message_pb2 import PullObjectRequest
-
-        run, root = found.messages_list[0].metadata.run_id, found.message_object_trees[0].object_id
-        told = self._own.PullObject(PullObjectRequest(run_id=run, object_id=root))
-        if not told.object_found:
-            raise AbandonedError("")
-        return bool(told.object_available)
