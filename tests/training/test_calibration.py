@@ -10,7 +10,7 @@ from fedmllm.data.federated import FederatedData
 from fedmllm.models.encoding import Encoded, answer_logits, answer_nll, collate, option_tokens
 from fedmllm.models.load import VisionLanguageModel
 from fedmllm.training.batches import Encoder
-from fedmllm.training.calibration import calibrated
+from fedmllm.training.calibration import answer_counts, calibrated
 from fedmllm.types import Sample
 
 
@@ -37,6 +37,20 @@ def test_the_bias_is_the_log_of_smoothed_frequencies_whatever_the_order(
         expected = [2 * math.log({"yes": 5, "no": 2}[option] / 7) for option in sample.options]
         assert row.option_bias[1].tolist() == pytest.approx(expected)
         assert row.option_bias[0].tolist() == option_tokens(vlm, sample)
+
+
+def test_the_prior_may_be_that_of_all_clients(vlm: VisionLanguageModel, encoder: Encoder, held: list[Sample]) -> None:
+    """Three clients with 5 samples in all, four of them yes: each adds (4 + 1) / 7 and (1 + 1) / 7, whatever it holds itself."""
+    labels = answer_counts(held)
+    assert labels == {'["no", "yes"]': {"no": 1, "yes": 4}}
+    for own in (held[:2], held[2:4], held[4:]):
+        for sample, row in zip(own, calibrated(vlm, own, encoded(own, encoder), 1.0, labels), strict=True):
+            assert row.option_bias is not None
+            assert row.option_bias[1].tolist() == pytest.approx([math.log({"yes": 5, "no": 2}[option] / 7) for option in sample.options])
+
+
+def test_free_answers_have_no_prior(held: list[Sample]) -> None:
+    assert answer_counts([replace(held[0], options=(), answer="seven", answer_type="open")]) == {}
 
 
 def test_the_bias_enters_the_loss_at_the_letter_only(vlm: VisionLanguageModel, encoder: Encoder, held: list[Sample]) -> None:

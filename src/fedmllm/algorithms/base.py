@@ -111,6 +111,11 @@ class Algorithm(Protocol):
         """Clients per round without which the rule has no meaning."""
         ...
 
+    @property
+    def needs_labels(self) -> bool:
+        """Whether its clients' rule reads how often each answer occurs over all clients (``Population.labels``)."""
+        ...
+
     def init(self, weights: Weights, frozen: Weights) -> ServerState:
         """The state before the first round, from the adapter and the frozen matrices under it, by module, shape (outputs, inputs)."""
         ...
@@ -161,6 +166,11 @@ class ServerAverage:
     def smallest_cohort(self) -> int:
         """One."""
         return 1
+
+    @property
+    def needs_labels(self) -> bool:
+        """No."""
+        return False
 
     def init(self, weights: Weights, frozen: Weights) -> ServerState:
         """The weights alone."""

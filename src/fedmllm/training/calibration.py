@@ -2,32 +2,47 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 
 from fedmllm.models.encoding import Encoded, option_tokens
 from fedmllm.models.load import VisionLanguageModel
-from fedmllm.types import Sample
+from fedmllm.types import LabelCounts, Sample
 
 
-def calibrated(vlm: VisionLanguageModel, samples: Sequence[Sample], encoded: Sequence[Encoded], strength: float) -> list[Encoded]:
+def answer_counts(samples: Iterable[Sample]) -> dict[str, dict[str, int]]:
+    """How often each answer occurs, by the set of options it was chosen from, whatever their order; free answers are not counted."""
+    counts: dict[str, Counter[str]] = {}
+    for sample in samples:
+        if sample.options:
+            counts.setdefault(_named(sample.options), Counter())[sample.answer] += 1
+    return {options: dict(sorted(found.items())) for options, found in sorted(counts.items())}
+
+
+def _named(options: Sequence[str]) -> str:
+    """A set of options as a key that fits into JSON."""
+    return json.dumps(sorted(options))
+
+
+def calibrated(
+    vlm: VisionLanguageModel, samples: Sequence[Sample], encoded: Sequence[Encoded], strength: float, labels: LabelCounts | None = None
+) -> list[Encoded]:
     """The samples with ``strength log p_k(option)`` to be added to their options' logits in training.
 
-    ``p_k(o) = (n_o + 1) / (n + number of options)`` counts answers among the client's samples of the same options, whatever their
-    order. Samples without options stay as they are.
+    ``p_k(o) = (n_o + 1) / (n + number of options)`` counts answers among the samples of the same options, whatever their order: those of
+    ``labels``, or the client's own without. Samples without options stay as they are.
     """
-    counts: dict[frozenset[str], Counter[str]] = {}
-    for sample in samples:
-        counts.setdefault(frozenset(sample.options), Counter())[sample.answer] += 1
+    counts = labels or answer_counts(samples)
     return [
-        replace(tensors, option_bias=_bias(vlm, sample, counts[frozenset(sample.options)], strength)) if sample.options else tensors
+        replace(tensors, option_bias=_bias(vlm, sample, counts[_named(sample.options)], strength)) if sample.options else tensors
         for sample, tensors in zip(samples, encoded, strict=True)
     ]
 
 
-def _bias(vlm: VisionLanguageModel, sample: Sample, counts: Counter[str], strength: float) -> tuple[torch.Tensor, torch.Tensor]:
-    shares = torch.tensor([counts[option] + 1 for option in sample.options]) / (counts.total() + len(sample.options))
+def _bias(vlm: VisionLanguageModel, sample: Sample, counts: Mapping[str, int], strength: float) -> tuple[torch.Tensor, torch.Tensor]:
+    shares = torch.tensor([counts.get(option, 0) + 1 for option in sample.options]) / (sum(counts.values()) + len(sample.options))
     return torch.tensor(option_tokens(vlm, sample)), strength * shares.log()

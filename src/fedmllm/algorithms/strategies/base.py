@@ -12,6 +12,11 @@ from fedmllm.types import Broadcast, ClientUpdate, Slots
 class Strategy:
     """Changes a method's client rule, the weight of an update, or both. This one changes nothing."""
 
+    @property
+    def needs_labels(self) -> bool:
+        """Whether its rule reads how often each answer occurs over all clients."""
+        return False
+
     def rule(self, rule: LocalRule, broadcast: Broadcast, client: Client) -> LocalRule:
         """The client's rule, from the method's."""
         return rule
@@ -34,6 +39,11 @@ class Composed:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._method, name)
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether the method or a strategy does."""
+        return self._method.needs_labels or any(strategy.needs_labels for strategy in self._strategies)
 
     def local_rule(self, broadcast: Broadcast, client: Client) -> LocalRule:
         """The method's rule with what the strategies add."""
