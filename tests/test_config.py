@@ -73,7 +73,10 @@ def test_a_key_in_the_wrong_section_is_sent_to_the_right_one() -> None:
         ({"training": {"local_epochs": 0}}, "leave one of them out"),
         ({"engine": {"server": "server.yaml"}}, "server.yaml leads to sites, which name: in_process does not reach; use name: flower"),
         ({"seed": -1}, "greater than or equal to 0"),
-        ({"evaluation": {"baselines": ["zeroshot"]}}, "'zero_shot', 'local', 'centralized' or 'fine_tuned'"),
+        (
+            {"evaluation": {"baselines": ["zeroshot"]}},
+            "'zero_shot', 'local', 'centralized', 'fine_tuned', 'calibrated_local' or 'calibrated_centralized'",
+        ),
     ],
 )
 def test_bad_settings_name_rule_and_remedy(values: dict[str, Any], part: str) -> None:

@@ -83,7 +83,7 @@ class Experiment(BaseModel):
 
     @model_validator(mode="after")
     def _epochs_and_baselines(self) -> Experiment:
-        for name in ("local", "fine_tuned"):
+        for name in ("local", "fine_tuned", "calibrated_local"):
             if self.training.local_epochs == 0 and name in self.evaluation.baselines:
                 raise ValueError(f"evaluation.baselines: {name} with training.local_epochs 0 trains nothing; leave one of them out")
         return self

@@ -112,6 +112,10 @@ Profile = Mapping[str, int]
 """How many samples somebody holds by the modalities they have, e.g. ``{"image+text": 12, "text": 3}``."""
 
 
+LabelCounts = Mapping[str, Mapping[str, int]]
+"""How often each answer occurs, by the set of options that it was chosen from, as ``training.calibration`` writes it."""
+
+
 @dataclass(frozen=True)
 class Holding:
     """What a client that is elsewhere says it holds: how many samples, None if it withholds that; and how many of which modalities, if it says so."""
@@ -122,10 +126,17 @@ class Holding:
 
 @dataclass(frozen=True)
 class Population:
-    """What the server knows about all clients before the first round: how many there are, and what they hold together."""
+    """What the server knows about all clients before the first round: how many there are, and what they hold together.
+
+    Attributes:
+        num_clients: how many.
+        profile: their samples by modalities.
+        labels: their answers; empty unless the method asks for them (``needs_labels``), for clients do not tell them otherwise.
+    """
 
     num_clients: int = 0
     profile: Profile = field(default_factory=dict)
+    labels: LabelCounts = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

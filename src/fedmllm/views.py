@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedmllm.benchmark.drawing import LOOKS, MODELS, duration, human_bytes
+from fedmllm.benchmark.report import METRICS
 from fedmllm.benchmark.results import SCORES, RunResult, worst_decile
 from fedmllm.evaluation.metrics import error_over_models
 from fedmllm.types import Record
@@ -20,23 +21,26 @@ from fedmllm.types import Record
 def result_table(result: RunResult) -> Table:
     """The scores, each with its standard error; below them the clients' on samples of their own kind."""
     title = f"{result.experiment}: {result.metric} of {result.algorithm}, {result.num_clients} clients, {result.num_rounds} rounds, seed {result.seed}"
-    table = Table("", result.metric, "standard error", title=title, title_justify="left")
+    table = Table("", result.metric, "standard error", *(METRICS[metric] for metric in result.beside), title=title, title_justify="left")
     for name in SCORES:
         score, error = result.scores[name], result.standard_errors[name]
         if score is not None:
-            table.add_row(
-                LOOKS[name].name, f"{score:.3f}", "" if error is None else f"{error:.3f}", style="bold" if name == "federated" else ""
-            )
+            others = (_number(result.details.get(name, {}).get(metric)) for metric in result.beside)
+            table.add_row(LOOKS[name].name, _number(score), _number(error), *others, style="bold" if name == "federated" else "")
     if result.majority is not None:
         table.add_row("majority answer", f"{result.majority:.3f}", "")
     for copy, scores in result.tested.items():
-        table.add_row(f"federated, tested on {copy}", f"{scores['score']:.3f}", f"{scores['standard_error']:.3f}")
+        table.add_row(f"federated, tested on {copy}", *(_number(scores.get(key)) for key in ("score", "standard_error", *result.beside)))
     _add_clients(table, result)
     table.caption = (
         f"{human_bytes(result.bytes_up)} up, {human_bytes(result.bytes_down)} down, {duration(result.seconds)} of training and evaluation"
     )
     table.caption_justify = "left"
     return table
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
 
 
 def _add_clients(table: Table, result: RunResult) -> None:

@@ -120,6 +120,17 @@ def test_neutral_parameters_change_nothing(name: str) -> None:
     assert method.fold(state, update)[1] == plain.fold(state, update)[1] == 7.0
 
 
+@pytest.mark.parametrize(("parameters", "needs"), [({}, False), ({"global_prior": True}, True)])
+def test_who_counts_all_clients_answers_says_so(parameters: dict[str, bool], needs: bool) -> None:
+    """A client's own frequencies never leave it; those of all are sent to it where the strategy asks."""
+    strategies = (StrategyConfig(name="label_calibration", parameters=parameters), StrategyConfig(name="modality_coverage"))
+    method = build_algorithm(AlgorithmConfig(strategies=strategies))
+    assert method.needs_labels is needs
+    labels = {'["no", "yes"]': {"no": 2, "yes": 3}}
+    rule = method.local_rule(Broadcast(0, weights(), population=Population(2, labels=labels)), Client())
+    assert (rule.calibration, rule.labels) == (1.0, labels if needs else {})
+
+
 def test_coverage_gives_each_modality_the_same_say() -> None:
     """100 pictures and 50 texts on 3 clients: one with 100 pictures, two with 25 texts each. c_k: 1/2, 1/4, 1/4 of the say."""
     everyone = {"image": 100, "text": 50}

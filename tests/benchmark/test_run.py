@@ -32,6 +32,7 @@ from fedmllm.data.federated import FederatedData, federate
 from fedmllm.data.prompts import to_messages
 from fedmllm.engine.checkpoint import RunStore
 from fedmllm.errors import DataError, ModelError, RunError
+from fedmllm.evaluation.answered import SIDE_BY_SIDE
 from fedmllm.models.load import VisionLanguageModel, model_source
 from fedmllm.models.lora import adapted_layers, write_base, write_weights
 from fedmllm.types import Record, Sample
@@ -134,7 +135,11 @@ def test_the_result_says_everything(finished: Path) -> None:
     record = json.loads((finished / "result.json").read_text())
     assert record["metric"] == "auc"
     assert set(record["scores"]) == set(SCORES)
-    assert all(0 <= score <= 1 for score in record["scores"].values())
+    asked = {name: score for name, score in record["scores"].items() if score is not None}
+    assert set(record["scores"]) - set(asked) == {"calibrated_local_mean", "calibrated_centralized"}
+    assert all(0 <= score <= 1 for score in asked.values())
+    # Whatever the headline, the three stand beside each other, of the clients' mean too.
+    assert all(set(SIDE_BY_SIDE) <= set(record["details"][name]) for name in asked if name != "ceiling")
     assert record["scores"]["local_mean"] == pytest.approx(sum(record["local"].values()) / 3)
     adapter = load_file(finished / "adapter" / "adapter_model.safetensors")
     sent = sum(tensor.nbytes for tensor in adapter.values())
@@ -258,7 +263,7 @@ def test_a_personalized_run_scores_each_client_s_own_model(personalized: Path) -
     assert result.scores["federated"] == pytest.approx(mean(scores), abs=1e-9)
     assert result.standard_errors["federated"] == pytest.approx(stdev(scores) / 3**0.5, abs=1e-9)
     assert result.details["federated"]["num_samples"] == 3 * 24
-    assert list(result.details) == ["federated"]
+    assert list(result.details) == ["federated", "local_mean"]
     assert {f"fine_tuned-{client}" for client in CLIENTS} < set(result.seconds_by_stage)
 
 
@@ -375,6 +380,44 @@ def test_one_client_with_all_data_equals_centralized_bit_for_bit(tmp_path: Path,
     assert all(torch.equal(federated[name], centralized[name]) for name in federated)
     assert any(tensor.any() for name, tensor in federated.items() if "lora_B" in name)
     assert result.scores["federated"] == result.scores["centralized"]
+
+
+def test_calibrated_baselines_are_plain_training_with_calibration(tmp_path: Path, tiny: Experiment) -> None:
+    """Controls of ``label_calibration``: a federation of one client under it is calibrated centralized, and local, training."""
+    alone = change(
+        tiny,
+        federation={"num_clients": 1, "clients_per_round": 1, "num_rounds": 2},
+        evaluation={"baselines": ["local", "calibrated_local", "calibrated_centralized"]},
+        data={"num_train": 30},
+        algorithm={"name": "fedavg", "strategies": [{"name": "label_calibration", "parameters": {"strength": 0.5}}]},
+    )
+    result = train(alone, tmp_path / "run")
+    names = ("federated", "calibrated_centralized", "calibrated_local-client-00", "local-client-00")
+    federated, *calibrated, plain = (load_file(tmp_path / "run" / "checkpoints" / f"{name}.safetensors") for name in names)
+    for baseline in calibrated:
+        assert all(torch.equal(federated[name], baseline[name]) for name in federated)
+    assert not all(torch.equal(federated[name], plain[name]) for name in federated)
+    assert result.scores["calibrated_centralized"] == result.scores["calibrated_local_mean"] == result.scores["federated"]
+    assert result.local == {"client-00": result.scores["local_mean"]}
+    report, card = (tmp_path / "run" / "report.html").read_text(), (tmp_path / "run" / "adapter" / "README.md").read_text()
+    for text in ("calibrated local mean", "calibrated centralized", "balanced accuracy"):
+        assert text in report
+        assert text in card
+
+
+def test_with_one_client_the_global_prior_is_its_own(tmp_path: Path, tiny: Experiment) -> None:
+    ended = []
+    for given in (False, True):
+        strategy = {"name": "label_calibration", "parameters": {"global_prior": given}}
+        alone = change(
+            tiny,
+            federation={"num_clients": 1, "clients_per_round": 1},
+            data={"num_train": 30},
+            algorithm={"name": "fedavg", "strategies": [strategy]},
+        )
+        train(alone, tmp_path / str(given))
+        ended.append(load_file(tmp_path / str(given) / "checkpoints" / "federated.safetensors"))
+    assert all(torch.equal(ended[0][name], ended[1][name]) for name in ended[0])
 
 
 def test_pooling_keeps_every_sample_once(federation: FederatedData) -> None:

@@ -66,6 +66,20 @@ def test_a_federation_ends_alike_in_one_process_and_over_messages(name: str, tmp
     assert not any(record["refused"] for record in rounds)
 
 
+def test_the_global_prior_is_the_same_in_one_process_and_over_messages(tmp_path: Path) -> None:
+    """And not a client's own."""
+    ended = []
+    for parameters in ({"global_prior": True}, {}):
+        method = {"name": "fedavg", "strategies": [{"name": "label_calibration", "parameters": parameters}]}
+        here, there = (
+            ends(experiment("fedavg", engine, algorithm=method), tmp_path / f"{engine}-{len(parameters)}")[0]
+            for engine in ("in_process", "flower")
+        )
+        assert all(torch.equal(there[key], tensor) for key, tensor in here.items())
+        ended.append(here)
+    assert not all(torch.equal(ended[0][key], tensor) for key, tensor in ended[1].items())
+
+
 @pytest.mark.parametrize("codec", ["bfloat16", "int8", "int4", "top_k"])
 def test_compressed_updates_travel_compressed(codec: str, tmp_path: Path) -> None:
     compression = {"name": codec}

@@ -28,6 +28,7 @@ WEIGHTS = {A: torch.randn(4, 6), B: torch.randn(5, 4), EMBEDDING: torch.randn(3,
 UPDATE = ClientUpdate("c1", WEIGHTS, 7, {"loss": 0.5}, {}, {"image": 3, "text": 4}, None, round_num=2)
 KEPT = KeptBase(Path("unused"))
 WANTED = Expected(WEIGHTS, ("update",), CompressionConfig())
+POPULATION = Population(9, {"image": 30}, {'["no", "yes"]': {"no": 21, "yes": 9}})
 
 
 def bits(tensor: torch.Tensor) -> list[int]:
@@ -37,7 +38,7 @@ def bits(tensor: torch.Tensor) -> list[int]:
 def assignment(name: str = "fedavg", ranks: dict[str, int] | None = None) -> Assignment:
     method = build_algorithm(AlgorithmConfig(name=name))
     state = method.init(WEIGHTS, {"layer.q_proj": torch.randn(5, 6)})
-    broadcast = method.broadcast(replace(state, round_num=2, population=Population(9, {"image": 30})))
+    broadcast = method.broadcast(replace(state, round_num=2, population=POPULATION))
     return Assignment(broadcast, method, 1e-3, 11, ClientStates(Path("unused")), ranks or {}, accepted={"c1": [0, 1], "c2": [1]})
 
 
@@ -73,7 +74,7 @@ def test_a_task_arrives_as_it_was_broadcast(name: str) -> None:
     assert (task.facts.about, task.facts.accepted) == ({"settings": "seed: 0"}, [0, 1])
     received = task.broadcast(asked.algorithm.broadcast(asked.algorithm.init(WEIGHTS, {})), KEPT)
     assert received.round_num == 2
-    assert received.population == Population(9, {"image": 30})
+    assert received.population == POPULATION
     assert all(torch.equal(received.weights[key], tensor) for key, tensor in asked.broadcast.weights.items())
     assert received.extras.keys() == asked.broadcast.extras.keys()
 

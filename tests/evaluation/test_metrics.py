@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from sklearn.metrics import f1_score, roc_auc_score
+from sklearn.metrics import f1_score, recall_score, roc_auc_score
 
 from fedmllm.errors import DataError
-from fedmllm.evaluation.answered import answered, from_record, to_record
+from fedmllm.evaluation.answered import SIDE_BY_SIDE, answered, from_record, to_record
 from fedmllm.evaluation.metrics import accuracy, all_metrics, auc, macro_f1, majority_score, score, standard_error
 from fedmllm.evaluation.text import is_right, normalize
 from fedmllm.types import AnswerType, Prediction, Sample
@@ -65,6 +65,61 @@ def test_macro_f1_equals_scikit_learn_over_occurring_classes(rows: list[tuple[st
     truth, guess = [t for t, _ in rows], [g or "failed" for _, g in rows]
     expected = f1_score(truth, guess, labels=sorted(set(truth)), average="macro", zero_division=0)
     assert macro_f1([multi(*row) for row in rows]) == pytest.approx(expected, abs=1e-12)
+
+
+Rows = list[tuple[str, str | None]]
+
+
+def side_by_side(truth: Sequence[str], guess: Sequence[str]) -> dict[str, float]:
+    """Scikit-learn's, over the classes that occur."""
+    labels = sorted(set(truth))
+    return {
+        "accuracy": float(np.mean(np.array(truth) == np.array(guess))),
+        "balanced_accuracy": float(recall_score(truth, guess, labels=labels, average="macro", zero_division=0)),
+        "macro_f1": float(f1_score(truth, guess, labels=labels, average="macro", zero_division=0)),
+    }
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from(["a", "b", "c", None])), min_size=1, max_size=40))
+def test_accuracy_balanced_accuracy_and_macro_f1_stand_beside_each_other(rows: Rows) -> None:
+    """Whichever of them is the headline."""
+    expected = side_by_side([t for t, _ in rows], [g or "failed" for _, g in rows])
+    for headline in ("macro_f1", "accuracy"):
+        numbers = all_metrics(headline, [multi(*row) for row in rows], seed=0)
+        assert {name: numbers[name] for name in SIDE_BY_SIDE} == pytest.approx(expected, abs=1e-12)
+        assert numbers[headline] == numbers["score"]
+
+
+@given(st.lists(st.tuples(st.integers(0, 1), st.sampled_from([0.0, 0.1, 0.5, 0.51, None])), min_size=2, max_size=40))
+def test_they_stand_beside_an_auc_too(rows: list[tuple[int, float | None]]) -> None:
+    """Of the chosen options; even odds choose the first, a failure none."""
+    assume(len({label for label, _ in rows}) == 2)
+    predictions = [binary(*row) for row in rows]
+    expected = side_by_side([("no", "yes")[label] for label, _ in rows], [p.answer or "failed" for p in predictions])
+    numbers = all_metrics("auc", predictions, seed=0)
+    assert {name: numbers[name] for name in SIDE_BY_SIDE} == pytest.approx(expected, abs=1e-12)
+
+
+def test_what_ignores_the_classes_that_are_rare() -> None:
+    """Always the most frequent answer: 8 of 10 right, and no better than chance where classes count alike."""
+    numbers = all_metrics("macro_f1", [multi("a", "a")] * 8 + [multi("b", "a")] * 2, seed=0)
+    assert [numbers[name] for name in SIDE_BY_SIDE] == pytest.approx([0.8, 0.5, (16 / 18 + 0) / 2])
+
+
+def test_where_there_are_no_classes_there_is_accuracy_only() -> None:
+    """Free answers; and options in an order, or of a kind, that each question has for itself."""
+    for rows in ([free("a", "a")], [multi("a", "a"), multi("a", "a", ("b", "a"))]):
+        assert set(all_metrics("accuracy", rows, seed=0)) & set(SIDE_BY_SIDE) == {"accuracy"}
+
+
+def test_of_a_mixture_each_is_the_mean_over_datasets() -> None:
+    parts = {"claims": [binary(0, 0.1), binary(1, 0.2), binary(1, 0.9)], "triage": [multi("a", "a"), multi("b", "c"), multi("b", "b")]}
+    named = [replace(p, sample=replace(p.sample, domain=domain)) for domain, part in parts.items() for p in part]
+    numbers = all_metrics("mixed", named, seed=0)
+    for name in SIDE_BY_SIDE:
+        assert numbers[name] == pytest.approx(np.mean([all_metrics("macro_f1", part, seed=0)[name] for part in parts.values()]))
+    with_free = [*named, replace(free("x", "x"), sample=replace(free("x", "x").sample, domain="cards"))]
+    assert set(all_metrics("mixed", with_free, seed=0)) & set(SIDE_BY_SIDE) == {"accuracy"}
 
 
 def test_a_failure_is_no_class() -> None:

@@ -160,6 +160,13 @@ def test_a_score_by_another_metric_is_not_averaged_with_the_others(over_sites: A
         over_sites(tmp_path / "none", dict.fromkeys(NAMES, triage), algorithm={"name": "ditto"})
 
 
+def test_all_clients_answers_are_not_counted_where_sites_keep_theirs(over_sites: Any, tmp_path: Path) -> None:
+    strategy = {"name": "label_calibration", "parameters": {"global_prior": True}}
+    with pytest.raises(ConfigError, match="which sites keep to themselves; leave global_prior out"):
+        over_sites(tmp_path / "there", dict.fromkeys(NAMES, OWN), algorithm={"name": "fedavg", "strategies": [strategy]})
+    assert not (tmp_path / "there").exists()
+
+
 def test_what_would_need_the_sites_models_here_is_refused(over_sites: Any, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="ditto's models of the clients stay at their sites"):
         over_sites(tmp_path / "there", {}, algorithm={"name": "ditto"}, evaluation={"baselines": [], "client_samples": 5})

@@ -10,7 +10,7 @@ from fedmllm.data.federated import FederatedData
 from fedmllm.models.encoding import Encoded, answer_logits, answer_nll, collate, option_tokens
 from fedmllm.models.load import VisionLanguageModel
 from fedmllm.training.batches import Encoder
-from fedmllm.training.calibration import calibrated
+from fedmllm.training.calibration import answer_counts, calibrated
 from fedmllm.types import Sample
 
 
@@ -63,6 +63,21 @@ def test_shared_options_change_by_the_sample_left_out_only(vlm: VisionLanguageMo
         first, second = change.values()
         assert first == pytest.approx(second, abs=1e-6)
         assert right - first == pytest.approx(-math.log(1 + 1 / counts[sample.answer]), abs=1e-6)
+
+
+def test_the_prior_may_be_that_of_all_clients(vlm: VisionLanguageModel, encoder: Encoder, held: list[Sample]) -> None:
+    """Three clients with 5 samples in all, four of them yes: without itself a yes leaves 3 and 1, a no 4 and 0, whatever a client holds."""
+    labels = answer_counts(held)
+    assert labels == {'["no", "yes"]': {"no": 1, "yes": 4}}
+    shares = {"yes": {"yes": 4 / 6, "no": 2 / 6}, "no": {"yes": 5 / 6, "no": 1 / 6}}
+    for own in (held[:2], held[2:4], held[4:]):
+        for sample, row in zip(own, calibrated(vlm, own, encoded(own, encoder), 1.0, labels), strict=True):
+            assert row.option_bias is not None
+            assert row.option_bias[1].tolist() == pytest.approx([math.log(shares[sample.answer][option]) for option in sample.options])
+
+
+def test_free_answers_have_no_prior(held: list[Sample]) -> None:
+    assert answer_counts([replace(held[0], options=(), answer="seven", answer_type="open")]) == {}
 
 
 def test_the_bias_enters_the_loss_at_the_letter_only(vlm: VisionLanguageModel, encoder: Encoder, held: list[Sample]) -> None:

@@ -126,6 +126,11 @@ class Algorithm(Protocol):
         """What clients must tell of themselves; updates without it are refused."""
         ...
 
+    @property
+    def needs_labels(self) -> bool:
+        """Whether its clients' rule reads how often each answer occurs over all clients (``Population.labels``)."""
+        ...
+
     def init(self, weights: Weights, frozen: Weights) -> ServerState:
         """The state before the first round, from the adapter and the frozen matrices under it, by module, shape (outputs, inputs)."""
         ...
@@ -183,6 +188,11 @@ class ServerAverage:
     def needs(self) -> frozenset[Fact]:
         """Nothing."""
         return frozenset()
+
+    @property
+    def needs_labels(self) -> bool:
+        """No."""
+        return False
 
     def init(self, weights: Weights, frozen: Weights) -> ServerState:
         """The weights alone."""

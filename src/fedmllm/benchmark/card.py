@@ -31,8 +31,8 @@ A LoRA adapter of `{model}`, fine-tuned across clients with fedmllm {version}.
 
 {metric} on the test split:
 
-| | score | standard error |
-|---|---|---|
+| | score | standard error |{beside}
+|---|---|---|{rule}
 {scores}
 
 ## Privacy
@@ -64,7 +64,7 @@ def adapter_card(result: RunResult, experiment: Experiment, client: str = "") ->
     """
     federation, lora, compression = experiment.federation, experiment.lora, experiment.compression.name
     rows = [
-        f"| {name.replace('_', ' ')} | {score:.3f} | {'' if error is None else f'{error:.3f}'} |"
+        f"| {name.replace('_', ' ')} | {score:.3f} | {'' if error is None else f'{error:.3f}'} |{_beside(result, name)}"
         for name in SCORES
         if (score := result.scores.get(name)) is not None
         for error in [result.standard_errors.get(name)]
@@ -91,6 +91,14 @@ def adapter_card(result: RunResult, experiment: Experiment, client: str = "") ->
         down=human_bytes(result.bytes_down),
         metric=result.metric,
         scores="\n".join(rows),
+        beside="".join(f" {metric.replace('_', ' ')} |" for metric in result.beside),
+        rule="---|" * len(result.beside),
         compressed="" if compression == "none" else f", compressed ({compression})",
         prompt=experiment.data.prompt,
     )
+
+
+def _beside(result: RunResult, stage: str) -> str:
+    """What stands beside a stage's headline, as cells."""
+    values = (result.details.get(stage, {}).get(metric) for metric in result.beside)
+    return "".join(" |" if value is None else f" {value:.3f} |" for value in values)

@@ -53,9 +53,11 @@ class Look(NamedTuple):
 LOOKS = {
     "zero_shot": Look("zero-shot", GRAY, "o", (0, (1, 2))),
     "local_mean": Look("local mean", VERMILION, "s", (0, (5, 2))),
+    "calibrated_local_mean": Look("calibrated local mean", ORANGE, "p", (0, (5, 2, 1, 2))),
     "federated": Look("federated", BLUE, "D", "-"),
     "fine_tuned_mean": Look("fine-tuned mean", PURPLE, "P", (0, (3, 1, 1, 1, 1, 1))),
     "centralized": Look("centralized", GREEN, "^", (0, (6, 2, 1, 2))),
+    "calibrated_centralized": Look("calibrated centralized", SKY, "h", (0, (6, 2, 1, 2, 1, 2))),
     "ceiling": Look("ceiling", INK, "v", (0, (10, 3))),
 }
 

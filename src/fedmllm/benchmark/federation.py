@@ -151,6 +151,11 @@ def _require_own(experiment: Experiment) -> None:
     """What needs the clients' samples here."""
     if needs := [name for name in experiment.evaluation.baselines if name != "zero_shot"]:
         raise ConfigError(f"evaluation.baselines: {', '.join(needs)} need the sites' samples, which stay there; leave zero_shot only")
+    if build_algorithm(experiment.algorithm).needs_labels:
+        raise ConfigError(
+            "algorithm.strategies: label_calibration with global_prior counts the answers of all clients, which sites keep to themselves; "
+            "leave global_prior out"
+        )
     if experiment.evaluation.client_samples:
         raise ConfigError("evaluation.client_samples: needs to know the sites' samples, which stay there; leave it out")
 

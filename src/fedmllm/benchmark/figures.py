@@ -40,6 +40,8 @@ MAX_GROUPS = 12
 """Labels told apart in one figure; the rarest beyond share 'other'."""
 DOT, LARGEST_DOT = 36.0, 420.0
 """Areas in square points: of one client's dot, and of the largest that fits its row."""
+LONGEST_NAME = 15
+"""Characters of a way of training's name for which the usual margin has room."""
 MAX_NAMED = 40
 """Clients whose names still fit beside their bars; more go without, the largest first."""
 
@@ -55,8 +57,9 @@ def final_scores(
     """One marker per way of training, whiskers of one standard error, and a tick per client where each has a model."""
     shown = {stage: score for stage in LOOKS if (score := scores.get(stage)) is not None}
     figure = Figure((WIDTH, 0.85 + 0.34 * len(shown)))
-    axes = panel(figure, 1.1, 0.5, 1.05, 0.3)
-    rows(axes, [LOOKS[stage].name for stage in shown])
+    names = [LOOKS[stage].name for stage in shown]
+    axes = panel(figure, 1.1 if max(map(len, names)) <= LONGEST_NAME else 1.7, 0.5, 1.05, 0.3)
+    rows(axes, names)
     axes.grid()
     for row, (stage, score) in enumerate(shown.items()):
         look, error, ticks = LOOKS[stage], errors.get(stage), clients.get(stage, ())

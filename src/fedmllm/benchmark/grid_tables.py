@@ -17,7 +17,7 @@ from fedmllm.evaluation.metrics import error_over_models
 
 NOTHING = "\u2013"
 """Where there is no number."""
-BASELINES = ("zero_shot", "local_mean", "centralized", "ceiling")
+BASELINES = ("zero_shot", "local_mean", "calibrated_local_mean", "centralized", "calibrated_centralized", "ceiling")
 
 
 @dataclass(frozen=True)
@@ -270,7 +270,7 @@ def to_csv(sweep: Sweep) -> str:
     writer.writerow((*names, "bytes_up", "bytes_down", "seconds", "failures", "num_samples", "code"))
     for (method, column, seed), cell in sorted(sweep.cells.items()):
         result, details = cell.result, cell.result.details["federated"]
-        scores = (cell.score, result.standard_errors["federated"], *(result.scores[key] for key in BASELINES))
+        scores = (cell.score, result.standard_errors["federated"], *map(cell.baseline, BASELINES))
         costs = (result.bytes_up, result.bytes_down, result.seconds_by_stage["federated"], details["failures"], details["num_samples"])
         writer.writerow((*column, method, seed, result.metric, *scores, *costs, cell.code))
     return text.getvalue()

@@ -18,8 +18,9 @@ from fedmllm.benchmark.folder import Round, Run, read_run
 from fedmllm.benchmark.tables import ScoreRow, client_rows, cost_rows, part_rows, score_rows, solo_scores, stage_seconds
 from fedmllm.engine.checkpoint import write_atomically
 from fedmllm.errors import RunError
+from fedmllm.evaluation.answered import SIDE_BY_SIDE
 
-METRICS = {"auc": "AUC", "macro_f1": "macro F1", "accuracy": "accuracy", "mixed": "mean score"}
+METRICS = {"auc": "AUC", "macro_f1": "macro F1", "accuracy": "accuracy", "balanced_accuracy": "balanced accuracy", "mixed": "mean score"}
 STEPS = ("train", "aggregate", "evaluate", "checkpoint")
 MAX_REFUSED = 50
 """Refused updates listed; more are only counted."""
@@ -80,7 +81,7 @@ def _context(run: Run) -> dict[str, Any]:
         "metric": _metric(run),
         "rows": rows,
         "by_stage": {row.stage: row for row in rows},
-        "kinds": [(key, key.partition("_")[2]) for key in _partial_scores(rows)],
+        "kinds": [*_beside(run, rows), *((key, key.partition("_")[2]) for key in _partial_scores(rows))],
         "own_kind": client_rows(run),
         "costs": cost_rows(rounds),
         "parts": part_rows(run),
@@ -95,6 +96,11 @@ def _context(run: Run) -> dict[str, Any]:
         "halved": [line.round for line in rounds if line.halvings],
         **_figures(run, {row.stage: row for row in rows}),
     }
+
+
+def _beside(run: Run, rows: Sequence[ScoreRow]) -> list[tuple[str, str]]:
+    """What stands beside the headline, by key and as printed."""
+    return [(key, METRICS[key]) for key in SIDE_BY_SIDE if key != run.manifest.metric and any(key in row.details for row in rows)]
 
 
 def _partial_scores(rows: Sequence[ScoreRow]) -> list[str]:

@@ -12,12 +12,15 @@ from typing import ClassVar
 from pydantic import ConfigDict
 
 from fedmllm import __version__
+from fedmllm.evaluation.answered import SIDE_BY_SIDE
 from fedmllm.types import Metrics, Record
 
 CHECKED = ConfigDict(frozen=True, strict=True, allow_inf_nan=False)
 """How strictly a run's files are read back: no number for a text, no NaN."""
 
-SCORES = ("zero_shot", "local_mean", "federated", "centralized", "ceiling")
+SCORES = ("zero_shot", "local_mean", "calibrated_local_mean", "federated", "centralized", "calibrated_centralized", "ceiling")
+SOLO = {"local_mean": "local-", "calibrated_local_mean": "calibrated_local-", "fine_tuned_mean": "fine_tuned-"}
+"""How the stages of one client each begin, by the name under which they are taken together."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +31,9 @@ class RunResult:
         experiment: its name, from the file's.
         metric: what ``scores`` measure.
         scores: by ``SCORES``, each in [0, 1]; None where not asked for or not known.
-        standard_errors: of the same, over the test samples; for ``local_mean``, and a personalized method's ``federated``, over the clients.
-        details: all metrics by stage.
+        standard_errors: of the same, over the test samples; for means over clients, and a personalized method's ``federated``, over the clients.
+        details: all metrics by stage, the clients' taken together as in ``scores``; whatever the headline is, ``accuracy`` and, of
+            classifications, ``balanced_accuracy`` and ``macro_f1``.
         local: each client's score when it trains alone.
         majority: score of always giving the most frequent training answer.
         bytes_up, bytes_down: what all clients of the federated stage sent and received.
@@ -70,6 +74,11 @@ class RunResult:
     personalized: bool = False
     parts: dict[str, int] = field(default_factory=dict)
     trained: list[str] = field(default_factory=list)
+
+    @property
+    def beside(self) -> tuple[str, ...]:
+        """What stands beside the headline: those of ``SIDE_BY_SIDE`` that are known of the federated model."""
+        return tuple(name for name in SIDE_BY_SIDE if name != self.metric and name in self.details.get("federated", {}))
 
     def to_record(self) -> Record:
         """The JSON object."""

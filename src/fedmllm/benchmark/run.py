@@ -6,9 +6,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import cast
 
-from fedmllm.algorithms import Client, ServerState, build_algorithm
+from fedmllm.algorithms import Algorithm, Client, ServerState, build_algorithm
 from fedmllm.algorithms.fedavg import FedAvg
+from fedmllm.algorithms.strategies import Composed
+from fedmllm.algorithms.strategies.label_calibration import LabelCalibration
 from fedmllm.benchmark.card import adapter_card
 from fedmllm.benchmark.federation import Federation, federation
 from fedmllm.benchmark.folders import check_folder, default_folder, known_model, open_folder
@@ -124,6 +127,7 @@ class _Run:
             self._zero_shot(loop, initial)
         # The baselines ask what plain training would give, whatever the method under test adds to it.
         plain = replace(loop, algorithm=FedAvg(), compression=UNCOMPRESSED)
+        calibrated = replace(plain, algorithm=self._calibrated())
         federated, *baselines = stages
         self.asked.clear()
         with self.federation.engine(federated, self.folder) as engine:
@@ -134,7 +138,8 @@ class _Run:
         models = personal_models(loop, federated, trained)
         ended = {f"fine_tuned-{client}": ServerState(weights, slots={"base": trained.base}) for client, weights in models.items()}
         for stage in baselines:
-            run_stage(plain, stage, ended[stage.name] if stage.name in ended else ServerState(initial))
+            own = calibrated if stage.name.startswith("calibrated_") else plain
+            run_stage(own, stage, ended[stage.name] if stage.name in ended else ServerState(initial))
         self._save_adapters(trained, models if loop.algorithm.personalized else {})
         result = replace(
             summarize(self.experiment, self.name, self.data, loop.store, stages, self.parts),
@@ -155,19 +160,27 @@ class _Run:
         return replace(loop, engine=engine, scores=lambda assignment, clients: engine.scores(assignment, clients, metric, copy))
 
     def stages(self) -> list[Stage]:
-        """The federation, then centralized training, each client alone, and each client from where the federation ended."""
+        """The federation, then centralized training, each client alone, both with calibration, and each client from where the federation ended."""
         federation, evaluation = self.experiment.federation, self.experiment.evaluation
         ranks = {client: self.experiment.lora.rank_of(i) for i, client in enumerate(sorted(self.data.clients))}
         own = {client: rank for client, rank in ranks.items() if rank is not None} | dict(self.federation.ranks)
         rounds, cohort, told = federation.num_rounds, federation.clients_per_round, self.data.told
         stages = [Stage("federated", self.data.clients, rounds, cohort, evaluation.every, own, told)]
-        if "centralized" in evaluation.baselines:
-            stages.append(Stage("centralized", pooled(self.data.clients), self._solo_rounds(), 1))
-        if "local" in evaluation.baselines:
-            stages += [Stage(f"local-{client}", {client: samples}, self._solo_rounds(), 1) for client, samples in self.data.clients.items()]
+        for name in ("centralized", "calibrated_centralized"):
+            if name in evaluation.baselines:
+                stages.append(Stage(name, pooled(self.data.clients), self._solo_rounds(), 1))
+        for name in ("local", "calibrated_local"):
+            if name in evaluation.baselines:
+                stages += [Stage(f"{name}-{client}", {client: held}, self._solo_rounds(), 1) for client, held in self.data.clients.items()]
         if "fine_tuned" in evaluation.baselines:
             stages += [Stage(f"fine_tuned-{client}", {client: samples}, 1, 1) for client, samples in self.data.clients.items()]
         return stages
+
+    def _calibrated(self) -> Algorithm:
+        """Plain training with the calibration that the method under test has; at its neutral strength where that has none."""
+        method = build_algorithm(self.experiment.algorithm)
+        strength = method.local_rule(method.broadcast(self.start), Client()).calibration or LabelCalibration().strength
+        return cast(Algorithm, Composed(FedAvg(), (LabelCalibration(strength),)))
 
     def _solo_rounds(self) -> int:
         """As many rounds as a client takes part in on average, so that every baseline sees each sample as often."""

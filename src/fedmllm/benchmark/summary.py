@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from fedmllm.algorithms import build_algorithm
-from fedmllm.benchmark.results import RunResult, versions
+from fedmllm.benchmark.results import SCORES, SOLO, RunResult, versions
 from fedmllm.config import Experiment
 from fedmllm.data.federated import FederatedData
 from fedmllm.engine.checkpoint import RunStore
 from fedmllm.engine.stages import Stage
-from fedmllm.evaluation.metrics import error_over_models, majority_score
+from fedmllm.evaluation.metrics import error_over_models, majority_score, over_models
 from fedmllm.models.parts import Part
 from fedmllm.types import Metrics
 
@@ -22,17 +22,18 @@ def summarize(
     e, dataset, clients = experiment, data.dataset, data.clients
     records = {name: store.records(name) for name in ["zero_shot", *(stage.name for stage in stages)]}
     final = {name: rows[-1]["scores"] for name, rows in records.items() if rows}
-    local = {name.removeprefix("local-"): scores["score"] for name, scores in final.items() if name.startswith("local-")}
+    alone = {key: _alone(final, prefix) for key, prefix in SOLO.items() if key != "fine_tuned_mean"}
+    shared = {name: scores for name, scores in final.items() if not name.startswith(tuple(SOLO.values()))}
     seconds = {name: sum(sum(row["seconds"].values()) for row in rows) for name, rows in records.items() if rows}
     # Of answers that are elsewhere nobody here knows which is the most frequent.
     majority = None if data.told else majority_score(dataset.metric, [s for samples in clients.values() for s in samples], dataset.test)
     return RunResult(
         experiment=name,
         metric=dataset.metric,
-        scores=_scores(final, local, dataset.ceilings),
-        standard_errors=_errors(final, local),
-        details={name: scores for name, scores in final.items() if not name.startswith(("local-", "fine_tuned-"))},
-        local=local,
+        scores=_scores(shared, alone, dataset.ceilings),
+        standard_errors=_errors(shared, alone),
+        details=shared | {key: over_models(list(scores.values())) for key, scores in alone.items() if scores},
+        local={client: scores["score"] for client, scores in alone["local_mean"].items()},
         majority=majority,
         bytes_up=sum(row["bytes_up"] for row in records["federated"]),
         bytes_down=sum(row["bytes_down"] for row in records["federated"]),
@@ -53,23 +54,21 @@ def summarize(
     )
 
 
-def _scores(final: Mapping[str, Metrics], local: Mapping[str, float], ceilings: Mapping[str, float]) -> dict[str, float | None]:
-    single = {name: final[name]["score"] if name in final else None for name in ("zero_shot", "federated", "centralized")}
-    mean = sum(local.values()) / len(local) if local else None
-    return {
-        "zero_shot": single["zero_shot"],
-        "local_mean": mean,
-        "federated": single["federated"],
-        "centralized": single["centralized"],
-        "ceiling": ceilings.get("both"),
-    }
+def _alone(final: Mapping[str, Metrics], prefix: str) -> dict[str, Metrics]:
+    """The clients' own final numbers, by client."""
+    return {name.removeprefix(prefix): scores for name, scores in final.items() if name.startswith(prefix)}
 
 
-def _errors(final: Mapping[str, Metrics], local: Mapping[str, float]) -> dict[str, float | None]:
-    """Bootstrap over test samples for one model; for means over clients, ``standard_error``."""
-    errors: dict[str, float | None] = {
-        name: final[name]["standard_error"] if name in final else None for name in ("zero_shot", "federated", "centralized")
-    }
-    errors["local_mean"] = error_over_models(list(local.values()))
-    errors["ceiling"] = None
-    return errors
+def _scores(
+    shared: Mapping[str, Metrics], alone: Mapping[str, Mapping[str, Metrics]], ceilings: Mapping[str, float]
+) -> dict[str, float | None]:
+    """By ``SCORES``; the mean over clients of what each of them trained."""
+    single = {name: shared[name]["score"] if name in shared else None for name in SCORES}
+    means = {name: sum(s["score"] for s in own.values()) / len(own) if own else None for name, own in alone.items()}
+    return single | means | {"ceiling": ceilings.get("both")}
+
+
+def _errors(shared: Mapping[str, Metrics], alone: Mapping[str, Mapping[str, Metrics]]) -> dict[str, float | None]:
+    """Bootstrap over test samples for one model; for means over clients, ``error_over_models``."""
+    errors = {name: shared[name]["standard_error"] if name in shared else None for name in SCORES}
+    return errors | {name: error_over_models([scores["score"] for scores in own.values()]) for name, own in alone.items()}

@@ -8,13 +8,13 @@ from statistics import mean, stdev
 
 from fedmllm.benchmark.drawing import LOOKS, MODELS, duration, human_bytes
 from fedmllm.benchmark.folder import Line, Round, Run
-from fedmllm.benchmark.results import worst_decile
+from fedmllm.benchmark.results import SOLO, worst_decile
 from fedmllm.evaluation.metrics import error_over_models, over_models
 from fedmllm.types import Metrics
 
-SOLO = {"local_mean": "local-", "fine_tuned_mean": "fine_tuned-"}
-"""How the stages of one client each begin, by the key of ``LOOKS`` under which they are taken together."""
-SOLO_TIMES = {"local-": "local, all clients", "fine_tuned-": "fine-tuned clients"}
+ALWAYS = ("zero_shot", "local_mean", "federated", "centralized", "ceiling")
+"""Rows of the table of scores that are there even without a number."""
+SOLO_TIMES = {"local-": "local, all clients", "calibrated_local-": "calibrated local, all clients", "fine_tuned-": "fine-tuned clients"}
 """Under which name their times are summed up."""
 
 
@@ -88,7 +88,7 @@ def score_rows(run: Run) -> list[ScoreRow]:
     rows = [
         ScoreRow(stage, look.name, scores.get(stage), errors.get(stage), details.get(stage, {}), notes.get(stage, ""))
         for stage, look in LOOKS.items()
-        if stage != "fine_tuned_mean" or tuned
+        if stage in ALWAYS or scores.get(stage) is not None
     ]
     return [*rows, _majority_row(run.manifest.metric, run.result.majority)] if run.result else rows
 
@@ -97,9 +97,9 @@ def solo_scores(run: Run) -> dict[str, dict[str, float]]:
     """Scores on the test split of the models that one client trained each, by key of ``SOLO`` and client; none while a run is unfinished."""
     if run.result is None:
         return {key: {} for key in SOLO}
-    prefix = SOLO["fine_tuned_mean"]
-    last = {line.stage: line.score for line in run.lines if line.score is not None and line.stage.startswith(prefix)}
-    return {"local_mean": run.result.local, "fine_tuned_mean": {stage.removeprefix(prefix): score for stage, score in last.items()}}
+    last = {line.stage: line.score for line in run.lines if line.score is not None}
+    found = {key: {s.removeprefix(prefix): score for s, score in last.items() if s.startswith(prefix)} for key, prefix in SOLO.items()}
+    return found | {"local_mean": run.result.local}
 
 
 def _majority_row(metric: str, score: float | None) -> ScoreRow:

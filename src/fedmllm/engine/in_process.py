@@ -193,7 +193,7 @@ class InProcessEngine:
         encode = self.encoder.with_reduced if rule.alignment else self.encoder
         encoded = [encode(sample) for sample in turn.samples]
         if rule.calibration:
-            encoded = calibrated(self.vlm, turn.samples, encoded, rule.calibration)
+            encoded = calibrated(self.vlm, turn.samples, encoded, rule.calibration, rule.labels)
         return LocalTask(turn.client.name, broadcast.round_num, assignment.seed, encoded, received, assignment.learning_rate)
 
 

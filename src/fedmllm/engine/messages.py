@@ -41,6 +41,7 @@ class TaskFacts(Facts):
     num_clients: int
     profile: dict[str, int]
     accepted: list[int] = Field(max_length=2)
+    labels: dict[str, dict[str, int]] = Field(default_factory=dict)
     base_since: int | None
     sitting: str = Field(pattern=r"^[0-9a-f]{8}$")
     about: dict[str, Any]
@@ -83,7 +84,7 @@ class Task:
         if unknown := sorted(self.weights.keys() - own.weights.keys()):
             raise ValueError(f"the server sent {len(unknown)} tensors that this client's model does not have, e.g. {unknown[0]}")
         extras = {kind: {**own.extras.get(kind, {}), **self.extras.get(kind, {})} for kind in {**own.extras, **self.extras}}
-        population = Population(self.facts.num_clients, self.facts.profile)
+        population = Population(self.facts.num_clients, self.facts.profile, self.facts.labels)
         base = kept.brought_up(self.missing, self.facts.round_num, own.base)
         return Broadcast(self.facts.round_num, weights, extras, base, population=population)
 
@@ -106,6 +107,7 @@ def write_task(assignment: Assignment, stage: str, client: str, about: Mapping[s
         num_clients=broadcast.population.num_clients,
         profile=dict(broadcast.population.profile),
         accepted=list(assignment.accepted.get(client, ())),
+        labels={options: dict(counts) for options, counts in broadcast.population.labels.items()},
         base_since=missing.since,
         sitting=missing.sitting,
         about=dict(about),

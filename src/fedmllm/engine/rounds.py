@@ -75,7 +75,8 @@ def run_stage(loop: Loop, stage: Stage, initial: ServerState) -> ServerState:
     Raises:
         FederationError: if in some round too few clients' updates can be used, and the run is not to go on without.
     """
-    state = replace(loop.store.load_state(stage.name) or initial, population=stage.population)
+    population = stage.population if loop.algorithm.needs_labels else replace(stage.population, labels={})
+    state = replace(loop.store.load_state(stage.name) or initial, population=population)
     loop.store.rewind(stage.name, state.round_num)
     watch = _Watch()
     with BackgroundCheckpoint(loop.store, stage.name) as checkpoint:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from fedmllm.data.modalities import profile
 from fedmllm.randomness import generator
+from fedmllm.training.calibration import answer_counts
 from fedmllm.types import Holding, Population, Sample
 
 
@@ -35,11 +36,12 @@ class Stage:
 
     @property
     def population(self) -> Population:
-        """What the server knows of all clients: each has told how many samples it holds of which modalities."""
+        """What the server knows of all clients: each has told how many samples it holds of which modalities. Answers are known of clients that are
+        simulated here."""
         counts = Counter(profile(sample for samples in self.clients.values() for sample in samples))
         for held in self.told.values():
             counts.update(held.profile)
-        return Population(len(self.clients), dict(counts))
+        return Population(len(self.clients), dict(counts), answer_counts(sample for held in self.clients.values() for sample in held))
 
     @property
     def num_samples(self) -> int:

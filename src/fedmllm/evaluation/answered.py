@@ -12,6 +12,9 @@ from fedmllm.errors import DataError
 from fedmllm.evaluation.text import is_right
 from fedmllm.types import Prediction, Record, Sample
 
+SIDE_BY_SIDE = ("accuracy", "balanced_accuracy", "macro_f1")
+"""What every classification is reported by, whatever its headline: a method may gain in one and lose in another."""
+
 Floats = NDArray[np.float64]
 Indices = NDArray[np.int64]
 
@@ -53,6 +56,16 @@ class Answered:
         chooses = np.where(np.isfinite(self.guess), self.guess > 0.5, self.guess)
         auc = np.array([metric == "auc" for metric in self.metrics])[self.domain]
         return replace(self, guess=np.where(auc, chooses, self.guess))
+
+    def by(self, metric: str) -> Answered | None:
+        """The same answers, each dataset of them scored by one of ``SIDE_BY_SIDE``.
+
+        Where the headline is the accuracy only right and wrong are known, and no class: the others are None.
+        """
+        if metric != "accuracy" and "accuracy" in self.metrics:
+            return None
+        hard = self.hard().guess
+        return replace(self, metrics=(metric,) * len(self.metrics), guess=np.where(np.isfinite(hard), hard, -1.0))
 
 
 def answered(metric: str, predictions: Sequence[Prediction]) -> Answered:
@@ -144,7 +157,13 @@ def _macro_f1(truth: Indices, guess: Floats) -> float:
 
 
 def _accuracy(truth: Indices, guess: Floats) -> float:
-    return float(guess.mean())
+    return float((truth == guess).mean())
 
 
-_SCORES = {"auc": _auc, "macro_f1": _macro_f1, "accuracy": _accuracy}
+def _balanced_accuracy(truth: Indices, guess: Floats) -> float:
+    classes = np.unique(truth)[:, None]
+    of_truth = classes == truth
+    return float(np.mean((of_truth & (classes == guess)).sum(1) / of_truth.sum(1)))
+
+
+_SCORES = {"auc": _auc, "macro_f1": _macro_f1, "accuracy": _accuracy, "balanced_accuracy": _balanced_accuracy}

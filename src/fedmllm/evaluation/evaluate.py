@@ -15,7 +15,7 @@ from fedmllm.models.encoding import Encoded
 from fedmllm.models.load import VisionLanguageModel
 from fedmllm.types import Metrics, Prediction, Sample
 
-Baseline = Literal["zero_shot", "local", "centralized", "fine_tuned"]
+Baseline = Literal["zero_shot", "local", "centralized", "fine_tuned", "calibrated_local", "calibrated_centralized"]
 
 
 class EvaluationConfig(BaseModel):
@@ -26,7 +26,8 @@ class EvaluationConfig(BaseModel):
     every: int = Field(5, ge=0)
     """Rounds between evaluations of the global model; 0 for the last round only, which is always evaluated."""
     baselines: tuple[Baseline, ...] = ("zero_shot", "local", "centralized")
-    """What to compare with: the untrained model, each client alone, all data in one place, the final model trained on by each client."""
+    """What to compare with: the untrained model, each client alone, all data in one place, the final model trained on by each client; each client
+    alone and all data in one place with ``label_calibration``, at the method's strength or 1."""
     tested: tuple[str, ...] = ()
     """Copies of the test split that the final model is also asked, e.g. ``[image, text, blur-1]``; the complete one always is."""
     client_samples: int = Field(0, ge=0)

@@ -10,7 +10,7 @@ from statistics import mean, stdev
 import numpy as np
 
 from fedmllm.errors import DataError
-from fedmllm.evaluation.answered import Answered, answered, own_metric
+from fedmllm.evaluation.answered import SIDE_BY_SIDE, Answered, answered, own_metric
 from fedmllm.evaluation.text import normalize
 from fedmllm.randomness import generator
 from fedmllm.types import Metrics, Prediction, Sample
@@ -52,11 +52,16 @@ def _by_domain(predictions: Sequence[Prediction]) -> dict[str, list[Prediction]]
 def all_metrics(metric: str, predictions: Sequence[Prediction], seed: int) -> Metrics:
     """Headline ``score``, its bootstrap ``standard_error``, ``num_samples``, ``failures``, and accuracy by answer type.
 
+    Beside the headline, whatever it is, ``accuracy``; and where every sample has the same options also ``balanced_accuracy``, the mean over
+    the classes that occur of ``TP / (TP + FN)``, and ``macro_f1``. Of a mixture each is the mean over datasets.
+
     Of an AUC also ``auc_hard``, that of the chosen options instead of their probabilities, to be compared with numbers published so.
     """
     whole = answered(metric, predictions)
     numbers: Metrics = {"score": whole.score(), "standard_error": _bootstrap(whole, seed)}
     numbers |= {"num_samples": len(predictions), "failures": sum(p.answer is None for p in predictions)}
+    classes = answered("macro_f1", predictions) if metric == "accuracy" and _one_set_of_options(predictions) else whole
+    numbers |= {name: other.score() for name in SIDE_BY_SIDE if (other := classes.by(name)) is not None}
     if metric == "auc":
         numbers["auc_hard"] = whole.hard().score()
     for domain, part in _by_domain(predictions).items():
@@ -65,6 +70,12 @@ def all_metrics(metric: str, predictions: Sequence[Prediction], seed: int) -> Me
     for kind in sorted({p.sample.answer_type for p in predictions} - {"choice"}):
         numbers[f"accuracy_{kind}"] = accuracy([p for p in predictions if p.sample.answer_type == kind])
     return numbers
+
+
+def _one_set_of_options(predictions: Sequence[Prediction]) -> bool:
+    """Whether an option's position is a class: all are asked for the same options, in the same order."""
+    options = {prediction.sample.options for prediction in predictions}
+    return len(options) == 1 and options != {()}
 
 
 def standard_error(metric: str, predictions: Sequence[Prediction], seed: int) -> float:

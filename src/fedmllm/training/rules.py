@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from fedmllm.types import Metrics, Slots, Weights
+from fedmllm.types import LabelCounts, Metrics, Slots, Weights
 
 Parameters = Mapping[str, Tensor]
 
@@ -64,7 +64,8 @@ class LocalRule:
         own: names of the tensors that the client keeps for itself: what it received of them is nobody's, and no strategy pulls towards it.
         records_gradient: whether ``LocalResult.gradient`` is wanted.
         alignment: weight of the loss that makes a complete sample and its copy with a modality less answer alike.
-        calibration: strength of the calibration to the client's own labels (``training.calibration``).
+        calibration: strength of the calibration to labels (``training.calibration``).
+        labels: whose frequencies it takes; the client's own where empty.
         finish: result -> what is sent and kept.
         personal: a second pass over the same samples, whose weights the client keeps under ``personal``.
     """
@@ -77,6 +78,7 @@ class LocalRule:
     records_gradient: bool = False
     alignment: float = 0.0
     calibration: float = 0.0
+    labels: LabelCounts = field(default_factory=dict)
     finish: Callable[[LocalResult], Upload] = plain_upload
     personal: LocalRule | None = None
 

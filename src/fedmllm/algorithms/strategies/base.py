@@ -22,6 +22,11 @@ class Strategy:
         """What clients must tell of themselves, as of a method."""
         return frozenset()
 
+    @property
+    def needs_labels(self) -> bool:
+        """Whether its rule reads how often each answer occurs over all clients."""
+        return False
+
     def rule(self, rule: LocalRule, broadcast: Broadcast, client: Client) -> LocalRule:
         """The client's rule, from the method's."""
         return rule
@@ -49,6 +54,11 @@ class Composed:
     def needs(self) -> frozenset[Fact]:
         """What the method or a strategy needs to be told."""
         return self._method.needs.union(*(strategy.needs for strategy in self._strategies))
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether the method or a strategy does."""
+        return self._method.needs_labels or any(strategy.needs_labels for strategy in self._strategies)
 
     def local_rule(self, broadcast: Broadcast, client: Client) -> LocalRule:
         """The method's rule with what the strategies add."""

@@ -20,15 +20,25 @@ class LabelCalibration(Strategy):
     (logit adjustment, Menon et al., ICLR 2021, client by client; the paper subtracts ``strength n_k(option)^(-1/4)`` instead).
     Frequencies stay with the client. Questions without options are trained plainly; ``strength = 0`` changes nothing.
 
+    ``global_prior`` is a control: p_k is the frequencies of answers over all clients then, which no real server knows. What remains of a gain
+    comes of removing a prior at all, as scores do reward that let rare classes weigh like frequent ones, and not of the clients' skew.
+
     Attributes:
         strength: of the calibration.
+        global_prior: whether all clients' answers are counted instead of the client's own; for simulated clients only.
     """
 
     strength: float = 1.0
+    global_prior: bool = False
 
     def __post_init__(self) -> None:
         require_not_negative(strength=self.strength)
 
+    @property
+    def needs_labels(self) -> bool:
+        """Those of all clients are the global prior."""
+        return self.global_prior
+
     def rule(self, rule: LocalRule, broadcast: Broadcast, client: Client) -> LocalRule:
         """The rule with the calibration's strength."""
-        return replace(rule, calibration=self.strength)
+        return replace(rule, calibration=self.strength, labels=broadcast.population.labels if self.global_prior else {})
