@@ -33,12 +33,14 @@ def through_messages(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def experiment(name: str, engine: str, **sections: Any) -> Experiment:
     parameters = {"server_learning_rate": 0.01} if name.startswith("feda") and name not in ("fedavg", "fedavgm") else {}
+    # The prompt is the data's; what reweighs updates is refused where clients count alike.
+    strategies = [s for s, cls in STRATEGIES.items() if s != "agnostic_prompt" and not (cls().reweighs and ALGORITHMS[name].ignores_weights)]
     values: dict[str, Any] = {
         # What travels does not depend on how wide the model is.
         "model": {"name": folder_of("llava")},
         "data": {"dataset": "digits-claims", "num_train": 40, "num_test": 8, "check_images": False},
         "federation": {"num_clients": 6, "clients_per_round": 5, "num_rounds": 2, "scenario": "missing-0.3", "min_partition_size": 3},
-        "algorithm": {"name": name, "parameters": parameters, "strategies": [s for s in STRATEGIES if s != "agnostic_prompt"]},
+        "algorithm": {"name": name, "parameters": parameters, "strategies": strategies},
         "training": {"batch_size": 4, "learning_rate": 3e-3},
         "evaluation": {"every": 0, "baselines": []},
         "engine": {"device": "cpu", "together": 1, "name": engine},
