@@ -41,6 +41,8 @@ class RunResult:
         parts: parameters of everything of the model that could train, by its name.
         trained: the names of those that did.
         personalized: whether each client ended with a model of its own, whose mean is the score ``federated``.
+        remarks: by strategy, what it does otherwise than its description has it, and why.
+        idle: of these, the strategies that changed nothing.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = CHECKED
@@ -70,6 +72,8 @@ class RunResult:
     personalized: bool = False
     parts: dict[str, int] = field(default_factory=dict)
     trained: list[str] = field(default_factory=list)
+    remarks: dict[str, str] = field(default_factory=dict)
+    idle: list[str] = field(default_factory=list)
 
     def to_record(self) -> Record:
         """The JSON object."""
