@@ -7,6 +7,7 @@ import pytest
 from rich.console import Console
 
 from fedmllm import display
+from fedmllm.algorithms import Remark
 from fedmllm.benchmark.results import SCORES, RunResult
 from fedmllm.display import Display
 from fedmllm.engine.stages import Stage
@@ -54,6 +55,18 @@ def test_time_left_counts_from_where_the_run_was_resumed(monkeypatch: pytest.Mon
     monkeypatch.setattr("fedmllm.display.time.monotonic", lambda: next(clock))
     text = shown(False, [record("federated", 4, 4), record("centralized", 1, 2), record("centralized", 2, 2)])
     assert [line.rpartition("left ")[2] for line in text.splitlines()] == ["20.0 s", "10.0 s", "0.00 s"]
+
+
+def test_strategies_that_do_otherwise_than_described_are_named_at_the_start() -> None:
+    out = StringIO()
+    with Display(4, Console(file=out, width=40)) as display:
+        display.observer.remarked(
+            {"feature_alignment": Remark("nothing to align", True), "adaptive_regularization": Remark("holds all", False)}
+        )
+    assert out.getvalue().splitlines() == [
+        "feature_alignment changes nothing in this run: nothing to align",
+        "adaptive_regularization: holds all",
+    ]
 
 
 def test_refused_updates_are_counted() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from threading import Timer
 from types import TracebackType
@@ -22,6 +22,7 @@ from fedmllm.types import Record
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from fedmllm.algorithms import Remark
     from fedmllm.benchmark.grid import Cell
     from fedmllm.engine.stages import Stage
 
@@ -53,7 +54,7 @@ class Display:
     @property
     def observer(self) -> Observer:
         """To be told about the run."""
-        return Observer(self._clock.start, self._round_done, self._waiting, self._answered)
+        return Observer(self._clock.start, self._round_done, self._waiting, self._answered, self._remarked)
 
     def __enter__(self) -> Display:
         if self._live:
@@ -73,6 +74,11 @@ class Display:
         else:
             words = f"{record['stage']} round {record['round']} waits for {names}, asked for the {_nth(record['attempt'])} time"
         self._console.print(words, highlight=False, soft_wrap=True)
+
+    def _remarked(self, remarks: Mapping[str, Remark]) -> None:
+        for name, remark in remarks.items():
+            words = f"{name} changes nothing in this run: {remark.text}" if remark.idle else f"{name}: {remark.text}"
+            self._console.print(words, highlight=False, soft_wrap=True)
 
     def _answered(self, record: Record) -> None:
         """For whom is waited now: at once in a terminal, elsewhere if it is for long. Answers are taken in order; whether those after it are there

@@ -18,9 +18,10 @@ from PIL import Image
 from fedmllm.benchmark import grid_tables
 from fedmllm.benchmark.comparison import read_sweep
 from fedmllm.benchmark.drawing import FILLS
-from fedmllm.benchmark.grid_figures import _levels, _unbeaten
+from fedmllm.benchmark.grid_figures import _levels, _unbeaten, strategy_gains
 from fedmllm.benchmark.grid_report import write_sweep_report
 from fedmllm.benchmark.grid_tables import (
+    NOTHING,
     Entry,
     Table,
     client_table,
@@ -31,7 +32,7 @@ from fedmllm.benchmark.grid_tables import (
     to_latex,
     to_markdown,
 )
-from fedmllm.benchmark.pairs import Pair, pairs
+from fedmllm.benchmark.pairs import Pair, acting, pairs
 from fedmllm.evaluation.answered import Answered, to_record
 from run_folders import Folder, Page, round_line, table_rows
 
@@ -152,6 +153,39 @@ def test_a_strategy_is_compared_with_the_same_without_it(sweep: Path) -> None:
     html = write_sweep_report(sweep).read_text()
     assert "adaptive_regularization on FedAvg" in Page(html).text
     assert Page(html).tags.count("svg") == 4
+
+
+def test_cells_in_which_a_strategy_could_do_nothing_are_left_out_of_its_average(sweep: Path) -> None:
+    """One scenario in which it is idle: the mean is over the other's cells. Of a pair that adds two strategies one may be idle."""
+    strategies = {"strategies": ["agnostic_prompt", "feature_alignment"]}
+    changed(sweep, "FedProx_1 & co", algorithm="fedavg", **strategies)
+    changed(sweep, "<b>ours</b>", "training: {batch_size: 2}\n")
+    read = read_sweep(sweep)
+    (pair,) = pairs(read)
+    aligned = {key for key in read.cells if key[0] == pair.method and key[1].scenario == "aligned"}
+    for key in aligned:
+        result = read.cells[key].run.result
+        assert result is not None
+        result.idle.append("feature_alignment")
+    assert acting(read, pair).cells.keys() == read.cells.keys() - aligned
+    assert acting(read, pair._replace(added=("feature_alignment", "label_calibration"))).cells == read.cells
+    table = strategy_table(read, [pair])
+    assert table is not None
+    (row,) = ([entry.text for entry in row] for row in table.rows)
+    others = sum(key[0] == pair.method and key not in aligned for key in read.cells)
+    assert row[3] == f"{others} of {others}"
+    assert row[4] == NOTHING
+    assert row[5].startswith("+10.0 (")
+    assert strategy_gains(read, [pair])
+    for key in read.cells:
+        if key[0] == pair.method and key not in aligned:
+            result = read.cells[key].run.result
+            assert result is not None
+            result.idle.append("feature_alignment")
+    table = strategy_table(read, [pair])
+    assert table is not None
+    assert [entry.text for entry in table.rows[0]] == [pair.label, "", "", "", NOTHING, NOTHING]
+    assert strategy_gains(read, [pair])
 
 
 @pytest.mark.parametrize(

@@ -84,6 +84,16 @@ def test_summary_tells_settings_and_costs(html: str) -> None:
     assert "seed: 7 # <kept> as it is" in text
 
 
+def test_what_strategies_did_otherwise_than_described_is_told(folder: Folder) -> None:
+    assert folder.result is not None
+    folder.result |= {
+        "remarks": {"feature_alignment": "nothing to <align>", "adaptive_regularization": "holds all"},
+        "idle": ["feature_alignment"],
+    }
+    text = Page(folder.report()).text
+    assert "feature_alignment changed nothing in this run: nothing to <align>. adaptive_regularization: holds all." in text
+
+
 def test_self_contained(html: str) -> None:
     page = Page(html)
     assert {"script", "link", "img", "iframe", "object", "image", "foreignobject"}.isdisjoint(page.tags)

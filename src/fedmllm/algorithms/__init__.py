@@ -32,7 +32,7 @@ from fedmllm.algorithms.krum import Krum
 from fedmllm.algorithms.median import Median
 from fedmllm.algorithms.rolora import RoLoRA
 from fedmllm.algorithms.scaffold import Scaffold
-from fedmllm.algorithms.strategies import STRATEGIES, Composed
+from fedmllm.algorithms.strategies import STRATEGIES, Composed, Holdings, Remark, Strategy
 from fedmllm.algorithms.trimmed_mean import TrimmedMean
 from fedmllm.algorithms.yoco import YOCO
 from fedmllm.errors import ConfigError
@@ -45,9 +45,12 @@ __all__ = [
     "Algorithm",
     "AlgorithmConfig",
     "Client",
+    "Holdings",
+    "Remark",
     "ServerState",
     "StrategyConfig",
     "build_algorithm",
+    "remarks",
 ]
 
 ALGORITHMS: dict[str, type[Any]] = {
@@ -151,13 +154,23 @@ def build_algorithm(config: AlgorithmConfig) -> Algorithm:
         ConfigError: if there is no such method, strategy or parameter, a value breaks a rule, or a strategy does nothing to the method.
     """
     method = _build(ALGORITHMS, "method", config.method, config.parameters)
-    strategies = tuple(_build(STRATEGIES, "strategy", s.name, s.parameters) for s in config.all_strategies)
-    idle = [name for name, strategy in zip(config.strategy_names, strategies, strict=True) if strategy.reweighs and method.ignores_weights]
-    if idle:
+    strategies = _strategies(config)
+    if idle := [name for name, strategy in strategies.items() if strategy.reweighs and method.ignores_weights]:
         raise ConfigError(
             f"strategies: {idle[0]} changes what updates weigh, but {config.method} counts clients alike; leave one of them out"
         )
-    return cast(Algorithm, Composed(method, strategies) if strategies else method)
+    return cast(Algorithm, Composed(method, tuple(strategies.values())) if strategies else method)
+
+
+def remarks(config: AlgorithmConfig, holdings: Holdings) -> dict[str, Remark]:
+    """By strategy, what is to be known about it before it runs; those that do what they are described to are left out."""
+    found = {name: strategy.remark(holdings) for name, strategy in _strategies(config).items()}
+    return {name: remark for name, remark in found.items() if remark is not None}
+
+
+def _strategies(config: AlgorithmConfig) -> dict[str, Strategy]:
+    """By name, in the order in which they apply."""
+    return {s.name: _build(STRATEGIES, "strategy", s.name, s.parameters) for s in config.all_strategies}
 
 
 def _build(index: Mapping[str, type[Any]], what: str, name: str, parameters: Mapping[str, Value]) -> Any:

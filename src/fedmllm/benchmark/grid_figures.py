@@ -15,7 +15,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from fedmllm.benchmark.comparison import Column, Sweep
 from fedmllm.benchmark.drawing import BLUE, FILLS, GRAY, GREEN, INK, LOOKS, ORANGE, PURPLE, SKY, VERMILION, WIDTH, panel, rows, short, svg
 from fedmllm.benchmark.grid_tables import BASELINES, baseline
-from fedmllm.benchmark.pairs import Pair
+from fedmllm.benchmark.pairs import Pair, acting
 
 LINES = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY)
 """Of learning curves: as many methods as are told apart."""
@@ -35,7 +35,7 @@ def gains(sweep: Sweep) -> Figure:
 @svg
 def strategy_gains(sweep: Sweep, found: Sequence[Pair]) -> Figure:
     """Each method above the same without some of its strategies."""
-    return _heat_map(sweep, {pair.label: _points(sweep, pair.method, pair.over) for pair in found}, len(found), 3.6)
+    return _heat_map(sweep, {pair.label: _points(acting(sweep, pair), pair.method, pair.over) for pair in found}, len(found), 3.6)
 
 
 def _heat_map(sweep: Sweep, points: Mapping[str, Sequence[float]], count: int, left: float = 2.1) -> Figure:

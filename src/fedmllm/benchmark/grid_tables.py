@@ -10,7 +10,7 @@ from statistics import mean
 
 from fedmllm.benchmark.comparison import Chosen, Column, Gain, Sweep, Trained
 from fedmllm.benchmark.drawing import LOOKS, duration, human_bytes
-from fedmllm.benchmark.pairs import Pair, kinds
+from fedmllm.benchmark.pairs import Pair, acting, kinds
 from fedmllm.benchmark.report import METRICS
 from fedmllm.benchmark.results import worst_decile
 from fedmllm.evaluation.metrics import error_over_models
@@ -167,12 +167,13 @@ def strategy_table(sweep: Sweep, found: Sequence[Pair]) -> Table | None:
     groups = kinds(sweep)
     rows = []
     for pair in found:
-        gains = [sweep.gain(pair.method, pair.over, columns) for columns in groups.values()]
+        own = acting(sweep, pair)
+        gains = [own.gain(pair.method, pair.over, columns) for columns in groups.values()]
         entries = [Entry(NOTHING) if gain is None else Entry(_interval(gain), gain.low > 0) for gain in gains]
-        rows.append((Entry(pair.label), *_gain_entries(sweep.gain(pair.method, pair.over)), *entries))
+        rows.append((Entry(pair.label), *_gain_entries(own.gain(pair.method, pair.over)), *entries))
     caption = (
         "What strategies add to a method: mean difference in percentage points over the cells that have both, and the interval of 95 % of resampled seeds and "
-        "test samples; then the same by kind of scenario. In bold where the interval lies above zero."
+        "test samples; then the same by kind of scenario. In bold where the interval lies above zero. Cells in which a strategy could do nothing are left out."
     )
     return Table("strategies", caption, ("", "gain", "95 %", "won", *groups), tuple(rows)) if rows else None
 

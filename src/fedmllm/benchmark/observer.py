@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from fedmllm.algorithms import Remark
 from fedmllm.engine.stages import Stage
 from fedmllm.types import Record
 
@@ -23,12 +24,14 @@ class Observer:
             ``start``, and ``clients`` when sites are waited for, with ``given_up`` when the run begins without them.
         answered: told ``stage``, ``round`` (but at the start) and ``clients``, those whose answers are still to come, in the order in which they are
             taken, when clients are asked and at each answer.
+        remarked: told, before the first round, what a strategy does otherwise than its description has it, by strategy.
     """
 
     started: Callable[[Sequence[Stage]], None] = lambda stages: None
     round_done: Callable[[Record], None] = lambda record: None
     waiting: Callable[[Record], None] = lambda record: None
     answered: Callable[[Record], None] = lambda record: None
+    remarked: Callable[[Mapping[str, Remark]], None] = lambda remarks: None
 
     def beside(self, tell: Callable[[Record], None]) -> Observer:
         """The same, and another that is told each round's record."""

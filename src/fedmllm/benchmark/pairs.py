@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import permutations
 from typing import Any, NamedTuple
 
@@ -43,6 +44,12 @@ def pairs(sweep: Sweep) -> list[Pair]:
         if added and kept and _apart_from_strategies(more) == _apart_from_strategies(less):
             found.append(Pair(tuple(added), method, over))
     return sorted(found, key=lambda pair: len(pair.added))
+
+
+def acting(sweep: Sweep, pair: Pair) -> Sweep:
+    """Without the cells in which nothing that the pair adds could change anything: there both trained the same."""
+    idle = {key for key, cell in sweep.cells.items() if key[0] == pair.method and set(pair.added) <= set(cell.result.idle)}
+    return replace(sweep, cells={key: cell for key, cell in sweep.cells.items() if key not in idle})
 
 
 def kinds(sweep: Sweep) -> dict[str, list[Column]]:

@@ -45,6 +45,8 @@ class RunResult:
         parts: parameters of everything of the model that could train, by its name.
         trained: the names of those that did.
         personalized: whether each client ended with a model of its own, whose mean is the score ``federated``.
+        remarks: by strategy, what it does otherwise than its description has it, and why.
+        idle: of these, the strategies that changed nothing.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = CHECKED
@@ -74,6 +76,8 @@ class RunResult:
     personalized: bool = False
     parts: dict[str, int] = field(default_factory=dict)
     trained: list[str] = field(default_factory=list)
+    remarks: dict[str, str] = field(default_factory=dict)
+    idle: list[str] = field(default_factory=list)
 
     @property
     def beside(self) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import cast
 
-from fedmllm.algorithms import Algorithm, Client, ServerState, build_algorithm
+from fedmllm.algorithms import Algorithm, Client, Holdings, ServerState, build_algorithm, remarks
 from fedmllm.algorithms.fedavg import FedAvg
 from fedmllm.algorithms.strategies import Composed
 from fedmllm.algorithms.strategies.label_calibration import LabelCalibration
@@ -123,6 +123,8 @@ class _Run:
         loop = self._loop()
         stages = self.stages()
         self.observer.started(stages)
+        remarked = remarks(self.experiment.algorithm, self._holdings())
+        self.observer.remarked(remarked)
         if "zero_shot" in self.experiment.evaluation.baselines:
             self._zero_shot(loop, initial)
         # The baselines ask what plain training would give, whatever the method under test adds to it.
@@ -145,6 +147,8 @@ class _Run:
             summarize(self.experiment, self.name, self.data, loop.store, stages, self.parts),
             tested=tested,
             clients=self._by_client(loop.store, models, trained.base),
+            remarks={name: remark.text for name, remark in remarked.items()},
+            idle=[name for name, remark in remarked.items() if remark.idle],
         )
         self._write_cards(result)
         write_json(self.folder / "result.json", result.to_record())
@@ -181,6 +185,12 @@ class _Run:
         method = build_algorithm(self.experiment.algorithm)
         strength = method.local_rule(method.broadcast(self.start), Client()).calibration or LabelCalibration().strength
         return cast(Algorithm, Composed(FedAvg(), (LabelCalibration(strength),)))
+
+    def _holdings(self) -> Holdings:
+        """What strategies meet."""
+        samples = [sample for held in self.data.clients.values() for sample in held]
+        options = None if self.data.told else any(sample.options for sample in samples)
+        return Holdings(self.data.profiles, options, tuple(self.start.weights))
 
     def _solo_rounds(self) -> int:
         """As many rounds as a client takes part in on average, so that every baseline sees each sample as often."""

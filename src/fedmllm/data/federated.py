@@ -22,7 +22,7 @@ from fedmllm.data.quality import parse_part
 from fedmllm.data.settings import DataConfig, FederationConfig
 from fedmllm.errors import ConfigError, DataError, listing
 from fedmllm.randomness import generator
-from fedmllm.types import Holding, Record, Sample
+from fedmllm.types import Holding, Profile, Record, Sample
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,12 @@ class FederatedData:
     clients: Mapping[str, tuple[Sample, ...]]
     dropped: int
     told: Mapping[str, Holding] = field(default_factory=dict)
+
+    @property
+    def profiles(self) -> dict[str, Profile]:
+        """By client, its samples by modalities; empty for a client that does not say."""
+        elsewhere = {name: held.profile for name, held in self.told.items()}
+        return {name: elsewhere.get(name, {}) if self.told else profile(samples) for name, samples in self.clients.items()}
 
 
 def federate(data: DataConfig, federation: FederationConfig, seed: int) -> FederatedData:

@@ -6,12 +6,12 @@ from typing import Any
 
 from fedmllm.algorithms.strategies.adaptive_regularization import AdaptiveRegularization
 from fedmllm.algorithms.strategies.agnostic_prompt import AgnosticPrompt
-from fedmllm.algorithms.strategies.base import Composed, Strategy
+from fedmllm.algorithms.strategies.base import Composed, Holdings, Remark, Strategy
 from fedmllm.algorithms.strategies.feature_alignment import FeatureAlignment
 from fedmllm.algorithms.strategies.label_calibration import LabelCalibration
 from fedmllm.algorithms.strategies.modality_coverage import ModalityCoverage
 
-__all__ = ["STRATEGIES", "Composed", "Strategy"]
+__all__ = ["STRATEGIES", "Composed", "Holdings", "Remark", "Strategy"]
 
 STRATEGIES: dict[str, type[Any]] = {
     "adaptive_regularization": AdaptiveRegularization,

@@ -8,7 +8,7 @@ from functools import cache
 
 from fedmllm.algorithms.base import Client, Fact, require_not_negative, require_within
 from fedmllm.algorithms.fedprox import proximal
-from fedmllm.algorithms.strategies.base import Strategy
+from fedmllm.algorithms.strategies.base import Holdings, Remark, Strategy
 from fedmllm.errors import ConfigError
 from fedmllm.training.rules import LocalRule
 from fedmllm.types import Broadcast, Profile
@@ -54,6 +54,19 @@ class AdaptiveRegularization(Strategy):
         mu = self.mu * self.weight * (1 + self.adaptivity * profile_distance(client.profile, broadcast.population.profile))
         window = self.window(depth(tuple(broadcast.weights)))
         return rule.with_penalty(proximal(mu, lambda name: layer(name) in window)) if mu else rule
+
+    def remark(self, holdings: Holdings) -> Remark | None:
+        """Idle without a pull; of a decoder too shallow for the fraction no layer is left out."""
+        if not self.mu * self.weight:
+            return Remark("its pull is 0", idle=True)
+        layers = depth(holdings.tensors)
+        if self.skip_layers < 0 and self.skip_fraction > 0 and self.window(layers) == range(layers):
+            return Remark(
+                f"skip_fraction {self.skip_fraction:.3g} of {layers} layers, rounded down, is 0, so that it holds all of them; "
+                "set skip_layers to leave some out at each end",
+                idle=False,
+            )
+        return None
 
     def window(self, layers: int) -> range:
         """The layers that are held, of a decoder with so many.

@@ -2,11 +2,40 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from fedmllm.algorithms.base import Algorithm, Client, Fact, ServerState
 from fedmllm.training.rules import LocalRule
-from fedmllm.types import Broadcast, ClientUpdate, Slots
+from fedmllm.types import Broadcast, ClientUpdate, Profile, Slots
+
+
+@dataclass(frozen=True)
+class Holdings:
+    """What a strategy meets in an experiment, as far as it is known before the first round.
+
+    Attributes:
+        profiles: by client, its samples by modalities; empty for a client that does not say.
+        options: whether a client holds a question with options; None where samples are elsewhere.
+        tensors: names of what trains.
+    """
+
+    profiles: Mapping[str, Profile]
+    options: bool | None
+    tensors: tuple[str, ...]
+
+
+class Remark(NamedTuple):
+    """What is to be known about a strategy in an experiment.
+
+    Attributes:
+        text: what it does otherwise than its description has it, and why.
+        idle: whether it changes nothing at all: then the run is that of the method without it.
+    """
+
+    text: str
+    idle: bool
 
 
 class Strategy:
@@ -34,6 +63,10 @@ class Strategy:
     def reweigh(self, weight: float, state: ServerState, update: ClientUpdate) -> float:
         """What an update weighs, from what the method gives it."""
         return weight
+
+    def remark(self, holdings: Holdings) -> Remark | None:
+        """What is to be known about it before it runs; None if it does what it is described to."""
+        return None
 
 
 class Composed:

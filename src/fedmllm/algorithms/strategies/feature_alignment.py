@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from fedmllm.algorithms.base import Client, require_not_negative
-from fedmllm.algorithms.strategies.base import Strategy
+from fedmllm.algorithms.strategies.base import Holdings, Remark, Strategy
 from fedmllm.training.rules import LocalRule
 from fedmllm.types import Broadcast
 
@@ -29,3 +29,12 @@ class FeatureAlignment(Strategy):
     def rule(self, rule: LocalRule, broadcast: Broadcast, client: Client) -> LocalRule:
         """The rule with the alignment's weight."""
         return replace(rule, alignment=self.weight)
+
+    def remark(self, holdings: Holdings) -> Remark | None:
+        """Idle where nobody holds a sample that could lose a modality."""
+        if not self.weight:
+            return Remark("its weight is 0", idle=True)
+        profiles = holdings.profiles.values()
+        if all(profiles) and not any("+" in kind for profile in profiles for kind in profile):
+            return Remark("no client holds a sample of two modalities, so that there is nothing to align", idle=True)
+        return None

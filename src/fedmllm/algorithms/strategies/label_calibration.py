@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from fedmllm.algorithms.base import Client, require_not_negative
-from fedmllm.algorithms.strategies.base import Strategy
+from fedmllm.algorithms.strategies.base import Holdings, Remark, Strategy
 from fedmllm.training.rules import LocalRule
 from fedmllm.types import Broadcast
 
@@ -42,3 +42,13 @@ class LabelCalibration(Strategy):
     def rule(self, rule: LocalRule, broadcast: Broadcast, client: Client) -> LocalRule:
         """The rule with the calibration's strength."""
         return replace(rule, calibration=self.strength, labels=broadcast.population.labels if self.global_prior else {})
+
+    def remark(self, holdings: Holdings) -> Remark | None:
+        """Idle where no question has options."""
+        if not self.strength:
+            return Remark("its strength is 0", idle=True)
+        return (
+            Remark("no client holds a question with options, so that there is nothing to calibrate", idle=True)
+            if holdings.options is False
+            else None
+        )

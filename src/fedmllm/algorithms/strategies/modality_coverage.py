@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from fedmllm.algorithms.base import Fact, ServerState, require_not_negative
-from fedmllm.algorithms.strategies.base import Strategy
+from fedmllm.algorithms.strategies.base import Holdings, Remark, Strategy
 from fedmllm.types import ClientUpdate, Profile
 
 
@@ -40,6 +40,18 @@ class ModalityCoverage(Strategy):
         """The rule above."""
         factor = coverage(update.profile, state.population.profile)
         return weight * float(float(factor) ** self.power)
+
+    def remark(self, holdings: Holdings) -> Remark | None:
+        """Idle where all clients cover the modalities alike: their factors, whose mean by samples is 1, are 1 then."""
+        if not self.power:
+            return Remark("its power is 0", idle=True)
+        profiles = holdings.profiles.values()
+        if not any(profiles):
+            return Remark("no client says which modalities it holds", idle=True)
+        everyone = sum((Counter(profile) for profile in profiles), Counter[str]())
+        if all(profiles) and all(coverage(profile, everyone) == 1 for profile in profiles):
+            return Remark("all clients cover the modalities alike, so that updates weigh as they do without it", idle=True)
+        return None
 
 
 def coverage(own: Profile, everyone: Profile) -> Fraction:
