@@ -16,6 +16,7 @@ from fedmllm.config import Experiment
 from fedmllm.data.datasets import DATASETS, columns
 from fedmllm.data.datasets.mixture import MixedPart
 from fedmllm.data.modalities import SCENARIOS
+from fedmllm.data.prompts import Wording
 from fedmllm.data.quality import PARTS
 from fedmllm.models.families import FAMILIES, GENERIC
 
@@ -74,6 +75,7 @@ def _indexes() -> Iterator[str]:
             f"data.options of {name if form is not columns.Options else 'jsonl, csv and huggingface'}\n\n{_text(form.__doc__)}", form
         )
     yield _section(f"data.options.parts of mixture, each\n\n{_text(MixedPart.__doc__)}", MixedPart)
+    yield _section(f"data.wordings, each\n\n{_text(Wording.__doc__)}", Wording)
     scenarios = ((f"`{n}`", row.summary, row.level_rule, row.default_level) for n, row in SCENARIOS.items())
     yield _table("Scenarios: federation.scenario", ("Name", "Meaning", "Level, after a dash", "Default level"), scenarios)
     parts = ((f"`{n}`", row.summary, f"{row.strength:g}", f"{row.bounds[0]:g} to {row.bounds[1]:g}") for n, row in PARTS.items())

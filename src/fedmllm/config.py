@@ -104,7 +104,9 @@ class Experiment(BaseModel):
                 f"per round, is {cohort}"
             )
         if self.data.prompt != "agnostic" and "agnostic_prompt" in self.algorithm.strategy_names:
-            raise ValueError("data.prompt: algorithm.strategies has agnostic_prompt, data.prompt is specific; change one of them")
+            raise ValueError(
+                f"data.prompt: algorithm.strategies has agnostic_prompt, data.prompt is {self.data.prompt}; change one of them"
+            )
         return self
 
     def to_yaml(self) -> str:

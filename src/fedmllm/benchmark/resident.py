@@ -41,7 +41,7 @@ class Resident:
         """Encoded samples. What the scenario takes from a sample shows in its modalities; what else was done to it, in the settings."""
         plain = self._plain(experiment)
         key = _key(experiment, "model", "data") + f"{experiment.federation.heterogeneity} {plain.features is None}"
-        return _held(self._encoders, _KEPT, key, lambda: Encoder(plain, experiment.data.prompt))
+        return _held(self._encoders, _KEPT, key, lambda: Encoder(plain, experiment.data.wording))
 
     @contextmanager
     def model(self, experiment: Experiment) -> Iterator[tuple[VisionLanguageModel, list[Part]]]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fedmllm.data.modalities import keep_only
-from fedmllm.data.prompts import PromptStyle, target, to_messages
+from fedmllm.data.prompts import Wording, target, to_messages, wording
 from fedmllm.errors import DataError, ModelError
 from fedmllm.models.encoding import Batch, Encoded, collate, encode, option_tokens
 from fedmllm.models.load import VisionLanguageModel
@@ -25,12 +25,12 @@ class Encoder:
 
     Args:
         vlm: the model to encode for.
-        style: the wording of the prompts.
+        style: the wording of the prompts, or the name of one that is built in.
         max_bytes: memory for kept samples.
     """
 
-    def __init__(self, vlm: VisionLanguageModel, style: PromptStyle, max_bytes: int = 1 << 30) -> None:
-        self._vlm, self._style, self._max_bytes = vlm, style, max_bytes
+    def __init__(self, vlm: VisionLanguageModel, style: str | Wording, max_bytes: int = 1 << 30) -> None:
+        self._vlm, self._wording, self._max_bytes = vlm, wording(style), max_bytes
         self._kept: OrderedDict[tuple[str, tuple[str, ...]], Encoded] = OrderedDict()
         self._bytes = 0
 
@@ -65,7 +65,7 @@ class Encoder:
             if sample.options:
                 # What no answer could be read of is found here, not when the first one is asked for.
                 option_tokens(self._vlm, sample)
-            return encode(self._vlm, to_messages(sample, self._style), target(sample))
+            return encode(self._vlm, to_messages(sample, self._wording), target(sample))
         except (ModelError, DataError) as error:
             raise type(error)(f"sample {sample.id}: {error}") from error
 
