@@ -16,6 +16,7 @@ from fedmllm.config import Experiment
 from fedmllm.data.datasets import DATASETS, columns
 from fedmllm.data.datasets.mixture import MixedPart
 from fedmllm.data.modalities import SCENARIOS
+from fedmllm.data.prompts import Wording
 from fedmllm.data.quality import PARTS
 from fedmllm.models.families import FAMILIES, GENERIC
 from fedmllm.training.schedule import ScheduleConfig
@@ -76,6 +77,7 @@ def _indexes() -> Iterator[str]:
         )
     yield _section(f"training.schedule\n\n{_text(ScheduleConfig.__doc__)}", ScheduleConfig)
     yield _section(f"data.options.parts of mixture, each\n\n{_text(MixedPart.__doc__)}", MixedPart)
+    yield _section(f"data.wordings, each\n\n{_text(Wording.__doc__)}", Wording)
     scenarios = ((f"`{n}`", row.summary, row.level_rule, row.default_level) for n, row in SCENARIOS.items())
     yield _table("Scenarios: federation.scenario", ("Name", "Meaning", "Level, after a dash", "Default level"), scenarios)
     parts = ((f"`{n}`", row.summary, f"{row.strength:g}", f"{row.bounds[0]:g} to {row.bounds[1]:g}") for n, row in PARTS.items())

@@ -105,7 +105,9 @@ class Experiment(BaseModel):
                 f"per round, is {cohort}"
             )
         if self.data.prompt != "agnostic" and "agnostic_prompt" in self.algorithm.strategy_names:
-            raise ValueError("data.prompt: algorithm.strategies has agnostic_prompt, data.prompt is specific; change one of them")
+            raise ValueError(
+                f"data.prompt: algorithm.strategies has agnostic_prompt, data.prompt is {self.data.prompt}; change one of them"
+            )
         return self
 
     def with_fingerprint(self, fingerprint: str | None) -> Experiment:

@@ -77,14 +77,14 @@ def _counted(counts: dict[str, int]) -> str:
 
 
 def _example_lines(example: Record) -> list[str]:
-    """The sample as stored, then as the model is asked in either wording."""
+    """The sample as stored, then as the model is asked in each wording."""
     stored = [f"sample {example['id']}", *(f"  {name}: {value}" for name, value in example["content"].items())]
     stored += [
         f"  question: {example['question']}",
         f"  options: {', '.join(example['options']) or 'none'}",
         f"  answer: {example['answer']}",
     ]
-    asked = [f"\n{style} wording\n{example[style]}\n=> {example['target']}" for style in ("specific", "agnostic")]
+    asked = [f"\n{name} wording\n{text}\n=> {example['target']}" for name, text in example["wordings"].items()]
     return [escape(line) for line in (*stored, *asked)]
 
 

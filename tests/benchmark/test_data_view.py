@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from rich.text import Text
 
 from fedmllm.benchmark.data_view import catalog, describe, export_split, save_picture
 from fedmllm.benchmark.folder import read_run
@@ -14,8 +15,10 @@ from fedmllm.config import Experiment
 from fedmllm.data.datasets import DATASETS
 from fedmllm.data.federated import federate
 from fedmllm.data.modalities import parse_scenario
+from fedmllm.data.prompts import Wording
 from fedmllm.data.quality import PARTS
 from fedmllm.errors import ConfigError
+from fedmllm.views import _example_lines
 
 
 def test_the_catalog_names_everything_with_one_line() -> None:
@@ -34,9 +37,21 @@ def test_a_split_is_described_by_its_counts_and_one_example(tiny: Experiment) ->
         assert set(row) == {"id", "num_samples", "labels", "modalities"}
         assert row["num_samples"] == len(samples) == sum(row["labels"].values()) == sum(row["modalities"].values())
     example = record["example"]
-    assert "whatever the modality" in example["agnostic"]
-    assert "whatever the modality" not in example["specific"]
+    shown = example["wordings"]
+    assert list(shown) == ["specific", "neutral", "agnostic"]
+    assert [name for name, text in shown.items() if "whatever the modality" in text] == ["agnostic"]
+    assert [name for name, text in shown.items() if "Answer based on the" in text] == ["specific"]
     assert example["target"] in ("A", "B")
+
+
+def test_a_wording_of_one_s_own_is_shown_beside_the_others(tiny: Experiment) -> None:
+    template = "Own words.\n{text}\n{question}\n{options}"
+    data = tiny.data.model_copy(update={"wordings": {"mine": Wording(templates={"any": template})}})
+    example = describe(tiny.model_copy(update={"data": data}))["example"]
+    assert example["wordings"]["mine"].replace("<image>", "").startswith("Own words.\n")
+    lines = Text("\n".join(map(str, _example_lines(example)))).plain
+    assert all(f"{name} wording" in lines for name in ("specific", "neutral", "agnostic", "mine"))
+    assert f"  question: {example['question']}" in lines
 
 
 def test_a_picture_is_drawn(tiny: Experiment, tmp_path: Path) -> None:

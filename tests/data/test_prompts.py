@@ -1,20 +1,26 @@
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from itertools import product
+from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from fedmllm.data.datasets import crisismmd, emojitwo, hateful_memes, nlvr
 from fedmllm.data.datasets.digits import claims
-from fedmllm.data.prompts import SPECIFIC_QUESTIONS, PromptStyle, target, to_messages
-from fedmllm.errors import DataError
+from fedmllm.data.federated import load
+from fedmllm.data.prompts import SPECIFIC_QUESTIONS, Wording, target, to_messages
+from fedmllm.data.settings import DataConfig
+from fedmllm.errors import ConfigError, DataError
 from fedmllm.types import Sample
 
 COMPLETE = Sample("s", "Is it misleading?", "yes", {"image": "x.png", "text": "a nurse says 4"}, options=("no", "yes"))
 VARIANTS = [COMPLETE, replace(COMPLETE, content={"image": "x.png"}), replace(COMPLETE, content={"text": "a nurse says 4"})]
 
 
-def wording(sample: Sample, style: PromptStyle) -> str:
+def wording(sample: Sample, style: str | Wording) -> str:
     return str(to_messages(sample, style)[0].parts[-1].value)
 
 
@@ -86,3 +92,111 @@ def test_options_beyond_z_have_letters_of_their_own() -> None:
     assert "Y. 24 Z. 25 a. 26 b. 27" in wording(posed, "agnostic")
     assert "z. 51 0. 52 1. 53" in wording(posed, "agnostic")
     assert len({target(replace(posed, answer=option)) for option in options}) == 62
+
+
+TASK = "{text}\nQuestion: {question}\nOptions: {options}\n{instruction}"
+
+
+def as_published(sample: Sample, style: str) -> str:
+    """The two wordings that committed results were made with, written out a second time."""
+    held, question = sample.modalities, sample.question
+    preamble = "Answer whatever the modality of the information."
+    if style == "specific":
+        named = {("image", "text"): "text and image", (): "question"}.get(held, " and ".join(held))
+        preamble = f"Answer based on the {named}."
+        question = SPECIFIC_QUESTIONS.get(question, {}).get("+".join(held), question)
+    lines = [preamble, *([str(sample.content["text"])] if "text" in held else []), f"Question: {question}"]
+    if sample.options:
+        lines += ["Options: " + " ".join(f"{'ABC'[i]}. {option}" for i, option in enumerate(sample.options)), "Answer with the letter."]
+    return "\n".join(lines)
+
+
+CONTENTS: list[dict[str, str]] = [
+    {},
+    {"image": "x"},
+    {"text": "{a} {}"},
+    {"text": ""},
+    {"audio": "x", "text": "t"},
+    {"image": "x", "text": "t"},
+]
+KINDS = [{"options": ("no", "yes")}, {"options": (), "answer_type": "open"}]
+
+
+@pytest.mark.parametrize(("style", "content", "kind"), [*product(["specific", "agnostic"], CONTENTS, KINDS)])
+def test_wordings_of_committed_results_stay_bit_for_bit(style: str, content: Mapping[str, str], kind: Mapping[str, Any]) -> None:
+    for question in ("Is it {misleading}?", *SPECIFIC_QUESTIONS):
+        sample = replace(COMPLETE, content=content, question=question, **kind)
+        assert wording(sample, style) == as_published(sample, style)
+
+
+@pytest.mark.parametrize("sample", VARIANTS)
+def test_the_neutral_wording_is_the_agnostic_one_without_its_clause(sample: Sample) -> None:
+    clause = "Answer whatever the modality of the information.\n"
+    assert wording(sample, "agnostic") == clause + wording(sample, "neutral")
+    neutral = wording(replace(sample, content={**sample.content, "text": "t"}), "neutral").lower()
+    assert not [name for name in ("image", "text", "modality") if name in neutral]
+
+
+def test_a_wording_of_one_s_own_goes_by_what_a_sample_holds() -> None:
+    own = Wording(
+        templates={"image": "See {{it}}.\n{question} {options}\n", "any": f"{TASK}\nFrom {{modalities}}."},
+        questions={"Is it misleading?": {"image": "A fake?", "any": "A lie?"}},
+    )
+    assert wording(VARIANTS[1], own) == "See {it}.\nA fake? A. no B. yes"
+    rest = "Question: A lie?\nOptions: A. no B. yes\nAnswer with the letter."
+    assert wording(COMPLETE, own) == f"a nurse says 4\n{rest}\nFrom image and text."
+    assert wording(replace(COMPLETE, content={}), own) == rest
+    free = replace(COMPLETE, options=(), answer_type="open", question="Why?", content={"text": "{question}"})
+    assert wording(free, own) == "{question}\nQuestion: Why?\nFrom text."
+
+
+@pytest.mark.parametrize(
+    ("templates", "message"),
+    [
+        ({}, "templates: any is needed"),
+        ({"image": TASK}, "templates: any is needed"),
+        ({"any": "{question}"}, "templates.any: lacks {options} and {text}"),
+        ({"any": TASK, "image+text": "{question} {options}"}, "templates.image+text: lacks {text}"),
+        ({"any": f"{TASK} {{answer}}"}, "templates.any: unknown placeholder {answer}; known: {text}, {question}, {options}"),
+        ({"any": f"{TASK} {{}}"}, "unknown placeholder {}"),
+        ({"any": f"{TASK} {{text[0]}}"}, "unknown placeholder {text[0]}"),
+        ({"any": f"{TASK} {{text.__class__}}"}, "unknown placeholder {text.__class__}"),
+        ({"any": f"{TASK} {{text!r}}"}, "unknown placeholder {text!r}"),
+        ({"any": f"{TASK} {{text:>9}}"}, "unknown placeholder {text:>9}"),
+        ({"any": f"{TASK} {{text:{{question}}}}"}, "unknown placeholder {text:{question}}"),
+        ({"any": f"{TASK} }}"}, "templates.any: Single '}' encountered in format string; double braces"),
+        ({"any": f"{TASK} {{"}, "double braces"),
+        ({"any": TASK, "text+image": TASK}, "templates: 'text+image' must be modalities in alphabetical order"),
+        ({"any": TASK, "image+": TASK}, "templates: 'image+' must be"),
+    ],
+)
+def test_a_broken_template_is_refused_by_name(templates: Mapping[str, str], message: str) -> None:
+    with pytest.raises(ValidationError) as refused:
+        Wording(templates=dict(templates))
+    assert message in str(refused.value)
+
+
+def test_all_that_is_wrong_with_a_wording_is_said_at_once() -> None:
+    with pytest.raises(ValidationError) as refused:
+        Wording(templates={"b+a": "{question}"}, questions={"Why?": {"": "x"}})
+    for part in ("'b+a' must be", "questions.Why?: '' must be", "lacks {options}", "any is needed"):
+        assert part in str(refused.value)
+
+
+def test_a_name_that_is_no_wording_is_refused() -> None:
+    own = {"mine": {"templates": {"any": TASK}}}
+    assert DataConfig.model_validate({"prompt": "mine", "wordings": own}).wording.templates == {"any": TASK}
+    with pytest.raises(ValidationError, match="prompt: 'mine' is no wording; known: specific, neutral, agnostic"):
+        DataConfig(prompt="mine")
+    with pytest.raises(ValidationError, match="wordings: neutral cannot be changed"):
+        DataConfig.model_validate({"wordings": {"neutral": own["mine"]}})
+    with pytest.raises(ConfigError, match=r"'mine' is no wording; known: .* data\.wordings"):
+        to_messages(COMPLETE, "mine")
+
+
+def test_a_template_that_applies_to_no_sample_is_a_note() -> None:
+    templates = {"any": TASK, "imgae+text": TASK, "none": TASK, "image+text": TASK}
+    config = {"num_train": 20, "num_test": 20, "wordings": {"mine": {"templates": templates}}}
+    assert load(DataConfig.model_validate(config), 0).notes == ()
+    (note,) = load(DataConfig.model_validate({**config, "prompt": "mine"}), 0).notes
+    assert note == "data.wordings.mine: imgae+text applies to no sample, the data hold image, text"

@@ -17,6 +17,7 @@ from fedmllm.benchmark.federation import settings
 from fedmllm.benchmark.resident import Resident
 from fedmllm.config import Experiment
 from fedmllm.data.federated import federate
+from fedmllm.data.prompts import Wording
 from fedmllm.engine.checkpoint import ClientStates
 from fedmllm.engine.frozen import Missing
 from fedmllm.engine.in_process import Assignment
@@ -189,6 +190,16 @@ def test_code_of_a_model_is_not_run_for_the_server(experiment: Experiment, tmp_p
     here = worker(tmp_path, model="/models/qwen").experiment(settings(asked))
     assert (here.model.name, here.model.trust_remote_code, here.model.revision) == ("/models/qwen", False, None)
     assert here.engine.device == "cpu"
+
+
+def test_sites_word_their_samples_as_the_server_does(experiment: Experiment, tmp_path: Path) -> None:
+    """Its own wordings travel, and a site's are not looked at."""
+    own, other = (Wording(templates={"any": f"{word} {{text}} {{question}} {{options}}"}) for word in ("Server.", "Site."))
+    data = experiment.data.model_copy(update={"prompt": "mine", "wordings": {"mine": own}})
+    site = OWN | {"prompt": "mine", "wordings": {"mine": other.model_dump()}}
+    here = worker(tmp_path, data=site).experiment(settings(experiment.model_copy(update={"data": data})))
+    assert here.data.wording == own
+    assert here.data.num_train == 12
 
 
 def test_a_run_cannot_name_a_folder_elsewhere(experiment: Experiment, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from fedmllm.benchmark.results import versions
@@ -10,7 +11,7 @@ from fedmllm.data.datasets import DATASETS
 from fedmllm.data.export import export
 from fedmllm.data.federated import FederatedData, federate, manifest
 from fedmllm.data.modalities import SCENARIOS, SETTINGS
-from fedmllm.data.prompts import target, to_messages
+from fedmllm.data.prompts import WORDINGS, Wording, target, to_messages
 from fedmllm.data.quality import PARTS
 from fedmllm.errors import ConfigError
 from fedmllm.types import Record, Sample
@@ -27,15 +28,19 @@ def catalog() -> dict[str, dict[str, str]]:
 
 
 def describe(experiment: Experiment) -> Record:
-    """A split as JSON: its manifest without the samples, and one example in both wordings."""
+    """A split as JSON: its manifest without the samples, and one example in every wording."""
     data = federate(experiment.data, experiment.federation, experiment.seed)
     record = _manifest(data, experiment)
     clients = [{key: value for key, value in client.items() if key != "samples"} for client in record["clients"]]
-    return {**record, "clients": clients, "example": example(next(iter(data.clients.values()))[0])}
+    return {
+        **record,
+        "clients": clients,
+        "example": example(next(iter(data.clients.values()))[0], {**WORDINGS, **experiment.data.wordings}),
+    }
 
 
-def example(sample: Sample) -> Record:
-    """A sample before and after it is worded, in both styles."""
+def example(sample: Sample, wordings: Mapping[str, Wording]) -> Record:
+    """A sample before and after it is worded, in each wording."""
     content = {name: value if isinstance(value, (str, Path)) else type(value).__name__ for name, value in sample.content.items()}
     return {
         "id": sample.id,
@@ -43,14 +48,13 @@ def example(sample: Sample) -> Record:
         "question": sample.question,
         "options": list(sample.options),
         "answer": sample.answer,
-        "specific": _worded(sample, "specific"),
-        "agnostic": _worded(sample, "agnostic"),
+        "wordings": {name: _worded(sample, wording) for name, wording in wordings.items()},
         "target": target(sample),
     }
 
 
-def _worded(sample: Sample, style: str) -> str:
-    parts = to_messages(sample, style)[0].parts  # type: ignore[arg-type]
+def _worded(sample: Sample, wording: Wording) -> str:
+    parts = to_messages(sample, wording)[0].parts
     return "".join(str(part.value) if part.type == "text" else f"<{part.type}>" for part in parts)
 
 

@@ -42,8 +42,8 @@ class Resident:
 
     def encoder(self, experiment: Experiment) -> Encoder:
         """Encoded samples of whatever data and split: an encoder tells samples apart by what they hold."""
-        plain, style = self._plain(experiment), experiment.data.prompt
-        return _held(self._encoders, _KEPT, f"{style} {plain.features is None}", lambda: Encoder(plain, style))
+        plain, wording = self._plain(experiment), experiment.data.wording
+        return _held(self._encoders, _KEPT, f"{wording} {plain.features is None}", lambda: Encoder(plain, wording))
 
     @contextmanager
     def model(self, experiment: Experiment) -> Iterator[tuple[VisionLanguageModel, list[Part]]]:

@@ -36,7 +36,7 @@ def score_adapter(
     data = experiment.data
     dataset = load(data, experiment.seed)
     vlm = _loaded(experiment, adapter)
-    return dataset.metric, evaluate(vlm, dataset.test, Encoder(vlm, data.prompt), dataset.metric, experiment.evaluation, experiment.seed)
+    return dataset.metric, evaluate(vlm, dataset.test, Encoder(vlm, data.wording), dataset.metric, experiment.evaluation, experiment.seed)
 
 
 def chat(
@@ -63,7 +63,7 @@ def chat(
     experiment, adapter = _found(path, experiment_file, (), force)
     held = {name: open_image(value) if name == "image" else value for name, value in (content or {}).items()}
     vlm = _loaded(experiment, adapter)
-    encode, config = Encoder(vlm, experiment.data.prompt, max_bytes=0), experiment.evaluation
+    encode, config = Encoder(vlm, experiment.data.wording, max_bytes=0), experiment.evaluation
 
     def ask(question: str) -> Prediction:
         answer = options[0] if options else "?"

@@ -89,6 +89,10 @@ def load(data: DataConfig, seed: int) -> Dataset:
     """
     request = DatasetRequest(data.root, seed, data.num_train, data.num_test, data.on_bad_sample, data.options)
     dataset = load_dataset(data.dataset, request)
+    if unused := data.wording.unused(dataset.modalities) if data.prompt in data.wordings else []:
+        held = ", ".join(dataset.modalities)
+        note = f"data.wordings.{data.prompt}: {', '.join(unused)} applies to no sample, the data hold {held}"
+        dataset = replace(dataset, notes=(*dataset.notes, note))
     return decodable(dataset, data.on_bad_sample) if data.check_images else dataset
 
 

@@ -1,92 +1,179 @@
-"""Samples to chats. The wordings are data: one preamble per style and set of modalities, one frame for all tasks.
+"""Samples to chats. Wordings are data: templates by what a sample holds, in ``WORDINGS`` by name or in the experiment's ``data.wordings``.
 
-The *specific* style names what the sample holds ("based on the text and image"). The *agnostic* style, the first of
-the two FedMLLM strategies (arXiv 2411.14717), words the question alike whatever the sample holds, in training and in
-test, and asks to answer without regard to the modality.
+``specific`` names what the sample holds ("based on the text and image"). ``neutral`` words the question alike whatever the sample
+holds. ``agnostic``, the first of the two FedMLLM strategies (arXiv 2411.14717), does so too and asks to answer without regard to the
+modality: what it gains over ``neutral`` is due to that sentence, over ``specific`` also to the names that are left out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from string import ascii_lowercase, ascii_uppercase, digits
-from typing import Literal
+from collections.abc import Iterator, Mapping, Sequence
+from string import Formatter, ascii_lowercase, ascii_uppercase, digits
 
-from fedmllm.errors import DataError
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from fedmllm.errors import ConfigError, DataError
 from fedmllm.types import Message, Modality, Part, Sample
 
-PromptStyle = Literal["agnostic", "specific"]
+ANY, NONE = "any", "none"
+PLACEHOLDERS = ("text", "question", "options", "instruction", "modalities")
 
-AGNOSTIC_PREAMBLE = "Answer whatever the modality of the information."
-SPECIFIC_PREAMBLES: Mapping[tuple[Modality, ...], str] = {
-    ("image", "text"): "Answer based on the text and image.",
-    ("image",): "Answer based on the image.",
-    ("text",): "Answer based on the text.",
-    (): "Answer based on the question.",
-}
-SPECIFIC_QUESTIONS: Mapping[str, Mapping[tuple[Modality, ...], str]] = {
+
+class Wording(BaseModel):
+    """How a sample is worded, by the modalities it holds: joined by ``+`` in alphabetical order, ``none``, or ``any`` for those not named.
+
+    A template's placeholders: ``{text}`` is the sample's text, ``{question}`` its question, ``{options}`` its lettered options,
+    ``{instruction}`` how to answer, ``{modalities}`` the names of what it holds. A line none of whose placeholders has a value is left
+    out. Braces of one's own are doubled.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    templates: dict[str, str]
+    """Templates, e.g. ``{any: "{text}\\nQuestion: {question}\\n{options}\\n{instruction}"}``; ``any`` is needed."""
+    questions: dict[str, dict[str, str]] = Field(default_factory=dict)
+    """By a question of the data, what is asked instead of it, by modalities; other questions stay."""
+
+    @model_validator(mode="after")
+    def _sound(self) -> Wording:
+        tables = {"templates": self.templates, **{f"questions.{name}": row for name, row in self.questions.items()}}
+        problems = [f"{where}: {problem}" for where, table in tables.items() for name in table if (problem := _misnamed(name))]
+        problems += [f"templates.{name}: {problem}" for name, template in self.templates.items() for problem in _unsound(name, template)]
+        problems += [] if ANY in self.templates else [f"templates: {ANY} is needed, for samples that hold what no other names"]
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    def text(self, sample: Sample) -> str:
+        """What the user says about the sample, in text."""
+        held = NONE if not sample.content else "+".join(sample.modalities)
+        asked = self.questions.get(sample.question, {})
+        values = {
+            "text": str(sample.content["text"]) if "text" in sample.content else None,
+            "question": asked.get(held, asked.get(ANY, sample.question)),
+            "options": lettered(sample.options) if sample.options else None,
+            "instruction": instruction(sample),
+            "modalities": " and ".join(sample.modalities) or None,
+        }
+        return "\n".join(_lines(self.templates.get(held, self.templates[ANY]), values))
+
+    def unused(self, modalities: Sequence[Modality]) -> list[str]:
+        """Its keys that name a modality which the data do not have."""
+        named = {key for table in (self.templates, *self.questions.values()) for key in table} - {ANY, NONE}
+        return sorted(key for key in named if not set(key.split("+")) <= set(modalities))
+
+
+def _misnamed(key: str) -> str:
+    """What is wrong with a key; nothing if it is empty."""
+    parts = key.split("+")
+    ordered = "+".join(sorted(set(parts)))
+    return "" if all(parts) and key == ordered else f"{key!r} must be modalities in alphabetical order joined by +, {NONE} or {ANY}"
+
+
+def _unsound(key: str, template: str) -> Iterator[str]:
+    """What is wrong with a template."""
+    try:
+        fields = [row[1:] for row in Formatter().parse(template) if row[1] is not None]
+    except ValueError as error:
+        yield f"{' '.join(str(error).split())}; double braces that belong to the text"
+        return
+    known = ", ".join(f"{{{name}}}" for name in PLACEHOLDERS)
+    for name, *form in fields:
+        if name not in PLACEHOLDERS or any(form):
+            yield f"unknown placeholder {_spelled(name, *form)}; known: {known}; double braces that belong to the text"
+    needed = ("question", "options", *(["text"] if key == ANY or "text" in key.split("+") else []))
+    found = {name for name, *_ in fields}
+    if lacking := [f"{{{name}}}" for name in needed if name not in found]:
+        yield f"lacks {' and '.join(lacking)}; a line without a value is left out"
+
+
+def _spelled(name: str | None, form: str | None, conversion: str | None) -> str:
+    return f"{{{name}{'!' + conversion if conversion else ''}{':' + form if form else ''}}}"
+
+
+def _lines(template: str, values: Mapping[str, str | None]) -> Iterator[str]:
+    """A template's lines with values put in, but for those all of whose placeholders have none."""
+    for line in template.strip("\n").split("\n"):
+        named = [name for _, name, _, _ in Formatter().parse(line) if name is not None]
+        if not named or any(values[name] is not None for name in named):
+            yield line.format_map({name: value or "" for name, value in values.items()})
+
+
+SPECIFIC_QUESTIONS: dict[str, dict[str, str]] = {
     "Is it hateful?": {
-        ("image", "text"): "Are the image and the text together hateful?",
-        ("image",): "Is the image hateful?",
-        ("text",): "Is the text hateful?",
+        "image+text": "Are the image and the text together hateful?",
+        "image": "Is the image hateful?",
+        "text": "Is the text hateful?",
     },
     "Which kind of information is it?": {
-        ("image", "text"): "Which kind of information do the image and the text give?",
-        ("image",): "Which kind of information does the image give?",
-        ("text",): "Which kind of information does the text give?",
+        "image+text": "Which kind of information do the image and the text give?",
+        "image": "Which kind of information does the image give?",
+        "text": "Which kind of information does the text give?",
     },
     "Is it true?": {
-        ("image", "text"): "Is the text true of the image?",
-        ("image",): "Is what was said about the image true?",
-        ("text",): "Is the text true?",
+        "image+text": "Is the text true of the image?",
+        "image": "Is what was said about the image true?",
+        "text": "Is the text true?",
     },
     "Which kind of thing is it?": {
-        ("image", "text"): "Which kind of thing do the image and the text show?",
-        ("image",): "Which kind of thing does the image show?",
-        ("text",): "Which kind of thing does the text name?",
+        "image+text": "Which kind of thing do the image and the text show?",
+        "image": "Which kind of thing does the image show?",
+        "text": "Which kind of thing does the text name?",
     },
     "Is it misleading?": {
-        ("image", "text"): "Is the text about the image misleading?",
-        ("image",): "Is the image misleading?",
-        ("text",): "Is the text misleading?",
+        "image+text": "Is the text about the image misleading?",
+        "image": "Is the image misleading?",
+        "text": "Is the text misleading?",
     },
 }
-"""A task's question as the datasets hold it, naming no modality, and what the specific style makes of it. Others stay."""
+"""A task's question as the datasets hold it, naming no modality, and what the specific wording makes of it. Others stay."""
+
+_TASK = "{text}\nQuestion: {question}\nOptions: {options}\n{instruction}"
+_SPECIFIC = {
+    "image+text": "Answer based on the text and image.",
+    NONE: "Answer based on the question.",
+    ANY: "Answer based on the {modalities}.",
+}
+
+WORDINGS: Mapping[str, Wording] = {
+    "specific": Wording(templates={held: f"{preamble}\n{_TASK}" for held, preamble in _SPECIFIC.items()}, questions=SPECIFIC_QUESTIONS),
+    "neutral": Wording(templates={ANY: _TASK}),
+    "agnostic": Wording(templates={ANY: f"Answer whatever the modality of the information.\n{_TASK}"}),
+}
+"""The wordings that need not be written."""
 
 LETTERS = ascii_uppercase + ascii_lowercase + digits
 """What options are chosen by, in order: single characters, for a choice is read from one token."""
 CHOICE_INSTRUCTION = "Answer with the letter."
 
 
-def preamble(sample: Sample, style: PromptStyle) -> str:
-    """The sentence before the question."""
-    if style == "agnostic":
-        return AGNOSTIC_PREAMBLE
-    default = f"Answer based on the {' and '.join(sample.modalities)}."
-    return SPECIFIC_PREAMBLES.get(sample.modalities, default)
+def wording(style: str | Wording) -> Wording:
+    """The wording itself, or the one of that name.
+
+    Raises:
+        ConfigError: if it is no name of ``WORDINGS``.
+    """
+    if isinstance(style, Wording):
+        return style
+    if style not in WORDINGS:
+        raise ConfigError(f"{style!r} is no wording; known: {', '.join(WORDINGS)}; one of your own goes under data.wordings")
+    return WORDINGS[style]
 
 
-def question(sample: Sample, style: PromptStyle) -> str:
-    """The question in the style's words."""
-    if style == "agnostic":
-        return sample.question
-    return SPECIFIC_QUESTIONS.get(sample.question, {}).get(sample.modalities, sample.question)
-
-
-def to_messages(sample: Sample, style: PromptStyle) -> tuple[Message, ...]:
-    """The user's turn: content other than text first, then preamble, text, question and lettered options."""
-    lines = [preamble(sample, style)]
-    if "text" in sample.content:
-        lines.append(str(sample.content["text"]))
-    lines.append(f"Question: {question(sample, style)}")
-    if sample.options:
-        lines += [options_line(sample.options), CHOICE_INSTRUCTION]
+def to_messages(sample: Sample, style: str | Wording) -> tuple[Message, ...]:
+    """The user's message: content other than text first, then the text of the wording."""
     others = [Part(name, sample.content[name]) for name in sample.modalities if name != "text"]
-    return (Message("user", (*others, Part("text", "\n".join(lines)))),)
+    return (Message("user", (*others, Part("text", wording(style).text(sample)))),)
 
 
-def options_line(options: tuple[str, ...]) -> str:
-    """``Options: A. first B. second``."""
-    return "Options: " + " ".join(f"{letter}. {option}" for letter, option in zip(letters(options), options, strict=True))
+def instruction(sample: Sample) -> str | None:
+    """How to answer."""
+    return CHOICE_INSTRUCTION if sample.options else None
+
+
+def lettered(options: tuple[str, ...]) -> str:
+    """``A. first B. second``."""
+    return " ".join(f"{letter}. {option}" for letter, option in zip(letters(options), options, strict=True))
 
 
 def letters(options: tuple[str, ...]) -> str:

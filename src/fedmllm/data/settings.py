@@ -11,7 +11,7 @@ from fedmllm.data.datasets import DATASETS
 from fedmllm.data.datasets.base import check_options
 from fedmllm.data.datasets.rows import OnBadSample
 from fedmllm.data.modalities import Protocol, parse_scenario
-from fedmllm.data.prompts import PromptStyle
+from fedmllm.data.prompts import WORDINGS, Wording
 from fedmllm.data.quality import parse_part
 
 DEFAULT_ALPHA = 0.5
@@ -26,8 +26,11 @@ class DataConfig(BaseModel):
     """A name of the index of datasets."""
     root: Path | None = None
     """Folder of the dataset's files; left out for embedded data. Relative paths start at the working directory."""
-    prompt: PromptStyle = "agnostic"
-    """``agnostic`` words all samples alike; ``specific`` names the modalities each one holds."""
+    prompt: str = "agnostic"
+    """``agnostic`` words all samples alike and asks to disregard the modality; ``neutral`` does not ask; ``specific`` names the modalities each sample
+    holds; or a name of ``wordings``."""
+    wordings: dict[str, Wording] = Field(default_factory=dict)
+    """Wordings of your own by name."""
     num_train: int | None = Field(None, gt=0)
     """Training samples over all clients; left out for all there are."""
     num_test: int | None = Field(None, gt=0)
@@ -50,6 +53,19 @@ class DataConfig(BaseModel):
         if name not in DATASETS:
             raise ValueError(f"{name!r} is no dataset; known: {', '.join(DATASETS)}")
         return name
+
+    @model_validator(mode="after")
+    def _worded(self) -> DataConfig:
+        if taken := sorted(set(self.wordings) & set(WORDINGS)):
+            raise ValueError(f"wordings: {', '.join(taken)} cannot be changed; choose another name")
+        if self.prompt not in {*WORDINGS, *self.wordings}:
+            raise ValueError(f"prompt: {self.prompt!r} is no wording; known: {', '.join((*WORDINGS, *self.wordings))}")
+        return self
+
+    @property
+    def wording(self) -> Wording:
+        """The wording in force."""
+        return self.wordings.get(self.prompt) or WORDINGS[self.prompt]
 
     @model_validator(mode="after")
     def _suited(self) -> DataConfig:

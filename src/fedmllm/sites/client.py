@@ -50,7 +50,7 @@ class SiteWorker(Worker):
         model = told.model.model_copy(update={"name": site.model or "nano", "trust_remote_code": False, "revision": None})
         self._require_told(told)
         engine = told.engine.model_copy(update={"device": site.device, "worker_cpus": float(site.cpus)})
-        data = told.data if site.data is None else site.data.model_copy(update={"prompt": told.data.prompt})
+        data = told.data if site.data is None else site.data.model_copy(update={"prompt": told.data.prompt, "wordings": told.data.wordings})
         return told.model_copy(update={"model": model, "engine": engine, "data": data})
 
     def _require_told(self, told: Experiment) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fedmllm.data.fingerprint import prompt_key
 from fedmllm.data.modalities import keep_only
-from fedmllm.data.prompts import PromptStyle, target, to_messages
+from fedmllm.data.prompts import Wording, target, to_messages, wording
 from fedmllm.errors import DataError, ModelError
 from fedmllm.models.encoding import Batch, Encoded, collate, encode, option_tokens
 from fedmllm.models.load import VisionLanguageModel
@@ -32,12 +32,12 @@ class Encoder:
 
     Args:
         vlm: the model to encode for.
-        style: the wording of the prompts.
+        style: the wording of the prompts, or the name of one that is built in.
         max_bytes: memory for kept samples.
     """
 
-    def __init__(self, vlm: VisionLanguageModel, style: PromptStyle, max_bytes: int = 1 << 30) -> None:
-        self._vlm, self._style, self._max_bytes = vlm, style, max_bytes
+    def __init__(self, vlm: VisionLanguageModel, style: str | Wording, max_bytes: int = 1 << 30) -> None:
+        self._vlm, self._wording, self._max_bytes = vlm, wording(style), max_bytes
         self._kept: OrderedDict[bytes, Encoded] = OrderedDict()
         self._bytes = 0
         self._keys: dict[int, tuple[ReferenceType[Sample], bytes]] = {}
@@ -79,7 +79,7 @@ class Encoder:
 
     def _worded(self, sample: Sample) -> tuple[tuple[Message, ...], str]:
         with _naming(sample):
-            return to_messages(sample, self._style), target(sample)
+            return to_messages(sample, self._wording), target(sample)
 
     def _encoded(self, sample: Sample) -> Encoded:
         messages, answer = self._worded(sample)

@@ -12,5 +12,5 @@ class AgnosticPrompt(Strategy):
     """One wording for every sample, whatever it holds, which asks to answer regardless of modality; in training and in testing.
 
     It acts where samples become prompts: ``data.prompt: agnostic``, the default, is this strategy. Naming it here makes an
-    experiment with another prompt an error.
+    experiment with another prompt an error. ``data.prompt: neutral`` is the same without the sentence that asks so.
     """
