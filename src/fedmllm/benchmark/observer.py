@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from fedmllm.engine.stages import Stage
 from fedmllm.types import Record
@@ -23,12 +24,14 @@ class Observer:
             ``start``, and ``clients`` when sites are waited for, with ``given_up`` when the run begins without them.
         answered: told ``stage``, ``round`` (but at the start) and ``clients``, those whose answers are still to come, in the order in which they are
             taken, when clients are asked and at each answer.
+        opened: told the run folder, once it is made.
     """
 
     started: Callable[[Sequence[Stage]], None] = lambda stages: None
     round_done: Callable[[Record], None] = lambda record: None
     waiting: Callable[[Record], None] = lambda record: None
     answered: Callable[[Record], None] = lambda record: None
+    opened: Callable[[Path], None] = lambda folder: None
 
     def beside(self, tell: Callable[[Record], None]) -> Observer:
         """The same, and another that is told each round's record."""
