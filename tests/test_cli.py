@@ -13,10 +13,13 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import yaml
 from PIL import Image
 
 from fedmllm.cli import main
+from fedmllm.config import Experiment
 from fedmllm.models.load import NANO_FOLDER
+from run_folders import SMALL
 
 QUICK = """
 data: {dataset: digits-claims, num_train: 40, num_test: 20}
@@ -114,6 +117,90 @@ def test_the_default_folder_is_named_after_experiment_and_time(quick: Path) -> N
     assert run(quick, "train", "quick.yaml", "evaluation.baselines=[]", "federation.num_rounds=1").returncode == 0
     (folder,) = (quick / "runs").iterdir()
     assert folder.name.startswith("quick-2")
+
+
+def test_two_runs_of_one_second_have_a_folder_each(quick: Path) -> None:
+    """The same experiment, started twice at once with two seeds."""
+    command = [
+        sys.executable,
+        "-m",
+        "fedmllm",
+        "train",
+        "quick.yaml",
+        "evaluation.baselines=[]",
+        "federation.num_rounds=1",
+        "--track",
+        "none",
+    ]
+    clock = "from types import SimpleNamespace; from fedmllm.benchmark import folders; "
+    clock += "folders.time = SimpleNamespace(strftime=lambda form: '20250101-000000'); "
+    code = clock + "import sys; from fedmllm.cli import main; sys.argv[0] = 'fedmllm'; main()"
+    command[1:3] = ["-c", code]
+    running = [subprocess.Popen([*command, f"seed={seed}"], cwd=quick, stdout=subprocess.PIPE, text=True) for seed in (0, 1)]
+    printed = [process.communicate(timeout=120)[0] for process in running]
+    assert [process.returncode for process in running] == [0, 0]
+    folders = sorted((quick / "runs").iterdir())
+    assert [folder.name for folder in folders] == ["quick-20250101-000000", "quick-20250101-000000-2"]
+    seeds = {}
+    for folder in folders:
+        seeds[folder.name] = yaml.safe_load((folder / "config.yaml").read_text())["seed"]
+        assert json.loads((folder / "manifest.json").read_text())["seed"] == seeds[folder.name]
+        assert json.loads((folder / "result.json").read_text())["seed"] == seeds[folder.name]
+        assert len((folder / "metrics.jsonl").read_text().splitlines()) == 1
+        assert f"run folder  runs/{folder.name}\n" in printed[seeds[folder.name]]
+    assert sorted(seeds.values()) == [0, 1]
+
+
+def test_resume_takes_the_run_of_that_very_name(quick: Path) -> None:
+    """Not that of an experiment whose name begins alike; of those of one second the last."""
+    (quick / "quick-b.yaml").write_text(QUICK.replace("seed: 0", "") + "seed: 3\n")
+    for name, seed in (("quick-20250101-000000-2", 0), ("quick-20250101-000000-10", 0), ("quick-b-20260101-000000", 3)):
+        config = Experiment.parse(yaml.safe_load(QUICK) | {"seed": seed})
+        (quick / "runs" / name).mkdir(parents=True)
+        (quick / "runs" / name / "config.yaml").write_text(config.to_yaml())
+    done = run(quick, "train", "quick.yaml", "--resume", "--track", "none")
+    assert done.returncode == 0, done.stderr
+    assert "run folder  runs/quick-20250101-000000-10\n" in done.stdout
+    nothing = run(quick, "train", "quick.yaml", "--resume", "--output", "quick.yaml")
+    assert (nothing.returncode, "quick.yaml is a file" in nothing.stderr) == (2, True)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("train", "quick.yaml"),
+        ("merge", "nowhere"),
+        ("data", "export", "quick.yaml"),
+        ("sweep", "grid.yaml"),
+        ("pretrain-nano",),
+    ],
+)
+def test_a_folder_that_cannot_be_made_is_refused_before_any_work(command: tuple[str, ...], quick: Path) -> None:
+    (quick / "grid.yaml").write_text(yaml.safe_dump(SMALL))
+    with mock.patch("fedmllm.data.federated.load_dataset", side_effect=AssertionError("the data were loaded")):
+        done = run(quick, *command, "--output", "quick.yaml/out")
+    assert done.returncode == 2
+    assert (
+        done.stderr
+        == f"error: quick.yaml/out{'/cells' * ('sweep' in command)}: cannot be a folder, since {quick}/quick.yaml is a file; choose another\n"
+    )
+
+
+def test_a_full_disk_is_one_message_and_the_run_goes_on_once_there_is_room(quick: Path) -> None:
+    """No file may be larger than 200 kB, so that the first checkpoint, of 295 kB, is not written."""
+    limited = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, resource.RLIM_INFINITY)); "
+    arguments = ["train", "quick.yaml", "engine.feature_bytes=0", "--output", "out", "--track", "none"]
+    command = [sys.executable, "-c", limited + "from fedmllm.cli import main; sys.argv[0] = 'fedmllm'; main()", *arguments]
+    full = subprocess.run(command, cwd=quick, capture_output=True, text=True, timeout=120, check=False)
+    assert full.returncode == 1
+    remedy = "make room, then give the same command again, fedmllm train with --resume"
+    assert full.stderr.splitlines()[-1] == f"error: out/checkpoints/federated.safetensors: File too large; {remedy}"
+    assert "Traceback" not in full.stderr
+    assert run(quick, *arguments, "--resume").returncode == 0
+    assert run(quick, *arguments[:-4], "--output", "whole", "--track", "none").returncode == 0
+    assert (quick / "out" / "adapter" / "adapter_model.safetensors").read_bytes() == (
+        quick / "whole" / "adapter" / "adapter_model.safetensors"
+    ).read_bytes()
 
 
 def test_help_and_names_do_not_load_torch() -> None:

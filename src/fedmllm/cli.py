@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -49,22 +51,21 @@ def train(
 ) -> None:
     """Train an experiment; write numbers, adapter and report into a run folder."""
     from fedmllm.benchmark import run
-    from fedmllm.benchmark.folders import default_folder, unfinished_folder
     from fedmllm.config import Experiment
     from fedmllm.display import Display
 
-    settings = Experiment.load(experiment, overrides or [])
-    name = experiment.stem
-    folder = output or (unfinished_folder(name) if resume else default_folder(name))
+    settings, opened = Experiment.load(experiment, overrides or []), list[Path]()
     _print_plan(settings)
     try:
         with Display(settings.federation.num_rounds) as display:
             trackers = [tracker for tracker in track if tracker != "none"]
-            result = run.train(settings, folder, name=name, resume=resume, observer=display.observer, track=trackers, force=force)
+            observer = replace(display.observer, opened=opened.append)
+            result = run.train(settings, output, name=experiment.stem, resume=resume, observer=observer, track=trackers, force=force)
     except KeyboardInterrupt:
         typer.echo("interrupted; go on with the same command and --resume", err=True)
         raise typer.Exit(130) from None
     _print_result(result)
+    (folder,) = opened
     typer.echo(f"\nrun folder  {folder}\nadapter     {folder / 'adapter'}\nreport      {folder / 'report.html'}")
 
 
@@ -195,11 +196,10 @@ def pretrain_nano(
     steps: Annotated[int | None, typer.Option(help="Optimizer steps. Default: as for the embedded model.", min=1)] = None,
 ) -> None:
     """Make the embedded model anew, from scratch: about 15 minutes on 2 cores."""
-    from fedmllm.errors import RunError
+    from fedmllm.files import require_new_folder
     from fedmllm.models.nano.pretrain import PretrainConfig, make_nano
 
-    if output.exists():
-        raise RunError(f"{output}: exists already; choose a new folder")
+    require_new_folder(output)
     config = PretrainConfig(seed=seed) if steps is None else PretrainConfig(seed=seed, steps=steps)
     make_nano(output, config, typer.echo)
     typer.echo(f"model  {output}")
@@ -322,8 +322,14 @@ def _print_result(result: RunResult) -> None:
     Console().print(result_table(result))
 
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What the system says of a disk, a quota or a file that is full."""
+NO_ENTRY = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
+"""What it says of a path that may not or cannot be written or read."""
+
+
 def main() -> None:
-    """Run the command line; an error of ours becomes one message and its exit code."""
+    """Run the command line; an error of ours, or of the disk, becomes one message and its exit code."""
     from fedmllm.errors import FedMLLMError
 
     try:
@@ -331,3 +337,10 @@ def main() -> None:
     except FedMLLMError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
+    except OSError as error:
+        if error.filename is None or error.errno not in (*NO_ROOM, *NO_ENTRY):
+            raise
+        full = error.errno in NO_ROOM
+        remedy = "make room, then give the same command again, fedmllm train with --resume" if full else "choose another path, or allow it"
+        typer.echo(f"error: {error.filename}: {error.strerror}; {remedy}", err=True)
+        sys.exit(1 if full else 2)

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from fedmllm.errors import RunError
 
 _POINTER = b"version https://git-lfs"
 
@@ -13,3 +19,49 @@ def is_pointer(path: Path) -> bool:
         return False
     with path.open("rb") as file:
         return file.read(len(_POINTER)) == _POINTER
+
+
+def require_folder(folder: Path) -> None:
+    """Refuse a folder that is none or cannot be made, before any work is done for it.
+
+    Raises:
+        RunError: naming what is in the way.
+    """
+    nearest = next(place for place in (folder, *folder.absolute().parents) if os.path.lexists(place))
+    if not nearest.is_dir():
+        raise RunError(
+            f"{folder}: cannot be a folder, since {nearest} is {'a file' if nearest.exists() else 'a broken link'}; choose another"
+        )
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise RunError(f"{folder}: cannot be written, since {nearest} may not be; choose another folder, or allow writing there")
+
+
+def require_new_folder(folder: Path) -> None:
+    """The same of a folder that must not exist.
+
+    Raises:
+        RunError: if it does, or cannot be made.
+    """
+    if folder.exists():
+        raise RunError(f"{folder}: exists already; choose a new folder")
+    require_folder(folder)
+
+
+@contextmanager
+def written(path: Path) -> Iterator[None]:
+    """In this block a file or folder is written: an error of the system names it, also one that safetensors puts in words of its own.
+
+    Raises:
+        OSError: as the system gave it, with ``filename``.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+    except SafetensorError as error:
+        if (number := re.search(r"os error (\d+)", str(error))) is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error

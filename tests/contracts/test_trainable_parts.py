@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from fedmllm.data.federated import FederatedData
-from fedmllm.errors import ModelError
+from fedmllm.errors import ModelError, RunError
 from fedmllm.models.encoding import Batch, answer_nll, collate
 from fedmllm.models.families import FAMILIES
 from fedmllm.models.load import ModelConfig, VisionLanguageModel, load_model
@@ -79,7 +79,7 @@ def test_merged_it_is_a_model_like_any_other(kind: str, choice: str, federation:
         again = batch_of(merged, federation)
         assert torch.equal(again.inputs["input_ids"], batch.inputs["input_ids"])
         torch.testing.assert_close(answer_nll(merged, again), adapted, atol=1e-4, rtol=0)
-    with pytest.raises(ModelError, match="exists already"):
+    with pytest.raises(RunError, match="exists already"):
         save_merged(merged, tmp_path / "merged")
 
 

@@ -89,6 +89,22 @@ def test_adapters_that_do_not_fit(vlm: VisionLanguageModel, tmp_path: Path) -> N
         load_adapter(fresh(), tmp_path / "adapter")
 
 
+def test_an_adapter_for_which_there_is_no_room_is_named(vlm: VisionLanguageModel, tmp_path: Path) -> None:
+    """Files of safetensors say so in words of their own. The adapter that was there stays."""
+    resource = pytest.importorskip("resource")
+    save_adapter(vlm, read_weights(vlm.model), tmp_path / "adapter")
+    before = (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as full:
+            save_adapter(vlm, read_weights(vlm.model), tmp_path / "adapter")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert full.value.filename == str(tmp_path / "adapter")
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes() == before
+
+
 @pytest.mark.parametrize(
     ("layers", "message"),
     [(4, r"16 of its tensors do not match; .*\n  - the model has no place for .*layers\.[45]\."), (0, "the adapter lacks .*layers.5")],

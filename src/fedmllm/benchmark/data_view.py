@@ -14,6 +14,7 @@ from fedmllm.data.modalities import SCENARIOS, SETTINGS
 from fedmllm.data.prompts import WORDINGS, Wording, target, to_messages
 from fedmllm.data.quality import PARTS
 from fedmllm.errors import ConfigError
+from fedmllm.files import require_new_folder
 from fedmllm.types import Record, Sample
 
 
@@ -60,6 +61,7 @@ def _worded(sample: Sample, wording: Wording) -> str:
 
 def export_split(experiment: Experiment, folder: Path) -> Path:
     """Write the split as files; see ``data.export``."""
+    require_new_folder(folder)
     data = federate(experiment.data, experiment.federation, experiment.seed)
     record = _manifest(data, experiment) | {"versions": versions()}
     return export(data, folder, record, experiment.model_dump(mode="json", exclude_none=True))

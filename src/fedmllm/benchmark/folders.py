@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+import re
 import time
+from contextlib import suppress
+from itertools import count
 from pathlib import Path
 
 from fedmllm.config import Experiment, differences
 from fedmllm.data.federated import FederatedData, manifest
 from fedmllm.engine.checkpoint import write_atomically, write_json
 from fedmllm.errors import RunError, listing
+from fedmllm.files import require_folder
 from fedmllm.models.load import fingerprint_of
+
+RUNS = Path("runs")
+"""Where runs are whose folder is not named."""
 
 
 def default_folder(name: str) -> Path:
-    """``runs/<name>-<time>``."""
-    return Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    """``runs/<name>-<time>``, made here, with a number behind it where a run that began in the same second has it."""
+    RUNS.mkdir(exist_ok=True)
+    stem = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    for number in count(1):
+        folder = RUNS / (stem if number == 1 else f"{stem}-{number}")
+        with suppress(FileExistsError):
+            folder.mkdir()
+            break
+    return folder
 
 
 def unfinished_folder(name: str) -> Path:
@@ -23,19 +37,27 @@ def unfinished_folder(name: str) -> Path:
     Raises:
         RunError: if there is none.
     """
+    own = re.compile(re.escape(name) + r"-(\d{8}-\d{6})(?:-(\d+))?")
+    matches = [(match, path) for path in (RUNS.iterdir() if RUNS.is_dir() else ()) if (match := own.fullmatch(path.name))]
     found = [
-        path for path in sorted(Path("runs").glob(f"{name}-*")) if (path / "config.yaml").is_file() and not (path / "result.json").is_file()
+        (match[1], int(match[2] or 1), path)
+        for match, path in matches
+        if (path / "config.yaml").is_file() and not (path / "result.json").is_file()
     ]
     if not found:
         raise RunError(f"runs/{name}-*: no unfinished run to resume; name the folder with --output")
-    return found[-1]
+    return max(found)[-1]
 
 
-def check_folder(folder: Path, experiment: Experiment, resume: bool) -> None:
-    """Refuse to mix two runs in one folder."""
+def check_folder(folder: Path | None, experiment: Experiment, resume: bool) -> None:
+    """Refuse to mix two runs in one folder, and a folder that cannot be made; None stands for one that is still to be named."""
+    require_folder(folder or RUNS)
+    if folder is None:
+        return
     config = folder / "config.yaml"
     if not resume:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        # What begins with a dot is a draft that a crash left, or the system's own.
+        if folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
             raise RunError(f"{folder}: the run folder is not empty; choose another --output, or go on with --resume")
     elif not config.is_file():
         raise RunError(f"{folder}: no config.yaml, so there is no run to resume; leave --resume out")
@@ -43,8 +65,13 @@ def check_folder(folder: Path, experiment: Experiment, resume: bool) -> None:
         raise RunError(f"{folder}: cannot resume with other settings than the run began with (there and now):\n{listing(changed)}")
 
 
-def known_model(folder: Path, experiment: Experiment, resume: bool, force: bool) -> Experiment:
+def known_model(began_in: Path | None, experiment: Experiment, force: bool) -> Experiment:
     """The experiment with the fingerprint of its model, by which the run, and who uses its adapter later, tells it from another.
+
+    Args:
+        began_in: the folder of the run that is resumed; None for a new one.
+        experiment: with or without a fingerprint.
+        force: take the model as it is.
 
     Raises:
         ModelError: if there is no such model.
@@ -53,17 +80,32 @@ def known_model(folder: Path, experiment: Experiment, resume: bool, force: bool)
     if force:
         return experiment.with_fingerprint(fingerprint_of(experiment.model))
     found = experiment.model.fingerprint or fingerprint_of(experiment.model)
-    began = Experiment.load(folder / "config.yaml").model.fingerprint if resume else None
+    began = Experiment.load(began_in / "config.yaml").model.fingerprint if began_in else None
     if began not in (None, found):
         raise RunError(
-            f"{folder}: model.name: {experiment.model.name!r} is another model than the run began with (there {began}, now {found}); "
+            f"{began_in}: model.name: {experiment.model.name!r} is another model than the run began with (there {began}, now {found}); "
             "give that one, or go on with --force"
         )
     return experiment.with_fingerprint(found)
 
 
-def open_folder(folder: Path, experiment: Experiment, data: FederatedData) -> None:
-    """The folder with what is known before training. Both files are functions of the experiment: a resume rewrites them alike."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "config.yaml", experiment.to_yaml().encode())
-    write_json(folder / "manifest.json", manifest(data, experiment.federation.scenario, experiment.seed))
+def open_folder(folder: Path | None, name: str, experiment: Experiment, data: FederatedData, resume: bool) -> Path:
+    """The folder with what is known before training. Both files are functions of the experiment: a resume rewrites them alike.
+
+    Args:
+        folder: None for that of ``default_folder``.
+        name: of the experiment.
+        experiment: as it is run.
+        data: of its clients.
+        resume: whether the run began before.
+
+    Raises:
+        RunError: if another run began in the folder meanwhile.
+    """
+    opened = folder or default_folder(name)
+    try:
+        write_atomically(opened / "config.yaml", experiment.to_yaml().encode(), new=not resume)
+    except FileExistsError:
+        raise RunError(f"{opened}: another run began there a moment ago; choose another --output") from None
+    write_json(opened / "manifest.json", manifest(data, experiment.federation.scenario, experiment.seed))
+    return opened

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from fedmllm.algorithms import Remark
 from fedmllm.engine.stages import Stage
@@ -25,6 +26,7 @@ class Observer:
         answered: told ``stage``, ``round`` (but at the start) and ``clients``, those whose answers are still to come, in the order in which they are
             taken, when clients are asked and at each answer.
         remarked: told, before the first round, what a strategy does otherwise than its description has it, by strategy.
+        opened: told the run folder, once it is made.
     """
 
     started: Callable[[Sequence[Stage]], None] = lambda stages: None
@@ -32,6 +34,7 @@ class Observer:
     waiting: Callable[[Record], None] = lambda record: None
     answered: Callable[[Record], None] = lambda record: None
     remarked: Callable[[Mapping[str, Remark]], None] = lambda remarks: None
+    opened: Callable[[Path], None] = lambda folder: None
 
     def beside(self, tell: Callable[[Record], None]) -> Observer:
         """The same, and another that is told each round's record."""

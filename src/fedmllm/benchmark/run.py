@@ -14,7 +14,7 @@ from fedmllm.algorithms.strategies import Composed
 from fedmllm.algorithms.strategies.label_calibration import LabelCalibration
 from fedmllm.benchmark.card import adapter_card
 from fedmllm.benchmark.federation import Federation, federation
-from fedmllm.benchmark.folders import check_folder, default_folder, known_model, open_folder
+from fedmllm.benchmark.folders import check_folder, known_model, open_folder, unfinished_folder
 from fedmllm.benchmark.observer import UNOBSERVED, Observer
 from fedmllm.benchmark.report import write_report
 from fedmllm.benchmark.resident import Resident
@@ -58,7 +58,7 @@ def train(
 
     Args:
         experiment: what to run.
-        output: the run folder; by default ``runs/<name>-<time>``.
+        output: the run folder; by default ``runs/<name>-<time>``, on resuming the newest of those that is unfinished.
         name: names the experiment in the report.
         resume: go on with an interrupted run; the end is bit-identical to that of an uninterrupted one.
         observer: told about the progress.
@@ -70,18 +70,19 @@ def train(
     Raises:
         FedMLLMError: see the kinds in ``fedmllm.errors``.
     """
-    folder = Path(output) if output else default_folder(name)
-    check_folder(folder, experiment, resume)
+    chosen = Path(output) if output else unfinished_folder(name) if resume else None
+    check_folder(chosen, experiment, resume)
     require_trackers(track)
     held, told = resident or Resident(), observer or UNOBSERVED
     held.dataset(experiment)  # what is wrong with the data shows before a model is downloaded, or sites are waited for
-    experiment = known_model(folder, experiment, resume, force)
+    experiment = known_model(chosen if resume else None, experiment, force)
     with federation(experiment, held, told) as clients, held.model(experiment) as (vlm, trainable):
         dataset = clients.data.dataset
         copies = {spec: reduced_copy(dataset.test, spec, experiment.seed) for spec in experiment.evaluation.tested}
         vlm.family.require(dataset.modalities)
         start = _start(experiment, vlm)
-        open_folder(folder, experiment, clients.data)
+        folder = open_folder(chosen, name, experiment, clients.data, resume)
+        told.opened(folder)
         with tracked(track, folder, experiment, name) as tell:
             encoder = held.encoder(experiment)
             return _Run(experiment, folder, name, clients, copies, vlm, trainable, encoder, start, told.beside(tell)).finish(report)

@@ -11,6 +11,7 @@ from fedmllm.data.federated import load
 from fedmllm.data.images import open_image
 from fedmllm.errors import RunError
 from fedmllm.evaluation.evaluate import evaluate, predict
+from fedmllm.files import require_new_folder
 from fedmllm.models.load import VisionLanguageModel, choose_device, load_model
 from fedmllm.models.saved import load_adapter, save_merged
 from fedmllm.training.batches import Encoder
@@ -85,8 +86,10 @@ def merge(path: Path, output: Path, experiment_file: Path | None = None, overrid
 
     Raises:
         RunError: if neither the folder nor the arguments say which experiment it is.
-        ModelError: if there is something at ``output``, the model is another than the run's, or the adapter does not fit.
+            Also if there is something at ``output``, or it cannot be made.
+        ModelError: if the model is another than the run's, or the adapter does not fit.
     """
+    require_new_folder(output)
     experiment, adapter = _found(path, experiment_file, overrides, force)
     whole = experiment.model.model_copy(update={"quantization": "none"})
     save_merged(_loaded(experiment.model_copy(update={"model": whole}), adapter), output)

@@ -20,6 +20,7 @@ from fedmllm.benchmark.resident import Resident
 from fedmllm.benchmark.run import train
 from fedmllm.engine.checkpoint import write_atomically, write_json
 from fedmllm.errors import ConfigError, ModelError, RunError, listing
+from fedmllm.files import require_folder
 from fedmllm.models.load import check_source
 
 
@@ -112,9 +113,10 @@ def open_sweep(grid: Grid, output: Path) -> None:
     """Make a sweep's folder, and note in it in which order the grid names things.
 
     Raises:
-        RunError: if there is something else at that place.
+        RunError: if there is something else at that place, or it cannot be made.
     """
-    if output.exists() and not (output / "cells").is_dir() and (not output.is_dir() or any(output.iterdir())):
+    require_folder(output / "cells")
+    if output.exists() and not (output / "cells").is_dir() and any(output.iterdir()):
         raise RunError(f"{output}: not empty, and no sweep; choose another --output")
     (output / "cells").mkdir(parents=True, exist_ok=True)
     write_json(output / "grid.json", names(grid))

@@ -14,7 +14,7 @@ import yaml
 from fedmllm.data.datasets import Dataset
 from fedmllm.data.federated import FederatedData
 from fedmllm.data.images import open_image
-from fedmllm.errors import RunError
+from fedmllm.files import require_new_folder, written
 from fedmllm.types import Picture, Record, Sample
 
 ROLES = ("id", "question", "options", "answer", "answer_type", "category", "client", "domain")
@@ -37,20 +37,20 @@ def export(data: FederatedData, folder: Path, record: Record, settings: Record) 
         The experiment's file.
 
     Raises:
-        RunError: if the folder exists already.
+        RunError: if the folder exists already, or cannot be made.
     """
-    if folder.exists():
-        raise RunError(f"{folder}: exists already; choose a new folder")
+    require_new_folder(folder)
     building = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(building, ignore_errors=True)
-    (building / "files").mkdir(parents=True)
-    train = sorted(((client, sample) for client, samples in data.clients.items() for sample in samples), key=lambda pair: pair[1].id)
-    _write_rows(building, "train", train)
-    _write_rows(building, "test", [("", sample) for sample in data.dataset.test])
-    (building / "experiment.yaml").write_text(_experiment(data, folder, settings), encoding="utf-8")
-    hashes = {path.relative_to(building).as_posix(): _sha256(path) for path in sorted(building.rglob("*")) if path.is_file()}
-    (building / "manifest.json").write_text(json.dumps({**record, "files": hashes}, indent=1), encoding="utf-8")
-    building.rename(folder)
+    with written(folder):
+        (building / "files").mkdir(parents=True)
+        train = sorted(((client, sample) for client, samples in data.clients.items() for sample in samples), key=lambda pair: pair[1].id)
+        _write_rows(building, "train", train)
+        _write_rows(building, "test", [("", sample) for sample in data.dataset.test])
+        (building / "experiment.yaml").write_text(_experiment(data, folder, settings), encoding="utf-8")
+        hashes = {path.relative_to(building).as_posix(): _sha256(path) for path in sorted(building.rglob("*")) if path.is_file()}
+        (building / "manifest.json").write_text(json.dumps({**record, "files": hashes}, indent=1), encoding="utf-8")
+        building.rename(folder)
     return folder / "experiment.yaml"
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fedmllm import factors
 from fedmllm.errors import ModelError, listing
+from fedmllm.files import require_new_folder, written
 from fedmllm.models.load import VisionLanguageModel
 from fedmllm.models.lora import widened, without_deprecations, write_weights
 from fedmllm.types import Weights
@@ -65,12 +66,13 @@ def save_adapter(vlm: VisionLanguageModel, weights: Weights, folder: Path, base:
     write_weights(model, weights)
     draft = folder.with_name(f".{folder.name}.draft")
     shutil.rmtree(draft, ignore_errors=True)
-    # "auto" would ask a hub whether the vocabulary was resized.
-    model.save_pretrained(str(draft), save_embedding_layers=False)
-    # PEFT's model card is a form to be filled in, which names the folder of the base model on this machine.
-    (draft / "README.md").unlink(missing_ok=True)
-    if base:
-        _save_merged(draft, weights, base)
+    with written(folder):
+        # "auto" would ask a hub whether the vocabulary was resized.
+        model.save_pretrained(str(draft), save_embedding_layers=False)
+        # PEFT's model card is a form to be filled in, which names the folder of the base model on this machine.
+        (draft / "README.md").unlink(missing_ok=True)
+        if base:
+            _save_merged(draft, weights, base)
     shutil.rmtree(folder, ignore_errors=True)
     draft.rename(folder)
 
@@ -97,13 +99,13 @@ def save_merged(vlm: VisionLanguageModel, folder: Path) -> None:
         folder: where; it is there whole or not at all.
 
     Raises:
-        ModelError: if there is something at that place already.
+        RunError: if there is something at that place already, or it cannot be made.
     """
-    if folder.exists():
-        raise ModelError(f"{folder}: exists already; choose a new folder")
+    require_new_folder(folder)
     merged: Any = vlm.model.merge_and_unload().to(vlm.dtype)
     draft = folder.with_name(f".{folder.name}.draft")
     shutil.rmtree(draft, ignore_errors=True)
-    merged.save_pretrained(str(draft))
-    vlm.processor.save_pretrained(str(draft))
-    draft.rename(folder)
+    with written(folder):
+        merged.save_pretrained(str(draft))
+        vlm.processor.save_pretrained(str(draft))
+        draft.rename(folder)

@@ -17,6 +17,7 @@ from cryptography.x509.oid import NameOID
 
 from fedmllm.engine.sites import NAME
 from fedmllm.errors import ConfigError, RunError
+from fedmllm.files import require_folder
 
 DAYS = 825
 """How long certificates are valid; some systems refuse longer ones."""
@@ -33,7 +34,7 @@ def init(folder: Path, address: str, sites: Sequence[str], days: int = DAYS) -> 
 
     Raises:
         ConfigError: if address or names are wrong.
-        RunError: if the folder is not empty.
+        RunError: if the folder is not empty, or cannot be made.
     """
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit() or not 0 < int(port) < 65536:
@@ -42,7 +43,8 @@ def init(folder: Path, address: str, sites: Sequence[str], days: int = DAYS) -> 
         raise ConfigError(f"--site: {wrong[0]!r} is no plain name: letters, digits, _ . - only, 64 at most")
     if len(set(sites)) < max(len(sites), 1):
         raise ConfigError("--site: name each site once, and at least one")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    require_folder(folder)
+    if folder.exists() and any(folder.iterdir()):
         raise RunError(f"{folder}: not empty; choose another folder, keys are not written over")
     authority = ec.generate_private_key(ec.SECP384R1())
     root = _certificate("fedmllm authority", authority.public_key(), authority, "fedmllm authority", days, ca=True)
