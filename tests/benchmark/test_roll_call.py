@@ -22,7 +22,7 @@ from fedmllm.engine.messages import read_task
 from fedmllm.engine.words import Presence, write_word
 from fedmllm.errors import FederationError
 from fedmllm.types import ClientFailure, Record
-from loopback import LoopbackGrid
+from loopback import LoopbackGrid, Tamper
 
 NAMES = ("a", "b", "c")
 
@@ -35,7 +35,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 class Sites(LoopbackGrid):
     """Each is connected from a second on, counted from now; ``wrong`` say what is wrong with them."""
 
-    def __init__(self, since: Mapping[str, float], wrong: Sequence[str] = ()) -> None:
+    def __init__(self, since: Mapping[str, float], wrong: Sequence[str] = (), tamper: Tamper = lambda reply: reply) -> None:
         app = ClientApp()
 
         @app.query()
@@ -46,7 +46,7 @@ class Sites(LoopbackGrid):
             told = Presence(client=client, num_samples=5, profile={}, rank=None, trial=False)
             return Message(enclose(write_word(told)), reply_to=message)
 
-        super().__init__(app)
+        super().__init__(app, tamper)
         self._since, self._begun = since, time.monotonic()
 
     def online(self, names: Sequence[str]) -> dict[str, int]:
@@ -86,6 +86,14 @@ def test_a_run_begins_without_a_site_that_stays_away_if_a_round_is_complete_with
     assert list(present()) == ["a", "c"]
     assert 0.5 <= time.monotonic() - start < 5
     assert said[-1] == {"stage": "start", "clients": ["b"], "given_up": True}
+
+
+def test_sites_that_are_connected_and_silent_are_waited_for_until_the_deadline_only() -> None:
+    start = time.monotonic()
+    present, _ = called(Sites(dict.fromkeys(NAMES, 0), tamper=lambda reply: None), deadline=0.4)
+    with pytest.raises(FederationError, match=r"0 sites are there, 3 are needed:\n  - a: no answer within the deadline of 0"):
+        present()
+    assert time.monotonic() - start < 5
 
 
 @pytest.mark.parametrize("below", ["stop", "skip"])

@@ -7,9 +7,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from itertools import pairwise
+from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
 
@@ -240,3 +242,21 @@ def test_processes_and_a_kill_change_nothing(tmp_path: Path) -> None:
     assert "leaked" not in again.stderr
     assert "2 cells, 0 of them finished" in again.stdout
     assert scores(tmp_path / "killed") == scores(tmp_path / "one")
+
+
+def test_a_process_that_dies_ends_the_sweep_with_an_error_that_says_so(tmp_path: Path) -> None:
+    """As one that the system kills for lack of memory; the error was a traceback."""
+
+    def kill() -> None:
+        until = time.monotonic() + 60
+        while not (children := active_children()) and time.monotonic() < until:
+            time.sleep(0.05)
+        children[0].kill()
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    with pytest.raises(
+        RunError, match=r"a process of the sweep was ended from outside, perhaps for lack of memory, .*; the same command goes on"
+    ):
+        run_sweep(small(), tmp_path, jobs=2)
+    thread.join(60)

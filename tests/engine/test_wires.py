@@ -191,7 +191,7 @@ def test_no_connection_is_used_that_the_superlink_may_have_closed(server: Server
     assert server.proxy.broken == []
 
 
-@pytest.mark.parametrize("call", [*BEGIN[2:], "get-nodes"])
+@pytest.mark.parametrize("call", [*BEGIN, "get-nodes"])
 def test_a_superlink_that_is_silent_ends_the_begin_with_an_error(call: str, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wire, "TIMEOUT", 0.2)
     monkeypatch.setattr(superlink, "_PATIENCE", 0.1)

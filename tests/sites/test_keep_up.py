@@ -98,6 +98,24 @@ def test_what_does_not_end_by_itself_is_ended(tmp_path: Path) -> None:
     assert process.poll() == -9
 
 
+def test_what_does_not_end_when_it_is_killed_is_left_and_it_is_told(tmp_path: Path) -> None:
+    """As what waits for a device that does not answer; here nobody is told of its end."""
+    told: list[str] = []
+    kept = Kept("stuck", script("import time; time.sleep(60)"), tmp_path / "log", 1, patience=0.2)
+    kept.tend(lambda words: None)
+    process = kept.process
+    assert process is not None
+    end = process.wait
+
+    def never(timeout: float | None = None) -> int:
+        raise subprocess.TimeoutExpired("stuck", timeout or 0)
+
+    process.wait = never  # type: ignore[method-assign]
+    assert not kept.stop(told.append)
+    assert told == ["stuck has not ended 0.2 s after it was killed; it is left"]
+    assert end(20) < 0
+
+
 def test_all_end_with_the_one_that_keeps_them_up(tmp_path: Path) -> None:
     """The process of ``fedmllm site up``: terminated, it terminates its own, and ends well."""
     with subprocess.Popen(keeper("a", "import time; time.sleep(60)", tmp_path), stdout=subprocess.PIPE, text=True) as process:

@@ -9,7 +9,8 @@ import signal
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -157,7 +158,7 @@ def _in_processes(cells: Sequence[Cell], output: Path, jobs: int, threads: int |
     pool = ProcessPoolExecutor(jobs, get_context("spawn"), _begin, (each,))
     try:
         for done in as_completed([pool.submit(_run_cell, cell, output) for cell in cells]):
-            yield done.result()
+            yield _outcome(done)
     except BaseException:
         # Those that are left are in the middle of a cell whose result nobody waits for.
         left = list((pool._processes or {}).values())
@@ -166,6 +167,20 @@ def _in_processes(cells: Sequence[Cell], output: Path, jobs: int, threads: int |
             process.terminate()
         raise
     pool.shutdown()
+
+
+def _outcome(done: Future[Outcome]) -> Outcome:
+    """What a process says of a cell.
+
+    Raises:
+        RunError: if a process of the sweep has died.
+    """
+    try:
+        return done.result()
+    except BrokenProcessPool:
+        raise RunError(
+            "a process of the sweep was ended from outside, perhaps for lack of memory, which fewer --jobs need less of; the same command goes on"
+        ) from None
 
 
 _RESIDENT: list[Resident] = []

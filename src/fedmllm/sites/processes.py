@@ -62,7 +62,7 @@ class Kept:
                 tell(f"{self.name} started, process {self.process.pid}, log {self.log}")
         return ended
 
-    def stop(self) -> bool:
+    def stop(self, tell: Callable[[str], None] = lambda words: None) -> bool:
         """End it, in the end by force. Whether that was not needed."""
         if self.process is None:
             return True
@@ -71,14 +71,22 @@ class Kept:
             self.process.wait(self.patience)
         except subprocess.TimeoutExpired:
             os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
+            self._killed(tell)
             return False
         return True
+
+    def _killed(self, tell: Callable[[str], None]) -> None:
+        """Wait for its end, which only a device that does not answer keeps it from."""
+        try:
+            if self.process is not None:
+                self.process.wait(self.patience)
+        except subprocess.TimeoutExpired:
+            tell(f"{self.name} has not ended {self.patience:g} s after it was killed; it is left")
 
     def renew(self, tell: Callable[[str], None]) -> None:
         """End it; it is started anew at once, or after the delay if it had to be ended by force."""
         if self.process is not None:
-            delay = 0.0 if self.stop() else self.delay
+            delay = 0.0 if self.stop(tell) else self.delay
             tell(f"{self.name} is ended with {self.ends_with}; started anew in {delay:g} s")
             self.process, self.due = None, time.monotonic() + delay
 
@@ -118,7 +126,7 @@ def keep_up(processes: Sequence[Kept], tell: Callable[[str], None]) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)
         for process in reversed(processes):
-            process.stop()
+            process.stop(tell)
 
 
 def _interrupt(*_: object) -> None:
