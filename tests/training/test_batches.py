@@ -118,8 +118,8 @@ def test_encoder_forgets_keys_of_samples_that_are_gone(vlm: VisionLanguageModel,
 
 
 def test_an_error_names_its_sample(encoder: Encoder, federation: FederatedData) -> None:
-    sample = replace(federation.dataset.test[0], id="many", options=tuple(map(str, range(27))), answer="1")
-    with pytest.raises(DataError, match=r"^sample many: a sample has 27 options"):
+    sample = replace(federation.dataset.test[0], id="many", options=tuple(map(str, range(63))), answer="1")
+    with pytest.raises(DataError, match=r"^sample many: a sample has 63 options"):
         encoder(sample)
 
 
