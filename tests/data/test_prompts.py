@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from fedmllm.data.datasets import crisismmd, emojitwo, hateful_memes, nlvr
 from fedmllm.data.datasets.digits import claims
 from fedmllm.data.federated import load
-from fedmllm.data.prompts import SPECIFIC_QUESTIONS, Wording, target, to_messages
+from fedmllm.data.prompts import SPECIFIC_QUESTIONS, WORDINGS, Wording, target, to_messages
 from fedmllm.data.settings import DataConfig
 from fedmllm.errors import ConfigError, DataError
 from fedmllm.types import Sample
@@ -79,6 +79,15 @@ def test_free_answers_are_their_own_target() -> None:
     sample = Sample("s", "Which digit?", "7", {"image": "x.png"}, answer_type="open")
     assert target(sample) == "7"
     assert "Options" not in wording(sample, "agnostic")
+
+
+@pytest.mark.parametrize("style", list(WORDINGS))
+def test_closed_questions_ask_for_brevity_in_every_wording(style: str) -> None:
+    """That is a property of the answer, not of the wording; open questions and choices do not change."""
+    free = replace(COMPLETE, options=())
+    lines = {kind: wording(replace(free, answer_type=kind), style).splitlines() for kind in ("open", "closed")}  # type: ignore[arg-type]
+    assert lines["closed"] == [*lines["open"], "Answer with one word or a short phrase."]
+    assert wording(COMPLETE, style).splitlines()[-1] == "Answer with the letter."
 
 
 def test_too_many_options() -> None:

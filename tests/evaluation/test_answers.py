@@ -7,6 +7,7 @@ import torch
 
 from fedmllm.data.federated import FederatedData
 from fedmllm.data.prompts import LETTERS, to_messages
+from fedmllm.evaluation.answers import _end_tokens, _read
 from fedmllm.evaluation.evaluate import EvaluationConfig, predict
 from fedmllm.models.encoding import answer_nll, collate, encode
 from fedmllm.models.load import VisionLanguageModel
@@ -72,6 +73,38 @@ def test_greedy_answers_equal_generate_one_by_one(vlm: VisionLanguageModel, enco
 def test_an_answer_without_end_is_a_failure(vlm: VisionLanguageModel, encoder: Encoder, federation: FederatedData) -> None:
     (prediction,) = predict(vlm, reading(federation, 1), encoder, EvaluationConfig(max_new_tokens=1))
     assert prediction.answer is None
+
+
+def test_a_closed_answer_that_is_cut_off_keeps_its_whole_words(vlm: VisionLanguageModel) -> None:
+    """Politeness must not cost the answer; but No may be the beginning of Normal, so that a single word without end is none."""
+    ends = _end_tokens(vlm)
+
+    def read(text: str, cut: bool) -> str | None:
+        return _read(vlm, torch.tensor(vlm.tokenizer(text, add_special_tokens=False)["input_ids"]), ends, cut)
+
+    assert read("Yes, it is to be seen in the", True) == "Yes, it is to be seen in"
+    assert read("Yes, it is to be seen in the", False) is None
+    assert read("No", True) is None
+    assert read("No<|end|> more", True) == read("No<|end|> more", False) == "No"
+
+
+def test_a_closed_question_is_read_by_whole_words_where_an_open_one_fails(
+    vlm: VisionLanguageModel, encoder: Encoder, federation: FederatedData
+) -> None:
+    """A model that has learnt to be polite is cut off one token before its end: of the closed question "yes it is" leaves "yes it"."""
+    (opened,) = reading(federation, 1)
+    opened = replace(opened, answer="yes it is")
+    kinds = [opened, replace(opened, id="closed", answer_type="closed")]
+    batch = collate(vlm, [encoder(sample) for sample in kinds])
+    optimizer = torch.optim.AdamW([p for p in vlm.model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(40):
+        optimizer.zero_grad()
+        answer_nll(vlm, batch).sum().backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    assert [p.answer for p in predict(vlm, kinds, encoder, CONFIG)] == ["yes it is"] * 2
+    count = int(encoder(opened).answer_length) - 1
+    cut = predict(vlm, kinds, encoder, EvaluationConfig(max_new_tokens=count))
+    assert [p.answer for p in cut] == [None, "yes it"]
 
 
 def test_probabilities_that_are_no_numbers_are_a_failure(vlm: VisionLanguageModel, encoder: Encoder, federation: FederatedData) -> None:

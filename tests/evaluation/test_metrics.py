@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from sklearn.metrics import f1_score, recall_score, roc_auc_score
 from fedmllm.errors import DataError
 from fedmllm.evaluation.answered import SIDE_BY_SIDE, answered, from_record, to_record
 from fedmllm.evaluation.metrics import accuracy, all_metrics, auc, macro_f1, majority_score, score, standard_error
-from fedmllm.evaluation.text import is_right, normalize
+from fedmllm.evaluation.text import free_scores, is_failure, is_right, normalize, words, yes_or_no
 from fedmllm.types import AnswerType, Prediction, Sample
 
 
@@ -218,6 +220,122 @@ def test_normalizing_never_leaves_nothing(text: str) -> None:
 @given(st.text())
 def test_normalizing_twice_is_normalizing_once(text: str) -> None:
     assert normalize(normalize(text)) == normalize(text)
+
+
+@pytest.mark.parametrize(
+    ("guess", "read"),
+    [
+        ("Yes, it is.", "yes"),
+        ("Yes. The left lung shows no fracture.", "yes"),
+        ("**Yes**, there is", "yes"),
+        ("Yes,it is", "yes"),
+        ("Yes\u2014it is", "yes"),
+        ("YES!", "yes"),
+        ("No fracture is seen.", "no"),
+        ("No, yes would be wrong", "no"),
+        ("Not at all", None),
+        ("None", None),
+        ("Nothing", None),
+        ("Normal", None),
+        ("no-one", None),
+        ("Yesterday", None),
+        ("yes's", None),
+        ("yes/no", None),
+        ("Yes or no?", None),
+        ("yes and no", None),
+        ("yes / no", None),
+        ("It is, yes", None),
+        ("The answer is no", None),
+        ("", None),
+    ],
+)
+def test_a_closed_answer_is_read_by_its_first_word(guess: str, read: str | None) -> None:
+    assert yes_or_no(guess) == read
+    for truth in ("yes", "No."):
+        prediction = free(truth, guess, "closed")
+        assert is_right(prediction) is (read == normalize(truth))
+        assert is_failure(prediction) is (read is None)
+    assert is_right(free("yes", guess, "open")) is (normalize(guess) == "yes")
+
+
+@pytest.mark.parametrize(
+    ("answer", "guess", "kind", "right"),
+    [
+        ("left", "Left.", "closed", True),
+        ("left", "left or right", "closed", False),
+        ("left", "It is on the left", "closed", False),
+        ("no change", "no", "closed", False),
+        ("yes, both", "yes", "closed", False),
+        ("12", "12 ribs", "closed", False),
+        ("yes", "yes it is", "open", False),
+    ],
+)
+def test_other_closed_and_open_answers_are_compared_whole(answer: str, guess: str, kind: AnswerType, right: bool) -> None:
+    assert is_right(free(answer, guess, kind)) is right
+    assert not is_failure(free(answer, guess, kind))
+
+
+def test_a_polite_model_scores_as_a_terse_one_where_yes_or_no_is_asked() -> None:
+    """And one that evades the question is a counted failure, no class."""
+    truths = ["yes", "no", "yes", "no"]
+    terse, polite = (["yes", "no", "no", "no"], ["Yes, it is.", "No, there is none.", "No - it is not.", "No. That is normal."])
+    scores = [all_metrics("accuracy", [free(t, g, "closed") for t, g in zip(truths, told, strict=True)], 0) for told in (terse, polite)]
+    assert scores[0] == scores[1]
+    assert scores[0]["score"] == scores[0]["accuracy_closed"] == 0.75
+    evasive = all_metrics("accuracy", [free(t, "I cannot say yes or no.", "closed") for t in truths], 0)
+    assert (evasive["score"], evasive["failures"]) == (0, 4)
+
+
+def test_open_answers_by_hand() -> None:
+    """Right answer 3 words, model's 6, 3 shared: recall 1, F1 2 * 3 / 9. Then 1 of 2 shared with 1: recall 1/2, F1 2 / 3. Then a failure."""
+    rows = [free("left lower lobe", "It is the left lower lobe."), free("chest CT", "CT"), free("liver", None)]
+    scores = free_scores(rows)
+    assert scores == pytest.approx({"accuracy_open": 0, "recall_open": (1 + 1 / 2) / 3, "f1_open": (2 / 3 + 2 / 3) / 3})
+    assert free_scores([free("lung", "Lung.")]) == {"accuracy_open": 1, "recall_open": 1, "f1_open": 1}
+    assert free_scores([free("lung", "lungs")])["recall_open"] == 0
+    assert free_scores([free("the the", "the")])["recall_open"] == 0.5
+    assert free_scores([free("yes", "yes", "closed")]) == {"accuracy_closed": 1}
+    assert free_scores([binary(0, 0.1)]) == {}
+
+
+def test_long_answers_by_hand() -> None:
+    """Of 9 words in the order a to i, the model's 6 have b d e in common: F1 2 * 3 / 15. Bags would share 6. An answer of 8 words is not long."""
+    right, given = "a b c d e f g h i", "g h i b d e"
+    scores = free_scores([free(right, given), free("a b c d e f g h", "x"), free(right, None)])
+    assert scores["rouge_l_long"] == pytest.approx((2 * 3 / 15 + 0) / 2)
+    assert scores["f1_open"] == pytest.approx((2 * 6 / 15 + 0 + 0) / 3)
+    assert "rouge_l_long" not in free_scores([free("a b c d e f g h", "x")])
+
+
+def longest(one: tuple[str, ...], other: tuple[str, ...]) -> int:
+    """Of common subsequences, by definition."""
+
+    @cache
+    def of(i: int, k: int) -> int:
+        if i == len(one) or k == len(other):
+            return 0
+        return 1 + of(i + 1, k + 1) if one[i] == other[k] else max(of(i + 1, k), of(i, k + 1))
+
+    return of(0, 0)
+
+
+@given(st.lists(st.sampled_from("abcd"), min_size=9, max_size=14), st.lists(st.sampled_from("abcde"), max_size=14))
+def test_free_scores_equal_their_definitions(right: list[str], given: list[str]) -> None:
+    scores = free_scores([free(" ".join(right), " ".join(given) or None)])
+    shared = sum(min(right.count(word), count) for word, count in Counter(given).items())
+    for key, common in (("f1_open", shared), ("rouge_l_long", longest(tuple(right), tuple(given)))):
+        recall, precision = common / len(right), common / max(1, len(given))
+        expected = 2 * recall * precision / (recall + precision) if common else 0
+        assert scores[key] == pytest.approx(expected)
+    assert scores["recall_open"] == pytest.approx(shared / len(right))
+    assert all(0 <= value <= 1 for value in scores.values())
+
+
+def test_words_of_scripts_without_spaces_are_characters() -> None:
+    assert words("Left lung, X-ray: <5 (mm).") == ["left", "lung", "x-ray", "<5", "mm"]
+    assert words("\u5de6\u80ba\uff0c\u53f3\u80ba\u3002CT") == ["\u5de6", "\u80ba", "\u53f3", "\u80ba", "ct"]
+    assert words("?!") == ["?!"]
+    assert words(" ") == []
 
 
 def test_accuracy_by_answer_type() -> None:

@@ -20,6 +20,8 @@ from fedmllm.engine.checkpoint import write_atomically
 from fedmllm.errors import RunError
 from fedmllm.evaluation.answered import SIDE_BY_SIDE
 
+FREE = {"recall_open": "open, token recall", "f1_open": "open, token F1", "rouge_l_long": "long, ROUGE-L"}
+"""Scores of free answers beside exact match, by key of ``ScoreRow.details``."""
 METRICS = {"auc": "AUC", "macro_f1": "macro F1", "accuracy": "accuracy", "balanced_accuracy": "balanced accuracy", "mixed": "mean score"}
 STEPS = ("train", "aggregate", "evaluate", "checkpoint")
 MAX_REFUSED = 50
@@ -81,7 +83,7 @@ def _context(run: Run) -> dict[str, Any]:
         "metric": _metric(run),
         "rows": rows,
         "by_stage": {row.stage: row for row in rows},
-        "kinds": [*_beside(run, rows), *((key, key.partition("_")[2]) for key in _partial_scores(rows))],
+        "kinds": [*_beside(run, rows), *((key, FREE.get(key, key.partition("_")[2])) for key in _partial_scores(rows))],
         "own_kind": client_rows(run),
         "costs": cost_rows(rounds),
         "parts": part_rows(run),
@@ -104,9 +106,9 @@ def _beside(run: Run, rows: Sequence[ScoreRow]) -> list[tuple[str, str]]:
 
 
 def _partial_scores(rows: Sequence[ScoreRow]) -> list[str]:
-    """Keys of scores over a part of the test split: by kind of answer, or by dataset of a mixture."""
-    keys = {key for row in rows for key in row.details if key.startswith(("accuracy_", "score_"))}
-    return sorted(keys, key=lambda key: (not key.startswith("accuracy_open"), key))
+    """Keys of scores over a part of the test split: by kind of answer, or by dataset of a mixture; those of open answers first."""
+    keys = {key for row in rows for key in row.details if key.startswith(("accuracy_", "score_")) or key in FREE}
+    return sorted(keys, key=lambda key: (key != "accuracy_open", key not in FREE, key))
 
 
 def _metric(run: Run) -> str:

@@ -145,6 +145,7 @@ WORDINGS: Mapping[str, Wording] = {
 LETTERS = ascii_uppercase + ascii_lowercase + digits
 """What options are chosen by, in order: single characters, for a choice is read from one token."""
 CHOICE_INSTRUCTION = "Answer with the letter."
+CLOSED_INSTRUCTION = "Answer with one word or a short phrase."
 
 
 def wording(style: str | Wording) -> Wording:
@@ -167,8 +168,10 @@ def to_messages(sample: Sample, style: str | Wording) -> tuple[Message, ...]:
 
 
 def instruction(sample: Sample) -> str | None:
-    """How to answer."""
-    return CHOICE_INSTRUCTION if sample.options else None
+    """How to answer, in every wording: with a letter, or briefly where the answer is closed; None for open answers."""
+    if sample.options:
+        return CHOICE_INSTRUCTION
+    return CLOSED_INSTRUCTION if sample.answer_type == "closed" else None
 
 
 def lettered(options: tuple[str, ...]) -> str:

@@ -36,13 +36,13 @@ def _choice(sample: Sample, logits: Tensor, tokens: list[int]) -> Prediction:
 
 @torch.inference_mode()
 def generate(vlm: VisionLanguageModel, samples: Sequence[Sample], encoded: Sequence[Encoded], max_new_tokens: int) -> list[Prediction]:
-    """Greedy answers. One that is empty or does not end within ``max_new_tokens`` is a failure."""
+    """Greedy answers. One that is empty or does not end within ``max_new_tokens`` is a failure; to a closed question its whole words are kept."""
     batch = collate(vlm, encoded, with_answers=False)
     ends = _end_tokens(vlm)
     settings = {"do_sample": False, "num_beams": 1, "pad_token_id": vlm.pad_token_id, "eos_token_id": ends}
     with vlm.autocast():
         new = vlm.family.generate(vlm.model, batch.inputs, max_new_tokens=max_new_tokens, **settings).cpu()
-    return [Prediction(sample, _read(vlm, row, ends)) for sample, row in zip(samples, new, strict=True)]
+    return [Prediction(sample, _read(vlm, row, ends, sample.answer_type == "closed")) for sample, row in zip(samples, new, strict=True)]
 
 
 def _end_tokens(vlm: VisionLanguageModel) -> list[int]:
@@ -51,10 +51,13 @@ def _end_tokens(vlm: VisionLanguageModel) -> list[int]:
     return list(end) if isinstance(end, list) else [int(end)]
 
 
-def _read(vlm: VisionLanguageModel, tokens: Tensor, ends: list[int]) -> str | None:
-    """The text before the first end token; None if there is no end or no text."""
+def _read(vlm: VisionLanguageModel, tokens: Tensor, ends: list[int], cut: bool = False) -> str | None:
+    """The text before the first end token; None if there is no text, or no end. With ``cut``, of text without end all but the last word."""
     stops = torch.isin(tokens, torch.tensor(ends)).nonzero()
-    if len(stops) == 0:
+    if len(stops) == 0 and not cut:
         return None
-    text = vlm.tokenizer.decode(tokens[: int(stops[0])], skip_special_tokens=True).strip()
+    written = tokens[: int(stops[0])] if len(stops) else tokens
+    text = vlm.tokenizer.decode(written, skip_special_tokens=True).strip()
+    # Its last word may be the beginning of another: No of Normal.
+    text = text if len(stops) else " ".join(text.split()[:-1])
     return restored(text, special_tokens(vlm.processor)) or None

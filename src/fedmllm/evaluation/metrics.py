@@ -11,7 +11,7 @@ import numpy as np
 
 from fedmllm.errors import DataError
 from fedmllm.evaluation.answered import SIDE_BY_SIDE, Answered, answered, own_metric
-from fedmllm.evaluation.text import normalize
+from fedmllm.evaluation.text import free_scores, is_failure, normalize
 from fedmllm.randomness import generator
 from fedmllm.types import Metrics, Prediction, Sample
 
@@ -40,7 +40,7 @@ def macro_f1(predictions: Sequence[Prediction]) -> float:
 
 
 def accuracy(predictions: Sequence[Prediction]) -> float:
-    """Share of answers that equal the right one after ``normalize``."""
+    """Share of right answers; see ``evaluation.text.is_right``."""
     return score("accuracy", predictions)
 
 
@@ -50,7 +50,7 @@ def _by_domain(predictions: Sequence[Prediction]) -> dict[str, list[Prediction]]
 
 
 def all_metrics(metric: str, predictions: Sequence[Prediction], seed: int) -> Metrics:
-    """Headline ``score``, its bootstrap ``standard_error``, ``num_samples``, ``failures``, and accuracy by answer type.
+    """Headline ``score``, its bootstrap ``standard_error``, ``num_samples``, ``failures``, and those of ``free_scores``.
 
     Beside the headline, whatever it is, ``accuracy``; and where every sample has the same options also ``balanced_accuracy``, the mean over
     the classes that occur of ``TP / (TP + FN)``, and ``macro_f1``. Of a mixture each is the mean over datasets.
@@ -59,7 +59,7 @@ def all_metrics(metric: str, predictions: Sequence[Prediction], seed: int) -> Me
     """
     whole = answered(metric, predictions)
     numbers: Metrics = {"score": whole.score(), "standard_error": _bootstrap(whole, seed)}
-    numbers |= {"num_samples": len(predictions), "failures": sum(p.answer is None for p in predictions)}
+    numbers |= {"num_samples": len(predictions), "failures": sum(map(is_failure, predictions))}
     classes = answered("macro_f1", predictions) if metric == "accuracy" and _one_set_of_options(predictions) else whole
     numbers |= {name: other.score() for name in SIDE_BY_SIDE if (other := classes.by(name)) is not None}
     if metric == "auc":
@@ -67,9 +67,7 @@ def all_metrics(metric: str, predictions: Sequence[Prediction], seed: int) -> Me
     for domain, part in _by_domain(predictions).items():
         if domain:
             numbers[f"score_{domain}"] = score(own_metric([p.sample for p in part]), part)
-    for kind in sorted({p.sample.answer_type for p in predictions} - {"choice"}):
-        numbers[f"accuracy_{kind}"] = accuracy([p for p in predictions if p.sample.answer_type == kind])
-    return numbers
+    return numbers | free_scores(predictions)
 
 
 def _one_set_of_options(predictions: Sequence[Prediction]) -> bool:
