@@ -31,8 +31,8 @@ def describe(experiment: Experiment) -> Record:
     """A split as JSON: its manifest without the samples, and one example in both wordings."""
     data = federate(experiment.data, experiment.federation, experiment.seed)
     record = _manifest(data, experiment)
-    clients = [{key: value for key, value in client.items() if key != "samples"} for client in record["clients"]]
-    return {**record, "clients": clients, "example": example(next(iter(data.clients.values()))[0])}
+    *clients, test = ({key: value for key, value in held.items() if key != "samples"} for held in (*record["clients"], record["test"]))
+    return {**record, "clients": clients, "test": test, "example": example(next(iter(data.clients.values()))[0])}
 
 
 def example(sample: Sample) -> Record:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fedmllm.data import reference
+from fedmllm.data.content import repeated, sample_digests
 from fedmllm.data.datasets import Dataset, DatasetRequest, load_dataset
 from fedmllm.data.datasets.rows import OnBadSample, skipped
 from fedmllm.data.images import broken_images
@@ -73,7 +74,7 @@ def load(data: DataConfig, seed: int) -> Dataset:
     """
     request = DatasetRequest(data.root, seed, data.num_train, data.num_test, data.on_bad_sample, data.options)
     dataset = load_dataset(data.dataset, request)
-    return decodable(dataset, data.on_bad_sample) if data.check_images else dataset
+    return repeated(decodable(dataset, data.on_bad_sample) if data.check_images else dataset, data.deduplicate)
 
 
 def decodable(dataset: Dataset, policy: OnBadSample) -> Dataset:
@@ -147,11 +148,9 @@ def _refuse_empty(clients: Mapping[str, Sequence[Sample]], complete: Mapping[str
 
 
 def manifest(data: FederatedData, scenario: str, seed: int) -> Record:
-    """The split as JSON: who holds which samples with which modalities, and the counts."""
+    """The split as JSON: who holds which samples with which modalities and content, and the counts."""
     clients = [
-        {"id": name, **_counts(samples), "samples": [{"id": s.id, "modalities": list(s.modalities)} for s in samples]}
-        for name, samples in data.clients.items()
-        if name not in data.told
+        {"id": name, **_counts(samples), "samples": _listed(samples)} for name, samples in data.clients.items() if name not in data.told
     ]
     clients += [
         {"id": name, "num_samples": held.num_samples, "labels": {}, "modalities": dict(held.profile), "samples": []}
@@ -166,8 +165,14 @@ def manifest(data: FederatedData, scenario: str, seed: int) -> Record:
         "notes": list(dataset.notes),
         "dropped": data.dropped,
         "clients": clients,
-        "test": _counts(dataset.test),
+        "test": _counts(dataset.test) | {"samples": _listed(dataset.test)},
     }
+
+
+def _listed(samples: Sequence[Sample]) -> list[Record]:
+    """Each sample by its id, what it holds, and a digest of that."""
+    rows = zip(samples, sample_digests(samples), strict=True)
+    return [{"id": sample.id, "modalities": list(sample.modalities), "digest": digest} for sample, digest in rows]
 
 
 def _counts(samples: Sequence[Sample]) -> Record:
