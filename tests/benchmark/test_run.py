@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from fedmllm.algorithms import ServerState
@@ -353,6 +354,45 @@ def test_resuming_with_other_settings_is_refused(finished: Path) -> None:
     changed = change(Experiment.load(finished / "config.yaml"), training={"learning_rate": 0.5})
     with pytest.raises(RunError, match=r"training\.learning_rate: 0\.001 and 0\.5"):
         train(changed, finished, resume=True)
+
+
+@pytest.mark.parametrize("file", ["train.csv", "test.csv", "a.png"])
+def test_resuming_with_other_data_is_refused(file: str, tmp_path: Path) -> None:
+    """A row of either split, or a picture, is edited between two sittings; the manifest stays that of the run."""
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png")
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.csv").write_text("p,t,a\n" + "".join(f"a.png,{split} {i},{'yes' if i % 2 else 'no'}\n" for i in range(8)))
+    columns = {"image": "p", "text": "t", "answer": "a"}
+    options = {"train": "train.csv", "test": "test.csv", "columns": columns, "question": "Is it?", "choices": ["no", "yes"]}
+    experiment = Experiment.parse(
+        {
+            "data": {"dataset": "csv", "root": str(tmp_path), "options": options},
+            "federation": {"num_clients": 1, "clients_per_round": 1, "num_rounds": 2, "partition": "iid"},
+            "evaluation": {"every": 0, "baselines": []},
+            "engine": {"device": "cpu"},
+        }
+    )
+
+    def stop(record: Record) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(experiment, tmp_path / "run", observer=Observer(round_done=stop))
+    before, content = (tmp_path / "run" / "manifest.json").read_bytes(), (tmp_path / file).read_bytes()
+    if file == "a.png":
+        Image.new("RGB", (8, 8), "blue").save(tmp_path / "a.png")
+    else:
+        (tmp_path / file).write_text((tmp_path / file).read_text().replace(" 5,", " five,"))
+    expected = (
+        r"16 sample\(s\) differ"
+        if file == "a.png"
+        else r"1 sample\(s\) differ; .*\n  - (client-00|test): (train|test)-7 has another content$"
+    )
+    with pytest.raises(RunError, match=expected):
+        train(experiment, tmp_path / "run", resume=True)
+    assert (tmp_path / "run" / "manifest.json").read_bytes() == before
+    (tmp_path / file).write_bytes(content)
+    train(experiment, tmp_path / "run", resume=True)
 
 
 def test_resuming_a_finished_run_changes_nothing(finished: Path) -> None:

@@ -32,12 +32,9 @@ def describe(experiment: Experiment) -> Record:
     """A split as JSON: its manifest without the samples, and one example in every wording."""
     data = federate(experiment.data, experiment.federation, experiment.seed)
     record = _manifest(data, experiment)
-    clients = [{key: value for key, value in client.items() if key != "samples"} for client in record["clients"]]
-    return {
-        **record,
-        "clients": clients,
-        "example": example(next(iter(data.clients.values()))[0], {**WORDINGS, **experiment.data.wordings}),
-    }
+    *clients, test = ({key: value for key, value in held.items() if key != "samples"} for held in (*record["clients"], record["test"]))
+    first = next(iter(data.clients.values()))[0]
+    return {**record, "clients": clients, "test": test, "example": example(first, {**WORDINGS, **experiment.data.wordings})}
 
 
 def example(sample: Sample, wordings: Mapping[str, Wording]) -> Record:

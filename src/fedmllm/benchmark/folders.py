@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from contextlib import suppress
@@ -9,11 +10,13 @@ from itertools import count
 from pathlib import Path
 
 from fedmllm.config import Experiment, differences
+from fedmllm.data.content import changed
 from fedmllm.data.federated import FederatedData, manifest
 from fedmllm.engine.checkpoint import write_atomically, write_json
 from fedmllm.errors import RunError, listing
 from fedmllm.files import require_folder
 from fedmllm.models.load import fingerprint_of
+from fedmllm.types import Record
 
 RUNS = Path("runs")
 """Where runs are whose folder is not named."""
@@ -100,12 +103,33 @@ def open_folder(folder: Path | None, name: str, experiment: Experiment, data: Fe
         resume: whether the run began before.
 
     Raises:
-        RunError: if another run began in the folder meanwhile.
+        RunError: if another run began in the folder meanwhile, or a resumed one with other samples.
     """
-    opened = folder or default_folder(name)
+    opened, record = folder or default_folder(name), manifest(data, experiment.federation.scenario, experiment.seed)
+    if resume:
+        _require_same_data(opened / "manifest.json", record)
     try:
         write_atomically(opened / "config.yaml", experiment.to_yaml().encode(), new=not resume)
     except FileExistsError:
         raise RunError(f"{opened}: another run began there a moment ago; choose another --output") from None
-    write_json(opened / "manifest.json", manifest(data, experiment.federation.scenario, experiment.seed))
+    write_json(opened / "manifest.json", record)
     return opened
+
+
+def _require_same_data(path: Path, record: Record) -> None:
+    """Refuse to go on with other samples than the run began with."""
+    began, now = _samples(json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}), _samples(record)
+    problems = [f"{name}: {change}" for name in now if name in began for change in changed(began[name], now[name])]
+    if problems:
+        raise RunError(
+            f"{path}: the data are not those that the run began with, {len(problems):,} sample(s) differ; restore them, or start the run anew in "
+            f"another folder:\n{listing(problems)}"
+        )
+
+
+def _samples(record: Record) -> dict[str, dict[str, str]]:
+    """Ids and digests of the samples of each client and of the test split; none where a crash or an older version left no digests."""
+    if "samples" not in record.get("test", {}):
+        return {}
+    holders = [*((client["id"], client["samples"]) for client in record["clients"]), ("test", record["test"]["samples"])]
+    return {name: {sample["id"]: sample["digest"] for sample in samples} for name, samples in holders}

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedmllm.data import reference
+from fedmllm.data.content import repeated, sample_digests
 from fedmllm.data.datasets import Dataset, DatasetRequest, load_dataset
 from fedmllm.data.datasets.rows import OnBadSample, skipped
 from fedmllm.data.holders import Holders
@@ -93,7 +94,7 @@ def load(data: DataConfig, seed: int) -> Dataset:
         held = ", ".join(dataset.modalities)
         note = f"data.wordings.{data.prompt}: {', '.join(unused)} applies to no sample, the data hold {held}"
         dataset = replace(dataset, notes=(*dataset.notes, note))
-    return decodable(dataset, data.on_bad_sample) if data.check_images else dataset
+    return repeated(decodable(dataset, data.on_bad_sample) if data.check_images else dataset, data.deduplicate)
 
 
 def decodable(dataset: Dataset, policy: OnBadSample) -> Dataset:
@@ -209,11 +210,9 @@ def _refuse_empty(clients: Mapping[str, Sequence[Sample]], complete: Mapping[str
 
 
 def manifest(data: FederatedData, scenario: str, seed: int) -> Record:
-    """The split as JSON: who holds which samples with which modalities, and the counts."""
+    """The split as JSON: who holds which samples with which modalities and content, and the counts."""
     clients = [
-        {"id": name, **_counts(samples), "samples": [{"id": s.id, "modalities": list(s.modalities)} for s in samples]}
-        for name, samples in data.clients.items()
-        if name not in data.told
+        {"id": name, **_counts(samples), "samples": _listed(samples)} for name, samples in data.clients.items() if name not in data.told
     ]
     clients += [
         {"id": name, "num_samples": held.num_samples, "labels": {}, "modalities": dict(held.profile), "samples": []}
@@ -228,7 +227,7 @@ def manifest(data: FederatedData, scenario: str, seed: int) -> Record:
         "notes": [*dataset.notes, *_withheld(data.told)],
         "dropped": data.dropped,
         "clients": clients,
-        "test": _counts(dataset.test),
+        "test": _counts(dataset.test) | {"samples": _listed(dataset.test)},
     }
 
 
@@ -239,6 +238,12 @@ def _withheld(told: Mapping[str, Holding]) -> list[str]:
     return [
         f"{len(names)} client(s) withhold how many samples they have, and count as one sample each in averages by samples: {', '.join(names)}"
     ]
+
+
+def _listed(samples: Sequence[Sample]) -> list[Record]:
+    """Each sample by its id, what it holds, and a digest of that."""
+    rows = zip(samples, sample_digests(samples), strict=True)
+    return [{"id": sample.id, "modalities": list(sample.modalities), "digest": digest} for sample, digest in rows]
 
 
 def _counts(samples: Sequence[Sample]) -> Record:

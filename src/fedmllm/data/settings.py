@@ -39,6 +39,8 @@ class DataConfig(BaseModel):
     """Decode every image file once before the run begins; what is done about broken ones ``on_bad_sample`` says."""
     on_bad_sample: OnBadSample = "refuse"
     """``refuse``: one error lists all bad rows. ``skip``: they are left out, counted and listed in the report."""
+    deduplicate: bool = False
+    """Leave out training samples that repeat another one, are in the test split too, or show a picture of it. Else they are only counted."""
     options: dict[str, Any] = Field(default_factory=dict)
     """The dataset's own settings; the datasets page lists them."""
 

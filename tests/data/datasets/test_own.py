@@ -12,6 +12,7 @@ import pytest
 
 from fedmllm.data.datasets import load_dataset
 from fedmllm.data.datasets.base import Dataset, DatasetRequest
+from fedmllm.data.datasets.tables import SEPARATORS
 from fedmllm.errors import ConfigError, DataError
 from fedmllm.types import Sample
 
@@ -54,7 +55,8 @@ def problems(root: Path, options: Mapping[str, Any] = OPTIONS, name: str = "json
 @pytest.mark.parametrize(("name", "suffix", "line"), [("jsonl", ".jsonl", 1), ("csv", ".csv", 3), ("csv", ".tsv", 3)])
 def test_a_row_becomes_a_sample(name: str, suffix: str, line: int, tmp_path: Path) -> None:
     """In the tables a header precedes it, and it takes two lines."""
-    dataset = read(write(tmp_path), {**OPTIONS, "train": f"train{suffix}", "test": f"test{suffix}"}, name)
+    quoted = {"quoted": True} if suffix == ".tsv" else {}
+    dataset = read(write(tmp_path), {**OPTIONS, "train": f"train{suffix}", "test": f"test{suffix}", **quoted}, name)
 
     def sample(key: str, image: str, answer: str, client: str) -> Sample:
         content = {"image": tmp_path / image, "text": 'Two "dense" areas, left.'}
@@ -62,7 +64,10 @@ def test_a_row_becomes_a_sample(name: str, suffix: str, line: int, tmp_path: Pat
 
     assert dataset.train == (sample("train", "a/17.png", "benign", "north"),)
     assert dataset.test == (sample("test", "18.png", "malignant", "south"),)
-    assert (dataset.name, dataset.metric, dataset.modalities, dataset.notes) == (name, "auc", ("image", "text"), ())
+    assert (dataset.name, dataset.metric, dataset.modalities) == (name, "auc", ("image", "text"))
+    assert [note for note in dataset.notes if "cell(s)" not in note] == (
+        [] if name == "jsonl" else [f"{split}{suffix}:3: report spans 2 lines" for split in ("train", "test")]
+    )
 
 
 @pytest.mark.parametrize("name", ["jsonl", "csv"])
@@ -178,7 +183,7 @@ CONTRADICTIONS = {
     "choices repeated": (change(choices=["a", "b", "a"]), "choices: two or more different ones are needed"),
     "a choice no answer can be": (change(choices=["a", "b "]), "choices: 'b ' must have words and single spaces"),
     "an empty choice": (change(choices=["a", ""]), "choices: '' must have words and single spaces"),
-    "YAML's yes and no": (change(choices=[True, False]), "choices.0: Input should be a valid string"),
+    "YAML's yes and no": (change(choices=[True, False]), "choices.0: must be text, is true; quote it"),
     "more choices than letters": (change(choices=[str(i) for i in range(63)]), "choices: there are 63, at most 62 can be lettered"),
     "auc of three": (change(metric="auc", choices=["a", "b", "c"]), "metric: auc needs exactly two choices"),
     "auc of free answers": (change(metric="auc", choices=None), "metric: auc needs exactly two choices"),
@@ -256,3 +261,120 @@ def test_missing_files_and_empty_splits_are_refused(tmp_path: Path) -> None:
     assert problems(tmp_path, change(train="x" * 5000)) == ["x" * 5000 + " (missing)"]
     with pytest.raises(DataError, match="a: cannot be read"):
         read(tmp_path, change(train="a"))
+
+
+TABLE = {"train": "t.csv", "test_share": 0.5, "columns": {"text": "text", "answer": "label"}, "question": "?", "choices": ["cat", "dog"]}
+
+
+def texts(root: Path, content: str, file: str = "t.csv", **options: Any) -> tuple[list[str], tuple[str, ...]]:
+    """Of all rows of a table in their order, and the notes."""
+    (root / file).write_text(content, encoding="utf-8")
+    found = read(root, {**TABLE, "train": file, **options}, "csv")
+    by_line = sorted((*found.train, *found.test), key=lambda s: int(s.id.rpartition("-")[2]))
+    return [str(s.content["text"]) for s in by_line], found.notes
+
+
+def test_quotation_marks_of_a_tsv_swallow_no_rows(tmp_path: Path) -> None:
+    """Row 3 begins with one, row 7 ends with one."""
+    cells = [f"row {i}" for i in range(1, 13)]
+    cells[2], cells[6] = '"row 3', 'row 7"'
+    content = "text\tlabel\n" + "".join(f"{cell}\t{'cat' if i % 2 else 'dog'}\n" for i, cell in enumerate(cells))
+    assert texts(tmp_path, content, "t.tsv") == (cells, ())
+    told = texts(tmp_path, 'text\tlabel\n"a b"\tcat\nc\tdog\n', "t.tsv")
+    assert told == (
+        ['"a b"', "c"],
+        ("1 cell(s) stand in quotation marks; if these only enclose them: data.options.quoted=true", "t.tsv:2: text"),
+    )
+    assert texts(tmp_path, 'text\tlabel\n"a b"\tcat\nc\tdog\n', "t.tsv", quoted=True) == (["a b", "c"], ())
+
+
+def test_a_cell_that_spans_lines_is_told_with_its_lines(tmp_path: Path) -> None:
+    found, notes = texts(tmp_path, 'text,label\n"a,dog\nb,cat\nc",dog\nd,cat\n')
+    assert found == ["a,dog b,cat c", "d"]
+    remedy = "if they should not, a quotation mark is to blame: data.options.quoted=false"
+    assert notes == (f"1 cell(s) span lines; {remedy}", "t.csv:4: text spans 3 lines")
+
+
+@pytest.mark.parametrize(("name", "separator"), SEPARATORS.items())
+@pytest.mark.parametrize("named", [False, True])
+def test_what_separates_fields_is_recognized(name: str, separator: str, named: bool, tmp_path: Path) -> None:
+    """Also where another of the separators occurs more often in the header, and as spreadsheets name it."""
+    rows = ["text", 'a; "b", c | d'.replace(separator, ""), "e"], ["label", "cat", "dog"], ["x,y;z|u".replace(separator, "."), "1", "2"]
+    lines = [separator.join(cells) for cells in zip(*rows, strict=True)]
+    quoted = {"quoted": False}
+    found, _ = texts(tmp_path, f"{f'sep={separator}' * named}\n" + "\n".join(lines) + "\n", **quoted)
+    assert found == [" ".join(rows[0][1].split()), "e"]
+    assert texts(tmp_path, "\n".join(lines) + "\n", **quoted, delimiter=name)[0] == found
+
+
+def test_windows_paths_and_accents_in_one_character_or_two_are_found(tmp_path: Path) -> None:
+    """The table may write names in one form of Unicode and the disk in the other; the same for choices, columns and answers."""
+    one, two = "caf\u00e9", "cafe\u0301"
+    (tmp_path / "img").mkdir()
+    for name in (f"{two}.png", f"{one}2.png"):
+        (tmp_path / "img" / name).touch()
+    (tmp_path / "t.csv").write_text(f"{two},label\nimg\\{one}.png,{two}\nimg/{two}2.png,{one}\nimg\\{one}2.png,th\u00e9\n")
+    options = {**TABLE, "columns": {"image": one, "answer": "label"}, "choices": [two, "the\u0301"]}
+    found = read(tmp_path, options, "csv")
+    samples = sorted((*found.train, *found.test), key=lambda s: s.id)
+    assert [(s.answer, Path(str(s.content["image"])).name) for s in samples] == [
+        (one, f"{two}.png"),
+        (one, f"{one}2.png"),
+        ("th\u00e9", f"{one}2.png"),
+    ]
+
+
+@pytest.mark.parametrize("name", ["..\\18.png", "\\etc\\hostname", "a\\..\\..\\18.png"])
+def test_backslashes_lead_out_of_no_folder(name: str, tmp_path: Path) -> None:
+    write(tmp_path / "own", [{**ROW, "scan": name}, ROW])
+    (problem,) = problems(tmp_path / "own")
+    assert "scan must be a path inside own/" in problem
+
+
+def test_numbers_and_truth_values_of_json_are_labels(tmp_path: Path) -> None:
+    for values, choices in (([1.0, 0, "1"], ["0", "1"]), ([1, 0.0, "0"], [0, 1]), ([True, False, "true"], ["false", "true"])):
+        (tmp_path / "t.jsonl").write_text("".join(json.dumps({"text": "x", "label": value}) + "\n" for value in values))
+        found = read(tmp_path, {**TABLE, "train": "t.jsonl", "choices": choices})
+        labels = [s.answer for s in sorted((*found.train, *found.test), key=lambda s: s.id)]
+        assert labels == [str(int(v) if isinstance(v, float) else v).lower() for v in values]
+
+
+@pytest.mark.parametrize("setting", ["choices", "question", "columns"])
+def test_words_that_yaml_takes_for_truth_values_are_to_be_quoted(setting: str, tmp_path: Path) -> None:
+    value: Any = {"choices": [False, True], "question": True, "columns": {"text": "text", "answer": True}}[setting]
+    with pytest.raises(ConfigError, match=r"must be text, is (true|false); quote it, for YAML reads yes, no, on, off, true and false as"):
+        read(tmp_path, {**TABLE, setting: value}, "csv")
+
+
+def test_choices_that_no_row_has_are_one_error(tmp_path: Path) -> None:
+    """Not one for each row."""
+    with pytest.raises(ConfigError) as error:
+        texts(tmp_path, "text,label\n" + "a,Cat\nb,Dog\nc,Dog\n")
+    message = (
+        "no row's label is one of cat, dog; correct the choices, or columns.answer. There are:\n  - 'Dog': 2 row(s)\n  - 'Cat': 1 row(s)"
+    )
+    assert message in str(error.value)
+
+
+def test_a_json_list_under_the_name_of_json_lines_is_read(tmp_path: Path) -> None:
+    rows = [{"text": str(i), "label": "cat" if i % 2 else "dog"} for i in range(6)]
+    (tmp_path / "t.jsonl").write_text("\n" + json.dumps(rows, indent=1))
+    found = read(tmp_path, {**TABLE, "train": "t.jsonl"})
+    assert len(found.train) + len(found.test) == 6
+    (tmp_path / "t.jsonl").write_text(json.dumps(rows[0], indent=1))
+    with pytest.raises(DataError, match="must hold one JSON object a line, or one list of them, is a single object over several lines"):
+        read(tmp_path, {**TABLE, "train": "t.jsonl"})
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [
+        ("https://example.org/1.png", "a web address"),
+        ("data:image/png;base64,AAAA", "a picture in base64"),
+        ("A" * 5000, "a picture in base64"),
+    ],
+)
+def test_pictures_that_are_no_files_are_one_error(value: str, kind: str, tmp_path: Path) -> None:
+    write(tmp_path, [{**ROW, "scan": value}] * 3 + [ROW])
+    with pytest.raises(ConfigError, match=rf"scan must name files inside root, is {kind} in 3 row\(s\); save the pictures as files"):
+        read(tmp_path)

@@ -185,3 +185,10 @@ def test_the_library_is_asked_for_where_it_is_missing(monkeypatch: pytest.Monkey
 
     with pytest.raises(ConfigError, match=r"huggingface needs the library: pip install 'fedmllm\[datasets\]'"):
         read(tmp_path)
+
+
+def test_a_folder_of_parquet_files_is_named_as_such(hub: Any, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train-0.parquet").touch()
+    with pytest.raises(ConfigError, match=r"read its Parquet files with datasets\.load_dataset and save that"):
+        load_dataset("huggingface", DatasetRequest(tmp_path, 0, options=OPTIONS))

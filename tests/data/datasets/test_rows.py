@@ -88,7 +88,7 @@ NOT_READ = {
         "f:3: cannot be read as a table (unexpected end of data); check its quotation marks",
     ),
     "text after a quotation": (table, b'a,b\n"1"x,2\n', "f:2: cannot be read as a table"),
-    "field too long": (table, b"a,b\n1," + b"x" * 200_000, "f:2: cannot be read as a table (field larger than field limit"),
+    "field too long": (table, b"a,b\n1," + b"x" * 200_000, "f:2: a cell has more than 131,072 characters; save pictures as files"),
 }
 
 

@@ -118,8 +118,21 @@ def check_options(form: type[Options], values: Mapping[str, Any]) -> Options:
         return form.model_validate(dict(values))
     except ValidationError as error:
         known = ", ".join(form.model_fields) or "none"
-        problems = [f"{'.'.join(('data.options', *map(str, e['loc'])))}: {e['msg'].removeprefix('Value error, ')}" for e in error.errors()]
+        problems = [f"{'.'.join(('data.options', *map(str, e['loc'])))}: {told(e)}" for e in error.errors()]
         raise ConfigError(f"data.options does not suit the dataset, whose settings are {known}:\n{listing(problems)}") from error
+
+
+def told(detail: Mapping[str, Any]) -> str:
+    """What pydantic says of a setting, in our words where YAML is to blame.
+
+    Args:
+        detail: one of a ``ValidationError``'s errors.
+    """
+    if detail["type"] == "string_type" and isinstance(detail["input"], bool):
+        return (
+            f"must be text, is {str(detail['input']).lower()}; quote it, for YAML reads yes, no, on, off, true and false as true and false"
+        )
+    return str(detail["msg"]).removeprefix("Value error, ")
 
 
 class DatasetLoader(Protocol):

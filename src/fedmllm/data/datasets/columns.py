@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from fedmllm.data.datasets.base import DatasetOptions, Metric
-from fedmllm.data.datasets.rows import words_of
+from fedmllm.data.datasets.rows import same_form, words_of
 from fedmllm.data.prompts import LETTERS
 from fedmllm.types import Modality
 
@@ -30,10 +31,27 @@ class Options(DatasetOptions):
     """The question of every sample; left out where a column holds it."""
     choices: tuple[str, ...] = ()
     """The options of every sample; left out where a column holds them (separated by a vertical bar; empty: a free answer) or answers are free."""
+    delimiter: Literal["comma", "semicolon", "tab", "bar"] | None = None
+    """What separates the fields of a table; left out: found by its header."""
+    quoted: bool | None = None
+    """Whether quotation marks enclose fields of a table; left out: yes, unless tabs separate them."""
     keep_empty: bool = False
     """Keep rows whose modalities are all empty; else they are bad rows."""
     metric: Metric | None = None
     """Headline score; left out for ``auc`` (2 choices), ``macro_f1`` (more) or ``accuracy`` (free answers)."""
+
+    @field_validator("columns")
+    @classmethod
+    def _named(cls, columns: dict[str, str]) -> dict[str, str]:
+        return {role: same_form(name) for role, name in columns.items()}
+
+    @field_validator("choices", mode="before")
+    @classmethod
+    def _words(cls, values: object) -> object:
+        """Whole numbers as text, accents in one form."""
+        if not isinstance(values, (list, tuple)):
+            return values
+        return [same_form(str(v)) if isinstance(v, (str, int)) and not isinstance(v, bool) else v for v in values]
 
     @model_validator(mode="after")
     def _consistent(self) -> Options:

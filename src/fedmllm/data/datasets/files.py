@@ -10,6 +10,7 @@ import importlib
 import io
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -56,6 +57,20 @@ def json_lines(path: Path) -> Iterator[Row]:
             yield _json_row(f"{path.name}:{number}", line)
 
 
+def json_rows(path: Path) -> Iterator[Row]:
+    """Rows of a file of JSON lines, or of one JSON list; which of the two it is, its beginning tells.
+
+    Raises:
+        DataError: if the file cannot be read, or is one JSON object over several lines.
+    """
+    content = _bytes(path).removeprefix(b"\xef\xbb\xbf").lstrip()
+    if content.startswith(b"["):
+        return json_list(path)
+    if content.startswith(b"{") and not _is_json(content.split(b"\n", 1)[0]) and _is_json(content):
+        raise DataError(f"{path}: must hold one JSON object a line, or one list of them, is a single object over several lines")
+    return json_lines(path)
+
+
 def json_object(path: Path, key: str) -> Iterator[Row]:
     """The entries of a file that is one JSON object of objects; an entry's own name becomes its value of ``key``.
 
@@ -75,6 +90,14 @@ def _json(path: Path) -> object:
         return json.loads(_bytes(path).decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON or a number of too many digits
         raise DataError(f"{path}: must be JSON in UTF-8 ({error}); download the file again") from error
+
+
+def _is_json(content: bytes) -> bool:
+    try:
+        json.loads(content)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _json_row(where: str, line: bytes) -> Row:
@@ -104,8 +127,22 @@ class _Unreadable(Row):
         raise RowError(self.problem)
 
 
+_SEPARATOR_LINE = re.compile("sep=.")
+"""What spreadsheets write, and read, to say what separates the fields."""
+
+
+def first_line(path: Path) -> str:
+    """The first line of a file that is not empty.
+
+    Raises:
+        DataError: if the file cannot be read.
+    """
+    lines = _bytes(path).removeprefix(b"\xef\xbb\xbf").decode("utf-8", "replace").splitlines()
+    return next((line for line in lines if line.strip()), "")
+
+
 def table(path: Path, delimiter: str = ",", quoted: bool = True) -> Iterator[Row]:
-    """Rows of a CSV or TSV file whose first line names the columns; rows of empty fields only are passed over.
+    """Rows of a CSV or TSV file whose first line names the columns; rows of empty fields only, and ``sep=;`` before the header, are passed over.
 
     Args:
         path: the file, in UTF-8.
@@ -118,7 +155,7 @@ def table(path: Path, delimiter: str = ",", quoted: bool = True) -> Iterator[Row
     header: list[str] = []
     text = _bytes(path).removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape")
     for number, fields in _quoted(path, text, delimiter) if quoted else _unquoted(text, delimiter):
-        if not "".join(fields).strip():
+        if not "".join(fields).strip() or (not header and _SEPARATOR_LINE.fullmatch(delimiter.join(fields))):
             continue
         if header:
             yield _table_row(f"{path.name}:{number}", header, fields)
@@ -134,6 +171,11 @@ def _quoted(path: Path, text: str, delimiter: str) -> Iterator[tuple[int, list[s
         for fields in reader:
             yield reader.line_num, fields
     except csv.Error as error:
+        if "field limit" in str(error):
+            limit = f"{csv.field_size_limit():,} characters"
+            raise DataError(
+                f"{path}:{reader.line_num}: a cell has more than {limit}; save pictures as files and name these in the table"
+            ) from error
         raise DataError(f"{path}:{reader.line_num}: cannot be read as a table ({error}); check its quotation marks") from error
 
 
@@ -169,7 +211,8 @@ def stored(root: Path, split: str) -> Iterator[Row]:
     try:
         found = datasets.load_from_disk(str(root))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # the last three: what its JSON files hold is not checked
-        raise ConfigError(f"data.root: {root} holds no dataset that save_to_disk wrote ({error})") from error
+        parquet = "; read its Parquet files with datasets.load_dataset and save that" if any(root.rglob("*.parquet")) else ""
+        raise ConfigError(f"data.root: {root} holds no dataset that save_to_disk wrote ({error}){parquet}") from error
     if not isinstance(found, datasets.DatasetDict):
         found = datasets.DatasetDict({"train": found})
     if split not in found:

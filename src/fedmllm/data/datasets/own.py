@@ -21,15 +21,17 @@ Of a Hugging Face dataset, pictures stay encoded bytes and classes go by their n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from fedmllm.data.datasets.base import Dataset, DatasetRequest, hold_out
 from fedmllm.data.datasets.columns import ROLES, Options
-from fedmllm.data.datasets.files import json_lines, require, stored, table
-from fedmllm.data.datasets.rows import Row, RowError, Sieve, shown, words_of
+from fedmllm.data.datasets.files import json_rows, require, stored
+from fedmllm.data.datasets.rows import Row, RowError, Sieve, same_form, shown, words_of
+from fedmllm.data.datasets.tables import own_table, suspicions
 from fedmllm.data.prompts import LETTERS
 from fedmllm.errors import ConfigError, listing
 from fedmllm.types import AnswerType, Content, Modality, Sample
@@ -41,7 +43,7 @@ _FREE: Mapping[str, AnswerType] = {"open": "open", "closed": "closed"}
 class _Source:
     """How one kind of file is read: rows of a split, and how a picture's field becomes content."""
 
-    rows: Callable[[Path, str], Iterator[Row]]
+    rows: Callable[[Path, str, Options], Iterator[Row]]
     content: Callable[[Row, str, Path], Content]
 
 
@@ -49,14 +51,18 @@ def _file(row: Row, column: str, root: Path) -> Content:
     return row.file(column, root)
 
 
-def _json_rows(root: Path, name: str) -> Iterator[Row]:
+def _json_rows(root: Path, name: str, options: Options) -> Iterator[Row]:
     require(root, (name,), "the rows")
-    return json_lines(root / name)
+    return json_rows(root / name)
 
 
-def _csv_rows(root: Path, name: str) -> Iterator[Row]:
+def _csv_rows(root: Path, name: str, options: Options) -> Iterator[Row]:
     require(root, (name,), "the rows")
-    return table(root / name, "\t" if name.endswith(".tsv") else ",")
+    return own_table(root / name, options.columns.values(), options.delimiter, options.quoted)
+
+
+def _stored_rows(root: Path, name: str, options: Options) -> Iterator[Row]:
+    return stored(root, name)
 
 
 def _stored_file(row: Row, column: str, root: Path) -> Content:
@@ -69,7 +75,7 @@ def _stored_file(row: Row, column: str, root: Path) -> Content:
 _SOURCES = {
     "jsonl": _Source(_json_rows, _file),
     "csv": _Source(_csv_rows, _file),
-    "huggingface": _Source(stored, _stored_file),
+    "huggingface": _Source(_stored_rows, _stored_file),
 }
 
 
@@ -82,20 +88,31 @@ def _load(name: str, request: DatasetRequest) -> Dataset:
     root, options, source = request.folder(name), request.options_as(Options), _SOURCES[name]
     sieve = Sieve(str(root), request.on_bad_sample)
 
-    fields: set[str] = set()
-
-    def read(split: str, file: str) -> list[Sample]:
-        rows = list(source.rows(root, file))
-        fields.update(key for row in rows for key in row.record)
-        return sieve.samples(rows, partial(_sample, options, source, root, split))
-
-    train = read("train", options.train)
-    test = [] if options.test is None else read("test", options.test)
-    _check_columns(options, fields)
-    notes = sieve.finish()
+    splits = {"train": options.train} | ({} if options.test is None else {"test": options.test})
+    rows = {split: [_plain(row, options) for row in source.rows(root, file, options)] for split, file in splits.items()}
+    every = [row for found in rows.values() for row in found]
+    _check_columns(options, {key for row in every for key in row.record})
+    _check_answers(options, every)
+    _check_files(options, every)
+    sieve = Sieve(str(root), request.on_bad_sample)
+    train, test = (sieve.samples(rows.get(split, ()), partial(_sample, options, source, root, split)) for split in ("train", "test"))
+    notes = (*sieve.finish(), *(suspicions(every) if name == "csv" else ()))
     if options.test is None:
         train, test = hold_out(train, options.test_share, request.seed)
     return Dataset(name, options.headline, *request.take(train, test), options.modalities, notes=notes)
+
+
+def _plain(row: Row, options: Options) -> Row:
+    """Names of columns with accents in one form; what JSON writes as a number such as 1.0, or as a truth value, in words, but for files."""
+    files = {options.columns[name] for name in options.modalities if name != "text"}
+    record = {same_form(key): value if key in files else _word(value) for key, value in row.record.items()}
+    return replace(row, record=record)
+
+
+def _word(value: object) -> object:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _check_columns(options: Options, fields: Set[str]) -> None:
@@ -104,6 +121,39 @@ def _check_columns(options: Options, fields: Set[str]) -> None:
     absent = [f"{role}: no row has a field {options.columns[role]}" for role in roles if options.columns[role] not in fields]
     if fields and absent:
         raise ConfigError(f"data.options.columns: the fields are {', '.join(sorted(fields))}\n{listing(absent)}")
+
+
+def _check_answers(options: Options, rows: Sequence[Row]) -> None:
+    """Choices that no row's answer is one of are misspelled: one error in the place of one for each row."""
+    column = options.columns["answer"]
+    answers = [row.record[column] for row in rows if column in row.record]
+    if not options.choices or not answers or set(options.choices) & set(map(words_of, answers)):
+        return
+    found = listing(f"{value}: {count:,} row(s)" for value, count in Counter(map(shown, answers)).most_common())
+    raise ConfigError(
+        f"data.options.choices: no row's {column} is one of {', '.join(options.choices)}; correct the choices, or columns.answer. There are:\n{found}"
+    )
+
+
+_NO_PATHS = {"http://": "a web address", "https://": "a web address", "data:": "a picture in base64"}
+"""How values begin that stand for files elsewhere, and what they are."""
+
+
+def _check_files(options: Options, rows: Sequence[Row]) -> None:
+    """Columns of web addresses or encoded pictures are one error in the place of one for each row."""
+    for column in (options.columns[name] for name in options.modalities if name != "text"):
+        values = [value for row in rows if isinstance(value := row.record.get(column), str)]
+        kinds = Counter(kind for value in values for start, kind in _NO_PATHS.items() if value.startswith(start))
+        if too_long := sum(len(value) > _LONGEST_PATH for value in values):
+            kinds["a picture in base64"] += too_long
+        for kind, count in kinds.items():
+            raise ConfigError(
+                f"data.options.columns: {column} must name files inside root, is {kind} in {count:,} row(s); save the pictures as files and name these"
+            )
+
+
+_LONGEST_PATH = 4096
+"""Characters; systems allow no more."""
 
 
 def _sample(options: Options, source: _Source, root: Path, split: str, row: Row) -> Sample:

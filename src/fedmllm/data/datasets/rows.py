@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
@@ -75,11 +76,11 @@ class Row:
         name = self.value(key)
         inside = f"{folder.name or folder}/"
         # Judged by its spelling: links are the user's own doing, names are the download's.
-        if not isinstance(name, str) or not name or Path(name).anchor or ".." in Path(name).parts or "\0" in name:
+        if not isinstance(name, str) or not name or _leads_out(name) or "\0" in name:
             raise RowError(f"{key} must be a path inside {inside}, is {shown(name)}")
-        if not is_file(folder / name):
+        if (found := next(filter(is_file, _spelled(folder, name)), None)) is None:
             raise RowError(f"{key} {shown(name)} is no file in {inside}")
-        return folder / name
+        return found
 
     def value(self, key: str) -> Any:
         """Whatever the record holds.
@@ -151,12 +152,29 @@ def skipped(summary: str, problems: Sequence[str]) -> tuple[str, ...]:
     return (summary, *problems[:MAX_LISTED], *([f"... and {more:,} more"] if more > 0 else [])) if problems else ()
 
 
+def _leads_out(name: str) -> bool:
+    """Whether a path, written with slashes or with the backslashes of Windows, is none within a folder."""
+    written = name.replace("\\", "/")
+    return bool(Path(name).anchor or Path(written).anchor) or ".." in written.split("/")
+
+
+def _spelled(folder: Path, name: str) -> Iterator[Path]:
+    """A path as it is written; with slashes for the backslashes of Windows; with letters and their accents in one character each, or in two."""
+    for written in dict.fromkeys((name, name.replace("\\", "/"))):
+        yield from dict.fromkeys(folder / form for form in (written, *(unicodedata.normalize(kind, written) for kind in ("NFC", "NFD"))))
+
+
+def same_form(text: str) -> str:
+    """Text whose letters and accents are one character each, as far as there is one (Unicode's NFC)."""
+    return unicodedata.normalize("NFC", text)
+
+
 def words_of(value: object) -> str:
-    """Text or a whole number as text with single spaces; empty for all else, half a surrogate pair (no UTF-8) included."""
+    """Text or a whole number as text with single spaces, accents in ``same_form``; empty for all else, half a surrogate pair (no UTF-8) included."""
     if isinstance(value, bool) or not isinstance(value, (str, int)):
         return ""
     try:
-        text = " ".join(str(value).split())
+        text = " ".join(same_form(str(value)).split())
     except ValueError:  # a number of too many digits
         return ""
     return "" if SURROGATE.search(text) else text

@@ -1,0 +1,86 @@
+"""What a sample holds, as a digest: to tell rows and pictures that are the same, or have changed, whatever they are called."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+
+from PIL.Image import Image
+
+from fedmllm.data.datasets.base import Dataset
+from fedmllm.data.datasets.rows import is_file
+from fedmllm.types import Content, EditedImage, Sample
+
+
+def content_digest(value: Content) -> str:
+    """16 hexadecimal digits of a text, of a file's content, or of a picture's pixels and the edits to be made."""
+    if isinstance(value, EditedImage):
+        return _digest(f"{content_digest(value.source)} {value.edits}".encode())
+    if isinstance(value, Path):
+        # What is not there is an error for whoever opens it.
+        found = value.stat() if is_file(value) else None
+        return _file_digest(value, found.st_size, found.st_mtime_ns) if found else "missing"
+    if isinstance(value, Image):
+        kind = f"{value.mode} {value.size} {value.getpalette('RGBA')} {value.info.get('transparency')}"
+        return _digest(kind.encode() + (value.tobytes() if all(value.size) else b""))
+    return _digest(value if isinstance(value, bytes) else value.encode("utf-8", "surrogatepass"))
+
+
+def sample_digest(sample: Sample) -> str:
+    """The same of all that a sample asks, shows and answers; its id, owner and kind do not count."""
+    held = sorted((name, content_digest(value)) for name, value in sample.content.items())
+    return _digest(repr((sample.question, sample.answer, sample.options, held)).encode("utf-8", "surrogatepass"))
+
+
+def sample_digests(samples: Collection[Sample]) -> list[str]:
+    """Of each, files read side by side."""
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(sample_digest, samples))
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=8).hexdigest()
+
+
+@lru_cache(1 << 17)
+def _file_digest(path: Path, size: int, changed: int) -> str:
+    """Read once for as long as neither size nor time of change is another."""
+    return _digest(path.read_bytes())
+
+
+def repeated(dataset: Dataset, leave_out: bool) -> Dataset:
+    """The dataset with notes on what occurs twice: rows in the training split, rows and pictures in both splits.
+
+    Args:
+        dataset: as it was loaded.
+        leave_out: leave these out of the training split.
+    """
+    train, test = sample_digests(dataset.train), sample_digests(dataset.test)
+    asked, shown = set(test), {digest for sample in dataset.test for digest in _pictures(sample)}
+    first = dict(zip(reversed(train), reversed(range(len(train))), strict=True))
+    found = {
+        "training sample(s) repeat another one": {i for i, digest in enumerate(train) if first[digest] != i},
+        "training sample(s) are in the test split too": {i for i, digest in enumerate(train) if digest in asked},
+        "training sample(s) show a picture of the test split": {i for i, s in enumerate(dataset.train) if shown & _pictures(s)},
+    }
+    remedy = "left out" if leave_out else "data.deduplicate leaves them out"
+    notes = tuple(f"{len(which):,} {what}; {remedy}" for what, which in found.items() if which)
+    out = set[int]().union(*found.values()) if leave_out else set[int]()
+    kept = tuple(sample for i, sample in enumerate(dataset.train) if i not in out)
+    return replace(dataset, train=kept, notes=(*dataset.notes, *notes))
+
+
+def _pictures(sample: Sample) -> set[str]:
+    """Digests of what is no text."""
+    return {content_digest(value) for value in sample.content.values() if not isinstance(value, str)}
+
+
+def changed(before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:
+    """What became of samples, given their digests by id: those that differ, are gone or are new."""
+    problems = [f"{name} has another content" for name, digest in before.items() if name in after and after[name] != digest]
+    problems += [f"{name} is gone" for name in before if name not in after]
+    return problems + [f"{name} is new" for name in after if name not in before]
