@@ -74,3 +74,42 @@ def test_the_norm_of_products_needs_no_product() -> None:
     whole = weights(3)
     expected = np.sqrt(sum(float(p.square().sum()) for p in factors.products(whole).values()))
     assert factors.product_norm(whole) == pytest.approx(expected, rel=1e-6)
+
+
+def first_order(lost: Weights, at: Weights) -> Weights:
+    """What a residual changes products by: ``e_B A + B e_A``."""
+    was = dict(factors.pairs(at))
+    return {m: e.b.double() @ was[m].a.double() + was[m].b.double() @ e.a.double() for m, e in factors.pairs(lost)}
+
+
+def test_a_residual_survives_a_new_split_of_the_same_product() -> None:
+    """A <- R A, B <- B R^-1: it changes the product by the same, whereas the same numbers beside the new factors change it otherwise."""
+    old, lost = weights(3), {**weights(3, 5), "connector.weight": torch.ones(2)}
+    turned = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(8)))[0]
+    new = factors.named({m: Pair(turned @ p.a, p.b @ turned.T) for m, p in factors.pairs(old)})
+    moved, before = factors.carried(lost, old, new), first_order(lost, old)
+    for module, product in first_order(moved, new).items():
+        torch.testing.assert_close(product, before[module], atol=1e-5, rtol=0)
+    assert float((first_order(lost, new)["x.q"] - before["x.q"]).norm() / before["x.q"].norm()) > 0.5
+    assert torch.equal(moved["connector.weight"], torch.ones(2))
+    assert all(tensor.dtype == torch.float32 and tensor.shape == lost[name].shape for name, tensor in moved.items())
+
+
+def test_a_residual_is_carried_over_by_least_squares() -> None:
+    """Each of its two terms, by NumPy: e_B A_old ~ X A_new, B_old e_A ~ B_new Y."""
+    old, new, lost = weights(3), weights(3, 20), weights(3, 40)
+    moved = dict(factors.pairs(factors.carried(lost, old, new)))
+    for module, now in factors.pairs(new):
+        was, e = dict(factors.pairs(old))[module], dict(factors.pairs(lost))[module]
+        x = np.linalg.lstsq(now.a.double().numpy().T, (e.b.double() @ was.a.double()).numpy().T, rcond=0.1)[0].T
+        y = np.linalg.lstsq(now.b.double().numpy(), (was.b.double() @ e.a.double()).numpy(), rcond=0.1)[0]
+        np.testing.assert_allclose(moved[module].b.numpy(), x, atol=1e-5)
+        np.testing.assert_allclose(moved[module].a.numpy(), y, atol=1e-5)
+
+
+def test_a_direction_that_is_hardly_there_does_not_blow_a_residual_up() -> None:
+    old, lost = weights(3), weights(3, 5)
+    new = factors.named({m: Pair(p.a, p.b * torch.tensor([1.0, 1.0, 1e-9])) for m, p in factors.pairs(old)})
+    assert max(float(tensor.abs().max()) for tensor in factors.carried(lost, old, new).values()) < 100
+    nothing = {name: torch.zeros_like(tensor) for name, tensor in old.items()}
+    assert not any(tensor.any() for tensor in factors.carried(lost, old, nothing).values())

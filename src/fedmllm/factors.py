@@ -127,6 +127,33 @@ def compress(pair: Pair, rank: int) -> Pair:
     return Pair(_grown(a * sign, torch.Size((rank, a.shape[1]))), _grown(b * sign.T, torch.Size((b.shape[0], rank))))
 
 
+_WEAK = 0.1
+"""Singular values below this share of the largest count as 0 where a residual is carried over: divided by one, it would be all that is sent."""
+
+
+def carried(lost: Weights, old: Weights, new: Weights) -> Weights:
+    """Residuals of factors, carried over to factors of other directions.
+
+        e_B <- e_B A_old A_new^+,   e_A <- B_new^+ B_old e_A
+
+    To first order a residual changes a product by ``e_B A + B e_A``; each term comes as near to what it was as the new factors allow.
+    Tensors that are no factors stay as they are.
+
+    Args:
+        lost: by tensor.
+        old: the factors that the residual belongs to, finite.
+        new: those that it is to belong to, finite and of the same shapes.
+    """
+    before = dict(pairs(old))
+    moved = {}
+    for module, now in pairs(new):
+        e, was = Pair(lost[module + _A], lost[module + _B]), before[module]
+        turned_b = was.a.double() @ torch.linalg.pinv(now.a.double(), rtol=_WEAK)
+        turned_a = torch.linalg.pinv(now.b.double(), rtol=_WEAK) @ was.b.double()
+        moved[module] = Pair(turned_a @ e.a.double(), e.b.double() @ turned_b)
+    return {**lost, **to_float(moved.items())}
+
+
 def to_float(modules: Iterable[tuple[str, Pair]]) -> Weights:
     """Named factors in float32."""
     return named({module: Pair(pair.a.float(), pair.b.float()) for module, pair in modules})

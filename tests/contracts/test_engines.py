@@ -84,11 +84,13 @@ def test_the_global_prior_is_the_same_in_one_process_and_over_messages(tmp_path:
     assert not all(torch.equal(ended[0][key], tensor) for key, tensor in ended[1].items())
 
 
-@pytest.mark.parametrize("codec", ["bfloat16", "int8", "int4", "top_k"])
-def test_compressed_updates_travel_compressed(codec: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("codec", "name"), [*((codec, "scaffold") for codec in ("bfloat16", "int8", "int4", "top_k")), ("top_k", "flexlora")]
+)
+def test_compressed_updates_travel_compressed(codec: str, name: str, tmp_path: Path) -> None:
     compression = {"name": codec}
-    here, rounds, _ = ends(experiment("scaffold", "in_process", compression=compression), tmp_path / "here")
-    there, told, _ = ends(experiment("scaffold", "flower", compression=compression), tmp_path / "there")
+    here, rounds, _ = ends(experiment(name, "in_process", compression=compression), tmp_path / "here")
+    there, told, _ = ends(experiment(name, "flower", compression=compression), tmp_path / "there")
     assert all(torch.equal(there[key], tensor) for key, tensor in here.items())
     assert told == rounds
 

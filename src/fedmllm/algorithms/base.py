@@ -115,6 +115,8 @@ class Algorithm(Protocol):
     """Names of the further tensors in an update, each named and shaped like the update."""
     uniform: ClassVar[tuple[str, ...]]
     """What of an update has the same weight from every client, whatever the update itself weighs."""
+    splits_anew: ClassVar[bool]
+    """Whether a round's factors have other directions than the last one's, so that a residual must be carried over to them."""
 
     @property
     def smallest_cohort(self) -> int:
@@ -176,6 +178,7 @@ class ServerAverage:
     ignores_weights: ClassVar[bool] = False
     client_sends: ClassVar[tuple[str, ...]] = ()
     uniform: ClassVar[tuple[str, ...]] = ()
+    splits_anew: ClassVar[bool] = False
     by_head: ClassVar[bool] = False
     """Whether every client counts alike, rather than by its number of samples."""
 

@@ -25,6 +25,7 @@ class FlexLoRA(FLoRA):
 
     exact = False
     changes_frozen = False
+    splits_anew = True
 
     def downloads(self, name: str) -> bool:
         """Everything."""

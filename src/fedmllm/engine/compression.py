@@ -28,7 +28,8 @@ class CompressionConfig(BaseModel):
     fraction: float = Field(0.05, gt=0, le=1)
     """Which part of the entries ``top_k`` sends."""
     error_feedback: bool = True
-    """Clients keep what was lost on the way and add it to their next update (Seide et al., Interspeech 2014; Karimireddy et al., ICML 2019)."""
+    """Clients keep what was lost on the way and add it to their next update (Seide et al., Interspeech 2014; Karimireddy et al., ICML 2019); under
+    FlexLoRA and fedmllm it is carried over to the new factors."""
 
 
 UNCOMPRESSED = CompressionConfig()

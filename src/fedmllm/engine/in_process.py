@@ -25,7 +25,7 @@ from fedmllm.training.batches import Encoder
 from fedmllm.training.calibration import calibrated
 from fedmllm.training.local import LocalTask, TrainingConfig, train_locally, train_together
 from fedmllm.training.rules import LocalResult, LocalRule, Upload
-from fedmllm.types import Accepted, Answer, Broadcast, ClientFailure, ClientUpdate, Sample, Slots
+from fedmllm.types import Accepted, Answer, Broadcast, ClientFailure, ClientUpdate, Sample, Slots, Weights
 
 _LOG = logging.getLogger(__name__)
 
@@ -174,7 +174,8 @@ class InProcessEngine:
     def _sent(self, assignment: Assignment, turn: _Turn, result: LocalResult, personal: Slots) -> ClientUpdate:
         """Keep what is the client's own, send the rest."""
         upload = turn.rule.finish(result)
-        update, lost = _compressed(assignment.compression, _update(assignment, turn, result, upload), turn.client.state)
+        ended = factors.cut(upload.weights, turn.rank) if assignment.algorithm.splits_anew else {}
+        update, lost = _compressed(assignment.compression, _update(assignment, turn, result, upload), turn.client.state, ended)
         # A turn that leaves nothing new leaves what there was.
         if keeps := {**upload.keeps, **personal, **lost} or turn.client.state:
             assignment.keep(turn.client.name, keeps)
@@ -207,16 +208,28 @@ def _update(assignment: Assignment, turn: _Turn, result: LocalResult, upload: Up
     return ClientUpdate(turn.client.name, update, count, result.metrics, extras, profile_, turn.rank, round_num=round_num)
 
 
-def _compressed(config: CompressionConfig, update: ClientUpdate, kept: Slots) -> tuple[ClientUpdate, Slots]:
-    """An update as it arrives, and what the client keeps of what was lost on the way."""
+def _compressed(config: CompressionConfig, update: ClientUpdate, kept: Slots, ended: Weights) -> tuple[ClientUpdate, Slots]:
+    """An update as it arrives, and what the client keeps of what was lost on the way.
+
+    Args:
+        config: how it is written.
+        update: at the client's rank.
+        kept: what the client has kept.
+        ended: what it trained to, where the next round's factors have other directions; empty where they do not.
+    """
     codec = build_codec(config)
     if codec is None:
         return update, {}
+    # What is not finite has no directions; it is sent as it is, to be refused.
+    if ended and W.is_finite(ended) and "ended" in kept:
+        kept = {**kept, "lost_update": factors.carried(kept["lost_update"], kept["ended"], ended)}
     groups = {"update": update.update, **update.extras}
     sent = {kind: sent_through(codec, tensors, kept.get(f"lost_{kind}", {})) for kind, tensors in groups.items()}
     # What is not finite is refused; kept, it would spoil all of the client's later updates.
     left = {kind: through.lost for kind, through in sent.items() if config.error_feedback and W.is_finite(through.lost)}
-    lost = {f"lost_{kind}": {**kept.get(f"lost_{kind}", {}), **tensors} for kind, tensors in left.items()}
+    lost: Slots = {f"lost_{kind}": {**kept.get(f"lost_{kind}", {}), **tensors} for kind, tensors in left.items()}
+    if ended and "lost_update" in lost:
+        lost = {**lost, "ended": factors.named(dict(factors.pairs(ended)))}
     arrived = {kind: through.received for kind, through in sent.items()}
     packed = {kind: through.packed for kind, through in sent.items()}
     size = sum(through.num_bytes for through in sent.values())
