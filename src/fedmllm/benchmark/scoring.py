@@ -63,7 +63,7 @@ def chat(
     return ask
 
 
-def merge(path: Path, output: Path, experiment_file: Path | None = None, overrides: Sequence[str] = ()) -> None:
+def merge(path: Path, output: Path, experiment_file: Path | None = None, overrides: Sequence[str] = ()) -> float:
     """Write the model with the adapter merged into its weights as a Transformers folder; of a model in 4 bits, in bfloat16.
 
     Args:
@@ -72,13 +72,16 @@ def merge(path: Path, output: Path, experiment_file: Path | None = None, overrid
         experiment_file: names the model; by default the run's own ``config.yaml``.
         overrides: settings as ``key.path=value``, e.g. ``model.name`` where the model lies now.
 
+    Returns:
+        how much of the adapter's change is lost to the number format: see ``save_merged``.
+
     Raises:
         RunError: if neither the folder nor the arguments say which experiment it is.
         ModelError: if there is something at ``output``, or the adapter does not fit.
     """
     experiment, adapter = _found(path, experiment_file, overrides)
     whole = experiment.model.model_copy(update={"quantization": "none"})
-    save_merged(_loaded(experiment.model_copy(update={"model": whole}), adapter), output)
+    return save_merged(_loaded(experiment.model_copy(update={"model": whole}), adapter), output)
 
 
 def _found(path: Path, experiment_file: Path | None, overrides: Sequence[str]) -> tuple[Experiment, Path]:

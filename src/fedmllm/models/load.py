@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from safetensors import SafetensorError
 
 from fedmllm.errors import ModelError
+from fedmllm.models.beside import Beside
 from fedmllm.models.checkpointing import checkpoint_layers
 from fedmllm.models.families import family_of
 from fedmllm.models.families.generic import ModelFamily
@@ -75,6 +76,7 @@ class VisionLanguageModel:
         max_length: longest sequence in tokens.
         max_image_side: longest side of a picture in pixels; None for the processor's own limits.
         originals: frozen matrices as loaded, by module, of those that a method has changed.
+        beside: changes that are held beside frozen matrices, by module.
         features: keeps what the frozen vision part makes of pictures; None to compute it every time.
     """
 
@@ -86,6 +88,7 @@ class VisionLanguageModel:
     max_length: int
     dtype: torch.dtype = torch.float32
     originals: dict[str, torch.Tensor] = field(default_factory=dict)
+    beside: dict[str, Beside] = field(default_factory=dict)
     features: VisionFeatures | None = None
     max_image_side: int | None = None
 
