@@ -99,6 +99,11 @@ class Experiment(BaseModel):
                 f"model.quantization: {self.algorithm.name} adds to the frozen weights, which {self.model.quantization} cannot hold exactly; "
                 "use none, or another method"
             )
+        if method.changes_frozen and self.lora.dora and self.model.dtype != "float32":
+            raise ValueError(
+                f"lora.dora: {self.algorithm.name} adds to the frozen weights, which {self.model.dtype} cannot hold exactly and DoRA takes the "
+                "length of; set model.dtype to float32, or lora.dora to false"
+            )
         if cohort < method.smallest_cohort:
             raise ValueError(
                 f"federation.clients_per_round: {self.algorithm.name} with these parameters needs {method.smallest_cohort} clients or more "

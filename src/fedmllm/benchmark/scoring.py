@@ -74,7 +74,7 @@ def chat(
     return ask
 
 
-def merge(path: Path, output: Path, experiment_file: Path | None = None, overrides: Sequence[str] = (), force: bool = False) -> None:
+def merge(path: Path, output: Path, experiment_file: Path | None = None, overrides: Sequence[str] = (), force: bool = False) -> float:
     """Write the model with the adapter merged into its weights as a Transformers folder; of a model in 4 bits, in bfloat16.
 
     Args:
@@ -84,6 +84,9 @@ def merge(path: Path, output: Path, experiment_file: Path | None = None, overrid
         overrides: settings as ``key.path=value``, e.g. ``model.name`` where the model lies now.
         force: take the model although it is another than the run's.
 
+    Returns:
+        how much of the adapter's change is lost to the number format: see ``save_merged``.
+
     Raises:
         RunError: if neither the folder nor the arguments say which experiment it is.
             Also if there is something at ``output``, or it cannot be made.
@@ -92,7 +95,7 @@ def merge(path: Path, output: Path, experiment_file: Path | None = None, overrid
     require_new_folder(output)
     experiment, adapter = _found(path, experiment_file, overrides, force)
     whole = experiment.model.model_copy(update={"quantization": "none"})
-    save_merged(_loaded(experiment.model_copy(update={"model": whole}), adapter), output)
+    return save_merged(_loaded(experiment.model_copy(update={"model": whole}), adapter), output)
 
 
 def _found(path: Path, experiment_file: Path | None, overrides: Sequence[str], force: bool) -> tuple[Experiment, Path]:

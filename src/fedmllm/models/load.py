@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 
 from fedmllm.errors import ModelError, listing
 from fedmllm.files import is_pointer
+from fedmllm.models.beside import Beside
 from fedmllm.models.checkpointing import checkpoint_layers
 from fedmllm.models.families import family_of
 from fedmllm.models.families.generic import ModelFamily
@@ -82,6 +83,7 @@ class VisionLanguageModel:
         max_length: longest sequence in tokens.
         max_image_side: longest side of a picture in pixels; None for the processor's own limits.
         originals: frozen matrices as loaded, by module, of those that a method has changed.
+        beside: changes that are held beside frozen matrices, by module.
         features: keeps what the frozen vision part makes of pictures; None to compute it every time.
     """
 
@@ -93,6 +95,7 @@ class VisionLanguageModel:
     max_length: int
     dtype: torch.dtype = torch.float32
     originals: dict[str, torch.Tensor] = field(default_factory=dict)
+    beside: dict[str, Beside] = field(default_factory=dict)
     features: VisionFeatures | None = None
     max_image_side: int | None = None
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fedmllm.errors import ModelError
+from fedmllm.models.beside import Beside, too_coarse
 from fedmllm.models.load import VisionLanguageModel
 from fedmllm.models.parts import LoraConfig, adapted_modules, whole_modules
 from fedmllm.randomness import torch_randomness
@@ -186,7 +187,10 @@ def frozen_weights(vlm: VisionLanguageModel) -> Weights:
 
 @torch.no_grad()
 def write_base(vlm: VisionLanguageModel, base: Mapping[str, Tensor]) -> None:
-    """Set the frozen matrices to what they were when loaded plus ``s base``, s being LoRA's scale, always from a kept original.
+    """Let the frozen layers compute with what was loaded plus ``s base``, s being LoRA's scale.
+
+    Matrices in float32 are set to the sum, always from a kept original. Beside others, whose format would lose much of a small change, it
+    is held by itself (``models.beside``).
 
     Args:
         vlm: the model; modules that ``base`` does not name get their original back.
@@ -195,14 +199,21 @@ def write_base(vlm: VisionLanguageModel, base: Mapping[str, Tensor]) -> None:
     Raises:
         ModelError: if a matrix is held in a quantized format, to which nothing can be added.
     """
-    if not base and not vlm.originals:
+    if not base and not vlm.originals and not vlm.beside:
         return
     for name, layer in adapted_layers(vlm.model):
-        weight = layer.get_base_layer().weight
+        frozen = layer.get_base_layer()
+        weight = frozen.weight
+        if name in vlm.beside:
+            vlm.beside.pop(name).remove()
         if name in base:
             if not weight.is_floating_point():
                 raise ModelError(f"the method changes frozen weights, but {name} is held as {weight.dtype}; load the model in bfloat16")
-            original = vlm.originals.setdefault(name, weight.detach().clone())
-            weight.copy_(original.float() + lora_scale(vlm.model) * base[name].to(weight.device, torch.float32))
+            change = lora_scale(vlm.model) * base[name].to(weight.device, torch.float32)
+            if too_coarse(weight.dtype):
+                vlm.beside[name] = Beside(frozen, change)
+            else:
+                original = vlm.originals.setdefault(name, weight.detach().clone())
+                weight.copy_(original.float() + change)
         elif name in vlm.originals:
             weight.copy_(vlm.originals.pop(name))
