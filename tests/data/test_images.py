@@ -267,6 +267,43 @@ def test_sixteen_bit_gray_keeps_its_shades(tmp_path: Path) -> None:
     assert np.abs(pixels(open_image(tmp_path / "a.png"))[:, :, 0] - ramp / 257.0).max() <= 1
 
 
+@pytest.mark.parametrize(("low", "high"), [(0.0, 0.05), (-3e30, 7e30), (1e-30, 2e-30)])
+def test_gray_of_floats_is_stretched_to_all_shades(low: float, high: float, tmp_path: Path) -> None:
+    """Whatever its unit; what is no number is black, what is infinite black or white."""
+    ramp = np.linspace(low, high, 16, dtype=np.float32).reshape(4, 4)
+    Image.fromarray(ramp).save(tmp_path / "a.tiff")
+    assert np.abs(pixels(open_image(tmp_path / "a.tiff"))[:, :, 0].ravel() - np.linspace(0, 255, 16)).max() <= 1
+    ramp[0] = [np.nan, np.inf, -np.inf, low]
+    assert pixels(open_image(Image.fromarray(ramp)))[0, :, 0].tolist() == [0, 255, 0, 0]
+
+
+def damaged_exif() -> bytes:
+    """A JPEG of 60 x 30 pixels whose EXIF block says orientation 6, has a tag of a wrong type and a text beyond its end."""
+    entries = ((0x0112, 3, 1, 6), (0x0111, 1, 1, 1), (0x0132, 2, 20, 5000))
+    block = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 3) + b"".join(struct.pack("<HHII", *entry) for entry in entries) + bytes(4)
+    buffer = io.BytesIO()
+    Image.new("RGB", (60, 30), "red").save(buffer, "JPEG", quality=95)
+    return buffer.getvalue()[:2] + b"\xff\xe1" + struct.pack(">H", len(block) + 2) + block + buffer.getvalue()[2:]
+
+
+def test_a_damaged_exif_block_spoils_no_picture(tmp_path: Path) -> None:
+    """It is used as it is, and said not to be turned."""
+    (tmp_path / "a.jpg").write_bytes(damaged_exif())
+    Image.new("RGB", (4, 4)).save(tmp_path / "b.jpg")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's, of the block
+        assert open_image(tmp_path / "a.jpg").size == (60, 30)
+        broken, notes = images.check_images([tmp_path / "a.jpg", tmp_path / "b.jpg"])
+    assert broken == {}
+    assert notes == [f"{tmp_path}/a.jpg: its EXIF block is damaged, so that it is not turned upright"]
+
+
+def test_a_picture_that_git_lfs_did_not_download_is_named_as_such(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 7\n")
+    with pytest.raises(DataError, match=r"a\.png: is a git-lfs pointer in place of the picture"):
+        open_image(tmp_path / "a.png")
+
+
 # What no one thought of.
 
 

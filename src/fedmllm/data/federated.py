@@ -16,7 +16,7 @@ from fedmllm.data.content import repeated, sample_digests
 from fedmllm.data.datasets import Dataset, DatasetRequest, load_dataset
 from fedmllm.data.datasets.rows import OnBadSample, skipped
 from fedmllm.data.holders import Holders
-from fedmllm.data.images import broken_images
+from fedmllm.data.images import check_images
 from fedmllm.data.modalities import apply_scenario, holdings, profile
 from fedmllm.data.partition import Indices, by_domain, dirichlet, iid, natural, quantity
 from fedmllm.data.quality import parse_part
@@ -103,7 +103,8 @@ def decodable(dataset: Dataset, policy: OnBadSample) -> Dataset:
     Raises:
         DataError: listing all pictures that do not, if the policy is to refuse.
     """
-    broken = broken_images(source for sample in (*dataset.train, *dataset.test) for source in _pictures(sample))
+    broken, turned = check_images(source for sample in (*dataset.train, *dataset.test) for source in _pictures(sample))
+    dataset = replace(dataset, notes=(*dataset.notes, *skipped(f"{len(turned):,} picture(s) may not be upright", turned)))
     if not broken:
         return dataset
     bad = {sample.id: problem for sample in (*dataset.train, *dataset.test) if (problem := _problem(sample, broken))}

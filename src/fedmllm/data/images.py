@@ -8,9 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageFilter, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFilter, UnidentifiedImageError
 
 from fedmllm.errors import DataError
+from fedmllm.files import is_pointer
 from fedmllm.types import EditedImage, Picture
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
@@ -33,7 +34,7 @@ _BROKEN = (
 
 
 def open_image(source: str | Picture) -> Image.Image:
-    """The picture as RGB, turned upright by its EXIF orientation, with its edits made.
+    """The picture as RGB, turned upright by its EXIF orientation as far as that can be read, with its edits made.
 
     Args:
         source: a file, its bytes, a picture already in memory, or one with edits to be made.
@@ -50,16 +51,46 @@ def open_image(source: str | Picture) -> Image.Image:
         if not all(source.size):
             raise DataError(f"a picture of {source.width}x{source.height} pixels shows nothing; remove it")
         return source if source.mode == "RGB" and "transparency" not in source.info else _to_rgb(source)
-    name = f"{len(source):,} bytes" if isinstance(source, bytes) else source
+    name = _named(source)
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
+        with Image.open(_readable(source), formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise DataError(f"{name}: {image.width}x{image.height} pixels, at most {MAX_PIXELS:,} are decoded; shrink the picture")
-            return _to_rgb(ImageOps.exif_transpose(image))
+            return _to_rgb(_upright(image))
     except FileNotFoundError as error:
         raise DataError(f"{name}: no such image; check the folder's path") from error
     except _BROKEN as error:
+        if not isinstance(source, bytes) and is_pointer(Path(source)):
+            raise DataError(f"{name}: is a git-lfs pointer in place of the picture; download the file, e.g. with 'git lfs pull'") from error
         raise DataError(f"{name}: cannot be decoded as an image ({error}); replace or remove it") from error
+
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What makes a picture upright, by its EXIF orientation."""
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The picture turned as its EXIF block says; as it is where there is none, or the block is damaged."""
+    turn = _TURNS.get(_orientation(image) or 1)
+    return image if turn is None else image.transpose(turn)
+
+
+def _orientation(image: Image.Image) -> int | None:
+    """1 where the file says nothing, None where what it says is damaged: Pillow then raises errors of any kind."""
+    try:
+        exif = image.getexif()
+        exif.tobytes()
+        return int(exif.get(ExifTags.Base.Orientation, 1))
+    except Exception:
+        return None
 
 
 def _blur(image: Image.Image, strength: float, rng: np.random.Generator) -> Image.Image:
@@ -97,30 +128,48 @@ EDITS: Mapping[str, Callable[[Image.Image, float, np.random.Generator], Image.Im
 """What can be done to a picture by name; strengths as ``data.quality`` bounds them."""
 
 
-def broken_images(sources: Iterable[Path | bytes]) -> dict[Path | bytes, str]:
-    """The pictures that cannot be decoded and why; asked before a run begins, so that it does not end in the middle."""
+def check_images(sources: Iterable[Path | bytes]) -> tuple[dict[Path | bytes, str], list[str]]:
+    """What is wrong with pictures; asked before a run begins, so that it does not end in the middle.
+
+    Returns:
+        why pictures cannot be decoded, by picture; and notes on those that can, but may not be upright.
+    """
     pictures = list(dict.fromkeys(sources))
     with ThreadPoolExecutor() as pool:
-        return {picture: problem for picture, problem in zip(pictures, pool.map(_problem, pictures), strict=True) if problem}
+        found = dict(zip(pictures, pool.map(_checked, pictures), strict=True))
+    broken = {picture: problem for picture, (problem, _) in found.items() if problem}
+    return broken, [note for _, note in found.values() if note]
 
 
-def _problem(source: Path | bytes) -> str | None:
+def _checked(source: Path | bytes) -> tuple[str, str]:
+    """(what is wrong with a picture, a note on it), each empty if there is none."""
     try:
         open_image(source)
     except DataError as error:
-        return str(error)
-    return None
+        return str(error), ""
+    with Image.open(_readable(source), formats=FORMATS) as image:
+        return "", "" if _orientation(image) else f"{_named(source)}: its EXIF block is damaged, so that it is not turned upright"
+
+
+def _readable(source: str | Path | bytes) -> str | Path | io.BytesIO:
+    return io.BytesIO(source) if isinstance(source, bytes) else source
+
+
+def _named(source: str | Path | bytes) -> str:
+    return f"{len(source):,} bytes" if isinstance(source, bytes) else str(source)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """Transparent pixels become white, as on paper; gray of more than 8 bits is stretched from its least to its largest value.
+    """Transparent pixels become white, as on paper; gray of more than 8 bits is stretched from its least to its largest finite value.
 
     The library's bare conversion would turn the former black and cut the latter off at 255.
     """
     if image.mode == "F" or image.mode.startswith("I"):
-        values = np.nan_to_num(np.asarray(image, dtype=np.float64))
-        span = max(float(np.ptp(values)), 1.0)
-        return Image.fromarray(((values - values.min()) * (255 / span)).astype(np.uint8)).convert("RGB")
+        values = np.asarray(image, dtype=np.float64)
+        finite = values[np.isfinite(values)] if np.isfinite(values).any() else np.zeros(1)
+        low, span = finite.min(), float(np.ptp(finite)) or 1.0
+        known = np.nan_to_num(values, nan=low, posinf=finite.max(), neginf=low)
+        return Image.fromarray(((known - low) / span * 255).astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         page = Image.new("RGBA", rgba.size, "white")

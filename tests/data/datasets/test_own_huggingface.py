@@ -13,7 +13,9 @@ from PIL import Image
 
 from fedmllm.data.datasets import load_dataset
 from fedmllm.data.datasets.base import Dataset, DatasetRequest
+from fedmllm.data.federated import load
 from fedmllm.data.images import open_image
+from fedmllm.data.settings import DataConfig
 from fedmllm.errors import ConfigError, DataError
 
 COLUMNS = {"image": "scan", "text": "report", "answer": "finding"}
@@ -192,3 +194,17 @@ def test_a_folder_of_parquet_files_is_named_as_such(hub: Any, tmp_path: Path) ->
     (tmp_path / "data" / "train-0.parquet").touch()
     with pytest.raises(ConfigError, match=r"read its Parquet files with datasets\.load_dataset and save that"):
         load_dataset("huggingface", DatasetRequest(tmp_path, 0, options=OPTIONS))
+
+
+def test_a_damaged_picture_in_a_list_is_a_bad_one_like_others(hub: Any, tmp_path: Path) -> None:
+    """Lists of one picture are read; the library would decode them while rows are listed, and end."""
+    features = hub.Features(scan=hub.List(hub.Image()), report=hub.Value("string"), finding=hub.ClassLabel(names=CHOICES))
+    scans = [[{"bytes": png(10)}], [{"bytes": b"no picture"}], [], [{"bytes": png(1)}, {"bytes": png(2)}]]
+    rows = {"scan": scans, "report": list("abcd"), "finding": [0, 1, 0, 1]}
+    part = hub.Dataset.from_dict(rows, features=features)
+    hub.DatasetDict({"train": part, "test": part.select([0])}).save_to_disk(str(tmp_path / "own"))
+    assert problems(tmp_path / "own") == ["train[3]: scan must be one file, is a list of 2"]
+    data = DataConfig(dataset="huggingface", root=tmp_path / "own", options=OPTIONS, on_bad_sample="skip")
+    found = load(data, 0)
+    assert [sorted(s.content) for s in found.train] == [["image", "text"], ["text"]]
+    assert "1 sample(s) skipped for 1 image(s) that cannot be used" in found.notes

@@ -18,6 +18,7 @@ from typing import Any
 
 from fedmllm.data.datasets.rows import SURROGATE, Row, RowError, shown
 from fedmllm.errors import ConfigError, DataError, listing
+from fedmllm.files import is_pointer
 from fedmllm.types import Record
 
 
@@ -219,11 +220,18 @@ def stored(root: Path, split: str) -> Iterator[Row]:
         raise ConfigError(f"data.options: {split!r} is no split of {root}; it holds {', '.join(found)}")
     rows, names = found[split], {}
     for column, feature in rows.features.items():
-        if hasattr(feature, "decode"):
-            rows = rows.cast_column(column, replace(feature, decode=False))
+        if (encoded := _undecoded(feature, datasets)) != feature:
+            rows = rows.cast_column(column, encoded)
         if isinstance(feature, datasets.ClassLabel):
             names[column] = dict(enumerate(feature.names))
     return (Row(f"{split}[{i}]", _named(record, names)) for i, record in enumerate(rows))
+
+
+def _undecoded(feature: Any, datasets: Any) -> Any:
+    """A column's form with files left encoded, also those in lists: a damaged one is then a bad row, and not the end of reading."""
+    if isinstance(feature, (datasets.List, datasets.LargeList)):
+        return replace(feature, feature=_undecoded(feature.feature, datasets))
+    return replace(feature, decode=False) if hasattr(feature, "decode") else feature
 
 
 def _named(record: Record, names: Mapping[str, Mapping[int, str]]) -> Record:
@@ -233,6 +241,8 @@ def _named(record: Record, names: Mapping[str, Mapping[int, str]]) -> Record:
 
 def _bytes(path: Path) -> bytes:
     try:
+        if is_pointer(path):
+            raise DataError(f"{path}: is a git-lfs pointer in place of the file; download it, e.g. with 'git lfs pull'")
         return path.read_bytes()
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error}); check the folder's path") from error

@@ -67,6 +67,10 @@ def _stored_rows(root: Path, name: str, options: Options) -> Iterator[Row]:
 
 def _stored_file(row: Row, column: str, root: Path) -> Content:
     value = row.value(column)
+    if isinstance(value, list):
+        if len(value) != 1:
+            raise RowError(f"{column} must be one file, is a list of {len(value)}")
+        return _stored_file(replace(row, record={column: value[0]}), column, root)
     if not isinstance(value, dict):
         return row.file(column, root)
     return bytes(value["bytes"]) if value.get("bytes") else replace(row, record={column: value.get("path")}).file(column, root)
@@ -195,7 +199,7 @@ def _or_empty(row: Row, columns: Mapping[str, str], role: str) -> str:
 def _content(row: Row, modality: Modality, column: str, source: _Source, root: Path) -> Content | None:
     """A modality's value, None where the row has none."""
     value = row.record.get(column)
-    if value is None or (isinstance(value, str) and not value.strip()):
+    if value is None or value == [] or (isinstance(value, str) and not value.strip()):
         return None
     return row.text(column) if modality == "text" else source.content(row, column, root)
 
