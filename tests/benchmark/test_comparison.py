@@ -9,9 +9,10 @@ from typing import Any, cast
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from scipy.stats import rankdata
+from scipy.stats import rankdata, ttest_1samp
 
 from fedmllm.benchmark.comparison import RESAMPLES, Column, Sweep, Trained, read_sweep
+from fedmllm.benchmark.folder import Run
 from fedmllm.benchmark.grid import Grid, cells
 from fedmllm.benchmark.sweep import Places, open_sweep, run_sweep
 from fedmllm.errors import RunError
@@ -26,14 +27,15 @@ class Stub:
 
     score: float
     resampled: NDArray[np.float64]
+    same_test: bool = False
 
 
-def sweep(table: dict[str, NDArray[np.float64]], noise: float = 0.0) -> Sweep:
+def sweep(table: dict[str, NDArray[np.float64]], noise: float = 0.0, same_test: bool = False) -> Sweep:
     """Of scores by method, of shape (columns, seeds); NaN for a cell that is not there. Test samples add the same noise to all methods."""
     rng = np.random.default_rng(0)
     shared = noise * rng.standard_normal((*next(iter(table.values())).shape, RESAMPLES))
     found = {
-        (method, COLUMNS[c], seed): Stub(scores[c, seed], scores[c, seed] + shared[c, seed])
+        (method, COLUMNS[c], seed): Stub(scores[c, seed], scores[c, seed] + shared[c, seed], same_test)
         for method, scores in table.items()
         for c, seed in np.ndindex(scores.shape)
         if not np.isnan(scores[c, seed])
@@ -87,7 +89,8 @@ def test_a_gain_is_paired() -> None:
     table = scores()
     found = sweep({"fedavg": table, "better": table + 0.1}, noise=0.2).gain("better")
     assert found is not None
-    assert (found.mean, found.low, found.high) == pytest.approx((0.1, 0.1, 0.1))
+    assert found.interval is not None
+    assert (found.mean, found.interval.low, found.interval.high) == pytest.approx((0.1, 0.1, 0.1))
     assert (found.won, found.cells, found.seeds) == (12, 12, 3)
 
 
@@ -95,8 +98,58 @@ def test_a_gain_that_seeds_disagree_about_is_uncertain() -> None:
     table = scores()
     found = sweep({"fedavg": table, "other": table + np.array([-0.3, 0.1, 0.3])}).gain("other")
     assert found is not None
-    assert found.mean == pytest.approx(0.1 / 3)
-    assert found.low < -0.15 < 0.2 < found.high
+    assert found.interval is not None
+    low, high = ttest_1samp([-0.3, 0.1, 0.3], 0).confidence_interval(0.95)
+    assert (found.mean, found.interval.low, found.interval.high) == pytest.approx((0.1 / 3, low, high))
+
+
+def test_the_interval_over_three_seeds_holds_the_truth_95_times_of_100() -> None:
+    """A method that is better by 0.1, and seeds that move it by 0.05: by a percentile bootstrap it was 73 to 77 times."""
+    rng, covered = np.random.default_rng(1), 0
+    for _ in range(600):
+        table = rng.random((1, 3))
+        found = sweep({"fedavg": table, "better": table + 0.1 + 0.05 * rng.standard_normal((1, 3))}).gain("better")
+        assert found is not None
+        assert found.interval is not None
+        covered += found.interval.low <= 0.1 <= found.interval.high
+    assert 0.925 < covered / 600 < 0.975
+
+
+def test_noise_of_test_samples_that_all_seeds_share_is_in_the_interval() -> None:
+    """All seeds agree on +0.1, but on other test samples it could be another number: the bootstrap's spread of the mean says how far."""
+    table, rng = scores(), np.random.default_rng(0)
+    found = sweep({"fedavg": table, "better": table + 0.1}, same_test=True)
+    moved = 0.02 * rng.standard_normal(RESAMPLES)
+    for (method, _, _), cell in found.cells.items():
+        if method == "better":
+            cast(Any, cell).resampled = cell.resampled + moved
+    gain = found.gain("better")
+    assert gain is not None
+    assert gain.interval is not None
+    assert gain.interval.high - gain.interval.low == pytest.approx(2 * 4.302653 * moved.std(), rel=1e-5)
+
+
+def test_one_seed_has_no_interval() -> None:
+    table = scores(seeds=1)
+    found = sweep({"fedavg": table, "better": table + 0.1}).gain("better")
+    assert found is not None
+    assert (found.mean, found.interval, found.seeds) == (pytest.approx(0.1), None, 1)
+
+
+@pytest.mark.parametrize(
+    ("config", "same"),
+    [
+        ("data: {dataset: digits-claims, root: null}", False),
+        ("data: {dataset: slake, root: /data/slake, num_test: 200}", True),
+        ("data: {dataset: mixture, options: {parts: [{dataset: digits-vqa}, {dataset: slake, root: /data/slake}]}}", True),
+        ("data: {dataset: mixture, root: null, options: {parts: [{dataset: digits-vqa, root: null}]}}", False),
+        ("seed: 1", False),
+    ],
+)
+def test_files_hold_the_same_test_samples_for_every_seed(config: str, same: bool) -> None:
+    """Or overlapping ones, where fewer are drawn; generated data are drawn anew."""
+    run = Run("cell", config, cast(Any, None), (), None)
+    assert Trained("fedavg", COLUMNS[0], 0, "", run, ()).same_test is same
 
 
 def test_a_gain_is_over_what_both_have() -> None:

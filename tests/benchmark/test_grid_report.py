@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import re
 import shutil
@@ -16,21 +17,26 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from fedmllm.benchmark import grid_tables
-from fedmllm.benchmark.comparison import read_sweep
+from fedmllm.benchmark.comparison import Gain, read_sweep
 from fedmllm.benchmark.drawing import FILLS
 from fedmllm.benchmark.grid_figures import _levels, _unbeaten
 from fedmllm.benchmark.grid_report import write_sweep_report
 from fedmllm.benchmark.grid_tables import (
+    NOTHING,
     Entry,
     Table,
+    beside_table,
     client_table,
     hard_table,
     overview_table,
     score_table,
     strategy_table,
+    survivors,
+    to_csv,
     to_latex,
     to_markdown,
 )
+from fedmllm.benchmark.intervals import Interval
 from fedmllm.benchmark.pairs import Pair, pairs
 from fedmllm.evaluation.answered import Answered, to_record
 from run_folders import Folder, Page, round_line, table_rows
@@ -126,6 +132,63 @@ def test_gains_are_over_the_cells_that_both_have(sweep: Path) -> None:
     assert [rows[method][6] for method in METHODS] == ["1.00 MB", "10.0 MB", "100 MB"]
 
 
+def test_bold_is_what_survives_the_correction_and_not_what_is_highest(sweep: Path) -> None:
+    """Both seeds agree on +10.0 and +20.0 to the last digit, and the noise of 100 test samples remains, times t(1) = 12.7."""
+    read = read_sweep(sweep)
+    table = overview_table(read)
+    assert [row[0].text for row in table.rows if row[1].best] == ["<b>ours</b>"]
+    assert not any(row[3].sure for row in table.rows)
+    assert "after Holm's correction over the rows of the table" in table.caption
+    assert not any(entry.sure for row in score_table(read, "nano", "cats").rows for entry in row)
+    gains = [Gain(0.1, Interval(0.0, 0.2, p), 1, 1, 3) for p in (0.03, 0.01)]
+    assert survivors([None, *gains]) == [False, True, True]
+    assert survivors([None, *gains, Gain(0.1, Interval(0.0, 0.2, 0.04), 1, 1, 3)]) == [False, False, True, False]
+
+
+def test_a_table_of_one_seed_says_that_it_has_no_interval(sweep: Path) -> None:
+    for path in (sweep / "cells").glob("*-1.json"):
+        path.unlink()
+    table = overview_table(read_sweep(sweep))
+    assert "There is one seed, hence no interval" in table.caption
+    assert [[entry.text for entry in row[3:5]] for row in table.rows] == [["", ""], ["+10.0", NOTHING], ["+20.0", NOTHING]]
+    assert not any(entry.sure for row in table.rows for entry in row)
+
+
+def classified(score: float, extra: float) -> Answered:
+    """Of 80 cats and 20 dogs: so many cats right in 100, and ``extra`` of the dogs; the rest are answered with the other."""
+    truth = np.repeat([0, 1], (80, 20))
+    right = np.concatenate([np.arange(80) < round(80 * score), np.arange(20) < round(20 * extra)])
+    return Answered("macro_f1", ("macro_f1",), np.zeros(100, int), truth, np.where(right, truth, 1 - truth).astype(float))
+
+
+def test_a_gain_in_balanced_accuracy_may_be_a_loss_of_accuracy(sweep: Path) -> None:
+    """FedAvg answers cat to 90 % and dog to 10 %; ``ours`` 80 % of the cats and half of the dogs right: 74 to 74, and 50 to 65."""
+    assert beside_table(read_sweep(sweep), "nano", "cats") is None
+    told = {"FedAvg": classified(0.9, 0.1), "FedProx_1 & co": classified(0.9, 0.1), "<b>ours</b>": classified(0.8, 0.5)}
+    for names in (sweep / "cells").glob("*.json"):
+        method = json.loads(names.read_text())["method"]
+        (names.with_suffix("") / "predictions.json").write_text(json.dumps(to_record([told[method]])))
+    read = read_sweep(sweep)
+    table = beside_table(read, "nano", "cats")
+    assert table is not None
+    assert table.header[1::2] == ("accuracy", "balanced accuracy", "macro F1")
+    rows = {row[0].text: [entry.text for entry in row] for row in table.rows}
+    assert rows["FedAvg"][1::2] == ["74.0 (0.0)", "50.0 (0.0)", f"{100 * macro(72, 8, 2, 18):.1f} (0.0)"]
+    assert rows["<b>ours</b>"][2].startswith("+0.0 (")
+    assert rows["<b>ours</b>"][4].startswith("+15.0 (")
+    lines = list(csv.DictReader(io.StringIO(to_csv(read))))
+    ours = [row for row in lines if row["method"] == "<b>ours</b>"]
+    assert [float(ours[0][name]) for name in ("accuracy", "balanced_accuracy", "macro_f1")] == pytest.approx(
+        [0.74, 0.65, macro(64, 16, 10, 10)]
+    )
+    assert "by the chosen options" in Page(write_sweep_report(sweep).read_text()).text
+
+
+def macro(right_cats: int, missed_cats: int, right_dogs: int, missed_dogs: int) -> float:
+    wrong = missed_cats + missed_dogs
+    return right_cats / (2 * right_cats + wrong) + right_dogs / (2 * right_dogs + wrong)
+
+
 def changed(sweep: Path, method: str, config: str = "", **values: Any) -> None:
     """Other results, and settings, of a method's cells."""
     for names in (sweep / "cells").glob("*.json"):
@@ -148,7 +211,10 @@ def test_a_strategy_is_compared_with_the_same_without_it(sweep: Path) -> None:
     (row,) = ([entry.text for entry in row] for row in table.rows)
     assert row[0] == "adaptive_regularization on FedAvg"
     assert (row[1], row[3]) == ("+10.0", "3 of 3")
-    assert row[4].startswith("+10.0 (")
+    # One of two seeds is there in aligned settings, of which nothing is known about chance.
+    assert row[4] == "+10.0"
+    assert row[5].startswith("+10.0 (")
+    assert "A difference of one seed has no interval." in table.caption
     html = write_sweep_report(sweep).read_text()
     assert "adaptive_regularization on FedAvg" in Page(html).text
     assert Page(html).tags.count("svg") == 4
@@ -244,14 +310,17 @@ def test_code_that_changed_between_cells_is_told(sweep: Path) -> None:
 
 
 def test_latex_and_markdown_say_the_same() -> None:
-    entries = ((Entry("FedAvg"), Entry("50 %")), (Entry("a_b & c|d"), Entry("60.1", True)))
-    table = Table("x", "A caption: 100 %.", ("", "mean_1"), entries, (1,))
+    """In bold what is sure, in italics what is only the highest."""
+    entries = ((Entry("FedAvg"), Entry("50 %"), Entry("1", True)), (Entry("a_b & c|d"), Entry("60.1", sure=True), Entry("0")))
+    table = Table("x", "A caption: 100 %.", ("", "mean_1", "won"), entries, (1,))
     tex, markdown = to_latex(table), to_markdown(table)
-    assert r"a\_b \& c|d & \textbf{60.1} \\" in tex
+    assert r"FedAvg & 50 \% & \textit{1} \\" in tex
+    assert r"a\_b \& c|d & \textbf{60.1} & 0 \\" in tex
+    assert "| FedAvg | 50 % | *1* |" in markdown
     assert r"\caption{A caption: 100 \%.}" in tex
     assert tex.count(r"\midrule") == 2
     assert not re.search(r"(?<!\\)[%_&](?! )", tex.replace(" & ", ""))
-    assert "| a_b & c/d | **60.1** |" in markdown
+    assert "| a_b & c/d | **60.1** | 0 |" in markdown
 
 
 def test_what_nothing_beats_in_both() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from fedmllm.benchmark.comparison import Sweep, read_sweep
 from fedmllm.benchmark.grid import cells, load_grid
-from fedmllm.benchmark.grid_tables import overview_table, score_table, to_csv, to_markdown
+from fedmllm.benchmark.grid_tables import beside_table, overview_table, score_table, to_csv, to_markdown
 
 ROOT = Path(__file__).parents[2]
 GRIDS = {"nano-settings": ("settings.yaml", 1296), "nano-medical": ("medical.yaml", 72)}
@@ -30,6 +30,8 @@ def test_the_tables_are_made_of_the_cells(results: tuple[str, Sweep]) -> None:
     written = (folder / "tables.md").read_text()
     for dataset in {column.dataset for column in sweep.columns}:
         assert to_markdown(score_table(sweep, "nano", dataset)) in written
+        if dataset != "claims" and (beside := beside_table(sweep, "nano", dataset)) is not None:
+            assert to_markdown(beside) in written
     # Gains and their intervals too.
     assert to_markdown(overview_table(sweep)) in written
     assert {cell.code for cell in sweep.cells.values()} == {"97c166288a84"}

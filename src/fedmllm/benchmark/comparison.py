@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
 
 import numpy as np
+import yaml
 from numpy.typing import NDArray
 
 from fedmllm.benchmark.folder import Run, read_run
+from fedmllm.benchmark.intervals import Interval, paired
 from fedmllm.benchmark.results import RunResult
-from fedmllm.errors import DataError, RunError
+from fedmllm.errors import RunError
 from fedmllm.evaluation.answered import Answered, from_record
 from fedmllm.evaluation.metrics import error_over_models
 from fedmllm.randomness import generator
 
-RESAMPLES = 400
-"""Of the test samples, and of the seeds, behind an interval."""
-SHARE = 0.95
-"""Of the resamples that lie within an interval."""
+RESAMPLES = 200
+"""Of the test samples, from which their noise is known to a twentieth."""
 
 
 class Column(NamedTuple):
@@ -73,16 +72,16 @@ class Trained:
         return self.result.scores.get(key)
 
     @cached_property
+    def same_test(self) -> bool:
+        """Whether other seeds are tested on these samples too, or on some of them: files hold what they hold, generated data are drawn anew."""
+        return _names_files(yaml.safe_load(self.run.config).get("data", {}))
+
+    @cached_property
     def resampled(self) -> NDArray[np.float64]:
-        """The score on ``RESAMPLES`` resamples of the test samples, the same for all cells of a dataset and seed."""
-        rng, size = generator(self.seed, "comparison"), len(self.answers[0].truth)
-        scores: list[float] = []
-        while len(scores) < RESAMPLES:
-            chosen = rng.integers(size, size=size)
-            # Undefined where a class is wanting, for all models alike: drawn anew.
-            with suppress(DataError):
-                scores.append(mean(model.score(chosen) for model in self.answers))
-        return np.array(scores)
+        """The score on ``RESAMPLES`` resamples of the test samples, the same for all cells of a dataset."""
+        # Undefined where a class is wanting, for all models alike: drawn anew.
+        scores = [model.resampled(generator(0, "comparison"), RESAMPLES) for model in self.answers]
+        return np.asarray(np.mean(scores, axis=0))
 
 
 class Chosen(Trained):
@@ -98,19 +97,45 @@ class Chosen(Trained):
         return self.result.details.get(key, {}).get("auc_hard")
 
 
+@dataclass(frozen=True)
+class Beside(Trained):
+    """A finished cell, scored by what stands beside the headline; its answers are those of ``Answered.by``.
+
+    Attributes:
+        metric: one of ``SIDE_BY_SIDE``.
+    """
+
+    metric: str = "accuracy"
+
+    @property
+    def score(self) -> float:
+        """Of the federated model; of a personalized method the mean over the clients' models."""
+        return mean(model.score() for model in self.answers)
+
+    def baseline(self, key: str) -> float | None:
+        """As far as the run noted it."""
+        return self.result.details.get(key, {}).get(self.metric)
+
+
+def _names_files(settings: object) -> bool:
+    """Whether a section, or one within it, has a ``root``."""
+    if isinstance(settings, Mapping):
+        return settings.get("root") is not None or any(map(_names_files, settings.values()))
+    return isinstance(settings, list) and any(map(_names_files, settings))
+
+
 class Gain(NamedTuple):
     """How far a method lies above another.
 
     Attributes:
         mean: over seeds and columns, each weighing alike.
-        low, high: the interval that holds ``SHARE`` of the means over resampled seeds and, within each, resampled test samples.
+        interval: of the mean, see ``intervals.paired``; None for a single seed.
         won, cells: in how many cells it scored higher, and of how many.
         seeds: how many seeds there were.
     """
 
     mean: float
-    low: float
-    high: float
+    interval: Interval | None
     won: int
     cells: int
     seeds: int
@@ -164,6 +189,15 @@ class Sweep:
         found = list(self.scores(method, columns).values())
         return (mean(found), error_over_models(found)) if found else None
 
+    def by(self, metric: str) -> Sweep:
+        """The same cells scored by one of ``SIDE_BY_SIDE``; those whose answers do not say which class they are, are left out."""
+        found: dict[tuple[str, Column, int], Trained] = {}
+        for key, c in self.cells.items():
+            answers = [other for model in c.answers if (other := model.by(metric)) is not None]
+            if answers:
+                found[key] = Beside(c.method, c.column, c.seed, c.code, c.run, tuple(answers), metric)
+        return replace(self, cells=found)
+
     def ranks(self, columns: Sequence[Column] = ()) -> dict[str, float]:
         """Mean over columns of a method's place among those that have all of them, 1 for the best; ties share the mean of theirs."""
         chosen = list(columns or self.columns)
@@ -189,13 +223,12 @@ class Sweep:
         pairs = {seed: rows for seed, rows in pairs.items() if rows}
         if not pairs:
             return None
-        by_seed = np.array([mean(a.score - b.score for a, b in rows) for rows in pairs.values()])
-        resampled = np.array([np.mean([a.resampled - b.resampled for a, b in rows], axis=0) for rows in pairs.values()])
-        drawn = generator(0, "seeds").integers(len(pairs), size=(RESAMPLES, len(pairs)))
-        means = resampled[drawn, np.arange(RESAMPLES)[:, None]].mean(1)
-        low, high = np.quantile(means, [(1 - SHARE) / 2, (1 + SHARE) / 2])
+        by_seed = [mean(a.score - b.score for a, b in rows) for rows in pairs.values()]
+        resampled = np.mean([np.mean([a.resampled - b.resampled for a, b in rows], axis=0) for rows in pairs.values()], axis=0)
+        same = any(a.same_test for rows in pairs.values() for a, _ in rows)
         won = sum(a.score > b.score for rows in pairs.values() for a, b in rows)
-        return Gain(float(by_seed.mean()), float(low), float(high), won, sum(map(len, pairs.values())), len(pairs))
+        found = paired(by_seed, float(resampled.var()), same)
+        return Gain(mean(by_seed), found, won, sum(map(len, pairs.values())), len(pairs))
 
 
 def read_sweep(folder: Path) -> Sweep:

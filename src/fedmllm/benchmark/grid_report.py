@@ -9,6 +9,7 @@ from fedmllm.benchmark import grid_figures
 from fedmllm.benchmark.comparison import Sweep, read_sweep
 from fedmllm.benchmark.grid_tables import (
     Table,
+    beside_table,
     client_table,
     hard_table,
     overview_table,
@@ -46,7 +47,11 @@ def _tables(sweep: Sweep) -> list[Table]:
     """The overview, scores by model and dataset, and what else was asked for."""
     parts = dict.fromkeys((column.model, column.dataset) for column in sweep.columns)
     scores = [score_table(sweep, model, dataset) for model, dataset in parts]
-    others = [strategy_table(sweep, pairs(sweep)), *(hard_table(sweep, model, dataset) for model, dataset in parts)]
+    others = [
+        strategy_table(sweep, pairs(sweep)),
+        *(beside_table(sweep, model, dataset) for model, dataset in parts),
+        *(hard_table(sweep, model, dataset) for model, dataset in parts),
+    ]
     others += [client_table(sweep), tested_table(sweep)]
     return [overview_table(sweep), *scores, *(table for table in others if table is not None)]
 
@@ -67,6 +72,7 @@ def _context(sweep: Sweep, tables: list[Table]) -> dict[str, Any]:
         "versions": next(iter(cells)).result.versions,
         "overview": by_name["overview"],
         "score_tables": [table for table in tables if table.name.startswith("scores-")],
+        "beside_tables": [table for table in tables if table.name.startswith("beside-")],
         "hard_tables": [table for table in tables if table.name.startswith("hard-")],
         "clients": by_name.get("clients"),
         "tested": by_name.get("tested"),

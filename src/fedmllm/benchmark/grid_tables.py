@@ -6,13 +6,16 @@ import csv
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from io import StringIO
+from itertools import chain
 from statistics import mean
 
 from fedmllm.benchmark.comparison import Chosen, Column, Gain, Sweep, Trained
 from fedmllm.benchmark.drawing import LOOKS, duration, human_bytes
+from fedmllm.benchmark.intervals import Interval, holm
 from fedmllm.benchmark.pairs import Pair, kinds
 from fedmllm.benchmark.report import METRICS
 from fedmllm.benchmark.results import worst_decile
+from fedmllm.evaluation.answered import SIDE_BY_SIDE
 from fedmllm.evaluation.metrics import error_over_models
 
 NOTHING = "\u2013"
@@ -22,10 +25,17 @@ BASELINES = ("zero_shot", "local_mean", "calibrated_local_mean", "centralized", 
 
 @dataclass(frozen=True)
 class Entry:
-    """A cell of a table; the best of its column is ``best``."""
+    """A cell of a table.
+
+    Attributes:
+        text: as printed.
+        best: whether it is the highest of its column, which says nothing about chance; in italics.
+        sure: whether it is a difference that survives Holm's correction; in bold.
+    """
 
     text: str
     best: bool = False
+    sure: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,7 +93,7 @@ def score_table(sweep: Sweep, model: str, dataset: str) -> Table:
     metric = next(cell.run.manifest.metric for cell in sweep.cells.values() if cell.column in columns)
     caption = (
         f"{dataset}, {model}: {METRICS.get(metric, metric)} in percent, mean over seeds and in parentheses its standard error; "
-        "the best method of a column in bold. Rank: mean over the scenarios of a method's place, 1 for the best."
+        "the highest of a column in italics, whatever chance has to do with it. Rank: mean over the scenarios of a method's place, 1 for the best."
     )
     return Table(f"scores-{model}-{dataset}", caption, ("", *(column.scenario for column in columns), "mean", "rank"), tuple(rows), rules)
 
@@ -128,14 +138,15 @@ def baseline(sweep: Sweep, key: str, columns: Sequence[Column]) -> tuple[float, 
 def overview_table(sweep: Sweep) -> Table:
     """Every method over all columns: mean, rank, gain over the first, and what a run costs."""
     ranks, best = sweep.ranks(), _best(sweep, ())
+    gains = [None if method == sweep.reference else sweep.gain(method) for method in sweep.methods]
     rows = []
-    for method in sweep.methods:
+    for method, gain, sure in zip(sweep.methods, gains, survivors(gains), strict=True):
         own = sweep.of(method)
-        found, gain = sweep.mean_and_error(method), None if method == sweep.reference else sweep.gain(method)
+        found = sweep.mean_and_error(method)
         entries = [
             Entry(percent(found), found is not None and found[0] == best),
             Entry(f"{ranks[method]:.1f}" if method in ranks else NOTHING),
-            *_gain_entries(gain),
+            *_gain_entries(gain, sure),
             Entry(_spread(own, lambda cell: cell.result.bytes_up, human_bytes)),
             Entry(_spread(own, lambda cell: cell.result.bytes_down, human_bytes)),
             Entry(_spread(own, lambda cell: cell.result.seconds_by_stage.get("federated", 0.0), duration)),
@@ -143,21 +154,37 @@ def overview_table(sweep: Sweep) -> Table:
         ]
         rows.append((Entry(method), *entries))
     caption = (
-        f"All methods over all columns that each has. Above {sweep.reference}: mean difference in percentage points over the cells that both have, and the "
-        "interval of 95 % of resampled seeds and test samples, drawn for both methods alike; won: cells in which a method scored higher. Sent and received by "
-        "all clients, and time of training and evaluation: of a run. Failures: answers that could not be read, over all runs."
+        f"All methods over all columns that each has. Above {sweep.reference}: mean difference in percentage points over the cells that both have. "
+        f"{_doubt(gains)} Won: cells in which a method scored higher. Sent and received by all clients, and time of training and evaluation: of a "
+        "run. Failures: answers that could not be read, over all runs."
     )
     header = ("", "mean", "rank", f"above {sweep.reference}", "95 %", "won", "sent", "received", "time", "failures")
     return Table("overview", caption, header, tuple(rows))
 
 
-def _gain_entries(gain: Gain | None) -> list[Entry]:
+def survivors(gains: Sequence[Gain | None]) -> list[bool]:
+    """Which differences of a table survive Holm's correction over all of them."""
+    return holm([gain.interval.p if gain and gain.interval else None for gain in gains])
+
+
+def _doubt(gains: Sequence[Gain | None], over: str = "the rows of the table") -> str:
+    """Words for how sure differences are."""
+    seeds = {gain.seeds for gain in gains if gain}
+    if seeds <= {1}:
+        return "There is one seed, hence no interval: nothing here can be told from chance."
+    alone = " A difference of one seed has no interval." if 1 in seeds else ""
+    return (
+        f"In parentheses or under 95 %: the paired t interval over seeds, the noise of the test samples in it.{alone} In bold, in either direction: "
+        f"what differs from nothing after Holm's correction over {over}, at 5 %."
+    )
+
+
+def _gain_entries(gain: Gain | None, sure: bool) -> list[Entry]:
     if gain is None:
         return [Entry("")] * 3
-    sure = gain.low > 0
     return [
-        Entry(f"{100 * gain.mean:+.1f}", sure),
-        Entry(f"{100 * gain.low:+.1f} to {100 * gain.high:+.1f}"),
+        Entry(f"{100 * gain.mean:+.1f}", sure=sure),
+        Entry(_ends(gain.interval) if gain.interval else NOTHING),
         Entry(f"{gain.won} of {gain.cells}"),
     ]
 
@@ -165,20 +192,63 @@ def _gain_entries(gain: Gain | None) -> list[Entry]:
 def strategy_table(sweep: Sweep, found: Sequence[Pair]) -> Table | None:
     """Each method above the same without some of its strategies: everywhere, and by kind of scenario; None where there is no such pair."""
     groups = kinds(sweep)
+    everywhere = [sweep.gain(pair.method, pair.over) for pair in found]
+    by_kind = [[sweep.gain(pair.method, pair.over, columns) for columns in groups.values()] for pair in found]
+    marks = iter(survivors(list(chain(*by_kind))))
     rows = []
-    for pair in found:
-        gains = [sweep.gain(pair.method, pair.over, columns) for columns in groups.values()]
-        entries = [Entry(NOTHING) if gain is None else Entry(_interval(gain), gain.low > 0) for gain in gains]
-        rows.append((Entry(pair.label), *_gain_entries(sweep.gain(pair.method, pair.over)), *entries))
+    for pair, gain, sure, gains in zip(found, everywhere, survivors(everywhere), by_kind, strict=True):
+        rows.append((Entry(pair.label), *_gain_entries(gain, sure), *(_gain_entry(gain, next(marks)) for gain in gains)))
     caption = (
-        "What strategies add to a method: mean difference in percentage points over the cells that have both, and the interval of 95 % of resampled seeds and "
-        "test samples; then the same by kind of scenario. In bold where the interval lies above zero."
+        "What strategies add to a method: mean difference in percentage points over the cells that have both; then the same by kind of scenario. "
+        f"{_doubt([*everywhere, *chain(*by_kind)], 'the rows of the table; of the kinds, over the rows and kinds')}"
     )
     return Table("strategies", caption, ("", "gain", "95 %", "won", *groups), tuple(rows)) if rows else None
 
 
-def _interval(gain: Gain) -> str:
-    return f"{100 * gain.mean:+.1f} ({100 * gain.low:+.1f} to {100 * gain.high:+.1f})"
+def beside_table(sweep: Sweep, model: str, dataset: str) -> Table | None:
+    """Accuracy, balanced accuracy and macro-F1 of a dataset, and what each method gains in them; None where answers do not say a class."""
+    columns = [column for column in sweep.columns if (column.model, column.dataset) == (model, dataset)]
+    metrics = {metric: sweep.by(metric) for metric in SIDE_BY_SIDE}
+    metrics = {metric: scored for metric, scored in metrics.items() if any(scored.of(method, columns) for method in sweep.methods)}
+    if len(metrics) < len(SIDE_BY_SIDE):
+        return None
+    rows = [
+        (Entry(LOOKS[key].name), *(entry for level in levels for entry in (Entry(percent(level)), Entry(""))))
+        for key in BASELINES
+        if any(levels := [baseline(scored, key, columns) for scored in metrics.values()])
+    ]
+    rule, gains = len(rows), {metric: _gains(scored, columns) for metric, scored in metrics.items()}
+    marks = {metric: survivors(list(found.values())) for metric, found in gains.items()}
+    for place, method in enumerate(gains["accuracy"]):
+        entries = []
+        for metric, scored in metrics.items():
+            level, gain = scored.mean_and_error(method, columns), gains[metric][method]
+            entries += [Entry(percent(level)), _gain_entry(gain, marks[metric][place]) if gain else Entry("")]
+        rows.append((Entry(method), *entries))
+    caption = (
+        f"{dataset}, {model}: by the chosen options, in percent over the scenarios that a method has all of, and above {sweep.reference} in percentage "
+        "points over the cells that both have; a gain in one of the three alone may be a prior removed rather than a better model. "
+        f"{_doubt(list(gains['accuracy'].values()))}"
+    )
+    header = ("", *(name for metric in metrics for name in (METRICS[metric], f"above {sweep.reference}")))
+    return Table(f"beside-{model}-{dataset}", caption, header, tuple(rows), (rule,))
+
+
+def _gains(sweep: Sweep, columns: Sequence[Column]) -> dict[str, Gain | None]:
+    """By method that has any of the columns, over the first one."""
+    own = [method for method in sweep.methods if sweep.of(method, columns)]
+    return {method: None if method == sweep.reference else sweep.gain(method, columns=columns) for method in own}
+
+
+def _gain_entry(gain: Gain | None, sure: bool) -> Entry:
+    if gain is None:
+        return Entry(NOTHING)
+    ends = f" ({_ends(gain.interval)})" if gain.interval else ""
+    return Entry(f"{100 * gain.mean:+.1f}{ends}", sure=sure)
+
+
+def _ends(interval: Interval) -> str:
+    return f"{100 * interval.low:+.1f} to {100 * interval.high:+.1f}"
 
 
 def _spread(cells: Sequence[Trained], of: Callable[[Trained], float], wording: Callable[[float], str]) -> str:
@@ -230,8 +300,13 @@ def tested_table(sweep: Sweep) -> Table | None:
 def to_markdown(table: Table) -> str:
     """A table of GitHub's Markdown."""
     lines = [f"| {' | '.join(table.header)} |", "|---" + "|---:" * (len(table.header) - 1) + "|"]
-    lines += [f"| {' | '.join(f'**{e.text}**' if e.best else e.text.replace('|', '/') for e in row)} |" for row in table.rows]
+    lines += [f"| {' | '.join(_marked(e) for e in row)} |" for row in table.rows]
     return "\n".join(lines) + f"\n\n{table.caption}\n"
+
+
+def _marked(entry: Entry) -> str:
+    text = entry.text.replace("|", "/")
+    return f"**{text}**" if entry.sure else f"*{text}*" if entry.best else text
 
 
 _LATEX = {
@@ -247,6 +322,11 @@ def _latex(text: str) -> str:
     return "".join(_LATEX.get(character, character) for character in text)
 
 
+def _marked_in_latex(entry: Entry) -> str:
+    text = _latex(entry.text)
+    return rf"\textbf{{{text}}}" if entry.sure else rf"\textit{{{text}}}" if entry.best else text
+
+
 def to_latex(table: Table) -> str:
     """A ``table`` with the rules of the package booktabs."""
     lines = [r"\begin{table}", r"\centering", rf"\caption{{{_latex(table.caption)}}}", rf"\label{{tab:{table.name}}}"]
@@ -258,7 +338,7 @@ def to_latex(table: Table) -> str:
     ]
     for i, row in enumerate(table.rows):
         lines += [r"\midrule"] if i and i in table.rules else []
-        lines.append(" & ".join(rf"\textbf{{{_latex(e.text)}}}" if e.best else _latex(e.text) for e in row) + r" \\")
+        lines.append(" & ".join(map(_marked_in_latex, row)) + r" \\")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}"]) + "\n"
 
 
@@ -266,11 +346,18 @@ def to_csv(sweep: Sweep) -> str:
     """A line for each cell, its numbers in full."""
     text = StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    names = ("model", "dataset", "scenario", "method", "seed", "metric", "score", "standard_error", *BASELINES)
+    names = ("model", "dataset", "scenario", "method", "seed", "metric", "score", "standard_error", *SIDE_BY_SIDE, *BASELINES)
     writer.writerow((*names, "bytes_up", "bytes_down", "seconds", "failures", "num_samples", "code"))
+    beside = {metric: sweep.by(metric).cells for metric in SIDE_BY_SIDE}
     for (method, column, seed), cell in sorted(sweep.cells.items()):
         result, details = cell.result, cell.result.details["federated"]
-        scores = (cell.score, result.standard_errors["federated"], *map(cell.baseline, BASELINES))
+        others = (beside[metric].get((method, column, seed)) for metric in SIDE_BY_SIDE)
+        scores = (
+            cell.score,
+            result.standard_errors["federated"],
+            *(other and other.score for other in others),
+            *map(cell.baseline, BASELINES),
+        )
         costs = (result.bytes_up, result.bytes_down, result.seconds_by_stage["federated"], details["failures"], details["num_samples"])
         writer.writerow((*column, method, seed, result.metric, *scores, *costs, cell.code))
     return text.getvalue()

@@ -15,6 +15,9 @@ from fedmllm.types import Prediction, Record, Sample
 SIDE_BY_SIDE = ("accuracy", "balanced_accuracy", "macro_f1")
 """What every classification is reported by, whatever its headline: a method may gain in one and lose in another."""
 
+_LARGEST_BATCH = 2**22
+"""Numbers held at once for resamples."""
+
 Floats = NDArray[np.float64]
 Indices = NDArray[np.int64]
 
@@ -44,12 +47,33 @@ class Answered:
         Raises:
             DataError: if an AUC is asked of samples of one class only.
         """
-        which = slice(None) if chosen is None else chosen
-        domain, truth, guess = self.domain[which], self.truth[which], self.guess[which]
-        if len(self.metrics) == 1:
-            return _SCORES[self.metrics[0]](truth, guess)
-        present = [(own, domain == i) for i, own in enumerate(self.metrics) if (domain == i).any()]
-        return float(np.mean([_SCORES[own](truth[mask], guess[mask]) for own, mask in present]))
+        size = len(self.truth)
+        counts = np.ones(size) if chosen is None else np.bincount(chosen, minlength=size).astype(np.float64)
+        found = float(self._scores(counts[None])[0])
+        if np.isnan(found):
+            raise DataError("the AUC needs samples of both classes; the test split has one only")
+        return found
+
+    def resampled(self, rng: np.random.Generator, count: int) -> Floats:
+        """Scores of ``count`` resamples of the samples with replacement (Efron, 1979); where an AUC is undefined, another is drawn."""
+        size, found = len(self.truth), np.empty(0)
+        while len(found) < count:
+            batch = min(count - len(found), max(1, _LARGEST_BATCH // size))
+            drawn = [np.bincount(rng.integers(size, size=size), minlength=size) for _ in range(batch)]
+            scores = self._scores(np.array(drawn, dtype=np.float64))
+            found = np.append(found, scores[~np.isnan(scores)])
+        return found
+
+    def _scores(self, counts: Floats) -> Floats:
+        """By row of ``counts``, of shape (resamples, samples), how often each sample is in it; NaN where an AUC is undefined."""
+        total, present = np.zeros(len(counts)), np.zeros(len(counts))
+        for i, metric in enumerate(self.metrics):
+            own = self.domain == i
+            held = counts[:, own].sum(1) > 0
+            with np.errstate(invalid="ignore", divide="ignore"):
+                scores = _SCORES[metric](self.truth[own], self.guess[own], counts[:, own])
+            total, present = total + np.where(held, scores, 0.0), present + held
+        return np.asarray(total / present)
 
     def hard(self) -> Answered:
         """The same as choices: of every AUC's probability only whether it chooses the last option, as the FedMLLM paper's AUC is computed."""
@@ -65,7 +89,11 @@ class Answered:
         if metric != "accuracy" and "accuracy" in self.metrics:
             return None
         hard = self.hard().guess
-        return replace(self, metrics=(metric,) * len(self.metrics), guess=np.where(np.isfinite(hard), hard, -1.0))
+        chosen, metrics = np.where(np.isfinite(hard), hard, -1.0), (metric,) * len(self.metrics)
+        right = np.where(np.array(self.metrics)[self.domain] == "accuracy", hard, chosen == self.truth)
+        if metric == "accuracy":
+            return replace(self, metrics=metrics, truth=np.ones_like(self.truth), guess=right)
+        return replace(self, metrics=metrics, guess=chosen)
 
 
 def answered(metric: str, predictions: Sequence[Prediction]) -> Answered:
@@ -139,31 +167,42 @@ def _right(prediction: Prediction) -> float:
 _GUESSES = {"auc": _positive, "macro_f1": _position, "accuracy": _right}
 
 
-def _auc(truth: Indices, guess: Floats) -> float:
-    """Mann and Whitney's statistic from midranks: P(positive above negative) + P(tie) / 2."""
-    positives = int(truth.sum())
-    negatives = len(truth) - positives
-    if not positives or not negatives:
-        raise DataError("the AUC needs samples of both classes; the test split has one only")
-    _, inverse, counts = np.unique(guess, return_inverse=True, return_counts=True)
-    midranks = np.cumsum(counts) - (counts - 1) / 2
-    return float((midranks[inverse][truth == 1].sum() - positives * (positives + 1) / 2) / (positives * negatives))
+def _auc(truth: Indices, guess: Floats, counts: Floats) -> Floats:
+    """Mann and Whitney's statistic: P(positive above negative) + P(tie) / 2."""
+    values, place = np.unique(guess, return_inverse=True)
+    order = np.argsort(place, kind="stable")
+    starts, ranked = np.searchsorted(place[order], np.arange(len(values))), counts[:, order]
+    positives, negatives = (np.add.reduceat(ranked * (truth[order] == label), starts, axis=1) for label in (1, 0))
+    below = negatives.cumsum(1) - negatives / 2
+    return np.asarray((positives * below).sum(1) / (positives.sum(1) * negatives.sum(1)))
 
 
-def _macro_f1(truth: Indices, guess: Floats) -> float:
-    classes = np.unique(truth)[:, None]
-    of_truth, of_guess = classes == truth, classes == guess
-    return float(np.mean(2 * (of_truth & of_guess).sum(1) / (of_truth.sum(1) + of_guess.sum(1))))
+def _macro_f1(truth: Indices, guess: Floats, counts: Floats) -> Floats:
+    right, of_truth, of_guess = _confusion(truth, guess, counts)
+    return _over_classes(2 * right / (of_truth + of_guess), of_truth)
 
 
-def _accuracy(truth: Indices, guess: Floats) -> float:
-    return float((truth == guess).mean())
+def _balanced_accuracy(truth: Indices, guess: Floats, counts: Floats) -> Floats:
+    right, of_truth, _ = _confusion(truth, guess, counts)
+    return _over_classes(right / of_truth, of_truth)
 
 
-def _balanced_accuracy(truth: Indices, guess: Floats) -> float:
-    classes = np.unique(truth)[:, None]
-    of_truth = classes == truth
-    return float(np.mean((of_truth & (classes == guess)).sum(1) / of_truth.sum(1)))
+def _confusion(truth: Indices, guess: Floats, counts: Floats) -> tuple[Floats, Floats, Floats]:
+    """By resample and class of the truth: right answers, samples, answers."""
+    classes = np.unique(truth)
+    of_truth, of_guess = truth[:, None] == classes, guess[:, None] == classes
+    return counts @ (of_truth & of_guess), counts @ of_truth, counts @ of_guess
+
+
+def _over_classes(scores: Floats, of_truth: Floats) -> Floats:
+    """Mean over the classes that occur in a resample."""
+    occurs = of_truth > 0
+    return np.asarray(np.where(occurs, scores, 0.0).sum(1) / occurs.sum(1))
+
+
+def _accuracy(truth: Indices, guess: Floats, counts: Floats) -> Floats:
+    return np.asarray(counts @ guess / counts.sum(1))
 
 
 _SCORES = {"auc": _auc, "macro_f1": _macro_f1, "accuracy": _accuracy, "balanced_accuracy": _balanced_accuracy}
+"""By metric: (truth, guess, how often each sample counts, by resample) -> scores by resample."""

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Sequence
-from contextlib import suppress
 from statistics import mean, stdev
 
 import numpy as np
 
-from fedmllm.errors import DataError
 from fedmllm.evaluation.answered import SIDE_BY_SIDE, Answered, answered, own_metric
 from fedmllm.evaluation.text import normalize
 from fedmllm.randomness import generator
@@ -87,13 +85,7 @@ def standard_error(metric: str, predictions: Sequence[Prediction], seed: int) ->
 
 
 def _bootstrap(numbers: Answered, seed: int) -> float:
-    rng, size = generator(seed, "bootstrap"), len(numbers.truth)
-    scores: list[float] = []
-    while len(scores) < BOOTSTRAP_SAMPLES:
-        chosen = rng.integers(size, size=size)
-        with suppress(DataError):
-            scores.append(numbers.score(chosen))
-    return float(np.std(scores))
+    return float(np.std(numbers.resampled(generator(seed, "bootstrap"), BOOTSTRAP_SAMPLES)))
 
 
 def over_models(rows: Sequence[Metrics]) -> Metrics:
