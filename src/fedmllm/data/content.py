@@ -13,6 +13,7 @@ from PIL.Image import Image
 
 from fedmllm.data.datasets.base import Dataset
 from fedmllm.data.datasets.rows import is_file
+from fedmllm.data.fingerprint import picture_bytes
 from fedmllm.types import Content, EditedImage, Sample
 
 
@@ -25,8 +26,7 @@ def content_digest(value: Content) -> str:
         found = value.stat() if is_file(value) else None
         return _file_digest(value, found.st_size, found.st_mtime_ns) if found else "missing"
     if isinstance(value, Image):
-        kind = f"{value.mode} {value.size} {value.getpalette('RGBA')} {value.info.get('transparency')}"
-        return _digest(kind.encode() + (value.tobytes() if all(value.size) else b""))
+        return _digest(picture_bytes(value))
     return _digest(value if isinstance(value, bytes) else value.encode("utf-8", "surrogatepass"))
 
 

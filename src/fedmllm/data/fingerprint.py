@@ -33,9 +33,14 @@ def _content_key(value: Content) -> object:
     if isinstance(value, bytes):
         return hashlib.blake2b(value, digest_size=16).digest()
     if isinstance(value, Image.Image):
-        pixels = hashlib.blake2b(value.tobytes(), digest_size=16).digest() if all(value.size) else b""
-        return value.mode, value.size, value.getpalette("RGBA") if value.mode == "P" else None, value.info.get("transparency"), pixels
+        return hashlib.blake2b(picture_bytes(value), digest_size=16).digest()
     return value
+
+
+def picture_bytes(picture: Image.Image) -> bytes:
+    """Bytes that differ wherever two pictures in memory do: format, size, palette, transparency and pixels."""
+    kind = f"{picture.mode} {picture.size} {picture.getpalette('RGBA')} {picture.info.get('transparency')}"
+    return kind.encode() + (picture.tobytes() if all(picture.size) else b"")
 
 
 def _state(path: Path) -> tuple[int, int] | None:
