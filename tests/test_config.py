@@ -44,7 +44,7 @@ def test_every_error_is_reported_with_its_line(tmp_path: Path) -> None:
         "x.yaml:2: federation.num_rounds",
         "x.yaml:3: federation.num_client: is no known setting; did you mean num_clients?",
         "x.yaml:5: training.learning_rate",
-        "got 'fast'",
+        "must be a number, is 'fast'",
         "x.yaml:6: sede: is no known setting; did you mean seed?",
     ):
         assert part in text
@@ -62,21 +62,26 @@ def test_a_key_in_the_wrong_section_is_sent_to_the_right_one() -> None:
         ({"federation": {"num_clients": 3, "clients_per_round": 4}}, "samples 4 clients, but num_clients is 3"),
         ({"federation": {"scenario": "aligned-5.0", "dirichlet_alpha": 1.0}}, "contradicts scenario aligned-5.0"),
         ({"federation": {"partition": "iid", "dirichlet_alpha": 1.0}}, "iid has no skew to set"),
-        ({"federation": {"scenario": "mising-0.4"}}, "is no scenario; known: aligned"),
+        ({"federation": {"scenario": "mising-0.4"}}, "is no scenario, such as missing-0.4; did you mean missing?"),
         ({"federation": {"scenario": "missing-1.0"}}, "a rate in [0, 1)"),
         ({"federation": {"scenario": "missing-x"}}, "a rate in [0, 1)"),
         ({"federation": {"scenario": "cross-0:0"}}, "image-only:text-only"),
         ({"federation": {"scenario": "cross-5"}}, "image-only:text-only"),
-        ({"data": {"dataset": "digit-claims"}}, "is no dataset; known: digits-claims"),
-        ({"algorithm": {"name": "fedavgg"}}, "is no method; known: ditto"),
+        ({"data": {"dataset": "digit-claims"}}, "is no dataset; did you mean digits-claims?"),
+        ({"algorithm": {"name": "fedavgg"}}, "is no method; did you mean fedavg?"),
         ({"algorithm": {"name": "fedprox", "parameters": {"mu": 1}}}, "takes proximal_mu"),
         ({"training": {"local_epochs": 0}}, "leave one of them out"),
         ({"engine": {"server": "server.yaml"}}, "server.yaml leads to sites, which name: in_process does not reach; use name: flower"),
+<<<<<<< HEAD
         ({"seed": -1}, "greater than or equal to 0"),
         (
             {"evaluation": {"baselines": ["zeroshot"]}},
             "'zero_shot', 'local', 'centralized', 'fine_tuned', 'calibrated_local' or 'calibrated_centralized'",
         ),
+=======
+        ({"seed": -1}, "seed: must be 0 or more, is -1"),
+        ({"evaluation": {"baselines": ["zeroshot"]}}, "'zero_shot', 'local', 'centralized' or 'fine_tuned'"),
+>>>>>>> Settings' errors in plain words, with what may have been meant and the override that is to blame; infinite numbers are refused
     ],
 )
 def test_bad_settings_name_rule_and_remedy(values: dict[str, Any], part: str) -> None:
@@ -127,3 +132,34 @@ def test_differences_names_the_settings() -> None:
     a, b = Experiment(), Experiment.parse({"federation": {"num_rounds": 3}})
     assert differences(a, a) == []
     assert differences(a, b) == ["federation.num_rounds: 25 and 3"]
+
+
+def test_the_override_that_is_to_blame_is_named(tmp_path: Path) -> None:
+    """Not the line of the file whose section it changed."""
+    path = write(tmp_path, "algorithm:\n  name: fedavg\nfederation:\n  num_clients: 4\n  clients_per_round: 2\n")
+    for override, part in (
+        ("algorithm.name=fedavgg", "did you mean fedavg?"),
+        ("federation.clients_per_round=9", "samples 9 clients"),
+        ("federation.num_clients=1", "samples 2 clients"),
+        ("training.batch_size=eight", "training.batch_size: must be a whole number, is 'eight'"),
+        ("algorithm.name=krum", "federation.clients_per_round: krum"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            Experiment.load(path, [override])
+        line = str(caught.value).splitlines()[1]
+        assert part in line
+        if override != "algorithm.name=krum":
+            assert line.startswith(f"  - override {override!r}: ")
+
+
+@pytest.mark.parametrize("number", [".inf", "-.inf", ".nan"])
+@pytest.mark.parametrize("setting", ["federation.dirichlet_alpha", "training.learning_rate", "lora.alpha", "failures.deadline"])
+def test_numbers_are_finite(setting: str, number: str) -> None:
+    with pytest.raises(ConfigError, match=f"{setting}: must be (finite|above 0)"):
+        Experiment.load(Path(__file__).parents[1] / "experiments" / "quickstart.yaml", [f"{setting}={number}"])
+
+
+@pytest.mark.parametrize("scenario", ["aligned-inf", "aligned-1e308", "aligned-nan", "cross-inf:1", "missing-nan"])
+def test_levels_are_finite(scenario: str) -> None:
+    with pytest.raises(ConfigError, match="the level of"):
+        Experiment.parse({"federation": {"scenario": scenario}})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from fedmllm.engine.failures import FailureConfig
 from fedmllm.engine.settings import EngineConfig
 from fedmllm.errors import ConfigError, listing
 from fedmllm.evaluation.evaluate import EvaluationConfig
+from fedmllm.explain import rule
 from fedmllm.models.load import ModelConfig
 from fedmllm.models.parts import LoraConfig
 from fedmllm.training.local import TrainingConfig
@@ -28,7 +30,7 @@ _FINGERPRINT = ("model", "fingerprint")
 class Experiment(BaseModel):
     """Everything a run depends on. Immutable; ``load`` reads it from YAML, ``to_yaml`` writes it back in full."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
@@ -208,27 +210,33 @@ def _apply(override: str, values: dict[str, Any], places: dict[Path_, str]) -> N
 def _explain(detail: Any, places: Mapping[Path_, str]) -> str:
     """One error of pydantic in our words: where, which setting, which value, the rule and the remedy."""
     path = tuple(str(part) for part in detail["loc"])
-    place = next((places[path[:n]] for n in range(len(path), 0, -1) if path[:n] in places), "")
-    rule = {"extra_forbidden": "is no known setting", "value_error": ""}.get(detail["type"], detail["msg"])
-    if detail["type"] == "value_error":
-        rule = str(detail["ctx"]["error"])
-    if detail["type"] == "extra_forbidden":
-        rule += _suggestion(path)
-    elif not isinstance(detail["input"], (dict, BaseModel)) and detail["type"] != "value_error":
-        rule += f", got {detail['input']!r}"
-    return ": ".join(text for text in (place, ".".join(path), rule) if text)
+    known, elsewhere = _known(path)
+    text = f"is no known setting; did you mean {elsewhere}?" if elsewhere and detail["type"] == "extra_forbidden" else rule(detail, known)
+    return ": ".join(part for part in (_place(path, text, places), ".".join(path), text) if part)
 
 
-def _suggestion(path: Path_) -> str:
-    """The nearest known key beside an unknown one, or all of them."""
+def _place(path: Path_, text: str, places: Mapping[Path_, str]) -> str:
+    """Where the setting was given that an error is about. One of a whole section names settings: an override of one of these is to blame."""
+    named = [(*path, word) for word in re.findall(r"\w+", text)]
+    named += [tuple(word.split(".")) for word in re.findall(r"\w+\.\w+", text)]
+    overridden = [places[name] for name in named if places.get(name, "").startswith("override")]
+    written = [places[path[:n]] for n in range(len(path), 0, -1) if path[:n] in places]
+    exact = [places[path]] if path in places and places[path].startswith("override") else []
+    begins = [places[name] for name in named[:1] if name in places]
+    return next(iter([*exact, *overridden, *begins, *written]), "")
+
+
+def _known(path: Path_) -> tuple[list[str], str]:
+    """The settings there are beside an unknown one, and another section that has it if none of these is near."""
     model: Any = Experiment
     for name in path[:-1]:
         model = model.model_fields[name].annotation if name in model.model_fields else None
         if not (isinstance(model, type) and issubclass(model, BaseModel)):
-            return ""
+            return [], ""
     known = list(model.model_fields)
-    near = difflib.get_close_matches(path[-1], known, n=1)
-    if near:
-        return f"; did you mean {near[0]}?"
-    elsewhere = [f"{s}.{path[-1]}" for s, f in Experiment.model_fields.items() if path[-1] in getattr(f.annotation, "model_fields", {})]
-    return f"; did you mean {elsewhere[0]}?" if elsewhere else f"; known here: {', '.join(known)}"
+    if difflib.get_close_matches(path[-1] if path else "", known, n=1):
+        return known, ""
+    elsewhere = [
+        f"{s}.{path[-1]}" for s, f in Experiment.model_fields.items() if path and path[-1] in getattr(f.annotation, "model_fields", {})
+    ]
+    return known, elsewhere[0] if elsewhere else ""

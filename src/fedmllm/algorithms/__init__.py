@@ -36,6 +36,7 @@ from fedmllm.algorithms.strategies import STRATEGIES, Composed, Holdings, Remark
 from fedmllm.algorithms.trimmed_mean import TrimmedMean
 from fedmllm.algorithms.yoco import YOCO
 from fedmllm.errors import ConfigError
+from fedmllm.explain import meant
 
 __all__ = [
     "ALGORITHMS",
@@ -88,7 +89,7 @@ Value = bool | int | float
 class StrategyConfig(BaseModel):
     """One strategy, with its hyper-parameters."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: str
     """A name of the index of strategies."""
@@ -109,7 +110,7 @@ class StrategyConfig(BaseModel):
 class AlgorithmConfig(BaseModel):
     """Which federated method, with its hyper-parameters, and the strategies added to it."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: str = "fedavg"
     """A name of the index of methods, ``fedmllm`` being the one we recommend, or ``FedMLLM(NAME)`` for a method with the two published
@@ -180,7 +181,7 @@ def _build(index: Mapping[str, type[Any]], what: str, name: str, parameters: Map
         ConfigError: if there is no such name or parameter, or a value breaks a rule.
     """
     if name not in index:
-        raise ConfigError(f"name: {name!r} is no {what}; known: {', '.join(index)}")
+        raise ConfigError(f"name: {name!r} is no {what}{meant(name, index)}")
     own = [field.name for field in dataclasses.fields(index[name])]
     if unknown := sorted(parameters.keys() - set(own)):
         raise ConfigError(f"parameters: {name} has no {unknown[0]!r}; it takes {', '.join(own) or 'none'}")

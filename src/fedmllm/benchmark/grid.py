@@ -18,6 +18,7 @@ import fedmllm
 from fedmllm.config import Experiment
 from fedmllm.errors import ConfigError, listing
 from fedmllm.evaluation.evaluate import EvaluationConfig
+from fedmllm.explain import rule
 from fedmllm.models.load import NANO_FOLDER
 
 Sections = dict[str, Any]
@@ -56,7 +57,7 @@ Models = Annotated[dict[str, Sections], _named("model", "name")]
 class Rows(BaseModel):
     """Further methods, on a part of the grid: where a list is left out, on all of it."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     methods: Methods = Field(min_length=1)
     """By name as printed, their sections; a list of names is short for methods at their defaults."""
@@ -73,7 +74,7 @@ class Rows(BaseModel):
 class Grid(BaseModel):
     """A sweep."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     base: Sections = {}
     """Sections that all experiments share."""
@@ -148,7 +149,9 @@ def load_grid(path: Path) -> Grid:
     try:
         return Grid.model_validate(values)
     except ValidationError as error:
-        problems = [f"{'.'.join(map(str, detail['loc']))}: {detail['msg']}" for detail in error.errors()]
+        problems = [
+            f"{'.'.join(map(str, e['loc']))}: {rule(e, (Rows if 'rows' in e['loc'] else Grid).model_fields)}" for e in error.errors()
+        ]
         raise ConfigError(f"{path}: the grid has {len(problems)} error{'s' * (len(problems) > 1)}:\n{listing(problems)}") from None
 
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import inf
 from typing import Literal
 
 from fedmllm.data import reference
 from fedmllm.errors import ConfigError
+from fedmllm.explain import meant
 from fedmllm.randomness import generator, uniform
 from fedmllm.types import Modality, Sample
 
@@ -132,12 +134,16 @@ def _probability(level: str) -> bool:
 
 def _ratio(level: str) -> bool:
     parts = [float(part) for part in level.split(":")]
-    return len(parts) == 2 and min(parts) >= 0 and max(parts) > 0
+    return len(parts) == 2 and min(parts) >= 0 and 0 < max(parts) < inf
 
 
 SCENARIOS: Mapping[str, Scenario] = {
     "aligned": Scenario(
-        aligned, "all clients have all modalities, labels are skewed", "", "a Dirichlet alpha above 0", lambda x: float(x) > 0
+        aligned,
+        "all clients have all modalities, labels are skewed",
+        "",
+        "a Dirichlet alpha above 0, 1e9 at most",
+        lambda x: 0 < float(x) <= 1e9,
     ),
     "missing": Scenario(missing, "each sample loses each modality at a rate", "0.4", "a rate in [0, 1)", _rate),
     "cross": Scenario(
@@ -178,7 +184,7 @@ def parse_scenario(text: str) -> tuple[str, str]:
     """
     name, _, level = text.partition("-")
     if name not in SCENARIOS:
-        raise ConfigError(f"{text!r} is no scenario; known: {', '.join(SCENARIOS)}, with a level after a dash, e.g. missing-0.4")
+        raise ConfigError(f"{text!r} is no scenario, such as missing-0.4{meant(name, SCENARIOS)}")
     row = SCENARIOS[name]
     level = level or row.default_level
     try:

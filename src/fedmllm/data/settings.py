@@ -13,6 +13,7 @@ from fedmllm.data.datasets.rows import OnBadSample
 from fedmllm.data.modalities import Protocol, parse_scenario
 from fedmllm.data.prompts import WORDINGS, Wording
 from fedmllm.data.quality import parse_part
+from fedmllm.explain import meant
 
 DEFAULT_ALPHA = 0.5
 
@@ -20,7 +21,7 @@ DEFAULT_ALPHA = 0.5
 class DataConfig(BaseModel):
     """Which samples, and how they are worded."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     dataset: str = "digits-claims"
     """A name of the index of datasets."""
@@ -53,7 +54,7 @@ class DataConfig(BaseModel):
     @classmethod
     def _known(cls, name: str) -> str:
         if name not in DATASETS:
-            raise ValueError(f"{name!r} is no dataset; known: {', '.join(DATASETS)}")
+            raise ValueError(f"{name!r} is no dataset{meant(name, DATASETS)}")
         return name
 
     @model_validator(mode="after")
@@ -84,7 +85,7 @@ class DataConfig(BaseModel):
 class FederationConfig(BaseModel):
     """Who takes part, how the data are spread and how long it lasts."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     num_clients: int = Field(10, gt=0)
     """Clients in the federation."""
@@ -96,7 +97,7 @@ class FederationConfig(BaseModel):
     """``aligned``, ``missing-RATE``, ``cross-IMAGE:TEXT`` or ``hybrid-PROBABILITY``."""
     partition: Literal["dirichlet", "iid", "quantity", "natural", "domain"] = "dirichlet"
     """Skew over labels (``dirichlet``) or sizes (``quantity``), none (``iid``), the data's own clients, or a dataset of a mixture each."""
-    dirichlet_alpha: float | None = Field(None, gt=0)
+    dirichlet_alpha: float | None = Field(None, gt=0, le=1e9)
     """Concentration of the skew over labels (or sizes); left out for the scenario's own (``aligned-ALPHA``) or 0.5."""
     protocol: Protocol = "clean"
     """``clean``: independent of file order, seeded by purpose. ``reference``: the published reference code's splits."""

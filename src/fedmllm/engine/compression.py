@@ -19,7 +19,7 @@ Packed = Sequence[Tensor]
 class CompressionConfig(BaseModel):
     """How clients' updates are written for the way up."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: Literal["none", "bfloat16", "int8", "int4", "top_k"] = "none"
     """``none`` (float32), ``bfloat16``, blocks of 8 or 4 bit integers with a scale each, or the largest entries only."""

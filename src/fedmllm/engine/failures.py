@@ -13,7 +13,7 @@ class FailureConfig(BaseModel):
     They are named in metrics and report; the average is over the others.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     deadline: float | None = Field(None, gt=0)
     """Seconds within which a round's updates must be there; null for no limit. In one process a client that has begun is let finish."""

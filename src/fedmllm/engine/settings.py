@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 class EngineConfig(BaseModel):
     """Where clients run."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: Literal["in_process", "flower"] = "in_process"
     """``in_process``: all clients in this process. ``flower``: the federation's clients elsewhere, through Flower: in worker processes on Ray, or at

@@ -12,13 +12,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from fedmllm.data.settings import DataConfig
 from fedmllm.engine.superlink import SuperLink
 from fedmllm.errors import ConfigError, listing
+from fedmllm.explain import rule
 
 NAME = re.compile(r"\w[\w.-]{0,63}", re.ASCII)
 """Files are named after sites."""
 
 
 class _File(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     folder: Path = Field(exclude=True)
     """Where the file is, and what belongs to it."""
@@ -39,8 +40,8 @@ class _File(BaseModel):
         try:
             return cls.model_validate({**values, "folder": path.resolve().parent})
         except (ValidationError, TypeError) as error:
-            found = error.errors() if isinstance(error, ValidationError) else [{"loc": (), "msg": "no mapping"}]
-            problems = [f"{'.'.join(map(str, detail['loc']))}: {detail['msg']}" for detail in found]
+            found = error.errors() if isinstance(error, ValidationError) else []
+            problems = [f"{'.'.join(map(str, e['loc']))}: {rule(e, cls.model_fields)}" for e in found] or ["is no mapping of settings"]
             raise ConfigError(f"{path}: {len(problems)} error{'s' * (len(problems) > 1)}:\n{listing(problems)}") from None
 
 

@@ -21,7 +21,7 @@ Baseline = Literal["zero_shot", "local", "centralized", "fine_tuned", "calibrate
 class EvaluationConfig(BaseModel):
     """When to evaluate, and against what."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     every: int = Field(5, ge=0)
     """Rounds between evaluations of the global model; 0 for the last round only, which is always evaluated."""

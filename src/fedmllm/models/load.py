@@ -38,7 +38,7 @@ NANO_FOLDER = Path(__file__).parent / "nano" / "folder"
 class ModelConfig(BaseModel):
     """Which model to fine-tune, and how to hold it."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: str = "nano"
     """``nano`` (embedded), a Transformers folder, or a hub id."""

@@ -17,7 +17,7 @@ from fedmllm.models.families.generic import ModelFamily
 class LoraConfig(BaseModel):
     """Low-rank adapters: ``W x`` becomes ``W x + s B A x`` with s = alpha / r (Hu et al., 2021, arXiv 2106.09685)."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     r: int = Field(8, gt=0)
     """Rank of the update."""

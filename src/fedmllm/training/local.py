@@ -28,7 +28,7 @@ from fedmllm.types import Weights
 class TrainingConfig(BaseModel):
     """How a client trains between two exchanges."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     local_epochs: int = Field(1, ge=0)
     """Passes over the client's samples per round; 0 sends back a zero update."""

@@ -173,7 +173,7 @@ def test_the_headline_score_follows_the_choices(options: dict[str, Any], metric:
 
 
 CONTRADICTIONS = {
-    "no columns": (change(columns=None), "columns: Field required"),
+    "no columns": (change(columns=None), "columns: is needed"),
     "no answer": (change(columns={"text": "report", "question": "asked"}), "columns: answer is needed"),
     "no modality": (change(columns={"answer": "finding", "question": "asked"}), "columns: name at least one modality"),
     "two questions": (change(question="?"), "question: give either this or columns.question"),
@@ -188,12 +188,12 @@ CONTRADICTIONS = {
     "auc of three": (change(metric="auc", choices=["a", "b", "c"]), "metric: auc needs exactly two choices"),
     "auc of free answers": (change(metric="auc", choices=None), "metric: auc needs exactly two choices"),
     "macro_f1 of free answers": (change(metric="macro_f1", choices=None), "metric: macro_f1 needs choices"),
-    "an unknown metric": (change(metric="f1"), "metric: Input should be"),
+    "an unknown metric": (change(metric="f1"), "metric: must be 'auc', 'macro_f1'"),
     "tested on what is trained on": (change(test="train.jsonl"), "test: must be another file than train"),
     "a file above": (change(train="../train.jsonl"), "train: must lie inside root, not '../train.jsonl'"),
     "a file elsewhere": (change(test="/data/test.jsonl"), "test: must lie inside root, not '/data/test.jsonl'"),
-    "no share": (change(test=None, test_share=1), "test_share: Input should be less than 1"),
-    "unknown": (change(labels=["a"]), "labels: Extra inputs are not permitted"),
+    "no share": (change(test=None, test_share=1), "test_share: must be below 1.0, is 1"),
+    "unknown": (change(labels=["a"]), "labels: is no known setting; known: train, test,"),
 }
 
 

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fedmllm.data.datasets.rows import OnBadSample
 from fedmllm.errors import ConfigError, DataError, listing
+from fedmllm.explain import rule
 from fedmllm.randomness import generator
 from fedmllm.types import Modality, Sample
 
@@ -56,7 +57,7 @@ class Dataset:
 class DatasetOptions(BaseModel):
     """What can be chosen about one dataset; a dataset file's ``Options`` adds its own fields. None by default."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 Options = TypeVar("Options", bound=DatasetOptions)
@@ -117,22 +118,11 @@ def check_options(form: type[Options], values: Mapping[str, Any]) -> Options:
     try:
         return form.model_validate(dict(values))
     except ValidationError as error:
-        known = ", ".join(form.model_fields) or "none"
-        problems = [f"{'.'.join(('data.options', *map(str, e['loc'])))}: {told(e)}" for e in error.errors()]
-        raise ConfigError(f"data.options does not suit the dataset, whose settings are {known}:\n{listing(problems)}") from error
-
-
-def told(detail: Mapping[str, Any]) -> str:
-    """What pydantic says of a setting, in our words where YAML is to blame.
-
-    Args:
-        detail: one of a ``ValidationError``'s errors.
-    """
-    if detail["type"] == "string_type" and isinstance(detail["input"], bool):
-        return (
-            f"must be text, is {str(detail['input']).lower()}; quote it, for YAML reads yes, no, on, off, true and false as true and false"
-        )
-    return str(detail["msg"]).removeprefix("Value error, ")
+        known = list(form.model_fields)
+        problems = [f"{'.'.join(('data.options', *map(str, e['loc'])))}: {rule(e, known)}" for e in error.errors()]
+        raise ConfigError(
+            f"data.options does not suit the dataset, whose settings are {', '.join(known) or 'none'}:\n{listing(problems)}"
+        ) from error
 
 
 class DatasetLoader(Protocol):

@@ -30,7 +30,7 @@ from fedmllm.types import Sample
 class MixedPart(BaseModel):
     """One dataset of the mixture; fields as in ``data``."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     dataset: str
     """A name of the index of datasets."""
