@@ -13,6 +13,7 @@ from fedmllm.algorithms.fedavg import FedAvg
 from fedmllm.algorithms.strategies import Composed
 from fedmllm.algorithms.strategies.label_calibration import LabelCalibration
 from fedmllm.benchmark.card import adapter_card
+from fedmllm.benchmark.encodable import encodable, usable
 from fedmllm.benchmark.federation import Federation, federation
 from fedmllm.benchmark.folders import check_folder, known_model, open_folder, unfinished_folder
 from fedmllm.benchmark.observer import UNOBSERVED, Observer
@@ -22,6 +23,7 @@ from fedmllm.benchmark.results import RunResult
 from fedmllm.benchmark.summary import summarize
 from fedmllm.benchmark.tracking import require_trackers, tracked
 from fedmllm.config import Experiment
+from fedmllm.data.datasets import Dataset
 from fedmllm.data.federated import FederatedData
 from fedmllm.data.tested import own_kind, reduced_copy
 from fedmllm.engine.checkpoint import RunStore, write_atomically, write_json
@@ -32,6 +34,7 @@ from fedmllm.engine.rounds import Loop, evaluate_state, personal_models, run_sta
 from fedmllm.engine.stages import Stage
 from fedmllm.evaluation.answered import Answered, to_record
 from fedmllm.evaluation.evaluate import evaluate
+from fedmllm.evaluation.metrics import require_scorable
 from fedmllm.models.load import VisionLanguageModel
 from fedmllm.models.lora import frozen_weights, read_weights, write_base, write_weights
 from fedmllm.models.parts import Part
@@ -74,18 +77,32 @@ def train(
     check_folder(chosen, experiment, resume)
     require_trackers(track)
     held, told = resident or Resident(), observer or UNOBSERVED
-    held.dataset(experiment)  # what is wrong with the data shows before a model is downloaded, or sites are waited for
+    _copies(experiment, held.dataset(experiment))  # what is wrong with the data shows before a model is downloaded, or sites are waited for
     experiment = known_model(chosen if resume else None, experiment, force)
-    with federation(experiment, held, told) as clients, held.model(experiment) as (vlm, trainable):
-        dataset = clients.data.dataset
-        copies = {spec: reduced_copy(dataset.test, spec, experiment.seed) for spec in experiment.evaluation.tested}
-        vlm.family.require(dataset.modalities)
-        start = _start(experiment, vlm)
+    with federation(experiment, held, told) as found, held.model(experiment) as (vlm, trainable):
+        vlm.family.require(found.data.dataset.modalities)
+        start, encoder = _start(experiment, vlm), held.encoder(experiment)
+        clients = replace(found, data=encodable(found.data, encoder, experiment.data.on_bad_sample))
+        copies = {
+            spec: usable(copy, encoder, experiment.data.on_bad_sample) for spec, copy in _copies(experiment, clients.data.dataset).items()
+        }
         folder = open_folder(chosen, name, experiment, clients.data, resume)
         told.opened(folder)
         with tracked(track, folder, experiment, name) as tell:
-            encoder = held.encoder(experiment)
             return _Run(experiment, folder, name, clients, copies, vlm, trainable, encoder, start, told.beside(tell)).finish(report)
+
+
+def _copies(experiment: Experiment, dataset: Dataset) -> dict[str, tuple[Sample, ...]]:
+    """The copies of the test split that are asked too.
+
+    Raises:
+        DataError: if one holds nothing, or the metric is not defined on it or the split itself.
+    """
+    require_scorable(dataset.metric, dataset.test, "the test split")
+    copies = {spec: reduced_copy(dataset.test, spec, experiment.seed) for spec in experiment.evaluation.tested}
+    for spec, copy in copies.items():
+        require_scorable(dataset.metric, copy, f"evaluation.tested: {spec}")
+    return copies
 
 
 def _start(experiment: Experiment, vlm: VisionLanguageModel) -> ServerState:
@@ -135,15 +152,17 @@ class _Run:
         self.asked.clear()
         with self.federation.engine(federated, self.folder) as engine:
             loop = self._there(loop, engine)
-            trained = run_stage(loop, federated, self.start)
+            score = loop.evaluate if loop.algorithm.personalized else self._keeping(loop.evaluate)
+            trained = run_stage(replace(loop, evaluate=score), federated, self.start)
+            # Whatever comes of the scores that follow, the adapter is there.
+            models = personal_models(loop, federated, trained)
+            self._save_adapters(trained, models if loop.algorithm.personalized else {})
             self._write_predictions(loop, federated, trained)
             tested = self._tested(loop, federated, trained, engine)
-        models = personal_models(loop, federated, trained)
         ended = {f"fine_tuned-{client}": ServerState(weights, slots={"base": trained.base}) for client, weights in models.items()}
         for stage in baselines:
             own = calibrated if stage.name.startswith("calibrated_") else plain
             run_stage(own, stage, ended[stage.name] if stage.name in ended else ServerState(initial))
-        self._save_adapters(trained, models if loop.algorithm.personalized else {})
         result = replace(
             summarize(self.experiment, self.name, self.data, loop.store, stages, self.parts),
             tested=tested,
@@ -217,6 +236,18 @@ class _Run:
             return evaluate(self.vlm, samples, self.encoder, metric, self.experiment.evaluation, self.experiment.seed, kept)
 
         return score
+
+    def _keeping(self, score: Callable[[Weights, Weights], Metrics]) -> Callable[[Weights, Weights], Metrics]:
+        """The same scores; where they fail, the adapter that was to be scored is kept."""
+
+        def scored(weights: Weights, base: Weights) -> Metrics:
+            try:
+                return score(weights, base)
+            except Exception:
+                save_adapter(self.vlm, weights, self.folder / "adapter", base)
+                raise
+
+        return scored
 
     def _write_predictions(self, loop: Loop, stage: Stage, trained: ServerState) -> None:
         """What the final model answered to the test split, or each of a personalized method's; asked again if it was in an earlier sitting.

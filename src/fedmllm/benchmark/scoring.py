@@ -6,11 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fedmllm.benchmark.encodable import usable
 from fedmllm.config import Experiment
 from fedmllm.data.federated import load
 from fedmllm.data.images import open_image
 from fedmllm.errors import RunError
 from fedmllm.evaluation.evaluate import evaluate, predict
+from fedmllm.evaluation.metrics import require_scorable
 from fedmllm.files import require_new_folder
 from fedmllm.models.load import VisionLanguageModel, choose_device, load_model
 from fedmllm.models.saved import load_adapter, save_merged
@@ -36,8 +38,11 @@ def score_adapter(
     experiment, adapter = _found(path, experiment_file, overrides, force)
     data = experiment.data
     dataset = load(data, experiment.seed)
+    require_scorable(dataset.metric, dataset.test, "the test split")
     vlm = _loaded(experiment, adapter)
-    return dataset.metric, evaluate(vlm, dataset.test, Encoder(vlm, data.wording), dataset.metric, experiment.evaluation, experiment.seed)
+    encoder = Encoder(vlm, data.wording)
+    asked = usable(dataset.test, encoder, data.on_bad_sample)
+    return dataset.metric, evaluate(vlm, asked, encoder, dataset.metric, experiment.evaluation, experiment.seed)
 
 
 def chat(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from fedmllm.algorithms import Algorithm, ServerState, build_algorithm
+from fedmllm.benchmark.encodable import usable
 from fedmllm.benchmark.resident import Resident
 from fedmllm.config import Experiment
 from fedmllm.data.federated import spread
@@ -60,7 +61,7 @@ class _Opened:
         """Of a client."""
         if client not in self.clients:
             raise LookupError(f"{client!r} is no client of this worker; it has {', '.join(self.clients)}")
-        return self.clients[client]
+        return usable(self.clients[client], self.engine.encoder, self.experiment.data.on_bad_sample)
 
     def train(self, task: Task, states: ClientStates) -> Answer:
         """One client's turn."""
@@ -89,7 +90,8 @@ class _Opened:
         vlm, settings = self.engine.vlm, self.experiment.evaluation
         write_base(vlm, model.base)
         write_weights(vlm.model, model.weights)
-        asked = reduced_copy(samples, copy, self.experiment.seed) if copy else samples
+        whole = usable(samples, self.engine.encoder, self.experiment.data.on_bad_sample)
+        asked = reduced_copy(whole, copy, self.experiment.seed) if copy else whole
         return evaluate(vlm, asked, self.engine.encoder, self.metric, settings, self.experiment.seed)
 
 

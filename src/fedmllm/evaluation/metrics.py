@@ -86,6 +86,23 @@ def _bootstrap(numbers: Answered, seed: int) -> float:
     return float(np.std(numbers.resampled(generator(seed, "bootstrap"), BOOTSTRAP_SAMPLES)))
 
 
+def require_scorable(metric: str, samples: Sequence[Sample], what: str) -> None:
+    """Refuse samples on which a score is not defined, before anything is trained to be scored on them.
+
+    Args:
+        metric: the headline score.
+        samples: to be asked.
+        what: they are, for the error.
+
+    Raises:
+        DataError: such as for an AUC of samples of one class.
+    """
+    try:
+        score(metric, [Prediction(sample, None) for sample in samples])
+    except DataError as error:
+        raise DataError(f"{what}: {error}; give it samples of both classes, or set another metric") from error
+
+
 def over_models(rows: Sequence[Metrics]) -> Metrics:
     """What several models' metrics come to: questions and failures summed up, the rest averaged, as far as all have it."""
     shared = [key for key in (rows[0] if rows else ()) if all(key in row for row in rows)]

@@ -19,7 +19,7 @@ from torch import Tensor
 from fedmllm.data.images import open_image
 from fedmllm.data.prompts import letters
 from fedmllm.errors import ModelError
-from fedmllm.models.load import VisionLanguageModel
+from fedmllm.models.load import VisionLanguageModel, context
 from fedmllm.models.tail import reading
 from fedmllm.types import Message, Part, Sample
 
@@ -125,9 +125,11 @@ def encode(vlm: VisionLanguageModel, messages: Sequence[Message], answer: str) -
     answer_ids = vlm.tokenizer(completion, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
     ids = torch.cat([prompt_ids, answer_ids])
     if len(ids) > vlm.max_length:
-        raise ModelError(
-            f"prompt and answer take {len(ids)} tokens, the model's limit is {vlm.max_length}: shorten the text or raise model.max_length"
-        )
+        own = context(vlm.model)
+        remedy = ", the model's own: shorten the text, or leave it out with data.on_bad_sample=skip"
+        if own > vlm.max_length:
+            remedy = f" by model.max_length: shorten the text, or raise that up to the model's own {own}"
+        raise ModelError(f"prompt and answer take {len(ids)} tokens, the limit is {vlm.max_length}{remedy}")
     kinds = {name: tensors.pop(name)[0] for name in sorted(tensors) if name.endswith("token_type_ids")}
     by_token = {name: F.pad(row, (0, len(answer_ids)), value=vlm.family.answer_type) for name, row in kinds.items()}
     return Encoded(ids, len(answer_ids), tensors, by_token)

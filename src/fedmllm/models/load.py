@@ -181,7 +181,7 @@ def load_model(config: ModelConfig, device: torch.device) -> VisionLanguageModel
         direct(model)
     if config.gradient_checkpointing:
         checkpoint_layers(model, config.name)
-    limit = min(config.max_length, _context(model))
+    limit = min(config.max_length, context(model))
     return VisionLanguageModel(config.name, model, processor, family, device, limit, dtype, max_image_side=config.max_image_side)
 
 
@@ -275,6 +275,7 @@ def _check_weights(name: str, folder: Path) -> None:
         raise ModelError(f"model.name: {name!r} has no weights in *.safetensors ({hint})")
 
 
-def _context(model: Any) -> int:
+def context(model: Any) -> int:
+    """How many tokens a model takes, whatever is set."""
     text = model.config.get_text_config()
     return int(getattr(text, "max_position_embeddings", None) or 1 << 30)

@@ -161,6 +161,9 @@ def _take(samples: Sequence[Sample], count: int | None, seed: int, split: str) -
 def hold_out(samples: Sequence[Sample], share: float, seed: int) -> tuple[list[Sample], list[Sample]]:
     """(training, test) samples where the files have one split; independent of the order of the samples.
 
+    Each category gives the test split its share, rounded so that the whole has its own (largest remainders, ties by name); of a single one all are
+    drawn alike.
+
     Raises:
         ConfigError: if the share is not in (0, 1).
     """
@@ -168,8 +171,22 @@ def hold_out(samples: Sequence[Sample], share: float, seed: int) -> tuple[list[S
         raise ConfigError(f"data.options.test_share: {share} samples' share cannot be held out; it must lie above 0 and below 1")
     ordered = sorted(samples, key=lambda sample: sample.id)
     shuffled = [ordered[i] for i in generator(seed, "hold-out").permutation(len(ordered))]
-    count = round(share * len(shuffled))
-    return shuffled[count:], shuffled[:count]
+    wanted = _stratified(Counter(sample.category for sample in shuffled), share)
+    train, test = list[Sample](), list[Sample]()
+    for sample in shuffled:
+        held = wanted[sample.category] > 0
+        wanted[sample.category] -= held
+        (test if held else train).append(sample)
+    return train, test
+
+
+def _stratified(counts: Counter[str], share: float) -> Counter[str]:
+    """How many of each category make up the share of all."""
+    wanted = Counter({name: int(share * count) for name, count in counts.items()})
+    missing = round(share * counts.total()) - wanted.total()
+    by_remainder = sorted(counts, key=lambda name: (wanted[name] - share * counts[name], name))
+    wanted.update(by_remainder[: max(missing, 0)])
+    return wanted
 
 
 def count_note(what: str, found: tuple[int, ...], published: tuple[int, ...] | None) -> str:
