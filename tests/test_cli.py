@@ -99,6 +99,22 @@ def test_data_list_show_and_export(quick: Path) -> None:
     assert again["clients"] == clients
 
 
+def test_a_console_without_the_letters_of_the_data_shows_what_it_can(quick: Path) -> None:
+    rows = [{"t": str(i), "a": "良性" if i % 2 else "恶性"} for i in range(40)]
+    (quick / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    settings = {"columns": {"text": "t", "answer": "a"}, "question": "?", "choices": ["良性", "恶性"], "train": "t.jsonl"}
+    (quick / "own.yaml").write_text(
+        yaml.safe_dump({"data": {"dataset": "jsonl", "root": ".", "options": settings}, "federation": {"num_clients": 2}})
+    )
+    console = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    with chdir(quick), mock.patch.object(sys, "stdout", console), mock.patch.object(sys, "argv", ["fedmllm", "data", "show", "own.yaml"]):
+        with pytest.raises(SystemExit) as end:
+            main()
+        assert end.value.code in (0, None)
+        console.flush()
+        assert b"Options: A. ?? B. ??" in console.buffer.getvalue()  # type: ignore[attr-defined]
+
+
 def test_models_are_named_and_planned(quick: Path) -> None:
     kinds = json.loads(run(quick, "models", "list", "--json").stdout)
     assert kinds["smolvlm"]["family"] == "idefics3"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import sys
 from dataclasses import replace
@@ -334,6 +335,10 @@ def main() -> None:
     """Run the command line; an error of ours, or of the disk, becomes one message and its exit code."""
     from fedmllm.errors import FedMLLMError
 
+    for stream in (sys.stdout, sys.stderr):
+        # A console may lack letters that data have; what it lacks it shows as question marks.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         app()
     except FedMLLMError as error:

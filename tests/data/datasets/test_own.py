@@ -271,7 +271,7 @@ def texts(root: Path, content: str, file: str = "t.csv", **options: Any) -> tupl
     (root / file).write_text(content, encoding="utf-8")
     found = read(root, {**TABLE, "train": file, **options}, "csv")
     by_line = sorted((*found.train, *found.test), key=lambda s: int(s.id.rpartition("-")[2]))
-    return [str(s.content["text"]) for s in by_line], found.notes
+    return [str(s.content["text"]) for s in by_line], tuple(note for note in found.notes if "held out" not in note)
 
 
 def test_quotation_marks_of_a_tsv_swallow_no_rows(tmp_path: Path) -> None:
@@ -378,3 +378,19 @@ def test_pictures_that_are_no_files_are_one_error(value: str, kind: str, tmp_pat
     write(tmp_path, [{**ROW, "scan": value}] * 3 + [ROW])
     with pytest.raises(ConfigError, match=rf"scan must name files inside root, is {kind} in 3 row\(s\); save the pictures as files"):
         read(tmp_path)
+
+
+def test_what_a_scenario_and_a_partition_will_meet_is_told(tmp_path: Path) -> None:
+    """What is held out, what rows lack by nature, and that there is one kind of sample only."""
+    rows = [{**ROW, "finding": str(i)} | ({"scan": ""} if i < 3 else {}) for i in range(10)]
+    free = change(columns={key: name for key, name in COLUMNS.items() if key != "client"}, choices=None, test=None)
+    assert read(write(tmp_path, rows), free).notes == (
+        "2 of 10 rows are held out to be tested on (data.options.test_share)",
+        "3 of 10 rows hold text only",
+        "columns.category names no column: all samples are of one kind, so that a Dirichlet partition is skewed in sizes only",
+    )
+
+
+def test_the_remedy_for_ones_own_files_is_not_to_download_them(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"1 bad row\(s\); correct them, or set data.on_bad_sample to skip"):
+        read(write(tmp_path, [ROW, {**ROW, "finding": "x"}]))

@@ -6,7 +6,7 @@
       options:
         train: train.jsonl
         test: test.jsonl
-        columns: {image: scan, text: report, question: asked, answer: finding, client: site}
+        columns: {image: scan, text: report, question: asked, answer: finding, client: site}  # and category, where answers are free
         choices: [benign, malignant]       # the same options for every sample; or name a column: columns.options
         metric: auc
 
@@ -90,20 +90,32 @@ def loader(name: str) -> Callable[[DatasetRequest], Dataset]:
 
 def _load(name: str, request: DatasetRequest) -> Dataset:
     root, options, source = request.folder(name), request.options_as(Options), _SOURCES[name]
-    sieve = Sieve(str(root), request.on_bad_sample)
-
     splits = {"train": options.train} | ({} if options.test is None else {"test": options.test})
     rows = {split: [_plain(row, options) for row in source.rows(root, file, options)] for split, file in splits.items()}
     every = [row for found in rows.values() for row in found]
     _check_columns(options, {key for row in every for key in row.record})
     _check_answers(options, every)
     _check_files(options, every)
-    sieve = Sieve(str(root), request.on_bad_sample)
+    sieve = Sieve(str(root), request.on_bad_sample, remedy="correct them")
     train, test = (sieve.samples(rows.get(split, ()), partial(_sample, options, source, root, split)) for split in ("train", "test"))
-    notes = (*sieve.finish(), *(suspicions(every) if name == "csv" else ()))
+    notes = [*sieve.finish(), *(suspicions(every) if name == "csv" else ())]
     if options.test is None:
         train, test = hold_out(train, options.test_share, request.seed)
-    return Dataset(name, options.headline, *request.take(train, test), options.modalities, notes=notes)
+        notes.append(f"{len(test):,} of {len(train) + len(test):,} rows are held out to be tested on (data.options.test_share)")
+    notes += _remarks(options, [*train, *test])
+    return Dataset(name, options.headline, *request.take(train, test), options.modalities, notes=tuple(notes))
+
+
+def _remarks(options: Options, samples: Sequence[Sample]) -> list[str]:
+    """Notes on what a scenario and a partition will meet."""
+    held = Counter(" and ".join(sample.modalities) or "nothing" for sample in samples if len(sample.modalities) < len(options.modalities))
+    missing = [f"{count:,} of {len(samples):,} rows hold {what} only" for what, count in sorted(held.items())]
+    if any(sample.options for sample in samples) or "category" in options.columns:
+        return missing
+    return [
+        *missing,
+        "columns.category names no column: all samples are of one kind, so that a Dirichlet partition is skewed in sizes only",
+    ]
 
 
 def _plain(row: Row, options: Options) -> Row:

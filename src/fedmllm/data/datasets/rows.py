@@ -101,12 +101,14 @@ class Sieve:
         source: what is read, for the error's first line.
         policy: what is done about bad rows.
         identity: what must occur once, of a sample.
+        remedy: what to do about bad rows.
         problems: ``where: rule and value`` of each.
     """
 
     source: str
     policy: OnBadSample = "refuse"
     identity: Callable[[Sample], str] = attrgetter("id")
+    remedy: str = "correct them or download the files again"
     problems: list[str] = field(default_factory=list)
     _places: dict[str, str] = field(default_factory=dict)
     _nothing_left: bool = False
@@ -140,7 +142,7 @@ class Sieve:
             DataError: if there are bad rows and the policy is to refuse, or skipping them left nothing of some file.
         """
         if self.problems and (self.policy == "refuse" or self._nothing_left):
-            remedy = "correct them or download the files again" + (", or set data.on_bad_sample to skip" if self.policy == "refuse" else "")
+            remedy = self.remedy + (", or set data.on_bad_sample to skip" if self.policy == "refuse" else "")
             left = "" if self.policy == "refuse" else ", and no other is left"
             raise DataError(f"{self.source}: {len(self.problems):,} bad row(s){left}; {remedy}:\n{listing(self.problems)}")
         return skipped(f"{len(self.problems):,} bad row(s) skipped", self.problems)
