@@ -72,16 +72,11 @@ def test_a_key_in_the_wrong_section_is_sent_to_the_right_one() -> None:
         ({"algorithm": {"name": "fedprox", "parameters": {"mu": 1}}}, "takes proximal_mu"),
         ({"training": {"local_epochs": 0}}, "leave one of them out"),
         ({"engine": {"server": "server.yaml"}}, "server.yaml leads to sites, which name: in_process does not reach; use name: flower"),
-<<<<<<< HEAD
-        ({"seed": -1}, "greater than or equal to 0"),
+        ({"seed": -1}, "seed: must be 0 or more, is -1"),
         (
             {"evaluation": {"baselines": ["zeroshot"]}},
             "'zero_shot', 'local', 'centralized', 'fine_tuned', 'calibrated_local' or 'calibrated_centralized'",
         ),
-=======
-        ({"seed": -1}, "seed: must be 0 or more, is -1"),
-        ({"evaluation": {"baselines": ["zeroshot"]}}, "'zero_shot', 'local', 'centralized' or 'fine_tuned'"),
->>>>>>> Settings' errors in plain words, with what may have been meant and the override that is to blame; infinite numbers are refused
     ],
 )
 def test_bad_settings_name_rule_and_remedy(values: dict[str, Any], part: str) -> None:

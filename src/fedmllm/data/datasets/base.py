@@ -161,7 +161,7 @@ def _take(samples: Sequence[Sample], count: int | None, seed: int, split: str) -
 def hold_out(samples: Sequence[Sample], share: float, seed: int) -> tuple[list[Sample], list[Sample]]:
     """(training, test) samples where the files have one split; independent of the order of the samples.
 
-    Each category gives the test split its share, rounded so that the whole has its own (largest remainders, ties by name); of a single one all are
+    Each category gives the test split its share, rounded so that the whole has its own (largest remainders, ties by lot); of a single one all are
     drawn alike.
 
     Raises:
@@ -184,7 +184,8 @@ def _stratified(counts: Counter[str], share: float) -> Counter[str]:
     """How many of each category make up the share of all."""
     wanted = Counter({name: int(share * count) for name, count in counts.items()})
     missing = round(share * counts.total()) - wanted.total()
-    by_remainder = sorted(counts, key=lambda name: (wanted[name] - share * counts[name], name))
+    # Of equal remainders, what was drawn first: else a split would favor the same names under every seed.
+    by_remainder = sorted(counts, key=lambda name: wanted[name] - share * counts[name])
     wanted.update(by_remainder[: max(missing, 0)])
     return wanted
 
