@@ -37,7 +37,7 @@ def shown(terminal: bool, records: list[Record]) -> str:
 def test_plain_lines_where_there_is_no_terminal() -> None:
     text = shown(False, [record("federated", 1, 4), record("federated", 2, 4)])
     first, second = text.splitlines()
-    assert first.startswith("federated round 1/4  cohort 00  loss 0.500  score -  sent 1.50 MB  left ")
+    assert first.startswith("federated round 1/4  cohort 00  loss 0.500  validation -  score -  sent 1.50 MB  left ")
     assert "sent 3.00 MB" in second
     assert "\x1b" not in text
 

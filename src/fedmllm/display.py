@@ -152,12 +152,12 @@ class _Clock:
 def _line(record: Record, sent: int, left: str) -> str:
     """One round in plain text."""
     cells = _cells(record)
-    parts = [f"{record['stage']} round {cells['round']}", *(f"{name} {cells[name]}" for name in ("cohort", "loss", "score"))]
+    parts = [f"{record['stage']} round {cells['round']}", *(f"{name} {cells[name]}" for name in ("cohort", "loss", "validation", "score"))]
     return "  ".join([*parts, f"sent {human_bytes(sent)}", f"left {left}"])
 
 
 def _cells(record: Record) -> dict[str, str]:
-    loss, score = record.get("loss"), record.get("score")
+    loss, score, validation = record.get("loss"), record.get("score"), record.get("validation")
     refused = f" ({len(record['refused'])} refused{', skipped' if record.get('skipped') else ''})" if record.get("refused") else ""
     halvings = max(record.get("halvings", {}).values(), default=0)
     halved = f" (out of memory {halvings} times, passes halved)" if halvings else ""
@@ -165,17 +165,18 @@ def _cells(record: Record) -> dict[str, str]:
         "round": f"{record['round']}/{record['num_rounds']}",
         "cohort": ",".join(c.removeprefix("client-") for c in record.get("clients", [])) + refused + halved or "-",
         "loss": "-" if loss is None else f"{loss:.3f}",
+        "validation": "-" if validation is None else f"{validation['score']:.3f}",
         "score": "-" if score is None else f"{score:.3f}",
     }
 
 
 def _rounds_table(records: Sequence[Record], sent: int) -> Table:
     table = Table(title=f"sent so far: {human_bytes(sent)}", title_justify="left")
-    for column in ("stage", "round", "cohort", "loss", "score"):
+    for column in ("stage", "round", "cohort", "loss", "validation", "score"):
         table.add_column(column, justify="left" if column in ("stage", "cohort") else "right")
     for record in records:
         cells = _cells(record)
-        table.add_row(record["stage"], cells["round"], cells["cohort"], cells["loss"], cells["score"])
+        table.add_row(record["stage"], *cells.values())
     return table
 
 

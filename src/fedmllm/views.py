@@ -29,6 +29,9 @@ def result_table(result: RunResult) -> Table:
             table.add_row(LOOKS[name].name, _number(score), _number(error), *others, style="bold" if name == "federated" else "")
     if result.majority is not None:
         table.add_row("majority answer", f"{result.majority:.3f}", "")
+    if result.validation:
+        numbers = (_number(result.validation.get(key)) for key in ("score", "standard_error", *result.beside))
+        table.add_row("federated, on the validation part", *numbers)
     for copy, scores in result.tested.items():
         table.add_row(f"federated, tested on {copy}", *(_number(scores.get(key)) for key in ("score", "standard_error", *result.beside)))
     _add_clients(table, result)
@@ -60,14 +63,16 @@ MAX_CLIENTS = 50
 
 def split_view(record: Record) -> Group:
     """A split: where it comes from, each client's samples, and one sample before and after it is worded."""
-    clients, test = record["clients"], record["test"]
+    clients = record["clients"]
     title = f"{record['dataset']}, {record['scenario']}, seed {record['seed']}: {sum(c['num_samples'] for c in clients):,} training samples"
     table = Table("client", "samples", "by label", "by modalities", title=title, title_justify="left")
     for row in clients[:MAX_CLIENTS]:
         table.add_row(row["id"], f"{row['num_samples']:,}", _counted(row["labels"]), _counted(row["modalities"]))
     if len(clients) > MAX_CLIENTS:
         table.add_row(f"... and {len(clients) - MAX_CLIENTS:,} more", "", "", "")
-    table.add_row("test", f"{test['num_samples']:,}", _counted(test["labels"]), _counted(test["modalities"]))
+    for split in ("validation", "test"):
+        held = record[split]
+        table.add_row(split, f"{held['num_samples']:,}", _counted(held["labels"]), _counted(held["modalities"]))
     notes = [*record["notes"], *([f"{record['dropped']:,} samples lost every modality"] if record["dropped"] else [])]
     return Group(table, *(f"- {escape(note)}" for note in notes), "", *_example_lines(record["example"]))
 

@@ -152,6 +152,21 @@ def test_the_result_says_everything(finished: Path) -> None:
     assert outcome(finished).to_record() == record
 
 
+def test_the_test_split_is_asked_at_the_end_only(finished: Path) -> None:
+    """What shows how a run goes, and what is chosen by, is the validation part."""
+    rows = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    federated = [row for row in rows if row["stage"] == "federated"]
+    assert [row["score"] is None for row in federated] == [True] * (len(federated) - 1) + [False]
+    assert [row["validation"] is None for row in federated] == [True, False, False]
+    assert outcome(finished).validation == federated[-1]["validation"]
+    manifest = json.loads((finished / "manifest.json").read_text())
+    assert federated[-1]["validation"]["num_samples"] == manifest["validation"]["num_samples"] == manifest["test"]["num_samples"]
+    ids = [{sample["id"] for sample in manifest[split]["samples"]} for split in ("validation", "test")]
+    assert not ids[0] & ids[1]
+    other = [row for row in rows if row["stage"] not in ("federated", "zero_shot")]
+    assert all(row["validation"] is None for row in other)
+
+
 def test_the_adapter_s_card_says_what_it_is_and_nothing_of_this_machine(finished: Path) -> None:
     card, record = (finished / "adapter" / "README.md").read_text(), outcome(finished)
     _, front, body = card.split("---\n", 2)

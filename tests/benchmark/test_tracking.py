@@ -50,8 +50,10 @@ def test_tensorboard_reads_what_a_run_wrote(tiny: Experiment, tmp_path: Path) ->
     experiment = tiny.model_copy(update={"evaluation": tiny.evaluation.model_copy(update={"baselines": ("zero_shot",)})})
     result = train(experiment, tmp_path / "run", track=["tensorboard"], report=False)
     read = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
-    scores = read.Scalars("federated/score")
-    assert [event.step for event in scores] == [1, 2]
+    scores, validation = read.Scalars("federated/score"), read.Scalars("federated/validation score")
+    assert [event.step for event in scores] == [2]
+    assert [event.step for event in validation] == [1, 2]
+    assert validation[-1].value == pytest.approx(result.validation["score"], abs=1e-6)
     assert scores[-1].value == pytest.approx(result.scores["federated"], abs=1e-6)
     assert [event.step for event in read.Scalars("zero_shot/score")] == [0]
     assert all(math.isfinite(event.value) for event in read.Scalars("federated/loss"))

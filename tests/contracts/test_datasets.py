@@ -4,6 +4,7 @@ or, where its files may not be redistributed, a writer of its layout to ``writte
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -40,9 +41,9 @@ def root_of(name: str) -> Path | None:
 @pytest.fixture(params=sorted({*ROOTS, *WRITERS}))
 def request_(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, DatasetRequest]:
     if request.param in ROOTS:
-        return request.param, DatasetRequest(root_of(request.param), 0, num_train=120, num_test=60)
+        return request.param, DatasetRequest(root_of(request.param), 0, num_train=100, num_test=60)
     root, options = WRITERS[request.param](tmp_path)
-    return request.param, DatasetRequest(root, 0, num_train=120, num_test=60, options=options)
+    return request.param, DatasetRequest(root, 0, num_train=100, num_test=60, options=options)
 
 
 @pytest.fixture
@@ -58,8 +59,16 @@ def test_every_dataset_has_a_row() -> None:
 
 def test_loading_twice_gives_the_same(dataset: Dataset, request_: tuple[str, DatasetRequest]) -> None:
     again = load_dataset(*request_)
-    for split in ("train", "test"):
+    for split in ("train", "validation", "test"):
         assert [described(s) for s in getattr(dataset, split)] == [described(s) for s in getattr(again, split)]
+
+
+def test_a_validation_part_is_no_part_of_the_others(dataset: Dataset, request_: tuple[str, DatasetRequest]) -> None:
+    assert 10 <= len(dataset.validation) <= len(dataset.test)
+    fewer = load_dataset(request_[0], replace(request_[1], num_train=20))
+    assert [s.id for s in fewer.validation] == [s.id for s in dataset.validation]
+    assert [s.id for s in fewer.test] == [s.id for s in dataset.test]
+    assert len(load_dataset(request_[0], replace(request_[1], num_validation=10)).validation) == 10
 
 
 def described(sample: Sample) -> tuple[object, ...]:
@@ -67,8 +76,8 @@ def described(sample: Sample) -> tuple[object, ...]:
 
 
 def test_samples_are_whole(dataset: Dataset) -> None:
-    assert (len(dataset.train), len(dataset.test)) == (120, 60)
-    for sample in (*dataset.train, *dataset.test):
+    assert (len(dataset.train), len(dataset.test)) == (100, 60)
+    for sample in dataset.samples:
         assert sample.modalities == tuple(sorted(dataset.modalities))
         assert sample.question.strip()
         assert sample.answer.strip()
@@ -98,8 +107,8 @@ def test_ceilings_are_scores(dataset: Dataset) -> None:
 
 def test_it_federates(request_: tuple[str, DatasetRequest]) -> None:
     name, request = request_
-    data = {"dataset": name, "root": request.root, "num_train": 120, "num_test": 60, "options": dict(request.options)}
+    data = {"dataset": name, "root": request.root, "num_train": 100, "num_test": 60, "options": dict(request.options)}
     experiment = Experiment.parse({"data": data, "federation": {"num_clients": 4, "scenario": "missing-0.3"}})
     split = federate(experiment.data, experiment.federation, 0)
     record = manifest(split, "missing-0.3", 0)
-    assert sum(client["num_samples"] for client in record["clients"]) + record["dropped"] == 120
+    assert sum(client["num_samples"] for client in record["clients"]) + record["dropped"] == 100

@@ -72,6 +72,18 @@ def test_rows_and_pictures_of_both_splits_are_counted_and_can_be_left_out() -> N
     assert repeated(left, leave_out=False).notes == left.notes
 
 
+def test_what_is_chosen_by_is_kept_apart_from_what_is_trained_on_and_tested_on() -> None:
+    both = splits()
+    dataset = replace(both, train=both.train[-1:], validation=tuple(replace(s, id=f"v{s.id}") for s in (both.train[-1], both.test[0])))
+    assert [note.partition(";")[0] for note in repeated(dataset, leave_out=False).notes] == [
+        "1 training sample(s) are in the validation part too",
+        "1 validation sample(s) are in the test split too",
+    ]
+    spare = replace(both.train[-1], id="spare", question="Another?")
+    left = repeated(replace(dataset, train=(*dataset.train, spare)), leave_out=True)
+    assert ([s.id for s in left.train], [s.id for s in left.validation]) == (["spare"], [f"v{both.train[-1].id}"])
+
+
 def test_the_setting_reaches_ones_own_files(tmp_path: Path) -> None:
     for name, texts in (("train", "abcb"), ("test", "cd")):
         rows = [{"t": text, "a": "yes" if text in "ac" else "no"} for text in texts]

@@ -59,6 +59,8 @@ def test_it_reads_back_as_it_was(tmp_path: Path, data: dict[str, Any] | None, fe
     written, read = split(before), split(after)
     assert {k: list(map(described, v)) for k, v in written.clients.items()} == {k: list(map(described, v)) for k, v in read.clients.items()}
     assert list(map(described, written.dataset.test)) == list(map(described, read.dataset.test))
+    assert written.dataset.validation
+    assert list(map(described, written.dataset.validation)) == list(map(described, read.dataset.validation))
     assert read.dataset.metric == written.dataset.metric
     assert [s.domain for s in read.dataset.test] == [s.domain for s in written.dataset.test]
     assert (after.seed, after.training, after.algorithm) == (before.seed, before.training, before.algorithm)

@@ -70,9 +70,12 @@ def test_cohorts_are_fair_distinct_and_derived_from_seed_and_round() -> None:
 
 def test_records_tell_what_happened(tmp_path: Path) -> None:
     seen: list[Record] = []
-    state = run_stage(loop(tmp_path, seen=seen), stage(4, 2, rounds=3, every=2), ServerState(START))
+    watched = replace(loop(tmp_path, seen=seen), validate=lambda weights, base: {"score": -float(weights["w"].mean())})
+    state = run_stage(watched, stage(4, 2, rounds=3, every=2), ServerState(START))
     assert [record["round"] for record in seen] == [1, 2, 3]
-    assert [record["score"] is not None for record in seen] == [False, True, True]
+    assert [record["score"] is not None for record in seen] == [False, False, True]
+    assert [record["validation"] is not None for record in seen] == [False, True, True]
+    assert seen[-1]["validation"]["score"] == -seen[-1]["score"]
     assert seen[-1]["score"] == pytest.approx(float(state.weights["w"].mean()))
     assert all(record["bytes_up"] == record["bytes_down"] == 2 * 8 for record in seen)
     assert all(record["loss"] == 2.0 and record["num_samples"] == 2 for record in seen)

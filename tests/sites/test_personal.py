@@ -87,7 +87,7 @@ def over_sites(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def scored(folder: Path) -> list[Any]:
-    return [record["scores"] for record in RunStore(folder).records("federated")]
+    return [(record["scores"], record["validation"]) for record in RunStore(folder).records("federated")]
 
 
 @pytest.mark.parametrize("name", ["ditto", "fedsa_lora"])
@@ -135,9 +135,14 @@ def test_a_site_scores_its_model_on_its_own_test_data_and_writes_down_what_it_te
     )
     lines = {name: (tmp_path / "federation" / "sites" / name / "sent.jsonl").read_text().splitlines() for name in NAMES}
     told = {name: [row for row in map(json.loads, rows) if row["kind"] == "scores"] for name, rows in lines.items()}
-    assert [(row["round"], row["tested"]) for row in told["client-00"]] == [(1, ""), (2, ""), (2, "image")]
+    assert [(row["round"], row["tested"]) for row in told["client-00"]] == [
+        (1, "validation"),
+        (2, "validation"),
+        (2, ""),
+        (2, "image"),
+    ]
     assert told["client-01"] == []
-    scores = [told[name][1]["metrics"] for name in ("client-00", "client-02")]
+    scores = [told[name][2]["metrics"] for name in ("client-00", "client-02")]
     assert result.scores["federated"] == pytest.approx(sum(row["score"] for row in scores) / 2)
     assert result.details["federated"]["num_samples"] == sum(row["num_samples"] for row in scores) == 12
     assert (tmp_path / "federation" / "sites" / "client-01" / "adapters").exists()
@@ -148,6 +153,22 @@ def test_a_federation_of_which_no_site_tells_its_score_says_so(over_sites: Any, 
     with pytest.raises(
         FederationError, match=r"after round 1 no client tells the score of its own model:\n  - client-00: it does not tell its scores"
     ):
+        over_sites(tmp_path / "there", own, algorithm={"name": "ditto"})
+
+
+def test_a_federation_of_which_no_site_has_a_validation_part_says_so(over_sites: Any, tmp_path: Path) -> None:
+    rows = [{"text": f"case {i}", "answer": "ab"[i % 2]} for i in range(12)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {
+        "train": "rows.jsonl",
+        "columns": {"text": "text", "answer": "answer"},
+        "question": "Which?",
+        "choices": ["a", "b"],
+        "metric": "auc",
+        "test_share": 0.5,
+    }
+    own = {name: {"data": {"dataset": "jsonl", "root": str(tmp_path), "options": options}} for name in NAMES}
+    with pytest.raises(FederationError, match=r"client-00: ConfigError; more is in the site's log|there is no validation part here"):
         over_sites(tmp_path / "there", own, algorithm={"name": "ditto"})
 
 

@@ -32,9 +32,11 @@ def describe(experiment: Experiment) -> Record:
     """A split as JSON: its manifest without the samples, and one example in every wording."""
     data = federate(experiment.data, experiment.federation, experiment.seed)
     record = _manifest(data, experiment)
-    *clients, test = ({key: value for key, value in held.items() if key != "samples"} for held in (*record["clients"], record["test"]))
+    holders = (*record["clients"], record["validation"], record["test"])
+    *clients, validation, test = ({key: value for key, value in held.items() if key != "samples"} for held in holders)
     first = next(iter(data.clients.values()))[0]
-    return {**record, "clients": clients, "test": test, "example": example(first, {**WORDINGS, **experiment.data.wordings})}
+    shown = example(first, {**WORDINGS, **experiment.data.wordings})
+    return {**record, "clients": clients, "validation": validation, "test": test, "example": shown}
 
 
 def example(sample: Sample, wordings: Mapping[str, Wording]) -> Record:

@@ -13,19 +13,21 @@ from fedmllm.types import Sample
 Encode = Callable[[Sample], object]
 """An ``Encoder``, which keeps what it makes, so that asking early costs nothing."""
 
+_VALIDATION, _TEST = "the validation part", "the test split"
+
 
 def encodable(data: FederatedData, encode: Encode, policy: OnBadSample) -> FederatedData:
     """The data without samples that are too long for the model, or that its processor does not take.
 
     Args:
-        data: of a run's clients, and the test split.
+        data: of a run's clients, the validation part and the test split.
         encode: makes tensors of a sample.
         policy: whether such samples are refused, all in one error, or left out and counted in the notes.
 
     Raises:
         DataError: listing all of them, or naming a client or split that nothing is left of.
     """
-    holders = {**data.clients, "the test split": data.dataset.test}
+    holders = {**data.clients, _VALIDATION: data.dataset.validation, _TEST: data.dataset.test}
     bad = _problems((sample for samples in holders.values() for sample in samples), encode, policy)
     if not bad:
         return data
@@ -33,7 +35,7 @@ def encodable(data: FederatedData, encode: Encode, policy: OnBadSample) -> Feder
     if empty := [name for name in left if holders[name] and not left[name]]:
         raise DataError(f"{', '.join(empty)}: the model takes none of the samples:\n{listing(bad.values())}")
     notes = skipped(f"{len(bad):,} sample(s) skipped that the model does not take", list(bad.values()))
-    dataset = replace(data.dataset, test=left.pop("the test split"), notes=(*data.dataset.notes, *notes))
+    dataset = replace(data.dataset, validation=left.pop(_VALIDATION), test=left.pop(_TEST), notes=(*data.dataset.notes, *notes))
     return replace(data, dataset=dataset, clients=left)
 
 

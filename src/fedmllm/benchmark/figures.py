@@ -98,8 +98,9 @@ def client_scores(scores: Mapping[str, Mapping[str, float]]) -> Figure:
 
 @svg
 def learning_curve(rounds: Sequence[Round], scores: Mapping[str, float | None], metric: str) -> Figure:
-    """Score of the evaluated rounds against the other ways of training; below it, the training loss of every round."""
-    curve = {row.round: row.score for row in rounds if row.score is not None}
+    """Scores on the validation part, and the last one on the test split, against the other ways of training; below it, each round's training loss."""
+    curve = {row.round: row.watched for row in rounds if row.watched is not None}
+    tested = {row.round: row.score for row in rounds if row.score is not None and row.validation is not None}
     levels = {stage: score for stage in LOOKS if stage != "federated" and (score := scores.get(stage)) is not None}
     numbers, margin = [row.round for row in rounds], max(0.5, 0.02 * len(rounds))
     figure, dots = Figure((WIDTH, 4.9)), "D." if len(rounds) <= 60 else ("", "")
@@ -107,11 +108,12 @@ def learning_curve(rounds: Sequence[Round], scores: Mapping[str, float | None], 
     axes = panel(figure, 0.55, 2.0, 1.5, 0.3, metric)
     loss.plot(numbers, [math.nan if row.loss is None else row.loss for row in rounds], color=INK, linewidth=1.1, marker=dots[1])
     axes.plot(list(curve), list(curve.values()), color=BLUE, linewidth=1.6, marker=dots[0], markersize=4.5)
+    axes.plot(list(tested), list(tested.values()), color=BLUE, linestyle="", marker="D", markersize=6, markeredgecolor=INK)
     for stage, level in levels.items():
         axes.axhline(level, color=LOOKS[stage].color, linestyle=LOOKS[stage].dash, linewidth=1.2)
     if not (curve or levels):
         axes.text(0.5, 0.5, "no round has been evaluated yet", transform=axes.transAxes, ha="center", va="center")
-    _name_lines(axes, levels | ({"federated": list(curve.values())[-1]} if curve else {}))
+    _name_lines(axes, levels | ({"federated": list((tested or curve).values())[-1]} if curve else {}))
     for part in (axes, loss):
         part.set_xlim(numbers[0] - margin, numbers[-1] + margin)
         part.xaxis.set_major_locator(MaxNLocator(12, integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))

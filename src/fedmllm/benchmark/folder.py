@@ -46,16 +46,23 @@ class Manifest(_Checked):
     dropped: int
     clients: list[Client]
     test: Counts
+    validation: Counts | None = None
 
 
 class Line(_Checked):
-    """A line of ``metrics.jsonl``: a score, and what it took. The zero-shot score is a round 0 and has no more."""
+    """A line of ``metrics.jsonl``: scores on the test split and on the validation part, and what it took. Zero-shot is a round 0 and has no more."""
 
     stage: str
     round: int
     score: float | None
     scores: Metrics | None
     seconds: dict[str, float]
+    validation: Metrics | None = None
+
+    @property
+    def watched(self) -> float | None:
+        """What a learning curve shows: the score on the validation part. Runs of earlier versions were scored on the test split all along."""
+        return self.score if self.validation is None else self.validation["score"]
 
 
 class Refusal(_Checked):

@@ -128,8 +128,10 @@ def _require_same_data(path: Path, record: Record) -> None:
 
 
 def _samples(record: Record) -> dict[str, dict[str, str]]:
-    """Ids and digests of the samples of each client and of the test split; none where a crash or an older version left no digests."""
+    """Ids and digests of the samples of each client, of the validation part and of the test split; none where a crash or an older version left no digests."""
     if "samples" not in record.get("test", {}):
         return {}
     holders = [*((client["id"], client["samples"]) for client in record["clients"]), ("test", record["test"]["samples"])]
+    if "samples" in record.get("validation", {}):
+        holders.append(("validation", record["validation"]["samples"]))
     return {name: {sample["id"]: sample["digest"] for sample in samples} for name, samples in holders}

@@ -142,7 +142,7 @@ def _leading(sweep: Sweep) -> list[str]:
 def _curve(sweep: Sweep, method: str, columns: Sequence[Column]) -> dict[int, float]:
     """By round, the mean over the cells, of the rounds after which all were scored."""
     cells = [cell for cell in sweep.of(method) if cell.column in columns]
-    scores = [{line.round: line.score for line in cell.run.rounds if line.score is not None} for cell in cells]
+    scores = [{line.round: line.watched for line in cell.run.rounds if line.watched is not None} for cell in cells]
     shared = sorted(set.intersection(*map(set, scores))) if scores else []
     return {number: mean(by_round[number] for by_round in scores) for number in shared}
 

@@ -61,9 +61,10 @@ def _context(sweep: Sweep, tables: list[Table]) -> dict[str, Any]:
     by_name, cells = {table.name: table for table in tables}, sweep.cells.values()
     metric = {cell.column.dataset: METRICS.get(cell.run.manifest.metric, cell.run.manifest.metric) for cell in cells}
     added = pairs(sweep)
-    curved = any(sum(line.score is not None for line in cell.run.rounds) > 1 for cell in cells)
+    curved = any(sum(line.watched is not None for line in cell.run.rounds) > 1 for cell in cells)
     return {
         "title": sweep.name,
+        "validated": any(line.validation is not None for cell in cells for line in cell.run.rounds),
         "sweep": sweep,
         "cells": len(cells),
         "missing": len(sweep.methods) * len(sweep.columns) * len(sweep.seeds) - len(cells),

@@ -79,6 +79,7 @@ def _context(run: Run) -> dict[str, Any]:
         "manifest": run.manifest,
         "result": run.result,
         "rounds": rounds,
+        "watched": next((row for row in reversed(rounds) if row.watched is not None), None),
         "clients": clients,
         "metric": _metric(run),
         "rows": rows,

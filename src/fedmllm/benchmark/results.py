@@ -39,6 +39,7 @@ class RunResult:
         bytes_up, bytes_down: what all clients of the federated stage sent and received.
         seconds: wall time of training and evaluation, over all sittings.
         seconds_by_stage: the same by stage.
+        validation: all metrics of the federated model on the validation part; empty if it was not asked (``evaluation.every``).
         tested: all metrics of the federated model by copy of the test split (``evaluation.tested``).
         clients: accuracy by model (``federated``, ``local``, ``fine_tuned``) and client on test samples of the client's own kind
             (``evaluation.client_samples``).
@@ -78,6 +79,7 @@ class RunResult:
     trained: list[str] = field(default_factory=list)
     remarks: dict[str, str] = field(default_factory=dict)
     idle: list[str] = field(default_factory=list)
+    validation: Metrics = field(default_factory=dict)
 
     @property
     def beside(self) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -32,6 +33,7 @@ from fedmllm.engine.flower import FlowerEngine
 from fedmllm.engine.in_process import InProcessEngine
 from fedmllm.engine.rounds import Loop, evaluate_state, personal_models, run_stage
 from fedmllm.engine.stages import Stage
+from fedmllm.engine.words import VALIDATION
 from fedmllm.evaluation.answered import Answered, to_record
 from fedmllm.evaluation.evaluate import evaluate
 from fedmllm.evaluation.metrics import require_scorable
@@ -99,6 +101,8 @@ def _copies(experiment: Experiment, dataset: Dataset) -> dict[str, tuple[Sample,
         DataError: if one holds nothing, or the metric is not defined on it or the split itself.
     """
     require_scorable(dataset.metric, dataset.test, "the test split")
+    if experiment.evaluation.every and dataset.validation:
+        require_scorable(dataset.metric, dataset.validation, "the validation part (data.validation_share, evaluation.every)")
     copies = {spec: reduced_copy(dataset.test, spec, experiment.seed) for spec in experiment.evaluation.tested}
     for spec, copy in copies.items():
         require_scorable(dataset.metric, copy, f"evaluation.tested: {spec}")
@@ -152,8 +156,8 @@ class _Run:
         self.asked.clear()
         with self.federation.engine(federated, self.folder) as engine:
             loop = self._there(loop, engine)
-            score = loop.evaluate if loop.algorithm.personalized else self._keeping(loop.evaluate)
-            trained = run_stage(replace(loop, evaluate=score), federated, self.start)
+            watched = loop if loop.algorithm.personalized else self._keeping(loop)
+            trained = run_stage(watched, federated, self.start)
             # Whatever comes of the scores that follow, the adapter is there.
             models = personal_models(loop, federated, trained)
             self._save_adapters(trained, models if loop.algorithm.personalized else {})
@@ -181,7 +185,8 @@ class _Run:
         metric = self.data.dataset.metric
         if engine is None or not (self.federation.at_sites and loop.algorithm.personalized):
             return replace(loop, engine=engine or loop.engine)
-        return replace(loop, engine=engine, scores=lambda assignment, clients: engine.scores(assignment, clients, metric, copy))
+        scores, validations = (partial(engine.scores, metric=metric, copy=asked) for asked in (copy, VALIDATION))
+        return replace(loop, engine=engine, scores=scores, validations=validations)
 
     def stages(self) -> list[Stage]:
         """The federation, then centralized training, each client alone, both with calibration, and each client from where the federation ended."""
@@ -221,11 +226,11 @@ class _Run:
         e, dataset = self.experiment, self.data.dataset
         engine = InProcessEngine(self.vlm, self.encoder, e.training, e.engine.together)
         score = self._scorer(dataset.test, dataset.metric, self.asked)
+        validate = self._scorer(dataset.validation, dataset.metric) if dataset.validation else None
         store, told = RunStore(self.folder), self.observer.round_done
         again, answered = self.observer.waiting, self.observer.answered
-        return Loop(
-            build_algorithm(e.algorithm), engine, e.training, score, store, e.seed, told, e.compression, e.failures, again, answered
-        )
+        method = build_algorithm(e.algorithm)
+        return Loop(method, engine, e.training, score, store, e.seed, told, e.compression, e.failures, again, answered, validate=validate)
 
     def _scorer(self, samples: Sequence[Sample], metric: str, kept: list[Answered] | None = None) -> Callable[[Weights, Weights], Metrics]:
         """Scores given weights, and what was merged into the frozen ones, on some samples."""
@@ -237,17 +242,17 @@ class _Run:
 
         return score
 
-    def _keeping(self, score: Callable[[Weights, Weights], Metrics]) -> Callable[[Weights, Weights], Metrics]:
-        """The same scores; where they fail, the adapter that was to be scored is kept."""
+    def _keeping(self, loop: Loop) -> Loop:
+        """The same loop; where its scores fail, the adapter that was to be scored is kept."""
 
-        def scored(weights: Weights, base: Weights) -> Metrics:
+        def kept(score: Callable[[Weights, Weights], Metrics], weights: Weights, base: Weights) -> Metrics:
             try:
                 return score(weights, base)
             except Exception:
                 save_adapter(self.vlm, weights, self.folder / "adapter", base)
                 raise
 
-        return scored
+        return replace(loop, evaluate=partial(kept, loop.evaluate), validate=loop.validate and partial(kept, loop.validate))
 
     def _write_predictions(self, loop: Loop, stage: Stage, trained: ServerState) -> None:
         """What the final model answered to the test split, or each of a personalized method's; asked again if it was in an earlier sitting.

@@ -51,6 +51,7 @@ def summarize(
         strategies=list(dict.fromkeys([*(["agnostic_prompt"] if e.data.prompt == "agnostic" else []), *e.algorithm.strategy_names])),
         model=e.model.name,
         personalized=build_algorithm(e.algorithm).personalized,
+        validation=records["federated"][-1].get("validation") or {},
     )
 
 

@@ -27,6 +27,7 @@ _NAMED = 50
 def numbers(record: Record) -> dict[str, float]:
     """A round's record as ``stage/name``: scores, loss, in all and by client, bytes, seconds by activity, how many updates were refused."""
     values = {name: record.get(name) for name in _COUNTED} | dict(record.get("scores") or {})
+    values |= {f"validation {name}": value for name, value in (record.get("validation") or {}).items()}
     values |= {f"seconds_{name}": value for name, value in record["seconds"].items()}
     if len(losses := record.get("losses", {})) <= _NAMED:
         values |= {f"loss of {client}": loss for client, loss in losses.items()}

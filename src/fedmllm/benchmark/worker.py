@@ -23,7 +23,8 @@ from fedmllm.engine.flower import enclose, enclosed
 from fedmllm.engine.frozen import KeptBase
 from fedmllm.engine.in_process import Assignment, InProcessEngine
 from fedmllm.engine.messages import Task, TaskFacts, read_task, write_answer
-from fedmllm.engine.words import Presence, Scores, write_word
+from fedmllm.engine.words import VALIDATION, Presence, Scores, write_word
+from fedmllm.errors import ConfigError
 from fedmllm.evaluation.evaluate import evaluate
 from fedmllm.models.lora import frozen_weights, read_weights, write_base, write_weights
 from fedmllm.models.saved import save_adapter
@@ -45,7 +46,7 @@ class _Opened:
         algorithm: the method.
         own: the broadcast of its state before the first round.
         clients: whom it can be asked for.
-        test: the test split.
+        test, validation: the splits that models are scored on.
         metric: its score.
     """
 
@@ -55,6 +56,7 @@ class _Opened:
     own: Broadcast
     clients: Clients
     test: tuple[Sample, ...]
+    validation: tuple[Sample, ...]
     metric: str
 
     def samples(self, client: str) -> tuple[Sample, ...]:
@@ -117,7 +119,7 @@ class Worker:
         return spread(self.resident.dataset(experiment), experiment.federation, experiment.seed).clients
 
     def test(self, samples: tuple[Sample, ...]) -> tuple[Sample, ...]:
-        """What of a test split a client's own model is scored on."""
+        """What of a test split, or a validation part, a client's own model is scored on."""
         return samples
 
     def states(self, facts: TaskFacts) -> ClientStates:
@@ -174,11 +176,20 @@ class Worker:
             self.require(facts)
             run = self._open(facts)
             model = run.personal(task, self.states(facts))
-            metrics = run.score(model, self.test(run.test), str(facts.about["tested"]))
+            metrics = run.score(model, *self._asked(run, str(facts.about["tested"])))
             word = Scores(client=facts.client, round_num=facts.round_num, metric=run.metric, metrics=metrics)
             return write_word(self.scored(word, facts, model), facts.round_num)
         except Exception as error:
             return write_word(self.failed(facts.client, error), facts.round_num)
+
+    def _asked(self, run: _Opened, copy: str) -> tuple[tuple[Sample, ...], str]:
+        """Samples to score a client's own model on, and the copy of them that is to be made."""
+        if copy != VALIDATION:
+            return self.test(run.test), copy
+        if not run.validation:
+            remedy = "set data.validation_share above 0 or name a file for it, or evaluation.every=0 in the experiment"
+            raise ConfigError(f"there is no validation part here; {remedy}")
+        return self.test(run.validation), ""
 
     def _open(self, facts: TaskFacts) -> _Opened:
         """The run of these settings; another than the last is set up anew, with model and data as far as they are the same."""
@@ -196,7 +207,7 @@ class Worker:
         own = method.broadcast(method.init(read_weights(vlm.model), frozen_weights(vlm)))
         engine = InProcessEngine(vlm, self.resident.encoder(experiment), experiment.training)
         dataset = self.resident.dataset(experiment)
-        return _Opened(experiment, engine, method, own, clients, dataset.test, dataset.metric)
+        return _Opened(experiment, engine, method, own, clients, dataset.test, dataset.validation, dataset.metric)
 
     def save(self, model: ServerState, folder: Path) -> None:
         """A client's own model of the run that is open, as an adapter."""

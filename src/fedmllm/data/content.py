@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import lru_cache
@@ -53,25 +53,34 @@ def _file_digest(path: Path, size: int, changed: int) -> str:
 
 
 def repeated(dataset: Dataset, leave_out: bool) -> Dataset:
-    """The dataset with notes on what occurs twice: rows in the training split, rows and pictures in both splits.
+    """The dataset with notes on what occurs twice: rows in the training split, rows in two splits, pictures of the test split.
 
     Args:
         dataset: as it was loaded.
-        leave_out: leave these out of the training split.
+        leave_out: leave these out of the training split, and of the validation part what is in the test split.
     """
-    train, test = sample_digests(dataset.train), sample_digests(dataset.test)
-    asked, shown = set(test), {digest for sample in dataset.test for digest in _pictures(sample)}
+    train, validation, test = (sample_digests(samples) for samples in (dataset.train, dataset.validation, dataset.test))
+    asked, chosen_by, shown = set(test), set(validation), {digest for sample in dataset.test for digest in _pictures(sample)}
     first = dict(zip(reversed(train), reversed(range(len(train))), strict=True))
     found = {
         "training sample(s) repeat another one": {i for i, digest in enumerate(train) if first[digest] != i},
         "training sample(s) are in the test split too": {i for i, digest in enumerate(train) if digest in asked},
+        "training sample(s) are in the validation part too": {i for i, digest in enumerate(train) if digest in chosen_by},
         "training sample(s) show a picture of the test split": {i for i, s in enumerate(dataset.train) if shown & _pictures(s)},
     }
     remedy = "left out" if leave_out else "data.deduplicate leaves them out"
-    notes = tuple(f"{len(which):,} {what}; {remedy}" for what, which in found.items() if which)
-    out = set[int]().union(*found.values()) if leave_out else set[int]()
-    kept = tuple(sample for i, sample in enumerate(dataset.train) if i not in out)
-    return replace(dataset, train=kept, notes=(*dataset.notes, *notes))
+    known = {i for i, digest in enumerate(validation) if digest in asked}
+    told = found | {"validation sample(s) are in the test split too": known}
+    notes = tuple(f"{len(which):,} {what}; {remedy}" for what, which in told.items() if which)
+    if leave_out:
+        dataset = replace(
+            dataset, train=_without(dataset.train, set().union(*found.values())), validation=_without(dataset.validation, known)
+        )
+    return replace(dataset, notes=(*dataset.notes, *notes))
+
+
+def _without(samples: Sequence[Sample], places: Set[int]) -> tuple[Sample, ...]:
+    return tuple(sample for i, sample in enumerate(samples) if i not in places)
 
 
 def _pictures(sample: Sample) -> set[str]:

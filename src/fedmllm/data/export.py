@@ -23,7 +23,7 @@ ROLES = ("id", "question", "options", "answer", "answer_type", "category", "clie
 def export(data: FederatedData, folder: Path, record: Record, settings: Record) -> Path:
     """Write a split with what its scenario left of it.
 
-    ``train.jsonl`` and ``test.jsonl`` hold a sample a line, ``files/`` what is no text (files as they are, pictures that were
+    ``train.jsonl``, ``validation.jsonl`` and ``test.jsonl`` hold a sample a line, ``files/`` what is no text (files as they are, pictures that were
     generated or altered as PNG), ``manifest.json`` the split, the SHA-256 of every file and where all came from, and
     ``experiment.yaml`` the settings under which ``fedmllm train`` goes on from here.
 
@@ -46,12 +46,18 @@ def export(data: FederatedData, folder: Path, record: Record, settings: Record) 
         (building / "files").mkdir(parents=True)
         train = sorted(((client, sample) for client, samples in data.clients.items() for sample in samples), key=lambda pair: pair[1].id)
         _write_rows(building, "train", train)
-        _write_rows(building, "test", [("", sample) for sample in data.dataset.test])
+        for split, samples in held_back(data.dataset).items():
+            _write_rows(building, split, [("", sample) for sample in samples])
         (building / "experiment.yaml").write_text(_experiment(data, folder, settings), encoding="utf-8")
         hashes = {path.relative_to(building).as_posix(): _sha256(path) for path in sorted(building.rglob("*")) if path.is_file()}
         (building / "manifest.json").write_text(json.dumps({**record, "files": hashes}, indent=1), encoding="utf-8")
         building.rename(folder)
     return folder / "experiment.yaml"
+
+
+def held_back(dataset: Dataset) -> dict[str, tuple[Sample, ...]]:
+    """The splits that are not trained on; without the validation part if there is none."""
+    return ({"validation": dataset.validation} if dataset.validation else {}) | {"test": dataset.test}
 
 
 def _write_rows(folder: Path, split: str, samples: Sequence[tuple[str, Sample]]) -> None:
@@ -86,8 +92,11 @@ def _experiment(data: FederatedData, folder: Path, settings: Record) -> str:
     """The settings, with the data read from the folder, by client and as they are."""
     dataset: Dataset = data.dataset
     columns = {role: role for role in ROLES} | {modality: modality for modality in dataset.modalities}
-    options = {"train": "train.jsonl", "test": "test.jsonl", "columns": columns, "metric": dataset.metric, "keep_empty": True}
-    stated = {"dataset": "jsonl", "root": str(folder), "prompt": settings["data"]["prompt"], "options": options}
+    files = {split: f"{split}.jsonl" for split in ("train", *held_back(dataset))}
+    options = files | {"columns": columns, "metric": dataset.metric, "keep_empty": True}
+    # What is in the files is all that there is: nothing more is held out, whether they have a validation part or not.
+    stated = {"dataset": "jsonl", "root": str(folder), "prompt": settings["data"]["prompt"], "validation_share": 0.0, "options": options}
+    stated |= {"num_validation": len(dataset.validation)} if dataset.validation else {}
     kept = {key: settings["federation"][key] for key in ("num_clients", "clients_per_round", "num_rounds", "keep_empty")}
     federation = kept | {"scenario": "aligned", "partition": "natural", "min_partition_size": 1}
     return f"# fedmllm train {folder}/experiment.yaml\n" + yaml.safe_dump(

@@ -31,7 +31,7 @@ class FederatedData:
     """A dataset spread over clients.
 
     Attributes:
-        dataset: where the samples come from; its test split is complete and shared by all.
+        dataset: where the samples come from; its validation part and its test split are complete and shared by all.
         clients: training samples by client id.
         dropped: samples that lost every modality and were left out.
         told: of clients whose samples are elsewhere and not in ``clients``, what they say they hold.
@@ -88,7 +88,9 @@ def load(data: DataConfig, seed: int) -> Dataset:
     Raises:
         ConfigError, DataError: if settings are wrong, or rows or pictures are bad.
     """
-    request = DatasetRequest(data.root, seed, data.num_train, data.num_test, data.on_bad_sample, data.options)
+    request = DatasetRequest(
+        data.root, seed, data.num_train, data.num_test, data.on_bad_sample, data.options, data.num_validation, data.validation_share
+    )
     dataset = load_dataset(data.dataset, request)
     if unused := data.wording.unused(dataset.modalities) if data.prompt in data.wordings else []:
         held = ", ".join(dataset.modalities)
@@ -103,17 +105,19 @@ def decodable(dataset: Dataset, policy: OnBadSample) -> Dataset:
     Raises:
         DataError: listing all pictures that do not, if the policy is to refuse.
     """
-    broken, turned = check_images(source for sample in (*dataset.train, *dataset.test) for source in _pictures(sample))
+    broken, turned = check_images(source for sample in dataset.samples for source in _pictures(sample))
     dataset = replace(dataset, notes=(*dataset.notes, *skipped(f"{len(turned):,} picture(s) may not be upright", turned)))
     if not broken:
         return dataset
-    bad = {sample.id: problem for sample in (*dataset.train, *dataset.test) if (problem := _problem(sample, broken))}
+    bad = {sample.id: problem for sample in dataset.samples if (problem := _problem(sample, broken))}
     problems = list(dict.fromkeys(bad.values()))
     if policy == "refuse":
         raise DataError(f"{len(problems)} image(s) cannot be used; replace them, or set data.on_bad_sample to skip:\n{listing(problems)}")
-    train, test = (tuple(sample for sample in samples if sample.id not in bad) for samples in (dataset.train, dataset.test))
+    train, validation, test = (
+        tuple(sample for sample in samples if sample.id not in bad) for samples in (dataset.train, dataset.validation, dataset.test)
+    )
     notes = skipped(f"{len(bad):,} sample(s) skipped for {len(problems):,} image(s) that cannot be used", problems)
-    return replace(dataset, train=train, test=test, notes=(*dataset.notes, *notes))
+    return replace(dataset, train=train, validation=validation, test=test, notes=(*dataset.notes, *notes))
 
 
 def _pictures(sample: Sample) -> list[Path | bytes]:
@@ -228,6 +232,7 @@ def manifest(data: FederatedData, scenario: str, seed: int) -> Record:
         "notes": [*dataset.notes, *_withheld(data.told)],
         "dropped": data.dropped,
         "clients": clients,
+        "validation": _counts(dataset.validation) | {"samples": _listed(dataset.validation)},
         "test": _counts(dataset.test) | {"samples": _listed(dataset.test)},
     }
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from fedmllm.data.datasets import DATASETS
-from fedmllm.data.datasets.base import check_options
+from fedmllm.data.datasets.base import VALIDATION_SHARE, check_options
 from fedmllm.data.datasets.rows import OnBadSample
 from fedmllm.data.modalities import Protocol, parse_scenario
 from fedmllm.data.prompts import WORDINGS, Wording
@@ -36,6 +36,10 @@ class DataConfig(BaseModel):
     """Training samples over all clients; left out for all there are."""
     num_test: int | None = Field(None, gt=0)
     """Test samples; left out for all there are."""
+    num_validation: int | None = Field(None, gt=0)
+    """Validation samples; left out for as many as there are, but no more than test samples."""
+    validation_share: float = Field(VALIDATION_SHARE, ge=0, lt=1)
+    """Share of the training samples that becomes the validation part where the data have none of their own; 0 to train on all."""
     check_images: bool = True
     """Decode every image file once before the run begins; what is done about broken ones ``on_bad_sample`` says."""
     on_bad_sample: OnBadSample = "refuse"

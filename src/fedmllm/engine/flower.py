@@ -159,7 +159,7 @@ class FlowerEngine:
             assignment: as if the next round began.
             clients: whom to ask.
             metric: the experiment's, by which all must score.
-            copy: of the test split, as in ``evaluation.tested``; empty for the complete one.
+            copy: of the test split, as in ``evaluation.tested``; empty for the complete one, ``VALIDATION`` for the validation part.
 
         Raises:
             FederationError: if nobody tells.

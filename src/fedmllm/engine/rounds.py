@@ -39,7 +39,8 @@ class Loop:
         algorithm: the method.
         engine: runs the clients.
         training: for the schedule of the learning rate.
-        evaluate: scores given weights, together with what has been merged into the frozen ones.
+        evaluate: scores given weights, together with what has been merged into the frozen ones, on the test split.
+        validate: the same on the validation part; None where there is none.
         store: where rounds are kept.
         seed: the experiment's.
         on_round: told each round's record.
@@ -47,6 +48,7 @@ class Loop:
         failures: what to do about clients that fail.
         on_wait: told ``stage``, ``round``, ``attempt`` and ``clients`` when clients are asked again.
         scores: the scores of clients' own models, where those are elsewhere, by client; None where they are here.
+        validations: the same on validation parts.
         on_answer: told ``stage``, ``round`` and ``clients``, those that are still waited for, when clients are asked and at each answer.
     """
 
@@ -62,6 +64,8 @@ class Loop:
     on_wait: Callable[[Record], None] = field(default=lambda record: None)
     on_answer: Callable[[Record], None] = field(default=lambda record: None)
     scores: Callable[[Assignment, Sequence[str]], Mapping[str, Metrics]] | None = None
+    validate: Callable[[Weights, Weights], Metrics] | None = None
+    validations: Callable[[Assignment, Sequence[str]], Mapping[str, Metrics]] | None = None
 
 
 def run_stage(loop: Loop, stage: Stage, initial: ServerState) -> ServerState:
@@ -94,7 +98,8 @@ def _round(loop: Loop, stage: Stage, state: ServerState, watch: _Watch, checkpoi
     complete = len(intake.accepted) >= _needed(loop, stage)
     state = _stepped(loop.algorithm, state, intake) if complete else _skipped(state)
     watch.lap("aggregate")
-    scores = evaluate_state(loop, stage, state) if stage.evaluates(state.round_num) else None
+    validation = validate_state(loop, stage, state) if stage.validates(state.round_num) else None
+    scores = evaluate_state(loop, stage, state) if stage.ends(state.round_num) else None
     watch.lap("evaluate")
     record = {
         "stage": stage.name,
@@ -105,6 +110,7 @@ def _round(loop: Loop, stage: Stage, state: ServerState, watch: _Watch, checkpoi
         **intake.record(),
         "score": scores["score"] if scores else None,
         "scores": scores,
+        "validation": validation,
         "bytes_down": _bytes_down(loop.algorithm, stage, before, assignment.broadcast, asked),
     }
     record["seconds"] = watch.reset()
@@ -222,6 +228,13 @@ def evaluate_state(loop: Loop, stage: Stage, state: ServerState) -> Metrics:
         rows = [loop.evaluate(weights, state.base) for weights in personal_models(loop, stage, state).values()]
     error = error_over_models([row["score"] for row in rows])
     return over_models(rows) | ({} if error is None else {"standard_error": error})
+
+
+def validate_state(loop: Loop, stage: Stage, state: ServerState) -> Metrics | None:
+    """The same on the validation part; None where there is none."""
+    if loop.validate is None:
+        return None
+    return evaluate_state(replace(loop, evaluate=loop.validate, scores=loop.validations), stage, state)
 
 
 class _Watch:

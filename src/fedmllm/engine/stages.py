@@ -21,7 +21,7 @@ class Stage:
         clients: samples by client.
         num_rounds: rounds to train.
         clients_per_round: size of a cohort.
-        evaluate_every: rounds between evaluations, 0 for the last only.
+        validate_every: rounds between scores on the validation part; 0 for none.
         ranks: clients' own LoRA ranks, where they differ from the server's.
         told: of clients whose samples are elsewhere, what they say they hold.
     """
@@ -30,7 +30,7 @@ class Stage:
     clients: Mapping[str, Sequence[Sample]]
     num_rounds: int
     clients_per_round: int
-    evaluate_every: int = 0
+    validate_every: int = 0
     ranks: Mapping[str, int] = field(default_factory=dict)
     told: Mapping[str, Holding] = field(default_factory=dict)
 
@@ -58,6 +58,10 @@ class Stage:
         chosen = generator(seed, "cohort", round_num).choice(len(names), size=self.clients_per_round, replace=False)
         return [names[i] for i in sorted(chosen)]
 
-    def evaluates(self, round_num: int) -> bool:
-        """Whether the global model is evaluated after this round (counted from 1)."""
-        return round_num == self.num_rounds or (self.evaluate_every > 0 and round_num % self.evaluate_every == 0)
+    def ends(self, round_num: int) -> bool:
+        """Whether this round (counted from 1) is the last, after which the test split is asked."""
+        return round_num == self.num_rounds
+
+    def validates(self, round_num: int) -> bool:
+        """Whether the global model is scored on the validation part after this round."""
+        return self.validate_every > 0 and (self.ends(round_num) or round_num % self.validate_every == 0)

@@ -28,6 +28,10 @@ class Presence(Facts):
     """Whether it trains its part of the experiment's own split, as a simulated client does, and no data of its own."""
 
 
+VALIDATION = "validation"
+"""What a client's own model is asked in place of a copy of the test split."""
+
+
 class Scores(Facts):
     """How a client's own model scores where it is."""
 

@@ -24,7 +24,7 @@ class EvaluationConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     every: int = Field(5, ge=0)
-    """Rounds between evaluations of the global model; 0 for the last round only, which is always evaluated."""
+    """Rounds between scores of the global model on the validation part, the last round's among them; 0 for none. The test split is asked at the end only."""
     baselines: tuple[Baseline, ...] = ("zero_shot", "local", "centralized")
     """What to compare with: the untrained model, each client alone, all data in one place, the final model trained on by each client; each client
     alone and all data in one place with ``label_calibration``, at the method's strength or 1."""

@@ -54,7 +54,7 @@ def write(root: Path, variant: str = "full", end: str = "\n", **files: list[str]
 
 
 def texts(root: Path) -> list[object]:
-    return [sample.content.get("text") for sample in load(DatasetRequest(root, 0)).train]
+    return [sample.content.get("text") for sample in load(DatasetRequest(root, 0, validation_share=0)).train]
 
 
 def problems(request: DatasetRequest) -> list[str]:
@@ -64,7 +64,7 @@ def problems(request: DatasetRequest) -> list[str]:
 
 
 def test_a_row_becomes_a_sample(tmp_path: Path) -> None:
-    dataset = load(DatasetRequest(write(tmp_path), 0))
+    dataset = load(DatasetRequest(write(tmp_path), 0, validation_share=0))
     (sample,) = dataset.train
 
     assert (sample.id, sample.client, sample.answer_type) == ("crisismmd-train-905700001_0", "hurricane_irma", "choice")
@@ -75,7 +75,7 @@ def test_a_row_becomes_a_sample(tmp_path: Path) -> None:
         ("image", "text"),
         "full variant, label_image, evaluated on test",
     )
-    assert load_dataset("crisismmd", DatasetRequest(tmp_path, 0)) == dataset
+    assert load_dataset("crisismmd", DatasetRequest(tmp_path, 0, validation_share=0)) == dataset
 
 
 def test_quotation_marks_are_ordinary_characters(tmp_path: Path) -> None:
@@ -103,19 +103,21 @@ def test_text_is_cleaned_of_addresses_only(text: str, read: str, tmp_path: Path)
 
 
 def test_a_tweet_of_addresses_only_has_no_text(tmp_path: Path) -> None:
-    dataset = load(DatasetRequest(write(tmp_path, train=[tweet(1, "https://t.co/a https://t.co/b"), tweet(3, "words")]), 0))
+    dataset = load(
+        DatasetRequest(write(tmp_path, train=[tweet(1, "https://t.co/a https://t.co/b"), tweet(3, "words")]), 0, validation_share=0)
+    )
 
     assert [sample.modalities for sample in dataset.train] == [("image",), ("image", "text")]
     assert "1 tweet(s) of web addresses only: their text is missing" in dataset.notes
 
 
 def test_line_ends_blank_lines_and_a_byte_order_mark_are_no_matter(tmp_path: Path) -> None:
-    before = load(DatasetRequest(write(tmp_path), 0))
+    before = load(DatasetRequest(write(tmp_path), 0, validation_share=0))
     write(tmp_path, end="\r\n\r\n")
     path = tmp_path / FILES["full"].format(split="train")
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
 
-    assert load(DatasetRequest(tmp_path, 0)) == before
+    assert load(DatasetRequest(tmp_path, 0, validation_share=0)) == before
 
 
 @pytest.mark.parametrize(
@@ -129,7 +131,9 @@ def test_line_ends_blank_lines_and_a_byte_order_mark_are_no_matter(tmp_path: Pat
 )
 def test_the_label_and_the_file_can_be_chosen(options: dict[str, str], answers: set[str], notes: str, tmp_path: Path) -> None:
     dev = [tweet(3, "x", "affected_individuals", label="other_relevant_information")]
-    dataset = load(DatasetRequest(write(tmp_path, test=[tweet(2, "y", "missing_or_found_people")], dev=dev), 0, options=options))
+    dataset = load(
+        DatasetRequest(write(tmp_path, test=[tweet(2, "y", "missing_or_found_people")], dev=dev), 0, options=options, validation_share=0)
+    )
 
     assert {sample.answer for sample in dataset.test} == answers
     assert dataset.notes[0] == notes
@@ -142,7 +146,7 @@ def test_eight_classes_become_five_where_text_and_picture_agree(
     variant: str, options: tuple[str, ...], labels: list[int], tmp_path: Path
 ) -> None:
     train = [tweet(i, "x", name.replace(" ", "_")) for i, name in enumerate(EIGHT, 1)]
-    samples = load(DatasetRequest(write(tmp_path, variant, train=train), 0, options={"variant": variant})).train
+    samples = load(DatasetRequest(write(tmp_path, variant, train=train), 0, options={"variant": variant}, validation_share=0)).train
 
     assert [sample.label for sample in samples] == labels
     assert {sample.options for sample in samples} == {options}
@@ -154,7 +158,7 @@ def test_the_pictures_may_lie_in_their_archives_folder(tmp_path: Path) -> None:
     (tmp_path / "data_image").rename(tmp_path / "CrisisMMD_v2.0" / "data_image")
 
     def image() -> object:
-        return load(DatasetRequest(tmp_path, 0)).train[0].content["image"]
+        return load(DatasetRequest(tmp_path, 0, validation_share=0)).train[0].content["image"]
 
     picture = tmp_path / "CrisisMMD_v2.0/data_image/hurricane_irma/9_9_2017/905700001_0.jpg"
     assert image() == picture
@@ -163,7 +167,7 @@ def test_the_pictures_may_lie_in_their_archives_folder(tmp_path: Path) -> None:
 
 
 def test_counts_are_compared_with_the_published_ones(tmp_path: Path) -> None:
-    notes = load(DatasetRequest(write(tmp_path), 0)).notes
+    notes = load(DatasetRequest(write(tmp_path), 0, validation_share=0)).notes
 
     assert notes[1:] == (
         "train: rows: 1, published are 13,608",
@@ -192,9 +196,9 @@ BAD = {
 def test_a_bad_row_is_named_or_skipped(row: str, message: str, tmp_path: Path) -> None:
     root = write(tmp_path / "crisis", train=[tweet(1, "x"), "", row, tweet(4, "y")])
 
-    (problem,) = problems(DatasetRequest(root, 0))
+    (problem,) = problems(DatasetRequest(root, 0, validation_share=0))
     assert problem.startswith(f"task_humanitarian_text_img_train.tsv:4: {message}")
-    dataset = load(DatasetRequest(root, 0, on_bad_sample="skip"))
+    dataset = load(DatasetRequest(root, 0, on_bad_sample="skip", validation_share=0))
     assert ([sample.content["text"] for sample in dataset.train], dataset.notes[1:3]) == (["x", "y"], ("1 bad row(s) skipped", problem))
 
 
@@ -205,19 +209,19 @@ def test_a_missing_column_is_named_for_its_rows_in_both_files(tmp_path: Path) ->
         path.write_text(path.read_text().replace("label_image\t", "label_picture\t"))
 
     files = [f"task_humanitarian_text_img_{split}.tsv:2: lacks label_image" for split in ("train", "test")]
-    assert problems(DatasetRequest(tmp_path, 0)) == files
-    assert problems(DatasetRequest(tmp_path, 0, on_bad_sample="skip")) == files
+    assert problems(DatasetRequest(tmp_path, 0, validation_share=0)) == files
+    assert problems(DatasetRequest(tmp_path, 0, on_bad_sample="skip", validation_share=0)) == files
 
 
 @pytest.mark.parametrize("missing", ["data_image", *(FILES["full"].format(split=split) for split in ("train", "test"))])
 def test_missing_files_are_named(missing: str, tmp_path: Path) -> None:
     (write(tmp_path) / missing).rename(tmp_path / "elsewhere")
 
-    assert f"{missing} (missing)" in problems(DatasetRequest(tmp_path, 0))
+    assert f"{missing} (missing)" in problems(DatasetRequest(tmp_path, 0, validation_share=0))
 
 
 def test_an_empty_split_and_unknown_options_are_refused(tmp_path: Path) -> None:
-    assert problems(DatasetRequest(write(tmp_path, test=[]), 0)) == ["the test split is empty"]
+    assert problems(DatasetRequest(write(tmp_path, test=[]), 0, validation_share=0)) == ["the test split is empty"]
     for options in ({"variant": "both"}, {"label": "label_text_image"}, {"test": "train"}, {"split": "dev"}):
         with pytest.raises(ConfigError, match=rf"data\.options\.{next(iter(options))}: "):
-            load(DatasetRequest(tmp_path, 0, options=options))
+            load(DatasetRequest(tmp_path, 0, options=options, validation_share=0))

@@ -118,7 +118,7 @@ def place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 def read_or_refused(name: str, root: Path, policy: OnBadSample) -> Dataset | None:
     try:
-        dataset = load_dataset(name, DatasetRequest(root, 0, on_bad_sample=policy, options=FOLDERS[name].options))
+        dataset = load_dataset(name, DatasetRequest(root, 0, on_bad_sample=policy, options=FOLDERS[name].options, validation_share=0))
     except (DataError, ConfigError):
         return None
     for sample in (*dataset.train, *dataset.test):
@@ -214,3 +214,10 @@ def test_any_value_in_place_of_another(data: st.DataObject, value: object, place
     row = data.draw(st.sampled_from(rows))
     row[data.draw(st.sampled_from(sorted(row)))] = value
     judge(*place, file, lines(*values))
+
+
+def test_a_header_with_an_enormous_field_is_refused_in_words(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_bytes(b"x" * 200_000 + b"\nrow\n")
+    options = {"train": "train.csv", "columns": {"text": "text", "answer": "answer"}, "question": "Which?"}
+    with pytest.raises(DataError, match=r"131,072 characters"):
+        load_dataset("csv", DatasetRequest(tmp_path, 0, options=options))

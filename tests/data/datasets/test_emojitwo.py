@@ -44,7 +44,7 @@ def problems(request: DatasetRequest) -> list[str]:
 
 
 def test_an_entry_becomes_a_sample(tmp_path: Path) -> None:
-    dataset = load(DatasetRequest(write(tmp_path), 0))
+    dataset = load(DatasetRequest(write(tmp_path), 0, validation_share=0))
 
     content = {"image": tmp_path / "png/128/1f603.png", "text": "face 3: happy, smiley"}
     options = ("symbols", "flags", "people", "objects", "nature", "travel", "food", "activity")
@@ -52,14 +52,14 @@ def test_an_entry_becomes_a_sample(tmp_path: Path) -> None:
     assert everything(dataset)["emojitwo-1f603"] == expected
     assert {s.answer for s in everything(dataset).values()} == set(options)
     assert (dataset.name, dataset.metric, dataset.modalities) == ("emojitwo", "macro_f1", ("image", "text"))
-    assert load_dataset("emojitwo", DatasetRequest(tmp_path, 0)) == dataset
+    assert load_dataset("emojitwo", DatasetRequest(tmp_path, 0, validation_share=0)) == dataset
 
 
 @pytest.mark.parametrize(("keywords", "text"), [([], "flag"), (["a"], "flag: a"), ([" a  b ", 8], "flag: a b, 8"), (None, "flag")])
 def test_keywords_follow_the_name(keywords: list[object] | None, text: str, tmp_path: Path) -> None:
     """None: there is no such key."""
     flag = {key: value for key, value in entry(" flag\n", "flags", keywords=keywords).items() if keywords is not None or key != "keywords"}
-    dataset = load(DatasetRequest(write(tmp_path, {"1f1e6-1f1e8": flag}, ("1f1e6-1f1e8",)), 0))
+    dataset = load(DatasetRequest(write(tmp_path, {"1f1e6-1f1e8": flag}, ("1f1e6-1f1e8",)), 0, validation_share=0))
 
     assert everything(dataset)["emojitwo-1f1e6-1f1e8"].content["text"] == text
 
@@ -76,27 +76,27 @@ LEFT_OUT = {
 
 @pytest.mark.parametrize(("code", "row"), LEFT_OUT.values(), ids=LEFT_OUT)
 def test_what_is_no_kind_of_thing_is_left_out(code: str, row: Entry, tmp_path: Path) -> None:
-    dataset = load(DatasetRequest(write(tmp_path, {code: row}, (code,)), 0))
+    dataset = load(DatasetRequest(write(tmp_path, {code: row}, (code,)), 0, validation_share=0))
 
     assert (len(everything(dataset)), dataset.notes[0]) == (8, "1 of 9 entries left out: no picture, no kind of thing or a skin tone")
 
 
 @pytest.mark.parametrize("code", ["1f900", "a" * 5000])
 def test_an_entry_without_a_picture_is_left_out(code: str, tmp_path: Path) -> None:
-    dataset = load(DatasetRequest(write(tmp_path, {code: entry("x")}), 0))
+    dataset = load(DatasetRequest(write(tmp_path, {code: entry("x")}), 0, validation_share=0))
 
     assert (len(everything(dataset)), dataset.notes[0].split(":")[0]) == (8, "1 of 9 entries left out")
 
 
 @pytest.mark.parametrize(("options", "held"), [({}, 2), ({"test_share": 0.5}, 4)])
 def test_a_share_is_held_out_whatever_the_order_of_entries(options: dict[str, float], held: int, tmp_path: Path) -> None:
-    dataset = load(DatasetRequest(write(tmp_path), 0, options=options))
+    dataset = load(DatasetRequest(write(tmp_path), 0, options=options, validation_share=0))
     entries = json.loads((tmp_path / "emoji.json").read_text())
     (tmp_path / "emoji.json").write_text(json.dumps(dict(reversed(entries.items()))))
 
     assert len(dataset.test) == held
-    assert load(DatasetRequest(tmp_path, 0, options=options)) == dataset
-    assert load(DatasetRequest(tmp_path, 1, options=options)).test != dataset.test
+    assert load(DatasetRequest(tmp_path, 0, options=options, validation_share=0)) == dataset
+    assert load(DatasetRequest(tmp_path, 1, options=options, validation_share=0)).test != dataset.test
 
 
 BAD = {
@@ -121,9 +121,9 @@ BAD = {
 def test_a_bad_entry_is_named_or_skipped(code: str, row: object, message: str, tmp_path: Path) -> None:
     write(tmp_path, {code: row}, ("1f900",))
 
-    (problem,) = problems(DatasetRequest(tmp_path, 0))
+    (problem,) = problems(DatasetRequest(tmp_path, 0, validation_share=0))
     assert problem.startswith(f"emoji.json[{code!r}]: {message}")
-    dataset = load(DatasetRequest(tmp_path, 0, on_bad_sample="skip"))
+    dataset = load(DatasetRequest(tmp_path, 0, on_bad_sample="skip", validation_share=0))
     assert dataset.notes[:3] == ("1 bad row(s) skipped", problem, "0 of 9 entries left out: no picture, no kind of thing or a skin tone")
     assert len(everything(dataset)) == 8
 
@@ -133,27 +133,27 @@ def test_a_file_that_is_no_object_is_named(content: bytes, tmp_path: Path) -> No
     (write(tmp_path) / "emoji.json").write_bytes(content)
 
     with pytest.raises(DataError, match=r"emoji\.json: must be "):
-        load(DatasetRequest(tmp_path, 0))
+        load(DatasetRequest(tmp_path, 0, validation_share=0))
 
 
 @pytest.mark.parametrize("missing", ["emoji.json", "png/128"])
 def test_missing_files_are_named(missing: str, tmp_path: Path) -> None:
     (write(tmp_path) / missing).rename(tmp_path / "elsewhere")
 
-    assert f"{missing} (missing)" in problems(DatasetRequest(tmp_path, 0))
+    assert f"{missing} (missing)" in problems(DatasetRequest(tmp_path, 0, validation_share=0))
 
 
 def test_nothing_usable_and_unknown_options_are_refused(tmp_path: Path) -> None:
     for options in ({"test_share": 1}, {"test_share": 0}, {"share": 0.5}):
         with pytest.raises(ConfigError, match=rf"data\.options\.{next(iter(options))}: "):
-            load(DatasetRequest(write(tmp_path), 0, options=options))
+            load(DatasetRequest(write(tmp_path), 0, options=options, validation_share=0))
     (tmp_path / "emoji.json").write_text("{}")
-    assert problems(DatasetRequest(tmp_path, 0)) == ["the train split is empty", "the test split is empty"]
+    assert problems(DatasetRequest(tmp_path, 0, validation_share=0)) == ["the train split is empty", "the test split is empty"]
 
 
 @pytest.mark.data
 def test_the_real_files_hold_the_counted_entries(real_data: Path) -> None:
-    dataset = load(DatasetRequest(real_data / "emojitwo", 0))
+    dataset = load(DatasetRequest(real_data / "emojitwo", 0, validation_share=0))
 
     # 1,389 usable entries, a quarter of them (347.25) held out.
     assert (len(dataset.train), len(dataset.test)) == (1042, 347)

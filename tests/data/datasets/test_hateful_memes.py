@@ -56,7 +56,7 @@ def meme(split: str, number: int, answer: str, text: str, root: Path) -> Sample:
 
 @pytest.mark.parametrize(("names", "evaluated", "at"), [(FIRST, "dev", 11), (LATER, "test_seen", 31)])
 def test_both_releases_are_recognized_by_their_files(names: tuple[str, ...], evaluated: str, at: int, tmp_path: Path) -> None:
-    dataset = load(DatasetRequest(release(tmp_path, names), 0))
+    dataset = load(DatasetRequest(release(tmp_path, names), 0, validation_share=0))
 
     assert dataset.train == (meme("train", 1, "no", "first of train", tmp_path), meme("train", 2, "yes", "second", tmp_path))
     assert dataset.test == (
@@ -65,19 +65,19 @@ def test_both_releases_are_recognized_by_their_files(names: tuple[str, ...], eva
     )
     assert (dataset.name, dataset.metric, dataset.modalities) == ("hateful_memes", "auc", ("image", "text"))
     assert dataset.notes[0] == f"read from the {'first' if names == FIRST else 'later'} release, evaluated on {evaluated}"
-    assert load_dataset("hateful_memes", DatasetRequest(tmp_path, 0)) == dataset
+    assert load_dataset("hateful_memes", DatasetRequest(tmp_path, 0, validation_share=0)) == dataset
 
 
 def test_the_later_release_is_preferred_where_both_are(tmp_path: Path) -> None:
     """Their files lie side by side; the training file is of the one written last."""
-    dataset = load(DatasetRequest(release(release(tmp_path, FIRST), LATER), 0))
+    dataset = load(DatasetRequest(release(release(tmp_path, FIRST), LATER), 0, validation_share=0))
 
     assert dataset.notes[0] == "read from the later release, evaluated on test_seen"
 
 
 @pytest.mark.parametrize("evaluated", LATER[1:])
 def test_every_labeled_file_of_the_later_release_can_be_evaluated_on(evaluated: str, tmp_path: Path) -> None:
-    dataset = load(DatasetRequest(release(tmp_path, LATER), 0, options={"test": evaluated}))
+    dataset = load(DatasetRequest(release(tmp_path, LATER), 0, options={"test": evaluated}, validation_share=0))
 
     assert {s.id.split("-")[1] for s in dataset.test} == {evaluated}
 
@@ -87,13 +87,13 @@ def test_every_labeled_file_of_the_later_release_can_be_evaluated_on(evaluated: 
 )
 def test_a_file_of_the_other_release_is_refused(names: tuple[str, ...], evaluated: str, known: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=rf"data\.options\.test: {evaluated} is no labeled file of .*{known}"):
-        load(DatasetRequest(release(tmp_path, names), 0, options={"test": evaluated}))
+        load(DatasetRequest(release(tmp_path, names), 0, options={"test": evaluated}, validation_share=0))
 
 
 def test_options_that_do_not_exist_are_refused(tmp_path: Path) -> None:
     for options in ({"test": "test"}, {"tests": "dev"}):
         with pytest.raises(ConfigError, match=r"data\.options\.tests?: "):
-            load(DatasetRequest(release(tmp_path, LATER), 0, options=options))
+            load(DatasetRequest(release(tmp_path, LATER), 0, options=options, validation_share=0))
 
 
 def test_rows_lie_side_by_side_whatever_their_ids_look_like(tmp_path: Path) -> None:
@@ -103,21 +103,23 @@ def test_rows_lie_side_by_side_whatever_their_ids_look_like(tmp_path: Path) -> N
     keys: list[object] = [7, "7", None, "00007"]
     (tmp_path / "train.jsonl").write_text("\n".join(json.dumps({**one, "id": key}) for one, key in zip(lines, keys, strict=True)))
 
-    assert [s.id for s in load(DatasetRequest(tmp_path, 0)).train] == [f"hateful_memes-train-img/{i:05d}.png" for i in range(4)]
+    assert [s.id for s in load(DatasetRequest(tmp_path, 0, validation_share=0)).train] == [
+        f"hateful_memes-train-img/{i:05d}.png" for i in range(4)
+    ]
 
 
 def test_line_ends_blank_lines_and_a_byte_order_mark_are_no_matter(tmp_path: Path) -> None:
-    before = load(DatasetRequest(release(tmp_path, FIRST), 0))
+    before = load(DatasetRequest(release(tmp_path, FIRST), 0, validation_share=0))
     text = (tmp_path / "train.jsonl").read_text().replace("\n", "\r\n\r\n")
     (tmp_path / "train.jsonl").write_bytes(b"\xef\xbb\xbf" + text.encode())
 
-    assert load(DatasetRequest(tmp_path, 0)) == before
+    assert load(DatasetRequest(tmp_path, 0, validation_share=0)) == before
 
 
 def test_published_counts_are_recognized_for_each_file(tmp_path: Path) -> None:
     write(tmp_path, {"train": [line(1, 1, "x", False)], "dev": [line(1000 + i, i % 2, "x", False) for i in range(500)]})
 
-    assert load(DatasetRequest(tmp_path, 0)).notes[1:] == (
+    assert load(DatasetRequest(tmp_path, 0, validation_share=0)).notes[1:] == (
         "train: rows without and with hate: 0 / 1, published are 5,450 / 3,050",
         "dev: rows without and with hate: 250 / 250, as published",
     )
@@ -145,9 +147,9 @@ def test_a_bad_row_is_named_or_skipped(change: Line, message: str, tmp_path: Pat
     with (root / "train.jsonl").open("a") as file:
         file.write(json.dumps({**line(2, 1, "w", False), **change}) + "\n")
 
-    (problem,) = problems(DatasetRequest(root, 0))
+    (problem,) = problems(DatasetRequest(root, 0, validation_share=0))
     assert problem.startswith(f"train.jsonl:3: {message}")
-    dataset = load(DatasetRequest(root, 0, on_bad_sample="skip"))
+    dataset = load(DatasetRequest(root, 0, on_bad_sample="skip", validation_share=0))
     assert (len(dataset.train), *dataset.notes[1:3]) == (2, "1 bad row(s) skipped", problem)
 
 
@@ -156,7 +158,7 @@ def test_all_bad_rows_of_both_files_are_listed_at_once(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_bytes(b'{"img": "img/00001.png"}\n\n{"img": \xff}\n[]\n')
     (tmp_path / "test_seen.jsonl").write_text('{"label": 1, "text": "x"}\n')
 
-    places = [problem.partition(": ")[::2] for problem in problems(DatasetRequest(tmp_path, 0))]
+    places = [problem.partition(": ")[::2] for problem in problems(DatasetRequest(tmp_path, 0, validation_share=0))]
     assert [(place, rule.split(" (")[0]) for place, rule in places] == [
         ("train.jsonl:1", "lacks label"),
         ("train.jsonl:3", "must be a JSON object in UTF-8"),
@@ -170,18 +172,18 @@ def test_the_test_file_without_labels_cannot_be_evaluated_on(tmp_path: Path) -> 
     release(tmp_path, FIRST)
     (tmp_path / "test.jsonl").rename(tmp_path / "dev.jsonl")
 
-    assert problems(DatasetRequest(tmp_path, 0)) == ["dev.jsonl:1: lacks label"]
+    assert problems(DatasetRequest(tmp_path, 0, validation_share=0)) == ["dev.jsonl:1: lacks label"]
 
 
 @pytest.mark.parametrize("missing", ["img", "train.jsonl", "test_seen.jsonl"])
 def test_missing_files_are_named(missing: str, tmp_path: Path) -> None:
     (release(tmp_path, LATER) / missing).rename(tmp_path / "elsewhere")
 
-    assert f"{missing} (missing)" in problems(DatasetRequest(tmp_path, 0))
+    assert f"{missing} (missing)" in problems(DatasetRequest(tmp_path, 0, validation_share=0))
 
 
 def test_an_empty_split_is_refused(tmp_path: Path) -> None:
     release(tmp_path, FIRST)
     (tmp_path / "train.jsonl").write_text("\n")
 
-    assert problems(DatasetRequest(tmp_path, 0)) == ["the train split is empty"]
+    assert problems(DatasetRequest(tmp_path, 0, validation_share=0)) == ["the train split is empty"]

@@ -35,13 +35,13 @@ def numbers(dataset: Dataset) -> tuple[list[int], list[int]]:
 
 
 def test_a_card_becomes_a_sample(tmp_path: Path) -> None:
-    dataset = load(DatasetRequest(write(tmp_path, [card(i) for i in range(20)]), 0))
+    dataset = load(DatasetRequest(write(tmp_path, [card(i) for i in range(20)]), 0, validation_share=0))
     sample = {s.id: s for s in (*dataset.train, *dataset.test)}["medical_flashcards-00007"]
 
     assert (sample.question, sample.answer, sample.content) == ("Answer the question.", "It is 7.", {"text": "What is 7?"})
     assert (sample.options, sample.category, sample.answer_type) == ((), "flashcard", "open")
     assert (dataset.name, dataset.metric, dataset.modalities) == ("medical_flashcards", "accuracy", ("text",))
-    assert load_dataset("medical_flashcards", DatasetRequest(tmp_path, 0)) == dataset
+    assert load_dataset("medical_flashcards", DatasetRequest(tmp_path, 0, validation_share=0)) == dataset
 
 
 @pytest.mark.parametrize(("options", "held"), [({}, 2), ({"test_share": 0.25}, 5), ({"test_share": 0.9}, 18)])
@@ -49,7 +49,7 @@ def test_a_share_is_held_out_by_the_seed(options: dict[str, float], held: int, t
     write(tmp_path, [card(i) for i in range(20)])
 
     def split(seed: int) -> tuple[list[int], list[int]]:
-        return numbers(load(DatasetRequest(tmp_path, seed, options=options)))
+        return numbers(load(DatasetRequest(tmp_path, seed, options=options, validation_share=0)))
 
     train, test = split(0)
     assert (len(test), sorted(train + test)) == (held, list(range(20)))
@@ -58,9 +58,9 @@ def test_a_share_is_held_out_by_the_seed(options: dict[str, float], held: int, t
 
 
 def test_what_is_held_out_depends_on_places_and_not_on_words(tmp_path: Path) -> None:
-    before = numbers(load(DatasetRequest(write(tmp_path, [card(i) for i in range(20)]), 0)))
+    before = numbers(load(DatasetRequest(write(tmp_path, [card(i) for i in range(20)]), 0, validation_share=0)))
 
-    assert numbers(load(DatasetRequest(write(tmp_path, [card(7)] * 20), 0))) == before
+    assert numbers(load(DatasetRequest(write(tmp_path, [card(7)] * 20), 0, validation_share=0))) == before
 
 
 @pytest.mark.parametrize("share", [0, 1, -0.1, 2, float("nan"), "half"])
@@ -68,17 +68,17 @@ def test_a_share_that_leaves_a_split_empty_is_refused(share: object, tmp_path: P
     write(tmp_path, [card(i) for i in range(20)])
 
     with pytest.raises(ConfigError, match=r"data\.options\.test_share"):
-        load(DatasetRequest(tmp_path, 0, options={"test_share": share}))
+        load(DatasetRequest(tmp_path, 0, options={"test_share": share}, validation_share=0))
 
 
 def test_too_few_cards_for_a_share_are_refused(tmp_path: Path) -> None:
     """A tenth of four cards rounds to none."""
-    assert problems(DatasetRequest(write(tmp_path, [card(i) for i in range(4)]), 0)) == ["the test split is empty"]
+    assert problems(DatasetRequest(write(tmp_path, [card(i) for i in range(4)]), 0, validation_share=0)) == ["the test split is empty"]
 
 
 def test_subsets_are_drawn_from_each_split(tmp_path: Path) -> None:
     write(tmp_path, [card(i) for i in range(40)])
-    whole, part = (numbers(load(DatasetRequest(tmp_path, 0, *counts))) for counts in ((), (5, 3)))
+    whole, part = (numbers(load(DatasetRequest(tmp_path, 0, *counts, validation_share=0))) for counts in ((), (5, 3)))
 
     assert [len(split) for split in part] == [5, 3]
     assert all(set(few) < set(many) for few, many in zip(part, whole, strict=True))
@@ -87,7 +87,7 @@ def test_subsets_are_drawn_from_each_split(tmp_path: Path) -> None:
 def test_numbers_padding_and_a_byte_order_mark_are_read(tmp_path: Path) -> None:
     write(tmp_path, [card(i, input=" How\r\nmany? ", output=7) for i in range(20)])
     (tmp_path / FILE).write_bytes(b"\xef\xbb\xbf" + (tmp_path / FILE).read_bytes())
-    dataset = load(DatasetRequest(tmp_path, 0))
+    dataset = load(DatasetRequest(tmp_path, 0, validation_share=0))
 
     assert {(s.answer, str(s.content["text"])) for s in dataset.train} == {("7", "How many?")}
 
@@ -103,8 +103,8 @@ def test_bad_cards_are_named_at_once_or_skipped(tmp_path: Path) -> None:
         f"{FILE}[19]: must be an object with keys, is 'card'",
     ]
 
-    assert problems(DatasetRequest(tmp_path, 0)) == told
-    dataset = load(DatasetRequest(tmp_path, 0, on_bad_sample="skip"))
+    assert problems(DatasetRequest(tmp_path, 0, validation_share=0)) == told
+    dataset = load(DatasetRequest(tmp_path, 0, on_bad_sample="skip", validation_share=0))
     assert dataset.notes == ("4 bad row(s) skipped", *told, "cards: 16, published are 33,955")
     train, test = numbers(dataset)
     assert sorted(train + test) == list(range(16))
@@ -117,11 +117,11 @@ def test_a_file_that_is_no_list_is_named(content: bytes, message: str, tmp_path:
     (tmp_path / FILE).write_bytes(content)
 
     with pytest.raises(DataError, match=rf"{FILE}: must be .*{message.removeprefix('must be ')}"):
-        load(DatasetRequest(tmp_path, 0))
+        load(DatasetRequest(tmp_path, 0, validation_share=0))
 
 
 def test_nothing_at_all_is_refused(tmp_path: Path) -> None:
-    assert problems(DatasetRequest(tmp_path, 0)) == [f"{FILE} (missing)"]
-    assert problems(DatasetRequest(write(tmp_path, []), 0)) == ["the train split is empty", "the test split is empty"]
+    assert problems(DatasetRequest(tmp_path, 0, validation_share=0)) == [f"{FILE} (missing)"]
+    assert problems(DatasetRequest(write(tmp_path, []), 0, validation_share=0)) == ["the train split is empty", "the test split is empty"]
     with pytest.raises(ConfigError, match=r"data\.options\.share: "):
-        load(DatasetRequest(tmp_path, 0, options={"share": 0.1}))
+        load(DatasetRequest(tmp_path, 0, options={"share": 0.1}, validation_share=0))

@@ -156,7 +156,7 @@ def test_what_cannot_be_mixed(parts: list[dict[str, Any]], rule: str) -> None:
 
 
 def test_sizes_are_the_parts_own() -> None:
-    with pytest.raises(ConfigError, match="give num_train and num_test to the parts"):
+    with pytest.raises(ConfigError, match="give num_train, num_test and num_validation to the parts"):
         mixture(MEDICAL, num_train=10)
 
 

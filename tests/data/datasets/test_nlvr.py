@@ -41,7 +41,7 @@ def problems(request: DatasetRequest) -> list[str]:
 
 
 def test_a_row_becomes_a_sample(tmp_path: Path) -> None:
-    dataset = load(DatasetRequest(write(tmp_path), 0))
+    dataset = load(DatasetRequest(write(tmp_path), 0, validation_share=0))
 
     def sample(split: str, identifier: str, answer: str, client: str) -> Sample:
         content = {"image": tmp_path / f"{split}/images/2/{split}-{identifier}-0.png", "text": "There is a box."}
@@ -51,35 +51,45 @@ def test_a_row_becomes_a_sample(tmp_path: Path) -> None:
     assert dataset.train == (sample("dev", "15-0", "yes", "15"), sample("dev", "15-1", "no", "15"))
     assert dataset.test == (sample("test", "27-3", "yes", "27"),)
     assert (dataset.name, dataset.metric, dataset.modalities) == ("nlvr", "auc", ("image", "text"))
-    assert load_dataset("nlvr", DatasetRequest(tmp_path, 0)) == dataset
+    assert load_dataset("nlvr", DatasetRequest(tmp_path, 0, validation_share=0)) == dataset
 
 
 def test_the_training_file_is_preferred_where_it_is(tmp_path: Path) -> None:
     write(tmp_path)
-    assert load(DatasetRequest(tmp_path, 0)).notes[0] == "trained on dev, tested on test"
+    assert load(DatasetRequest(tmp_path, 0, validation_share=0)).notes[0] == "trained on dev, tested on test"
 
     write(tmp_path, train=[line("1-0")])
-    dataset = load(DatasetRequest(tmp_path, 0))
+    dataset = load(DatasetRequest(tmp_path, 0, validation_share=0))
     assert ([s.id for s in dataset.train], dataset.notes) == (
         ["nlvr-train-1-0"],
         (
-            "trained on train, tested on test",
+            "trained on train, tested on test, validated on dev",
             "train: false and true sentences: 0 / 1",
             "test: false and true sentences: 0 / 1, published are 434 / 556",
+            "dev: false and true sentences: 1 / 1, published are 442 / 547",
         ),
     )
+    assert all(sample.id.startswith("nlvr-dev-") for sample in dataset.validation)
+
+
+def test_no_sentence_is_both_trained_on_and_validated_on(tmp_path: Path) -> None:
+    asked = {"dev": [line(f"{i}-{k}") for i in range(60) for k in range(3)], "test": [line(f"{i}-0") for i in range(100, 140)]}
+    write(tmp_path, **asked)
+    dataset = load(DatasetRequest(tmp_path, 0))
+    assert len(dataset.validation) == 18
+    assert not {s.client for s in dataset.validation} & {s.client for s in dataset.train}
 
 
 def test_line_ends_blank_lines_and_a_byte_order_mark_are_no_matter(tmp_path: Path) -> None:
-    before = load(DatasetRequest(write(tmp_path), 0))
+    before = load(DatasetRequest(write(tmp_path), 0, validation_share=0))
     path = tmp_path / "dev" / "dev.json"
     path.write_bytes(b"\xef\xbb\xbf\r\n" + path.read_bytes().replace(b"\n", b"\r\n \r\n"))
 
-    assert load(DatasetRequest(tmp_path, 0)) == before
+    assert load(DatasetRequest(tmp_path, 0, validation_share=0)) == before
 
 
 def test_a_number_as_directory_is_read(tmp_path: Path) -> None:
-    assert len(load(DatasetRequest(write(tmp_path, dev=[line("15-0", directory=2)]), 0)).train) == 1
+    assert len(load(DatasetRequest(write(tmp_path, dev=[line("15-0", directory=2)]), 0, validation_share=0)).train) == 1
 
 
 NUMBERS = "identifier and directory must be numbers as in 1572-0 and 2, are "
@@ -103,9 +113,9 @@ BAD = {
 def test_a_bad_row_is_named_or_skipped(row: Line, message: str, tmp_path: Path) -> None:
     root = write(tmp_path / "nlvr", dev=[line("15-0"), row, line("15-1")])
 
-    (problem,) = problems(DatasetRequest(root, 0))
+    (problem,) = problems(DatasetRequest(root, 0, validation_share=0))
     assert problem.startswith(f"dev.json:2: {message}")
-    dataset = load(DatasetRequest(root, 0, on_bad_sample="skip"))
+    dataset = load(DatasetRequest(root, 0, on_bad_sample="skip", validation_share=0))
     assert ([s.id for s in dataset.train], dataset.notes[1:3]) == (["nlvr-dev-15-0", "nlvr-dev-15-1"], ("1 bad row(s) skipped", problem))
 
 
@@ -113,7 +123,7 @@ def test_all_bad_rows_of_both_files_are_listed_at_once(tmp_path: Path) -> None:
     write(tmp_path, test=[line("27-3", "maybe")])
     (tmp_path / "dev/dev.json").write_bytes(b'{"label": \xff}\n\n"row"\n{}\n')
 
-    assert [problem.split(" (")[0] for problem in problems(DatasetRequest(tmp_path, 0))] == [
+    assert [problem.split(" (")[0] for problem in problems(DatasetRequest(tmp_path, 0, validation_share=0))] == [
         "dev.json:1: must be a JSON object in UTF-8",
         "dev.json:3: must be an object with keys, is 'row'",
         "dev.json:4: lacks label",
@@ -125,21 +135,21 @@ def test_all_bad_rows_of_both_files_are_listed_at_once(tmp_path: Path) -> None:
 def test_missing_files_are_named(missing: str, tmp_path: Path) -> None:
     (write(tmp_path) / missing).rename(tmp_path / "elsewhere")
 
-    assert f"{missing} (missing)" in problems(DatasetRequest(tmp_path, 0))
+    assert f"{missing} (missing)" in problems(DatasetRequest(tmp_path, 0, validation_share=0))
 
 
 def test_an_empty_split_is_refused(tmp_path: Path) -> None:
-    assert problems(DatasetRequest(write(tmp_path, test=[]), 0)) == ["the test split is empty"]
+    assert problems(DatasetRequest(write(tmp_path, test=[]), 0, validation_share=0)) == ["the test split is empty"]
 
 
 def test_there_are_no_options(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"data\.options\.test: "):
-        load(DatasetRequest(write(tmp_path), 0, options={"test": "hidden"}))
+        load(DatasetRequest(write(tmp_path), 0, options={"test": "hidden"}, validation_share=0))
 
 
 @pytest.mark.data
 def test_the_real_files_hold_the_published_sentences(real_data: Path) -> None:
-    dataset = load(DatasetRequest(real_data / "nlvr", 0))
+    dataset = load(DatasetRequest(real_data / "nlvr", 0, validation_share=0))
 
     assert (len(dataset.train), len(dataset.test)) == (989, 990)
     assert Counter(s.answer for s in dataset.train) == {"yes": 547, "no": 442}

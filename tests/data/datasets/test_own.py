@@ -43,7 +43,7 @@ def write(root: Path, train: list[Any] | None = None, test: list[Any] | None = N
 
 
 def read(root: Path, options: Mapping[str, Any] = OPTIONS, name: str = "jsonl", **request: Any) -> Dataset:
-    return load_dataset(name, DatasetRequest(root, 0, options=options, **request))
+    return load_dataset(name, DatasetRequest(root, 0, options=options, **request, validation_share=0))
 
 
 def problems(root: Path, options: Mapping[str, Any] = OPTIONS, name: str = "jsonl") -> list[str]:
@@ -142,7 +142,7 @@ def test_a_share_is_held_out_where_there_is_no_test_file(tmp_path: Path) -> None
 
     assert (len(train), len(test), train | test) == (16, 4, set(range(1, 21)))
     assert len(read(tmp_path, {**OPTIONS, "test": None, "test_share": 0.5}).test) == 10
-    assert load_dataset("jsonl", DatasetRequest(tmp_path, 1, options={**OPTIONS, "test": None})).test != dataset.test
+    assert load_dataset("jsonl", DatasetRequest(tmp_path, 1, options={**OPTIONS, "test": None}, validation_share=0)).test != dataset.test
 
 
 def test_ids_of_a_column_occur_once_in_both_files(tmp_path: Path) -> None:

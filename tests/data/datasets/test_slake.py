@@ -53,18 +53,18 @@ def problems(request: DatasetRequest) -> list[str]:
 
 
 def ids(root: Path, **options: object) -> tuple[list[str], list[str]]:
-    dataset = load(DatasetRequest(root, 0, options=options))
+    dataset = load(DatasetRequest(root, 0, options=options, validation_share=0))
     return [s.id for s in dataset.train], [s.id for s in dataset.test]
 
 
 def test_a_row_becomes_a_sample(tmp_path: Path) -> None:
-    dataset = load(DatasetRequest(write(tmp_path), 0))
+    dataset = load(DatasetRequest(write(tmp_path), 0, validation_share=0))
     image = {number: {"image": tmp_path / f"imgs/xmlab{number}/source.jpg"} for number in (1, 2)}
 
     assert dataset.train == (Sample("slake-train-1", "What is it?", "CT", image[1], (), "Position", "open"),)
     assert dataset.test == (Sample("slake-test-21", "Where is it?", "Yes", image[2], (), "Position", "closed"),)
     assert (dataset.name, dataset.metric, dataset.modalities) == ("slake", "accuracy", ("image",))
-    assert load_dataset("slake", DatasetRequest(tmp_path, 0)) == dataset
+    assert load_dataset("slake", DatasetRequest(tmp_path, 0, validation_share=0)) == dataset
 
 
 def test_the_language_can_be_chosen(tmp_path: Path) -> None:
@@ -83,18 +83,27 @@ def test_the_validation_file_goes_by_two_names(name: str, tmp_path: Path) -> Non
 def test_without_pictures_the_question_is_the_text(tmp_path: Path) -> None:
     write(tmp_path)
     (tmp_path / "imgs").rename(tmp_path / "elsewhere")
-    dataset = load(DatasetRequest(tmp_path, 0, options={"images": False}))
+    dataset = load(DatasetRequest(tmp_path, 0, options={"images": False}, validation_share=0))
 
     assert [(s.question, s.content) for s in dataset.train] == [("Answer the question.", {"text": "What is it?"})]
     assert dataset.modalities == ("text",)
-    assert problems(DatasetRequest(tmp_path, 0)) == ["train.json (found)", "test.json (found)", "imgs (missing)"]
+    assert problems(DatasetRequest(tmp_path, 0, validation_share=0)) == [
+        "train.json (found)",
+        "test.json (found)",
+        "validate.json (found)",
+        "imgs (missing)",
+    ]
 
 
 def test_the_question_without_an_answer_is_left_out_and_counted(tmp_path: Path) -> None:
     write(tmp_path)
 
     def note(language: str) -> str:
-        return next(n for n in load(DatasetRequest(tmp_path, 0, options={"language": language})).notes if n.startswith("train: "))
+        return next(
+            n
+            for n in load(DatasetRequest(tmp_path, 0, options={"language": language}, validation_share=0)).notes
+            if n.startswith("train: ")
+        )
 
     assert note("en") == "train: questions (en): 2, published are 4,919; 1 of them has no answer and is left out"
     assert note("zh") == "train: questions (zh): 1, published are 4,916"
@@ -105,15 +114,15 @@ def test_only_that_question_may_lack_an_answer(tmp_path: Path) -> None:
     answered = {**UNANSWERED, "answer": "No"}
 
     assert ids(write(tmp_path, train=[item(1), answered])) == (["slake-train-1", "slake-train-1622"], ["slake-test-21"])
-    assert not any("left out" in note for note in load(DatasetRequest(tmp_path, 0)).notes)
+    assert not any("left out" in note for note in load(DatasetRequest(tmp_path, 0, validation_share=0)).notes)
     write(tmp_path, train=[item(1), {**UNANSWERED, "qid": 1623}])
-    assert problems(DatasetRequest(tmp_path, 0)) == ["train.json[1]: answer must be text that is not empty, is ''"]
+    assert problems(DatasetRequest(tmp_path, 0, validation_share=0)) == ["train.json[1]: answer must be text that is not empty, is ''"]
 
 
 def test_numbers_padding_and_a_byte_order_mark_are_read(tmp_path: Path) -> None:
     write(tmp_path, train=[item("7", answer=3, question=" How\tmany?\n", answer_type="OPEN ")])
     (tmp_path / "train.json").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "train.json").read_bytes() + b"\r\n")
-    (sample,) = load(DatasetRequest(tmp_path, 0)).train
+    (sample,) = load(DatasetRequest(tmp_path, 0, validation_share=0)).train
 
     assert (sample.id, sample.question, sample.answer, sample.answer_type) == ("slake-train-7", "How many?", "3", "open")
 
@@ -136,8 +145,8 @@ BAD = {
 def test_a_bad_row_is_named_or_skipped(change: Item, message: str, tmp_path: Path) -> None:
     write(tmp_path, train=[item(1), {**item(2), **change}, item(3)])
 
-    assert problems(DatasetRequest(tmp_path, 0)) == [f"train.json[1]: {message}"]
-    dataset = load(DatasetRequest(tmp_path, 0, on_bad_sample="skip"))
+    assert problems(DatasetRequest(tmp_path, 0, validation_share=0)) == [f"train.json[1]: {message}"]
+    dataset = load(DatasetRequest(tmp_path, 0, on_bad_sample="skip", validation_share=0))
     assert ([s.id for s in dataset.train], dataset.notes[:2]) == (
         ["slake-train-1", "slake-train-3"],
         ("1 bad row(s) skipped", f"train.json[1]: {message}"),
@@ -148,7 +157,7 @@ def test_all_bad_rows_of_both_files_are_listed_at_once(tmp_path: Path) -> None:
     lacking = [{key: value for key, value in item(5).items() if key != gone} for gone in ("q_lang", "qid", "img_name")]
     write(tmp_path, train=["row", *lacking], test=[item(1, answer="")])
 
-    assert [problem.split(", ")[0] for problem in problems(DatasetRequest(tmp_path, 0))] == [
+    assert [problem.split(", ")[0] for problem in problems(DatasetRequest(tmp_path, 0, validation_share=0))] == [
         "train.json[0]: must be an object with keys",
         "train.json[1]: lacks q_lang",
         "train.json[2]: lacks qid",
@@ -162,14 +171,14 @@ def test_a_file_that_is_no_list_is_named(content: bytes, tmp_path: Path) -> None
     (write(tmp_path) / "test.json").write_bytes(content)
 
     with pytest.raises(DataError, match=r"test\.json: must be "):
-        load(DatasetRequest(tmp_path, 0))
+        load(DatasetRequest(tmp_path, 0, validation_share=0))
 
 
 def test_an_empty_split_and_unknown_options_are_refused(tmp_path: Path) -> None:
-    assert problems(DatasetRequest(write(tmp_path, train=[item(1, language="zh")]), 0)) == ["the train split is empty"]
+    assert problems(DatasetRequest(write(tmp_path, train=[item(1, language="zh")]), 0, validation_share=0)) == ["the train split is empty"]
     for options in ({"language": "fr"}, {"test": "validation"}, {"images": "some"}, {"lang": "en"}):
         with pytest.raises(ConfigError, match=rf"data\.options\.{next(iter(options))}: "):
-            load(DatasetRequest(tmp_path, 0, options=options))
+            load(DatasetRequest(tmp_path, 0, options=options, validation_share=0))
 
 
 @pytest.mark.data
@@ -180,7 +189,7 @@ def test_the_real_files_hold_the_published_questions(language: str, train: int, 
     """One of the published English training questions has no answer."""
     for split, count in (("test", test), ("validate", validate)):
         options = {"images": False, "language": language, "test": split}
-        dataset = load(DatasetRequest(real_data / "slake_qa" / "Slake1.0", 0, options=options))
+        dataset = load(DatasetRequest(real_data / "slake_qa" / "Slake1.0", 0, options=options, validation_share=0))
         assert (len(dataset.train), len(dataset.test)) == (train, count)
         assert all("as published" in note for note in dataset.notes)
         if (language, split) == ("en", "test"):

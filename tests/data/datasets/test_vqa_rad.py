@@ -100,7 +100,7 @@ def expected(images: Path) -> tuple[tuple[Sample, ...], tuple[Sample, ...]]:
 
 
 def everything(root: Path) -> DatasetRequest:
-    return DatasetRequest(root, seed=0)
+    return DatasetRequest(root, seed=0, validation_share=0)
 
 
 @pytest.mark.parametrize(("write", "images"), [(write_original, ORIGINAL_IMAGES), (write_repackaged, "images")])
@@ -142,7 +142,7 @@ def test_subsets_depend_on_the_seed_and_not_on_the_order_of_rows(tmp_path: Path)
     forward, backward = write_repackaged(tmp_path / "a", rows), write_repackaged(tmp_path / "b", rows[::-1])
 
     def ids(root: Path, seed: int) -> list[str]:
-        return [sample.id for sample in load(DatasetRequest(root, seed, num_train=10, num_test=1)).train]
+        return [sample.id for sample in load(DatasetRequest(root, seed, num_train=10, num_test=1, validation_share=0)).train]
 
     assert ids(forward, 0) == ids(backward, 0)
     assert len(set(ids(forward, 0))) == 10
@@ -150,7 +150,7 @@ def test_subsets_depend_on_the_seed_and_not_on_the_order_of_rows(tmp_path: Path)
 
 
 def test_shared_images_are_counted_over_the_samples_in_use(tmp_path: Path) -> None:
-    dataset = load(DatasetRequest(write_repackaged(tmp_path), seed=0, num_train=1, num_test=2))
+    dataset = load(DatasetRequest(write_repackaged(tmp_path), seed=0, num_train=1, num_test=2, validation_share=0))
 
     shared = {s.content["image"] for s in dataset.train} & {s.content["image"] for s in dataset.test}
     assert dataset.notes[-1] == f"{len(shared)} of the 2 test images also occur in train"
@@ -160,9 +160,9 @@ def test_shared_images_are_counted_over_the_samples_in_use(tmp_path: Path) -> No
 def test_more_samples_than_there_are_is_refused(split: str, available: int, tmp_path: Path) -> None:
     write_repackaged(tmp_path)
 
-    load(DatasetRequest(tmp_path, 0, **{f"num_{split}": available}))
+    load(DatasetRequest(tmp_path, 0, **{f"num_{split}": available}, validation_share=0))
     with pytest.raises(DataError, match=rf"data\.num_{split}: {available + 1} samples asked for, there are {available}"):
-        load(DatasetRequest(tmp_path, 0, **{f"num_{split}": available + 1}))
+        load(DatasetRequest(tmp_path, 0, **{f"num_{split}": available + 1}, validation_share=0))
 
 
 def test_images_are_decoded_only_when_opened(tmp_path: Path) -> None:
@@ -335,7 +335,7 @@ def test_bad_rows_can_be_skipped(tmp_path: Path) -> None:
     train = ["row", {**TRAIN_ROWS[0], "answer": ""}, *TRAIN_ROWS, FRAME_ROW]
     write_repackaged(tmp_path, train, [*TEST_ROWS, {**TEST_ROWS[0], "qid": "1"}])
 
-    dataset = load(DatasetRequest(tmp_path, 0, on_bad_sample="skip"))
+    dataset = load(DatasetRequest(tmp_path, 0, on_bad_sample="skip", validation_share=0))
 
     assert (dataset.train, dataset.test) == expected(tmp_path / "images")
     assert dataset.notes[1:7] == (
@@ -352,7 +352,7 @@ def test_bad_rows_can_be_skipped(tmp_path: Path) -> None:
 def test_training_can_leave_out_the_test_images(write: Callable[[Path], Path], tmp_path: Path) -> None:
     """Training row 3 is about the image of test row 11."""
     whole = load(everything(write(tmp_path)))
-    disjoint = load(DatasetRequest(tmp_path, 0, options={"image_disjoint": True}))
+    disjoint = load(DatasetRequest(tmp_path, 0, options={"image_disjoint": True}, validation_share=0))
 
     assert ([s.id for s in disjoint.train], disjoint.test) == (["vqa_rad-train-1", "vqa_rad-train-2"], whole.test)
     assert disjoint.notes == (
@@ -365,7 +365,7 @@ def test_training_can_leave_out_the_test_images(write: Callable[[Path], Path], t
 def test_the_disjoint_training_split_is_that_of_the_whole_test_split(tmp_path: Path) -> None:
     """Whichever test question is drawn; row 12 alone shares no image with training."""
     write_repackaged(tmp_path)
-    drawn = [load(DatasetRequest(tmp_path, seed, num_test=1, options={"image_disjoint": True})) for seed in range(10)]
+    drawn = [load(DatasetRequest(tmp_path, seed, num_test=1, options={"image_disjoint": True}, validation_share=0)) for seed in range(10)]
 
     assert {d.test[0].id for d in drawn} == {"vqa_rad-test-11", "vqa_rad-test-12"}
     assert {tuple(s.id for s in d.train) for d in drawn} == {("vqa_rad-train-1", "vqa_rad-train-2")}
@@ -373,7 +373,7 @@ def test_the_disjoint_training_split_is_that_of_the_whole_test_split(tmp_path: P
 
 def test_unknown_options_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"data\.options\.disjoint: "):
-        load(DatasetRequest(write_repackaged(tmp_path), 0, options={"disjoint": True}))
+        load(DatasetRequest(write_repackaged(tmp_path), 0, options={"disjoint": True}, validation_share=0))
 
 
 @pytest.mark.parametrize(("train", "test", "split"), [([FRAME_ROW], TEST_ROWS, "train"), (TRAIN_ROWS, [], "test")])
@@ -401,7 +401,7 @@ def test_the_index_asks_for_a_folder(tmp_path: Path) -> None:
     assert load_dataset("vqa_rad", everything(tmp_path)) == load(everything(tmp_path))
     for ask in (load, lambda request: load_dataset("vqa_rad", request)):
         with pytest.raises(ConfigError, match=r"data\.root"):
-            ask(DatasetRequest(None, seed=0))
+            ask(DatasetRequest(None, seed=0, validation_share=0))
 
 
 # What no one thought of: whatever stands in the files, they are read by the rules or refused with a DataError.
@@ -499,7 +499,7 @@ def test_the_real_files_hold_the_published_split(real_root: Path) -> None:
     assert "the files hold 1,797 train and 451 test questions, as published" in dataset.notes
     # All 203 test images occur in the repackaged training file, one of them (synpic23571.jpg) in rows that are left out only.
     assert "202 of the 203 test images also occur in train" in dataset.notes
-    disjoint = load(DatasetRequest(real_root, 0, options={"image_disjoint": True}))
+    disjoint = load(DatasetRequest(real_root, 0, options={"image_disjoint": True}, validation_share=0))
     assert (len(disjoint.train), disjoint.test) == (734, dataset.test)
     assert "image_disjoint: 1,063 training questions about 202 test images were left out, 734 are left" in disjoint.notes
     for sample in (*dataset.train[:3], *dataset.test[:3]):

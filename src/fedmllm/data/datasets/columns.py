@@ -23,6 +23,8 @@ class Options(DatasetOptions):
     """File of the training rows inside ``root`` (Hugging Face: name of the split)."""
     test: str | None = None
     """File of the test rows; left out: ``test_share`` of the training rows, chosen by the seed, are held out."""
+    validation: str | None = None
+    """File of the validation rows; left out: ``data.validation_share`` of the training rows are held out."""
     test_share: float = Field(0.2, gt=0, lt=1)
     """Share of the rows to test on where there is no test file."""
     columns: dict[str, str]
@@ -70,11 +72,13 @@ class Options(DatasetOptions):
         problems += [
             f"choices: {choice!r} must have words and single spaces" for choice in self.choices if words_of(choice) != choice or not choice
         ]
+        files = {"train": self.train, "test": self.test, "validation": self.validation}
+        problems += [f"{key}: must lie inside root, not {file!r}" for key, file in files.items() if _leaves(file)]
         problems += [
-            f"{key}: must lie inside root, not {file!r}" for key, file in (("train", self.train), ("test", self.test)) if _leaves(file)
+            f"{key}: must be another file than {other}; leave it out to hold rows out"
+            for key, other in (("test", "train"), ("validation", "train"), ("validation", "test"))
+            if files[key] is not None and files[key] == files[other]
         ]
-        if self.test == self.train:
-            problems.append("test: must be another file than train; leave it out to hold rows out")
         by_row = "options" in self.columns
         if self.metric == "auc" and len(self.choices) != 2 and not by_row:
             problems.append("metric: auc needs exactly two choices, the second is the positive one")

@@ -30,7 +30,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from fedmllm.data.datasets.base import Dataset, DatasetOptions, DatasetRequest, count_note
+from fedmllm.data.datasets.base import Dataset, DatasetOptions, DatasetRequest, Split, count_note
 from fedmllm.data.datasets.files import require, table
 from fedmllm.data.datasets.rows import Row, Sieve
 from fedmllm.types import Sample
@@ -75,7 +75,7 @@ class Options(DatasetOptions):
 
 
 def load(request: DatasetRequest) -> Dataset:
-    """Training rows and one evaluation file; scored by macro-F1.
+    """Training rows and one evaluation file, with ``dev``, if it is not that one, as the validation part; scored by macro-F1.
 
     Raises:
         DataError: if files are missing or rows break a rule; all at once.
@@ -84,16 +84,20 @@ def load(request: DatasetRequest) -> Dataset:
     # The archive of the splits unpacks beside the pictures or inside their folder.
     images = root / "CrisisMMD_v2.0" if (root / "CrisisMMD_v2.0" / "data_image").is_dir() else root
     splits = next((base for base in (root, images) if (base / FILES[options.variant]).parent.is_dir()), root)
-    names = {split: FILES[options.variant].format(split=split) for split in ("train", options.test)}
+    parts: dict[Split, str] = {"train": "train", "test": options.test}
+    if options.test == "test" and (splits / FILES[options.variant].format(split="dev")).is_file():
+        parts["validation"] = "dev"
+    names = {part: FILES[options.variant].format(split=part) for part in parts.values()}
     require(splits, tuple(names.values()), "CrisisMMD")
     require(images, ("data_image",), "CrisisMMD")
     sieve = Sieve(str(root), request.on_bad_sample)
-    train, test = (
-        sieve.samples(table(splits / file, "\t", quoted=False), partial(_sample, images, options, split)) for split, file in names.items()
-    )
+    read = {
+        split: sieve.samples(table(splits / names[part], "\t", quoted=False), partial(_sample, images, options, part))
+        for split, part in parts.items()
+    }
     notes = (f"{options.variant} variant, {options.label}, evaluated on {options.test}", *sieve.finish())
-    notes += _count_notes({"train": train, options.test: test}, options)
-    return Dataset("crisismmd", "macro_f1", *request.take(train, test), ("image", "text"), notes=notes)
+    notes += _count_notes({parts[split]: rows for split, rows in read.items()}, options)
+    return request.dataset("crisismmd", "macro_f1", read, ("image", "text"), notes)
 
 
 def _sample(images: Path, options: Options, split: str, row: Row) -> Sample:

@@ -61,7 +61,7 @@ def load(request: DatasetRequest) -> Dataset:
         count_note("entries by class", tuple(found[name] for name in CLASSES), PUBLISHED),
     )
     train, test = hold_out(samples, options.test_share, request.seed)
-    return Dataset("emojitwo", "macro_f1", *request.take(train, test), ("image", "text"), notes=notes)
+    return request.dataset("emojitwo", "macro_f1", {"train": train, "test": test}, ("image", "text"), notes)
 
 
 def _sample(root: Path, row: Row) -> Sample | None:

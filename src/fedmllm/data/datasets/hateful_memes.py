@@ -25,7 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from fedmllm.data.datasets.base import Dataset, DatasetOptions, DatasetRequest, count_note
+from fedmllm.data.datasets.base import Dataset, DatasetOptions, DatasetRequest, Split, count_note
 from fedmllm.data.datasets.files import json_lines, require
 from fedmllm.data.datasets.rows import Row, Sieve
 from fedmllm.errors import ConfigError
@@ -46,6 +46,8 @@ PUBLISHED: Mapping[str, Mapping[str, tuple[int, int]]] = {
 """Rows with label 0 and 1 by release and file."""
 
 TEST = {"first": "dev", "later": "test_seen"}
+VALIDATION = {"first": (), "later": ("dev_seen", "dev_unseen")}
+"""The files, in this order, of which one that is not evaluated on is the validation part."""
 
 
 class Options(DatasetOptions):
@@ -56,7 +58,7 @@ class Options(DatasetOptions):
 
 
 def load(request: DatasetRequest) -> Dataset:
-    """Training rows and one labeled evaluation file; scored by the area under the ROC curve.
+    """Training rows, a validation part where the release has another labeled file, and one file to evaluate on; scored by the area under the ROC curve.
 
     Raises:
         ConfigError: if the evaluation file is not one of the release at hand.
@@ -70,13 +72,15 @@ def load(request: DatasetRequest) -> Dataset:
             f"data.options.test: {evaluated} is no labeled file of the {release} release, which {root} holds; "
             f"choose from {', '.join(list(PUBLISHED[release])[1:])}"
         )
-    require(root, ("img", "train.jsonl", f"{evaluated}.jsonl"), "Hateful Memes")
+    files: dict[Split, str] = {"train": "train", "test": evaluated}
+    if spare := [name for name in VALIDATION[release] if name != evaluated and (root / f"{name}.jsonl").is_file()]:
+        files["validation"] = spare[0]
+    require(root, ("img", *(f"{name}.jsonl" for name in files.values())), "Hateful Memes")
     sieve = Sieve(str(root), request.on_bad_sample)
-    read = {name: sieve.samples(json_lines(root / f"{name}.jsonl"), partial(_sample, root, name)) for name in ("train", evaluated)}
+    read = {split: sieve.samples(json_lines(root / f"{name}.jsonl"), partial(_sample, root, name)) for split, name in files.items()}
     notes = (f"read from the {release} release, evaluated on {evaluated}", *sieve.finish())
-    notes += tuple(_label_note(name, rows, PUBLISHED[release][name]) for name, rows in read.items())
-    train, test = request.take(read["train"], read[evaluated])
-    return Dataset("hateful_memes", "auc", train, test, ("image", "text"), notes=notes)
+    notes += tuple(_label_note(files[split], rows, PUBLISHED[release][files[split]]) for split, rows in read.items())
+    return request.dataset("hateful_memes", "auc", read, ("image", "text"), notes)
 
 
 def _sample(root: Path, split: str, row: Row) -> Sample:

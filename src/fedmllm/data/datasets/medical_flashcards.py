@@ -46,7 +46,7 @@ def load(request: DatasetRequest) -> Dataset:
     cards = sieve.samples(json_list(root / FILE), _sample)
     notes = (*sieve.finish(), count_note("cards", (len(cards),), (PUBLISHED,)))
     train, test = hold_out(cards, options.test_share, request.seed)
-    return Dataset("medical_flashcards", "accuracy", *request.take(train, test), ("text",), notes=notes)
+    return request.dataset("medical_flashcards", "accuracy", {"train": train, "test": test}, ("text",), notes)
 
 
 def _sample(row: Row) -> Sample:

@@ -40,8 +40,18 @@ class MixedPart(BaseModel):
     """Training samples; left out for all there are."""
     num_test: int | None = Field(None, gt=0)
     """Test samples; left out for all there are."""
+    num_validation: int | None = Field(None, gt=0)
+    """Validation samples; left out for as many as there are, but no more than test samples."""
+    validation_share: float | None = Field(None, ge=0, lt=1)
+    """Share of the training samples held out where the dataset has no validation part; left out for ``data.validation_share``."""
     options: dict[str, Any] = Field(default_factory=dict)
     """The dataset's own settings."""
+
+    def request(self, whole: DatasetRequest) -> DatasetRequest:
+        """What this part's loader is asked for."""
+        share = whole.validation_share if self.validation_share is None else self.validation_share
+        found = replace(whole, root=self.root, options=self.options, validation_share=share)
+        return replace(found, num_train=self.num_train, num_test=self.num_test, num_validation=self.num_validation)
 
 
 class Options(DatasetOptions):
@@ -62,9 +72,7 @@ def load(request: DatasetRequest) -> Dataset:
 
     parts = request.options_as(Options).parts
     _check(request, [part.dataset for part in parts])
-    loaded = [
-        load_dataset(p.dataset, replace(request, root=p.root, num_train=p.num_train, num_test=p.num_test, options=p.options)) for p in parts
-    ]
+    loaded = [load_dataset(part.dataset, part.request(request)) for part in parts]
     metrics = {dataset.metric for dataset in loaded}
     return Dataset(
         "mixture",
@@ -73,6 +81,7 @@ def load(request: DatasetRequest) -> Dataset:
         _joined((dataset.name, dataset.test) for dataset in loaded),
         tuple(sorted({modality for dataset in loaded for modality in dataset.modalities})),
         notes=tuple(f"{dataset.name}: {note}" for dataset in loaded for note in dataset.notes),
+        validation=_joined((dataset.name, dataset.validation) for dataset in loaded),
     )
 
 
@@ -81,8 +90,8 @@ def _check(request: DatasetRequest, names: list[str]) -> None:
 
     problems = [f"{name!r} is no dataset that can be mixed" for name in names if name not in DATASETS or name == "mixture"]
     problems += [f"{name!r} is named {count} times" for name, count in Counter(names).items() if count > 1]
-    if request.num_train is not None or request.num_test is not None:
-        problems.append("give num_train and num_test to the parts instead of the whole")
+    if any(number is not None for number in (request.num_train, request.num_test, request.num_validation)):
+        problems.append("give num_train, num_test and num_validation to the parts instead of the whole")
     if problems:
         raise ConfigError("data.options.parts: " + "; ".join(problems))
 

@@ -9,8 +9,8 @@ order 0 is used. One row, and the sample it becomes:
     Sample(id="nlvr-dev-1572-0", question="Is it true?", answer="yes", options=("no", "yes"),
            content={"image": root / "dev/images/2/dev-1572-0-0.png", "text": "Each grey box ..."}, client="1572")
 
-The same sentence is asked of several pictures. Where the training file is not at hand, the dev file is trained on; the
-splits share no sentence's group (the part of ``identifier`` before the dash).
+The same sentence is asked of several pictures. Where the training file is not at hand, the dev file is trained on; else it is
+the validation part. The splits share no sentence's group (the part of ``identifier`` before the dash), nor does a held-out share.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
-from fedmllm.data.datasets.base import Dataset, DatasetOptions, DatasetRequest, count_note
+from fedmllm.data.datasets.base import Dataset, DatasetOptions, DatasetRequest, Split, count_note
 from fedmllm.data.datasets.files import json_lines, require
 from fedmllm.data.datasets.rows import Row, RowError, Sieve, shown
 from fedmllm.types import Sample
@@ -40,12 +40,21 @@ def load(request: DatasetRequest) -> Dataset:
     """
     root = request.folder("nlvr")
     request.options_as(DatasetOptions)  # there are none to choose
-    trained = "train" if (root / "train" / "train.json").is_file() else "dev"
-    require(root, tuple(f"{split}/{name}" for split in (trained, "test") for name in (f"{split}.json", "images")), "NLVR")
+    files = _files({name for name in ("train", "dev") if (root / name / f"{name}.json").is_file()})
+    require(root, tuple(f"{name}/{part}" for name in files.values() for part in (f"{name}.json", "images")), "NLVR")
     sieve = Sieve(str(root), request.on_bad_sample)
-    train, test = (sieve.samples(json_lines(root / split / f"{split}.json"), partial(_sample, root, split)) for split in (trained, "test"))
-    notes = (f"trained on {trained}, tested on test", *sieve.finish(), *_label_notes({trained: train, "test": test}))
-    return Dataset("nlvr", "auc", *request.take(train, test), ("image", "text"), notes=notes)
+    read = {split: sieve.samples(json_lines(root / name / f"{name}.json"), partial(_sample, root, name)) for split, name in files.items()}
+    told = f"trained on {files['train']}, tested on test" + (", validated on dev" if "validation" in files else "")
+    notes = (told, *sieve.finish(), *_label_notes({files[split]: rows for split, rows in read.items()}))
+    return request.dataset("nlvr", "auc", read, ("image", "text"), notes, together=lambda sample: sample.client)
+
+
+def _files(there: set[str]) -> dict[Split, str]:
+    """By split, the file it is read from."""
+    if "train" not in there:
+        return {"train": "dev", "test": "test"}
+    files: dict[Split, str] = {"train": "train", "test": "test"}
+    return {**files, "validation": "dev"} if "dev" in there else files
 
 
 def _sample(root: Path, split: str, row: Row) -> Sample:

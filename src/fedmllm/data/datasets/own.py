@@ -5,7 +5,7 @@
       root: /data/mammography              # files and pictures lie here
       options:
         train: train.jsonl
-        test: test.jsonl
+        test: test.jsonl                   # and validation: another one
         columns: {image: scan, text: report, question: asked, answer: finding, client: site}  # and category, where answers are free
         choices: [benign, malignant]       # the same options for every sample; or name a column: columns.options
         metric: auc
@@ -27,7 +27,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from fedmllm.data.datasets.base import Dataset, DatasetRequest, hold_out
+from fedmllm.data.datasets.base import Dataset, DatasetRequest, Split, hold_out
 from fedmllm.data.datasets.columns import ROLES, Options
 from fedmllm.data.datasets.files import json_rows, require, stored
 from fedmllm.data.datasets.rows import Row, RowError, Sieve, same_form, shown, words_of
@@ -90,20 +90,22 @@ def loader(name: str) -> Callable[[DatasetRequest], Dataset]:
 
 def _load(name: str, request: DatasetRequest) -> Dataset:
     root, options, source = request.folder(name), request.options_as(Options), _SOURCES[name]
-    splits = {"train": options.train} | ({} if options.test is None else {"test": options.test})
+    named: dict[Split, str | None] = {"train": options.train, "validation": options.validation, "test": options.test}
+    splits = {split: file for split, file in named.items() if file is not None}
     rows = {split: [_plain(row, options) for row in source.rows(root, file, options)] for split, file in splits.items()}
     every = [row for found in rows.values() for row in found]
     _check_columns(options, {key for row in every for key in row.record})
     _check_answers(options, every)
     _check_files(options, every)
     sieve = Sieve(str(root), request.on_bad_sample, remedy="correct them")
-    train, test = (sieve.samples(rows.get(split, ()), partial(_sample, options, source, root, split)) for split in ("train", "test"))
+    read = {split: sieve.samples(found, partial(_sample, options, source, root, split)) for split, found in rows.items()}
     notes = [*sieve.finish(), *(suspicions(every) if name == "csv" else ())]
     if options.test is None:
-        train, test = hold_out(train, options.test_share, request.seed)
-        notes.append(f"{len(test):,} of {len(train) + len(test):,} rows are held out to be tested on (data.options.test_share)")
-    notes += _remarks(options, [*train, *test])
-    return Dataset(name, options.headline, *request.take(train, test), options.modalities, notes=tuple(notes))
+        count = len(read["train"])
+        read["train"], read["test"] = hold_out(read["train"], options.test_share, request.seed)
+        notes.append(f"{len(read['test']):,} of {count:,} rows are held out to be tested on (data.options.test_share)")
+    notes += _remarks(options, [sample for samples in read.values() for sample in samples])
+    return request.dataset(name, options.headline, read, options.modalities, notes)
 
 
 def _remarks(options: Options, samples: Sequence[Sample]) -> list[str]:

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from fedmllm.data.datasets.base import Dataset, DatasetOptions, DatasetRequest, count_note
+from fedmllm.data.datasets.base import Dataset, DatasetOptions, DatasetRequest, Split, count_note
 from fedmllm.data.datasets.files import json_list, require
 from fedmllm.data.datasets.rows import Row, Sieve, words_of
 from fedmllm.types import AnswerType, Sample
@@ -48,21 +48,25 @@ class Options(DatasetOptions):
 
 
 def load(request: DatasetRequest) -> Dataset:
-    """Training questions and one evaluation file; scored by exact-match accuracy, label skew is over ``content_type``.
+    """Training questions and one evaluation file; ``validate``, if it is not that one, is the validation part.
+
+    Scored by exact-match accuracy, label skew is over ``content_type``.
 
     Raises:
         DataError: if files are missing or rows break a rule; all at once.
     """
     root, options = request.folder("slake"), request.options_as(Options)
-    evaluated = "validation" if options.test == "validate" and not (root / "validate.json").is_file() else options.test
-    require(root, ("train.json", f"{evaluated}.json", *(("imgs",) if options.images else ())), "SLAKE")
+    named = {"validate": "validate" if (root / "validate.json").is_file() else "validation"}
+    parts: dict[Split, str] = {"train": "train", "test": options.test}
+    if options.test == "test" and (root / f"{named['validate']}.json").is_file():
+        parts["validation"] = "validate"
+    files = {part: f"{named.get(part, part)}.json" for part in parts.values()}
+    require(root, (*files.values(), *(("imgs",) if options.images else ())), "SLAKE")
     sieve = Sieve(str(root), request.on_bad_sample)
-    files = {"train": "train.json", options.test: f"{evaluated}.json"}
-    rows = {split: list(json_list(root / file)) for split, file in files.items()}
-    read = {split: sieve.samples(rows[split], partial(_sample, root, options, split)) for split in files}
-    notes = (*sieve.finish(), *(_count_note(split, rows[split], options.language) for split in files))
-    train, test = request.take(read["train"], read[options.test])
-    return Dataset("slake", "accuracy", train, test, ("image",) if options.images else ("text",), notes=notes)
+    rows = {part: list(json_list(root / file)) for part, file in files.items()}
+    read = {split: sieve.samples(rows[part], partial(_sample, root, options, part)) for split, part in parts.items()}
+    notes = (*sieve.finish(), *(_count_note(part, rows[part], options.language) for part in files))
+    return request.dataset("slake", "accuracy", read, ("image",) if options.images else ("text",), notes)
 
 
 def _sample(root: Path, options: Options, split: str, row: Row) -> Sample | None:

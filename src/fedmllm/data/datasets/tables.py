@@ -34,7 +34,10 @@ def _separator(path: Path, wanted: Collection[str]) -> str:
     order = sorted(SEPARATORS.values(), key=lambda separator: separator != ("\t" if path.suffix == ".tsv" else ","))
 
     def fit(separator: str) -> tuple[int, int]:
-        fields = [same_form(field) for field in next(csv.reader([line], delimiter=separator), [])]
+        try:
+            fields = [same_form(field) for field in next(csv.reader([line], delimiter=separator), [])]
+        except csv.Error:  # a field beyond the limit: whoever reads the rows says so
+            fields = []
         return len(named.intersection(fields)), len(fields)
 
     return max(order, key=fit)

@@ -23,18 +23,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from fedmllm.data.datasets.base import Dataset, DatasetOptions, DatasetRequest
+from fedmllm.data.datasets.base import Dataset, DatasetOptions, DatasetRequest, Split
 from fedmllm.data.datasets.files import json_list
 from fedmllm.data.datasets.rows import Row, RowError, Sieve, shown, words_of
 from fedmllm.errors import DataError, listing
 from fedmllm.types import AnswerType, Content, Sample
 
-PUBLISHED = {"train": 1797, "test": 451}
+PUBLISHED: Mapping[Split, int] = {"train": 1797, "test": 451}
 """Questions in each split of the publication."""
 
 ORGANS = ("HEAD", "CHEST", "ABD")
@@ -86,8 +86,8 @@ def load(request: DatasetRequest) -> Dataset:
     if options.image_disjoint:
         splits["train"], note = _without(splits["train"], _images(splits["test"]))
         notes += (note,)
-    train, test = request.take(splits["train"], splits["test"])
-    return Dataset("vqa_rad", "accuracy", train, test, ("image",), notes=(*notes, _overlap_note(train, test)))
+    dataset = request.dataset("vqa_rad", "accuracy", splits, ("image",), notes)
+    return replace(dataset, notes=(*dataset.notes, _overlap_note(dataset.train, dataset.test)))
 
 
 def _recognize(root: Path) -> str:
@@ -101,9 +101,9 @@ def _recognize(root: Path) -> str:
     raise DataError(f"{root}: holds no complete copy of VQA-RAD; looked for all the files of one of these layouts:\n{listing(wanted)}")
 
 
-def _read(root: Path, layout: Layout, sieve: Sieve) -> tuple[dict[str, list[Sample]], int]:
+def _read(root: Path, layout: Layout, sieve: Sieve) -> tuple[dict[Split, list[Sample]], int]:
     """Samples by split, and how many rows were left out."""
-    splits: dict[str, list[Sample]] = {split: [] for split in PUBLISHED}
+    splits: dict[Split, list[Sample]] = {split: [] for split in PUBLISHED}
     left_out = 0
     for file, fates in layout.files.items():
         rows = list(json_list(root / file))
@@ -142,7 +142,7 @@ def _without(train: Sequence[Sample], tested: Set[Content]) -> tuple[list[Sample
     return kept, f"image_disjoint: {gone:,} training questions about {shared} test images were left out, {len(kept):,} are left"
 
 
-def _count_notes(splits: Mapping[str, Sequence[Sample]], left_out: int) -> Iterator[str]:
+def _count_notes(splits: Mapping[Split, Sequence[Sample]], left_out: int) -> Iterator[str]:
     sizes = {split: len(samples) for split, samples in splits.items()}
     found, published = (f"{n['train']:,} train and {n['test']:,} test" for n in (sizes, PUBLISHED))
     yield f"the files hold {found} questions, " + ("as published" if sizes == PUBLISHED else f"published are {published}")

@@ -47,7 +47,8 @@ def loader(name: str) -> Callable[[DatasetRequest], Dataset]:
 
         train = draw("train", NUM_TRAIN if request.num_train is None else request.num_train)
         test = draw("test", NUM_TEST if request.num_test is None else request.num_test)
-        return Dataset(name, task.metric, train, test, task.modalities, task.ceilings())
+        validation = draw("validation", len(test) if request.num_validation is None else request.num_validation)
+        return Dataset(name, task.metric, train, test, task.modalities, task.ceilings(), validation=validation)
 
     return load
 

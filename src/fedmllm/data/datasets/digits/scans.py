@@ -3,7 +3,7 @@
 The 1,797 scans of 8x8 pixels ship with scikit-learn (E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten
 Digits, UCI, 1998, CC BY 4.0). They come from 13 writers in writing order, about 138 scans each, so contiguous blocks
 hold (almost) disjoint writers: no scan is in two splits, and the test sheets show hands that neither pretraining nor
-training has seen.
+training has seen. Validation sheets show the hands that pretraining has seen and training has not.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-Split = Literal["pretrain", "train", "test"]
+Split = Literal["pretrain", "train", "validation", "test"]
 
 SHEET = 64
 """Side of a sheet in pixels."""
 
 INKS = {"black": (25, 25, 25), "red": (200, 30, 30), "blue": (30, 50, 200), "green": (20, 130, 40)}
 
-_BLOCKS: dict[Split, tuple[int, int]] = {"pretrain": (0, 1000), "train": (1000, 1400), "test": (1400, 1797)}
+_BLOCKS: dict[Split, tuple[int, int]] = {"pretrain": (0, 1000), "train": (1000, 1400), "validation": (0, 1000), "test": (1400, 1797)}
 
 
 @cache
