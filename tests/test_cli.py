@@ -340,3 +340,49 @@ def test_resume_without_an_unfinished_run(quick: Path) -> None:
     done = run(quick, "train", "quick.yaml", "--resume")
     assert done.returncode == 2
     assert "no unfinished run to resume" in done.stderr
+
+
+LIGHT = """
+import sys
+from fedmllm.cli import main
+sys.argv = ["fedmllm", *sys.argv[1:]]
+try:
+    main()
+except SystemExit:
+    pass
+heavy = {"torch", "transformers", "peft", "flwr"} & set(sys.modules)
+sys.exit(f"imported: {sorted(heavy)}" if heavy else 0)
+"""
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["--help"],
+        ["methods"],
+        ["methods", "--json"],
+        ["models", "list"],
+        ["data", "list"],
+        *(["data", name, "nowhere.yaml", *more] for name, more in (("show", []), ("export", ["--output", "x"]))),
+        ["data", "export", "broken.yaml", "--output", "x"],
+        *(["train", name] for name in ("nowhere.yaml", "broken.yaml", "twice.yaml")),
+        ["sweep", "nowhere.yaml"],
+        *([name, "nowhere"] for name in ("evaluate", "chat", "report")),
+        ["evaluate", "there"],
+        ["merge", "nowhere", "--output", "x"],
+        ["merge", "nowhere", "--output", "there"],
+        ["pretrain-nano", "--output", "there"],
+        ["server", "up", "nowhere.yaml"],
+        ["site", "up", "nowhere.yaml"],
+        ["site", "init", "there", "--address", "nowhere", "--site", "a"],
+    ],
+    ids=" ".join,
+)
+def test_commands_that_need_no_model_import_nothing_that_runs_one(tmp_path: Path, command: list[str]) -> None:
+    """Those imports take seconds, in which a listing or a mistyped path would be waited for."""
+    (tmp_path / "there").mkdir()
+    (tmp_path / "broken.yaml").write_text("a: [1")
+    (tmp_path / "twice.yaml").write_text("seed: 1\nseed: 2\n")
+    done = subprocess.run([sys.executable, "-c", LIGHT, *command], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout if len(done.stderr) == 0 else done.stderr.startswith("error: ")

@@ -26,7 +26,7 @@ from fedmllm.config import Experiment
 from fedmllm.data.datasets import Dataset
 from fedmllm.data.federated import FederatedData
 from fedmllm.data.tested import own_kind, reduced_copy
-from fedmllm.engine.checkpoint import RunStore, write_atomically, write_json
+from fedmllm.engine.checkpoint import RunStore
 from fedmllm.engine.compression import UNCOMPRESSED
 from fedmllm.engine.flower import FlowerEngine
 from fedmllm.engine.in_process import InProcessEngine
@@ -35,6 +35,7 @@ from fedmllm.engine.stages import Stage
 from fedmllm.evaluation.answered import Answered, to_record
 from fedmllm.evaluation.evaluate import evaluate
 from fedmllm.evaluation.metrics import require_scorable
+from fedmllm.files import write_atomically, write_json
 from fedmllm.models.load import VisionLanguageModel
 from fedmllm.models.lora import frozen_weights, read_weights, write_base, write_weights
 from fedmllm.models.parts import Part

@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fedmllm.benchmark.adapters import find_adapter
 from fedmllm.benchmark.encodable import usable
 from fedmllm.config import Experiment
 from fedmllm.data.federated import load
 from fedmllm.data.images import open_image
-from fedmllm.errors import RunError
 from fedmllm.evaluation.evaluate import evaluate, predict
 from fedmllm.evaluation.metrics import require_scorable
 from fedmllm.files import require_new_folder
@@ -105,11 +105,7 @@ def merge(path: Path, output: Path, experiment_file: Path | None = None, overrid
 
 def _found(path: Path, experiment_file: Path | None, overrides: Sequence[str], force: bool) -> tuple[Experiment, Path]:
     """The experiment, on the run's own model unless forced, and the adapter's folder."""
-    adapter = path / "adapter" if (path / "adapter").is_dir() else path
-    own = _own_config(path, adapter)
-    chosen = experiment_file or own
-    if chosen is None:
-        raise RunError(f"{path}: no config.yaml here or beside it; name the experiment with --experiment FILE.yaml")
+    adapter, chosen, own = find_adapter(path, experiment_file)
     experiment = Experiment.load(chosen, overrides)
     began = None if own is None else Experiment.load(own).model.fingerprint
     return experiment.with_fingerprint(None if force else experiment.model.fingerprint or began), adapter
@@ -117,9 +113,3 @@ def _found(path: Path, experiment_file: Path | None, overrides: Sequence[str], f
 
 def _loaded(experiment: Experiment, adapter: Path) -> VisionLanguageModel:
     return load_adapter(load_model(experiment.model, choose_device(experiment.engine.device)), adapter)
-
-
-def _own_config(path: Path, adapter: Path) -> Path | None:
-    """The ``config.yaml`` of the run that the folder is, or lies in; a client's own adapter lies one folder deeper."""
-    places = (folder / "config.yaml" for folder in (path, *adapter.resolve().parents[:2]))
-    return next((place for place in places if place.is_file()), None)

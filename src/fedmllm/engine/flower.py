@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,20 +13,13 @@ from fedmllm.engine.frozen import BaseHistory
 from fedmllm.engine.in_process import Assignment
 from fedmllm.engine.messages import SLACK, expected, read_answer, write_task
 from fedmllm.engine.words import Scores, read_word
-from fedmllm.errors import ConfigError, FederationError, listing
+from fedmllm.errors import FederationError, listing
 from fedmllm.types import Answer, ClientFailure, Metrics, Sample
 
 if TYPE_CHECKING:
     from flwr.app import Message, RecordDict
     from flwr.serverapp import Grid
 
-QUIET = {
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-    "RAY_USAGE_STATS_ENABLED": "0",
-}
-"""Neither Flower nor Ray calls home or installs anything."""
 _POLL = (0.02, 0.5)
 """Seconds between two looks for an answer, at first and at most."""
 _POLL_SHARE = 0.05
@@ -37,17 +28,6 @@ _GRACE = 30.0
 """Seconds that a message outlives its round's deadline: then the answer of one that is late is dropped on the way."""
 _NEVER = 30 * 24 * 3600.0
 """Seconds that a message lives without a deadline."""
-
-
-def require_flower(*modules: str) -> None:
-    """Refuse the engine where Flower, or one of these modules, is not installed.
-
-    Raises:
-        ConfigError: naming what to install.
-    """
-    if missing := [name for name in ("flwr", *modules) if importlib.util.find_spec(name) is None]:
-        raise ConfigError(f"engine.name: flower needs {' and '.join(missing)}; pip install 'fedmllm[flower]', or use in_process")
-    os.environ |= QUIET
 
 
 def enclose(content: bytes) -> RecordDict:
