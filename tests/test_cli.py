@@ -78,6 +78,7 @@ def test_train_evaluate_and_report(quick: Path) -> None:
     missing = run(quick, "chat", "out", "Is it misleading?", "--image", "none.png")
     assert (missing.returncode, "none.png: no such image" in missing.stderr) == (2, True)
     assert run(quick, "merge", "out", "--output", "merged").stdout == "model  merged\n"
+    assert "AutoProcessor" in (quick / "merged" / "README.md").read_text()
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in (quick / "merged").iterdir()}
     (quick / "out" / "report.html").unlink()
     assert run(quick, "report", "out").returncode == 0

@@ -178,10 +178,7 @@ def merge(
 @app.command()
 def report(folder: Annotated[Path, typer.Argument(help="A run folder, or a sweep's.")]) -> None:
     """Write the report.html of a run or a sweep anew; of a sweep also tables.md, tables.tex and results.csv."""
-    from fedmllm.benchmark.grid_report import write_sweep_report
-    from fedmllm.benchmark.report import write_report
-
-    typer.echo(write_sweep_report(folder) if (folder / "cells").is_dir() else write_report(folder))
+    typer.echo(_written(folder))
 
 
 @app.command()
@@ -316,6 +313,17 @@ def _loaded(file: Path, overrides: list[str] | None) -> Experiment:
     from fedmllm.config import Experiment
 
     return Experiment.load(file, overrides or [])
+
+
+def _written(folder: Path) -> Path:
+    """The report of a run's folder or a sweep's, written anew."""
+    if (folder / "cells").is_dir():
+        from fedmllm.benchmark.grid_report import write_sweep_report
+
+        return write_sweep_report(folder)
+    from fedmllm.benchmark.report import write_report
+
+    return write_report(folder)
 
 
 def _print_plan(settings: Experiment) -> None:

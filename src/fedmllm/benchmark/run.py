@@ -39,6 +39,7 @@ from fedmllm.files import write_atomically, write_json
 from fedmllm.models.load import VisionLanguageModel
 from fedmllm.models.lora import frozen_weights, read_weights, write_base, write_weights
 from fedmllm.models.parts import Part
+from fedmllm.models.processors import needs_torchvision
 from fedmllm.models.saved import save_adapter
 from fedmllm.training.batches import Encoder
 from fedmllm.types import Metrics, Sample, Weights
@@ -293,7 +294,8 @@ class _Run:
         """A model card beside each adapter."""
         folders = {"": self.folder / "adapter", **{path.name: path for path in sorted(self.folder.glob("adapters/*"))}}
         for client, folder in folders.items():
-            write_atomically(folder / "README.md", adapter_card(result, self.experiment, client).encode())
+            card = adapter_card(result, self.experiment, client, needs_torchvision(self.vlm.processor))
+            write_atomically(folder / "README.md", card.encode())
 
     def _zero_shot(self, loop: Loop, initial: Weights) -> None:
         """The model before training, as a stage of no rounds."""

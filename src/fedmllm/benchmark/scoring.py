@@ -7,14 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from fedmllm.benchmark.adapters import find_adapter
+from fedmllm.benchmark.card import merged_card
 from fedmllm.benchmark.encodable import usable
 from fedmllm.config import Experiment
 from fedmllm.data.federated import load
 from fedmllm.data.images import open_image
 from fedmllm.evaluation.evaluate import evaluate, predict
 from fedmllm.evaluation.metrics import require_scorable
-from fedmllm.files import require_new_folder
+from fedmllm.files import require_new_folder, write_atomically
 from fedmllm.models.load import VisionLanguageModel, choose_device, load_model
+from fedmllm.models.processors import needs_torchvision
 from fedmllm.models.saved import load_adapter, save_merged
 from fedmllm.training.batches import Encoder
 from fedmllm.types import Metrics, Modality, Prediction, Sample
@@ -100,7 +102,10 @@ def merge(path: Path, output: Path, experiment_file: Path | None = None, overrid
     require_new_folder(output)
     experiment, adapter = _found(path, experiment_file, overrides, force)
     whole = experiment.model.model_copy(update={"quantization": "none"})
-    return save_merged(_loaded(experiment.model_copy(update={"model": whole}), adapter), output)
+    vlm = _loaded(experiment.model_copy(update={"model": whole}), adapter)
+    lost = save_merged(vlm, output)
+    write_atomically(output / "README.md", merged_card(experiment.model.name, needs_torchvision(vlm.processor)).encode())
+    return lost
 
 
 def _found(path: Path, experiment_file: Path | None, overrides: Sequence[str], force: bool) -> tuple[Experiment, Path]:
