@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import warnings
 from contextlib import chdir, redirect_stderr, redirect_stdout
 from pathlib import Path
 from unittest import mock
@@ -47,6 +48,24 @@ def run_apart(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
 
 
+def use_a_method_that_only_a_script_knows(folder: Path) -> None:
+    """As if a script that had registered a method of its own had trained the run."""
+    settings = yaml.safe_load((folder / "config.yaml").read_text())
+    settings["algorithm"] = {"name": "mine", "parameters": {"pull": 0.5}}
+    settings["lora"]["client_ranks"] = [4, 8]
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+
+
+def use_as_in_the_docs(folder: Path) -> None:
+    """The snippets of docs/python.md that load the adapter and ask it; none of a library's plans is shown to a reader who runs them."""
+    text = (Path(__file__).parents[1] / "docs" / "python.md").read_text()
+    code = "\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL)[1:]).replace("runs/mine", str(folder))
+    with warnings.catch_warnings(), redirect_stdout(io.StringIO()) as printed:
+        warnings.simplefilter("error", FutureWarning)
+        exec(code, {})
+    assert printed.getvalue().startswith("{'no': 0.")
+
+
 @pytest.fixture
 def quick(tmp_path: Path) -> Path:
     (tmp_path / "quick.yaml").write_text(QUICK)
@@ -75,6 +94,14 @@ def test_train_evaluate_and_report(quick: Path) -> None:
     assert set(chances) == {"no", "yes"}
     assert answer == max(chances, key=chances.__getitem__)
     assert sum(chances.values()) == pytest.approx(1, abs=2e-3)
+    kept, answers = (json.loads((quick / "out" / f"{name}.json").read_text()) for name in ("manifest", "predictions"))
+    assert answers["ids"] == [sample["id"] for sample in kept["test"]["samples"]]
+    assert len(answers["ids"]) == len(answers["truth"]) == 20
+    use_as_in_the_docs(quick / "out")
+    use_a_method_that_only_a_script_knows(quick / "out")
+    for command in (("evaluate", "out"), ("chat", "out", "Is it?", "--text", "7"), ("merge", "out", "--output", "of-a-script")):
+        done = run(quick, *command)
+        assert done.returncode == 0, done.stderr
     missing = run(quick, "chat", "out", "Is it misleading?", "--image", "none.png")
     assert (missing.returncode, "none.png: no such image" in missing.stderr) == (2, True)
     assert run(quick, "merge", "out", "--output", "merged").stdout == "model  merged\n"

@@ -110,7 +110,7 @@ def sweep(
     if failed := failures(folder):
         typer.echo(f"{len(failed)} cell(s) failed; the same command tries them again:\n" + "\n".join(failed), err=True)
         raise typer.Exit(1)
-    typer.echo(f"sweep folder  {folder}")
+    typer.echo(f"sweep folder  {folder}\nits report    fedmllm report {folder}")
 
 
 @app.command()

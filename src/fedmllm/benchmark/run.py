@@ -115,6 +115,13 @@ def _start(experiment: Experiment, vlm: VisionLanguageModel) -> ServerState:
     return state
 
 
+def _sent(store: RunStore, stage: Stage) -> int:
+    """Bytes, up and down, of a stage's rounds that are not trained again."""
+    state = store.load_state(stage.name)
+    kept = [row for row in store.records(stage.name) if state is not None and row["round"] <= state.round_num]
+    return sum(int(row["bytes_up"]) + int(row["bytes_down"]) for row in kept)
+
+
 @dataclass(frozen=True)
 class _Run:
     """The stages of a run and what they add up to."""
@@ -143,6 +150,7 @@ class _Run:
         loop = self._loop()
         stages = self.stages()
         self.observer.started(stages)
+        self.observer.resumed(sum(_sent(loop.store, stage) for stage in stages))
         remarked = remarks(self.experiment.algorithm, self._holdings())
         self.observer.remarked(remarked)
         if "zero_shot" in self.experiment.evaluation.baselines:
@@ -259,7 +267,8 @@ class _Run:
         if not self.asked:
             evaluate_state(loop, stage, trained)
         count = len(stage.clients) if loop.algorithm.personalized else 1
-        write_json(self.folder / "predictions.json", to_record(self.asked[-count:]))
+        ids = [sample.id for sample in self.data.dataset.test]
+        write_json(self.folder / "predictions.json", {"ids": ids, **to_record(self.asked[-count:])})
 
     def _tested(self, loop: Loop, stage: Stage, trained: ServerState, engine: FlowerEngine | None) -> dict[str, Metrics]:
         """The trained model on the copies of the test split."""

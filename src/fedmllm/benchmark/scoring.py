@@ -21,6 +21,9 @@ from fedmllm.models.saved import load_adapter, save_merged
 from fedmllm.training.batches import Encoder
 from fedmllm.types import Metrics, Modality, Prediction, Sample
 
+_TRAINED = ("algorithm={}", "lora.client_ranks=[]")
+"""A trained adapter is used the same whatever method made it, and that may be one of a script that is not imported here."""
+
 
 def score_adapter(
     path: Path, experiment_file: Path | None = None, overrides: Sequence[str] = (), force: bool = False
@@ -111,8 +114,8 @@ def merge(path: Path, output: Path, experiment_file: Path | None = None, overrid
 def _found(path: Path, experiment_file: Path | None, overrides: Sequence[str], force: bool) -> tuple[Experiment, Path]:
     """The experiment, on the run's own model unless forced, and the adapter's folder."""
     adapter, chosen, own = find_adapter(path, experiment_file)
-    experiment = Experiment.load(chosen, overrides)
-    began = None if own is None else Experiment.load(own).model.fingerprint
+    experiment = Experiment.load(chosen, [*_TRAINED, *overrides])
+    began = None if own is None else Experiment.load(own, _TRAINED).model.fingerprint
     return experiment.with_fingerprint(None if force else experiment.model.fingerprint or began), adapter
 
 

@@ -129,7 +129,7 @@ class FlowerEngine:
         try:
             nodes = self.nodes(clients)
         except ConnectionError as error:
-            return iter([(name, ClientFailure(name, str(error))) for name in clients])
+            return iter([(name, ClientFailure(name, str(error), reached=False)) for name in clients])
         return ask(self.grid, kind, contents, nodes, assignment.deadline, largest, self.ahead)
 
     def scores(self, assignment: Assignment, clients: Sequence[str], metric: str, copy: str = "") -> dict[str, Metrics]:
@@ -212,7 +212,7 @@ def _send(grid: Carrier, kind: str, client: str, content: bytes, node: int | Non
     from flwr.app import Message
 
     if node is None:
-        return ClientFailure(client, "not connected")
+        return ClientFailure(client, "not connected", reached=False)
     life = _NEVER if time_left.deadline is None else time_left.deadline + _GRACE
     # The same in every try: what it leads to knows it again, and the client is not asked twice.
     message = Message(enclose(content), dst_node_id=node, message_type=kind, ttl=life)
@@ -225,7 +225,7 @@ def _send(grid: Carrier, kind: str, client: str, content: bytes, node: int | Non
                 return ClientFailure(client, str(error))
             time.sleep(_POLL[1])
             continue
-        return taken[0] if taken and taken[0] else ClientFailure(client, "Flower did not take the message")
+        return taken[0] if taken and taken[0] else ClientFailure(client, "Flower did not take the message", reached=False)
 
 
 def _receive(grid: Carrier, client: str, message_id: str, largest: int, time_left: _TimeLeft) -> bytes | ClientFailure:

@@ -91,7 +91,7 @@ def without_videos(cls: Any) -> Any:
         return [loaders[name].from_pretrained(source, **options) if name in loaders else videos for name in own.get_attributes()]
 
     def to_dict(self: Any) -> dict[str, Any]:
-        return cls.to_dict(self) | {"video_processor": self.video_processor.settings}
+        return {**cls.to_dict(self), "video_processor": self.video_processor.settings}
 
     changed: dict[str, Any] = {
         "check_argument_for_proper_class": check,
