@@ -1,4 +1,4 @@
-"""Write ``docs/configuration.md``, and the tables of ``docs/methods.md``, from the code they describe: ``python docs/generate.py``."""
+"""Write ``docs/configuration.md``, the tables of ``docs/methods.md`` and what the commands list from the code: ``python docs/generate.py``."""
 
 import ast
 import inspect
@@ -10,6 +10,8 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
 
+from fedmllm.benchmark import models_view
+from fedmllm.benchmark.catalog import FILE as CATALOG_FILE
 from fedmllm.benchmark.methods_view import catalog
 from fedmllm.benchmark.methods_view import first_paragraph as _text
 from fedmllm.config import Experiment
@@ -137,11 +139,13 @@ def _table(title: str, columns: tuple[str, ...], rows: Iterable[tuple[str, ...]]
     return f"## {title}\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in (columns, ("---",) * len(columns), *rows))
 
 
-def pages() -> dict[str, str]:
-    """What each page that is written here, in part or as a whole, should hold."""
-    return {"configuration.md": page(), "methods.md": methods_page((HERE / "methods.md").read_text(encoding="utf-8"))}
+def pages() -> dict[Path, str]:
+    """What each file that is written here, in part or as a whole, should hold."""
+    listed = json.dumps({**CATALOG, "models": models_view.catalog()}, indent=1, ensure_ascii=False) + "\n"
+    methods = methods_page((HERE / "methods.md").read_text(encoding="utf-8"))
+    return {HERE / "configuration.md": page(), HERE / "methods.md": methods, CATALOG_FILE: listed}
 
 
 if __name__ == "__main__":
-    for name, content in pages().items():
-        (HERE / name).write_text(content, encoding="utf-8")
+    for path, content in pages().items():
+        path.write_text(content, encoding="utf-8")

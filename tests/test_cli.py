@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import warnings
 from contextlib import chdir, redirect_stderr, redirect_stdout
 from pathlib import Path
 from unittest import mock
@@ -47,6 +48,24 @@ def run_apart(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
 
 
+def use_a_method_that_only_a_script_knows(folder: Path) -> None:
+    """As if a script that had registered a method of its own had trained the run."""
+    settings = yaml.safe_load((folder / "config.yaml").read_text())
+    settings["algorithm"] = {"name": "mine", "parameters": {"pull": 0.5}}
+    settings["lora"]["client_ranks"] = [4, 8]
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+
+
+def use_as_in_the_docs(folder: Path) -> None:
+    """The snippets of docs/python.md that load the adapter and ask it; none of a library's plans is shown to a reader who runs them."""
+    text = (Path(__file__).parents[1] / "docs" / "python.md").read_text()
+    code = "\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL)[1:]).replace("runs/mine", str(folder))
+    with warnings.catch_warnings(), redirect_stdout(io.StringIO()) as printed:
+        warnings.simplefilter("error", FutureWarning)
+        exec(code, {})
+    assert printed.getvalue().startswith("{'no': 0.")
+
+
 @pytest.fixture
 def quick(tmp_path: Path) -> Path:
     (tmp_path / "quick.yaml").write_text(QUICK)
@@ -75,9 +94,18 @@ def test_train_evaluate_and_report(quick: Path) -> None:
     assert set(chances) == {"no", "yes"}
     assert answer == max(chances, key=chances.__getitem__)
     assert sum(chances.values()) == pytest.approx(1, abs=2e-3)
+    kept, answers = (json.loads((quick / "out" / f"{name}.json").read_text()) for name in ("manifest", "predictions"))
+    assert answers["ids"] == [sample["id"] for sample in kept["test"]["samples"]]
+    assert len(answers["ids"]) == len(answers["truth"]) == 20
+    use_as_in_the_docs(quick / "out")
+    use_a_method_that_only_a_script_knows(quick / "out")
+    for command in (("evaluate", "out"), ("chat", "out", "Is it?", "--text", "7"), ("merge", "out", "--output", "of-a-script")):
+        done = run(quick, *command)
+        assert done.returncode == 0, done.stderr
     missing = run(quick, "chat", "out", "Is it misleading?", "--image", "none.png")
     assert (missing.returncode, "none.png: no such image" in missing.stderr) == (2, True)
     assert run(quick, "merge", "out", "--output", "merged").stdout == "model  merged\n"
+    assert "AutoProcessor" in (quick / "merged" / "README.md").read_text()
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in (quick / "merged").iterdir()}
     (quick / "out" / "report.html").unlink()
     assert run(quick, "report", "out").returncode == 0
@@ -340,3 +368,49 @@ def test_resume_without_an_unfinished_run(quick: Path) -> None:
     done = run(quick, "train", "quick.yaml", "--resume")
     assert done.returncode == 2
     assert "no unfinished run to resume" in done.stderr
+
+
+LIGHT = """
+import sys
+from fedmllm.cli import main
+sys.argv = ["fedmllm", *sys.argv[1:]]
+try:
+    main()
+except SystemExit:
+    pass
+heavy = {"torch", "transformers", "peft", "flwr"} & set(sys.modules)
+sys.exit(f"imported: {sorted(heavy)}" if heavy else 0)
+"""
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["--help"],
+        ["methods"],
+        ["methods", "--json"],
+        ["models", "list"],
+        ["data", "list"],
+        *(["data", name, "nowhere.yaml", *more] for name, more in (("show", []), ("export", ["--output", "x"]))),
+        ["data", "export", "broken.yaml", "--output", "x"],
+        *(["train", name] for name in ("nowhere.yaml", "broken.yaml", "twice.yaml")),
+        ["sweep", "nowhere.yaml"],
+        *([name, "nowhere"] for name in ("evaluate", "chat", "report")),
+        ["evaluate", "there"],
+        ["merge", "nowhere", "--output", "x"],
+        ["merge", "nowhere", "--output", "there"],
+        ["pretrain-nano", "--output", "there"],
+        ["server", "up", "nowhere.yaml"],
+        ["site", "up", "nowhere.yaml"],
+        ["site", "init", "there", "--address", "nowhere", "--site", "a"],
+    ],
+    ids=" ".join,
+)
+def test_commands_that_need_no_model_import_nothing_that_runs_one(tmp_path: Path, command: list[str]) -> None:
+    """Those imports take seconds, in which a listing or a mistyped path would be waited for."""
+    (tmp_path / "there").mkdir()
+    (tmp_path / "broken.yaml").write_text("a: [1")
+    (tmp_path / "twice.yaml").write_text("seed: 1\nseed: 2\n")
+    done = subprocess.run([sys.executable, "-c", LIGHT, *command], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout if len(done.stderr) == 0 else done.stderr.startswith("error: ")

@@ -159,3 +159,17 @@ def test_passes_that_did_not_fit_are_told() -> None:
 def test_a_skipped_round_is_marked() -> None:
     skipped = record("federated", 1, 4) | {"refused": [{"client": "client-01", "reason": "NaN"}], "skipped": True}
     assert "(1 refused, skipped)" in shown(False, [skipped])
+
+
+def test_what_was_sent_before_an_interruption_is_counted_on() -> None:
+    """2 MB then, 1.5 MB since."""
+    console = Console(file=StringIO(), width=200)
+    with Display(4, console) as display:
+        display.observer.started([Stage("federated", {"a": ()}, 4, 1)])
+        display.observer.resumed(2_000_000)
+        display.observer.round_done(
+            {"stage": "federated", "round": 3, "num_rounds": 4, "clients": ["a"], "loss": None, "score": None, "seconds": {"train": 1.0}}
+            | {"bytes_up": 500_000, "bytes_down": 1_000_000, "refused": [], "skipped": False}
+        )
+    assert isinstance(console.file, StringIO)
+    assert "sent 3.50 MB" in console.file.getvalue()

@@ -1,4 +1,7 @@
-"""The command line: parse, call, print. Heavy imports stay inside the commands, so that ``--help`` answers at once."""
+"""The command line: parse, call, print.
+
+Heavy imports stay inside the commands, behind what can be refused without them: ``--help``, a listing or a mistyped path answers at once.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fedmllm.benchmark.adapters import find_adapter
+from fedmllm.files import require_new_folder
+from fedmllm.settings_file import GRID, read_settings
 from fedmllm.sites.commands import server_app, site_app
 
 if TYPE_CHECKING:
@@ -51,11 +57,10 @@ def train(
     force: Force = False,
 ) -> None:
     """Train an experiment; write numbers, adapter and report into a run folder."""
+    settings, opened = _loaded(experiment, overrides), list[Path]()
     from fedmllm.benchmark import run
-    from fedmllm.config import Experiment
     from fedmllm.display import Display
 
-    settings, opened = Experiment.load(experiment, overrides or []), list[Path]()
     _print_plan(settings)
     try:
         with Display(settings.federation.num_rounds) as display:
@@ -82,6 +87,7 @@ def sweep(
     ] = False,
 ) -> None:
     """Train every experiment of a grid that is not trained yet; the same command goes on where it was stopped."""
+    read_settings(grid, GRID)
     from fedmllm.benchmark.grid import cells, load_grid
     from fedmllm.benchmark.submission import submit
     from fedmllm.benchmark.sweep import failures, open_sweep, require_sources, run_sweep, share
@@ -104,7 +110,7 @@ def sweep(
     if failed := failures(folder):
         typer.echo(f"{len(failed)} cell(s) failed; the same command tries them again:\n" + "\n".join(failed), err=True)
         raise typer.Exit(1)
-    typer.echo(f"sweep folder  {folder}")
+    typer.echo(f"sweep folder  {folder}\nits report    fedmllm report {folder}")
 
 
 @app.command()
@@ -117,6 +123,7 @@ def evaluate(
     force: Force = False,
 ) -> None:
     """Score a trained adapter on its experiment's test data."""
+    find_adapter(run_or_adapter, experiment)
     from fedmllm.benchmark.scoring import score_adapter
 
     metric, scores = score_adapter(run_or_adapter, experiment, overrides or [], force)
@@ -136,8 +143,7 @@ def chat(
     force: Force = False,
 ) -> None:
     """Ask a trained model, in the words it was trained on."""
-    import sys
-
+    find_adapter(run_or_adapter, experiment)
     from fedmllm.benchmark.scoring import chat as chat_with
 
     content = {name: value for name, value in (("image", image), ("text", text)) if value is not None}
@@ -159,6 +165,8 @@ def merge(
     force: Force = False,
 ) -> None:
     """Write the whole model with a trained adapter merged into its weights."""
+    require_new_folder(output)
+    find_adapter(run_or_adapter, experiment)
     from fedmllm.benchmark.scoring import merge as merge_adapter
 
     lost = merge_adapter(run_or_adapter, output, experiment, overrides or [], force)
@@ -170,18 +178,15 @@ def merge(
 @app.command()
 def report(folder: Annotated[Path, typer.Argument(help="A run folder, or a sweep's.")]) -> None:
     """Write the report.html of a run or a sweep anew; of a sweep also tables.md, tables.tex and results.csv."""
-    from fedmllm.benchmark.grid_report import write_sweep_report
-    from fedmllm.benchmark.report import write_report
-
-    typer.echo(write_sweep_report(folder) if (folder / "cells").is_dir() else write_report(folder))
+    typer.echo(_written(folder))
 
 
 @app.command()
 def methods(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
     """Describe every federated method and strategy: what it does, takes, sends and keeps."""
-    from fedmllm.benchmark.methods_view import catalog
+    from fedmllm.benchmark.catalog import recorded
 
-    rows = catalog()
+    rows = {kind: listed for kind, listed in recorded().items() if kind != "models"}
     if as_json:
         typer.echo(json.dumps(rows, indent=1, ensure_ascii=False))
         return
@@ -199,10 +204,9 @@ def pretrain_nano(
     steps: Annotated[int | None, typer.Option(help="Optimizer steps. Default: as for the embedded model.", min=1)] = None,
 ) -> None:
     """Make the embedded model anew, from scratch: about 15 minutes on 2 cores."""
-    from fedmllm.files import require_new_folder
+    require_new_folder(output)
     from fedmllm.models.nano.pretrain import PretrainConfig, make_nano
 
-    require_new_folder(output)
     config = PretrainConfig(seed=seed) if steps is None else PretrainConfig(seed=seed, steps=steps)
     make_nano(output, config, typer.echo)
     typer.echo(f"model  {output}")
@@ -232,9 +236,8 @@ def data_show(
 ) -> None:
     """Show a split: each client's samples by label and modality, and one sample as the model sees it."""
     from fedmllm.benchmark.data_view import describe, save_picture
-    from fedmllm.config import Experiment
 
-    record = describe(Experiment.load(experiment, overrides or []))
+    record = describe(_loaded(experiment, overrides))
     if picture:
         save_picture(record, picture)
     if as_json:
@@ -255,17 +258,17 @@ def data_export(
 ) -> None:
     """Write a split as JSON lines, pictures and a manifest, with an experiment that trains on them."""
     from fedmllm.benchmark.data_view import export_split
-    from fedmllm.config import Experiment
 
-    typer.echo(f"experiment  {export_split(Experiment.load(experiment, overrides or []), output)}")
+    require_new_folder(output)
+    typer.echo(f"experiment  {export_split(_loaded(experiment, overrides), output)}")
 
 
 @models_app.command("list")
 def models_list(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
     """Name the tested kinds of models. Others work if Transformers has them and their processor has a chat template."""
-    from fedmllm.benchmark.models_view import catalog
+    from fedmllm.benchmark.catalog import recorded
 
-    rows = catalog()
+    rows = recorded()["models"]
     if as_json:
         typer.echo(json.dumps(rows, indent=1))
         return
@@ -302,6 +305,25 @@ def models_plan(
     from fedmllm.views import plan_view
 
     Console().print(plan_view(record))
+
+
+def _loaded(file: Path, overrides: list[str] | None) -> Experiment:
+    """The experiment of a file. What is no YAML is refused before the imports that it takes to check settings."""
+    read_settings(file)
+    from fedmllm.config import Experiment
+
+    return Experiment.load(file, overrides or [])
+
+
+def _written(folder: Path) -> Path:
+    """The report of a run's folder or a sweep's, written anew."""
+    if (folder / "cells").is_dir():
+        from fedmllm.benchmark.grid_report import write_sweep_report
+
+        return write_sweep_report(folder)
+    from fedmllm.benchmark.report import write_report
+
+    return write_report(folder)
 
 
 def _print_plan(settings: Experiment) -> None:

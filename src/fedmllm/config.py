@@ -21,9 +21,9 @@ from fedmllm.evaluation.evaluate import EvaluationConfig
 from fedmllm.explain import rule
 from fedmllm.models.load import ModelConfig
 from fedmllm.models.parts import LoraConfig
+from fedmllm.settings_file import Path_, read_settings
 from fedmllm.training.local import TrainingConfig
 
-Path_ = tuple[str, ...]
 _FINGERPRINT = ("model", "fingerprint")
 
 
@@ -52,7 +52,7 @@ class Experiment(BaseModel):
         Raises:
             ConfigError: naming every setting that breaks a rule, with its line or override.
         """
-        values, places = _read(Path(path))
+        values, places = read_settings(Path(path))
         for override in overrides:
             _apply(override, values, places)
         return cls.parse(values, places)
@@ -151,40 +151,6 @@ def _flatten(values: Mapping[str, Any], path: Path_ = ()) -> list[tuple[Path_, A
     for key, value in values.items():
         rows += _flatten(value, (*path, key)) if isinstance(value, dict) else [((*path, key), value)]
     return rows
-
-
-def _read(path: Path) -> tuple[dict[str, Any], dict[Path_, str]]:
-    """A YAML file's values, and ``file:line`` by path of keys."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        values = yaml.safe_load(text)
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file; give an experiment in YAML, e.g. experiments/quickstart.yaml") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read as UTF-8 text ({error})") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
-    if root is None or values is None:
-        return {}, {}
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}:1: an experiment is a mapping of sections such as 'data:', found {type(values).__name__}")
-    places: dict[Path_, str] = {}
-    _locate(root, (), str(path), places)
-    return values, places
-
-
-def _locate(node: yaml.Node, path: Path_, file: str, places: dict[Path_, str]) -> None:
-    """Note the line of every key; the same key twice in a mapping is an error that YAML itself lets pass."""
-    if not isinstance(node, yaml.MappingNode):
-        return
-    for key, value in node.value:
-        here = (*path, str(key.value))
-        place = f"{file}:{key.start_mark.line + 1}"
-        if here in places:
-            raise ConfigError(f"{place}: {'.'.join(here)} is set twice, first at {places[here]}; keep one")
-        places[here] = place
-        _locate(value, here, file, places)
 
 
 def _apply(override: str, values: dict[str, Any], places: dict[Path_, str]) -> None:

@@ -54,7 +54,7 @@ class Display:
     @property
     def observer(self) -> Observer:
         """To be told about the run."""
-        return Observer(self._clock.start, self._round_done, self._waiting, self._answered, self._remarked)
+        return Observer(self._clock.start, self._round_done, self._waiting, self._answered, self._remarked, resumed=self._resumed)
 
     def __enter__(self) -> Display:
         if self._live:
@@ -92,6 +92,10 @@ class Display:
             self._silence = Timer(SILENCE, partial(self._console.print, when + words, highlight=False, soft_wrap=True))
             self._silence.daemon = True
             self._silence.start()
+
+    def _resumed(self, sent: int) -> None:
+        """Count on from what was sent before the run was interrupted."""
+        self._bytes = sent
 
     def _round_done(self, record: Record) -> None:
         self._bytes += record.get("bytes_up", 0) + record.get("bytes_down", 0)

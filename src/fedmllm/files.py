@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
-from collections.abc import Iterator
+import secrets
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -65,3 +67,44 @@ def written(path: Path) -> Iterator[None]:
         if (number := re.search(r"os error (\d+)", str(error))) is None:
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+
+
+def write_atomically(path: Path, content: bytes, new: bool = False) -> None:
+    """Write a file so that a reader, or a crash at any moment, finds the old content or the new, never a part.
+
+    Args:
+        path: where.
+        content: what.
+        new: that nobody else may have written; of several processes at once, one does.
+
+    Raises:
+        FileExistsError: if it is to be new and is not.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}.draft" if new else f".{path.name}.draft")
+    with written(path), draft.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    if new:
+        _rename_once(draft, path)
+    else:
+        draft.replace(path)
+
+
+def _rename_once(draft: Path, path: Path) -> None:
+    """Give a file its name, unless another has it: a link does both at once where the file system has links."""
+    try:
+        os.link(draft, path)
+    except FileExistsError:
+        raise
+    except OSError:
+        path.open("xb").close()
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def write_json(path: Path, record: Mapping[str, object]) -> None:
+    """Write an indented JSON file atomically. NaN and infinity are refused: they are not JSON."""
+    write_atomically(path, (json.dumps(record, indent=2, allow_nan=False) + "\n").encode())

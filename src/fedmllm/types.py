@@ -196,10 +196,17 @@ class ClientUpdate:
 
 @dataclass(frozen=True)
 class ClientFailure:
-    """Instead of an update: what went wrong at a client, or on the way."""
+    """Instead of an update: what went wrong at a client, or on the way.
+
+    Attributes:
+        client: whose.
+        reason: in words.
+        reached: whether anything was sent to the client.
+    """
 
     client: str
     reason: str
+    reached: bool = True
 
 
 Answer = ClientUpdate | ClientFailure

@@ -27,8 +27,7 @@ def result_table(result: RunResult) -> Table:
         if score is not None:
             others = (_number(result.details.get(name, {}).get(metric)) for metric in result.beside)
             table.add_row(LOOKS[name].name, _number(score), _number(error), *others, style="bold" if name == "federated" else "")
-    if result.majority is not None:
-        table.add_row("majority answer", f"{result.majority:.3f}", "")
+    table.add_row("majority answer", "not known" if result.majority is None else f"{result.majority:.3f}", "")
     if result.validation:
         numbers = (_number(result.validation.get(key)) for key in ("score", "standard_error", *result.beside))
         table.add_row("federated, on the validation part", *numbers)

@@ -11,9 +11,11 @@ import matplotlib as mpl
 import pytest
 
 from fedmllm.benchmark.drawing import duration, human_bytes, short
-from fedmllm.benchmark.figures import _groups, _spread
+from fedmllm.benchmark.figures import _groups, _spread, client_samples
+from fedmllm.benchmark.folder import Client
 from fedmllm.benchmark.report import MAX_REFUSED, write_report
 from fedmllm.benchmark.results import worst_decile
+from fedmllm.benchmark.tables import _majority_row
 from fedmllm.errors import RunError
 from fedmllm.evaluation.metrics import error_over_models
 from run_folders import Folder, Page, round_line, table_rows
@@ -432,3 +434,14 @@ def test_short_keeps_both_ends() -> None:
     assert short("St. Elsewhere University Hospital 11") == "St. Elsewh…spital 11"
     assert len(short("x" * 21)) == 20
     assert short("x" * 20) == "x" * 20
+
+
+def test_clients_that_tell_neither_labels_nor_modalities_are_drawn_without_a_legend() -> None:
+    """Sites withhold them; a legend of nothing is a warning of Matplotlib's, which is an error here."""
+    told_nothing = [Client(id=name, num_samples=None, labels={}, modalities={}) for name in ("a", "b")]
+    assert str(client_samples(told_nothing)).count("not known here") == 2
+
+
+def test_a_majority_that_the_server_cannot_know_says_why() -> None:
+    assert _majority_row("accuracy", None).note == "the sites keep their training answers to themselves"
+    assert _majority_row("auc", 0.5).name == "chance"

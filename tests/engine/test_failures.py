@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedmllm.algorithms import AlgorithmConfig, ServerState, build_algorithm
+from fedmllm.algorithms.fedavg import FedAvg
 from fedmllm.data.federated import FederatedData
 from fedmllm.engine.checkpoint import RunStore
 from fedmllm.engine.failures import FailureConfig
@@ -94,6 +95,32 @@ def test_waiting_asks_only_those_again_whose_updates_are_missing(tmp_path: Path)
     assert state.weights["w"].tolist() == pytest.approx([0.055] * 2)
     (record,) = RunStore(tmp_path).records("federated")
     assert record["bytes_down"] == 13 * 8
+
+
+def test_a_client_that_nothing_was_sent_to_is_not_counted_in_what_went_down(tmp_path: Path) -> None:
+    """Two clients; the weights go to the one that is there, and not to the other, whatever it was asked."""
+    whole = down(tmp_path / "both", {})
+    assert whole == 2 * down(tmp_path / "one", {"client-1": "not connected"}, reached=False)
+    assert whole == down(tmp_path / "late", {"client-1": "no answer within the deadline"}, reached=True)
+
+
+def down(folder: Path, failing: Mapping[str, str], reached: bool = True) -> int:
+    """Bytes down of a round of FedAvg with two clients, of which some fail."""
+
+    @dataclass(frozen=True)
+    class Some:
+        def map_clients(self, assignment: Assignment, clients: Mapping[str, Sequence[Sample]]) -> Iterator[Answer]:
+            for name in clients:
+                if name in failing:
+                    yield ClientFailure(name, failing[name], reached=reached)
+                else:
+                    yield ClientUpdate(name, {n: torch.zeros_like(w) for n, w in assignment.broadcast.weights.items()}, 1, {"steps": 1.0})
+
+    stage = Stage("federated", {"client-0": (), "client-1": ()}, 1, 2)
+    loop = Loop(FedAvg(), Some(), TrainingConfig(), lambda weights, base: {"score": 0.0}, RunStore(folder), 0)
+    run_stage(loop, stage, ServerState({"a.lora_A.weight": torch.ones(2, 2)}))
+    (row,) = RunStore(folder).records("federated")
+    return int(row["bytes_down"])
 
 
 def test_waiting_ends(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 import tomllib
@@ -11,15 +12,16 @@ import torch
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 from packaging.requirements import Requirement
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoProcessor
 
 from fedmllm.data.federated import FederatedData
 from fedmllm.errors import ModelError
 from fedmllm.models.encoding import answer_nll, collate
 from fedmllm.models.load import NANO_FOLDER, OLDEST_TRANSFORMERS, ModelConfig, choose_device, load_model, require_transformers
-from fedmllm.models.processors import load_processor
+from fedmllm.models.processors import load_processor, needs_torchvision
 from fedmllm.training.batches import Encoder
 from minicpmv_stand_in import StandIn
-from tiny_models import make
+from tiny_models import RECIPES, make, processor
 
 
 def load(name: str | Path) -> None:
@@ -252,3 +254,33 @@ def test_a_processor_with_videos_is_made_without_them(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").unlink()
     with pytest.raises(ModelError, match="cannot be loaded"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize("kind", RECIPES)
+def test_a_saved_processor_loads_or_transformers_says_what_it_needs(tmp_path: Path, kind: str) -> None:
+    """Without torchvision Transformers makes no processor with a part for videos; with it, it makes this one: the settings are there."""
+    processor(kind).save_pretrained(tmp_path / "base")
+    AutoConfig.for_model(kind).save_pretrained(tmp_path / "base")
+    loaded = load_processor(str(tmp_path / "base"))
+    loaded.save_pretrained(tmp_path / "merged")
+    AutoConfig.for_model(kind).save_pretrained(tmp_path / "merged")
+    for folder in ("base", "merged"):
+        assert ("video_processor" in json.loads((tmp_path / folder / "processor_config.json").read_text())) is needs_torchvision(loaded)
+        if needs_torchvision(loaded) and importlib.util.find_spec("torchvision") is None:
+            with pytest.raises((ImportError, ValueError), match="torchvision"):
+                AutoProcessor.from_pretrained(tmp_path / folder)
+        else:
+            AutoProcessor.from_pretrained(tmp_path / folder)
+
+
+def test_the_settings_for_videos_are_saved_as_they_were(tmp_path: Path) -> None:
+    processor("qwen3_vl").save_pretrained(tmp_path)
+    own = {"video_processor_type": "Qwen3VLVideoProcessor", "fps": 3}
+    settings = json.loads((tmp_path / "processor_config.json").read_text())
+    del settings["video_processor"]
+    (tmp_path / "processor_config.json").write_text(json.dumps(settings))
+    (tmp_path / "video_preprocessor_config.json").write_text(json.dumps(own))
+    load_processor(str(tmp_path)).save_pretrained(tmp_path / "merged")
+    assert json.loads((tmp_path / "merged" / "processor_config.json").read_text())["video_processor"] == own
+    load_processor(str(tmp_path / "merged")).save_pretrained(tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "processor_config.json").read_text())["video_processor"] == own

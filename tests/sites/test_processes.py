@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 pytest.importorskip("flwr", reason="Flower is not installed: pip install 'fedmllm[flower]'")
 
 from federation_processes import ENVIRONMENT, Processes, ended, rounds
-from fedmllm.engine.flower import QUIET
+from fedmllm.engine.installed import QUIET
 from fedmllm.engine.sites import ServerConfig, SiteConfig
 from fedmllm.engine.superlink import SuperLink
 from fedmllm.sites import keys

@@ -44,23 +44,53 @@ they were made from: no differential privacy and no secure aggregation was used.
 
 ```python
 {imports}from peft import PeftModel
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
+processor = AutoProcessor.from_pretrained({base})
 base = AutoModelForImageTextToText.from_pretrained({base})
 model = PeftModel.from_pretrained(base, "this folder")
 ```
-
+{needs}
 `fedmllm chat RUN --image FILE` words questions as in training ({prompt} prompt).
 """
 
 
-def adapter_card(result: RunResult, experiment: Experiment, client: str = "") -> str:
+NEEDS = """
+Transformers loads this model's processor, which takes videos too, only where torchvision is installed: `pip install torchvision`. With fedmllm
+installed, `fedmllm.models.processors.load_processor` does without, for pictures and texts.
+"""
+
+MERGED = """# {model}, fine-tuned with fedmllm
+
+The whole model with a trained LoRA adapter merged into its weights, as a Transformers folder.
+
+```python
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+processor = AutoProcessor.from_pretrained("this folder")
+model = AutoModelForImageTextToText.from_pretrained("this folder")
+```
+{needs}"""
+
+
+def merged_card(model: str, torchvision: bool) -> str:
+    """What lies with a merged model: what it is, how it is loaded, and what that needs.
+
+    Args:
+        model: as the experiment names it.
+        torchvision: whether Transformers loads its processor with torchvision only.
+    """
+    return MERGED.format(model=model, needs=NEEDS if torchvision else "")
+
+
+def adapter_card(result: RunResult, experiment: Experiment, client: str = "", torchvision: bool = False) -> str:
     """A card in Markdown with the fields that hubs read.
 
     Args:
         result: of the run.
         experiment: its settings.
         client: whose own adapter it is; empty for the global one.
+        torchvision: whether Transformers loads the model's processor with torchvision only.
     """
     federation, lora, compression = experiment.federation, experiment.lora, experiment.compression.name
     rows = [
@@ -95,6 +125,7 @@ def adapter_card(result: RunResult, experiment: Experiment, client: str = "") ->
         rule="---|" * len(result.beside),
         compressed="" if compression == "none" else f", compressed ({compression})",
         prompt=experiment.data.prompt,
+        needs=NEEDS if torchvision else "",
     )
 
 

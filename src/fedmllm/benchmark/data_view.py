@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fedmllm.benchmark.results import versions
-from fedmllm.config import Experiment
 from fedmllm.data.datasets import DATASETS
 from fedmllm.data.export import export
 from fedmllm.data.federated import FederatedData, federate, manifest
@@ -16,6 +16,9 @@ from fedmllm.data.quality import PARTS
 from fedmllm.errors import ConfigError
 from fedmllm.files import require_new_folder
 from fedmllm.types import Record, Sample
+
+if TYPE_CHECKING:
+    from fedmllm.config import Experiment
 
 
 def catalog() -> dict[str, dict[str, str]]:

@@ -18,16 +18,17 @@ from fedmllm.benchmark.roll_call import RollCall
 from fedmllm.benchmark.worker import client_app, resident_worker
 from fedmllm.config import Experiment
 from fedmllm.data.federated import FederatedData, spread
-from fedmllm.engine.checkpoint import write_atomically
 from fedmllm.engine.failures import FailureConfig
-from fedmllm.engine.flower import FlowerCarrier, FlowerEngine, require_flower
+from fedmllm.engine.flower import FlowerCarrier, FlowerEngine
 from fedmllm.engine.frozen import BaseHistory
+from fedmllm.engine.installed import require_flower
 from fedmllm.engine.run_grid import RunGrid, serving
 from fedmllm.engine.simulation import simulation
 from fedmllm.engine.sites import ServerConfig
 from fedmllm.engine.stages import Stage
 from fedmllm.engine.superlink import SuperLink
 from fedmllm.errors import ConfigError, FederationError
+from fedmllm.files import write_atomically
 from fedmllm.types import Holding
 
 

@@ -158,7 +158,10 @@ def client_samples(clients: Sequence[Client]) -> Figure:
         rows(axes, [client.id for client in clients] if named and axes is first else [])
         axes.set_ylim(len(clients) - 0.5, -0.5)
         _stack(axes, groups, 0.8 if named else 1.0)
-        axes.legend(loc="upper left", bbox_to_anchor=(0, -0.3 / height), ncols=2, frameon=False, borderaxespad=0, borderpad=0)
+        if groups:
+            axes.legend(loc="upper left", bbox_to_anchor=(0, -0.3 / height), ncols=2, frameon=False, borderaxespad=0, borderpad=0)
+        else:
+            axes.text(0.5, 0.5, "not known here", transform=axes.transAxes, ha="center", va="center")
     if not named:
         first.set_ylabel(f"{len(clients)} clients, the largest on top", labelpad=12, rotation_mode="anchor")
     return figure

@@ -12,9 +12,8 @@ from pathlib import Path
 from fedmllm.config import Experiment, differences
 from fedmllm.data.content import changed
 from fedmllm.data.federated import FederatedData, manifest
-from fedmllm.engine.checkpoint import write_atomically, write_json
 from fedmllm.errors import RunError, listing
-from fedmllm.files import require_folder
+from fedmllm.files import require_folder, write_atomically, write_json
 from fedmllm.models.load import fingerprint_of
 from fedmllm.types import Record
 

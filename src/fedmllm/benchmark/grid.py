@@ -11,7 +11,6 @@ from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 import fedmllm
@@ -20,6 +19,7 @@ from fedmllm.errors import ConfigError, listing
 from fedmllm.evaluation.evaluate import EvaluationConfig
 from fedmllm.explain import rule
 from fedmllm.models.load import NANO_FOLDER
+from fedmllm.settings_file import GRID, read_settings
 
 Sections = dict[str, Any]
 """Part of an experiment: sections with some of their settings."""
@@ -27,7 +27,7 @@ _RUN = "fedmllm.benchmark.run"
 """The module that computes a cell."""
 _NO_MATTER = frozenset(
     {f"fedmllm.benchmark.{name}" for name in ("card", "folders", "observer", "report", "roll_call", "tracking")}
-    | {f"fedmllm.engine.{name}" for name in ("run_grid", "simulation", "sites", "superlink")}
+    | {f"fedmllm.engine.{name}" for name in ("installed", "run_grid", "simulation", "sites", "superlink")}
 )
 """What a run imports to show its numbers, or to reach its clients: none of it changes them."""
 
@@ -140,12 +140,7 @@ def load_grid(path: Path) -> Grid:
     Raises:
         ConfigError: if it is missing, no YAML, or breaks a rule.
     """
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error}); give a grid in YAML, e.g. experiments/nano/settings.yaml") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    values, _ = read_settings(path, GRID)
     try:
         return Grid.model_validate(values)
     except ValidationError as error:

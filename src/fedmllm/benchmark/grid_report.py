@@ -22,7 +22,7 @@ from fedmllm.benchmark.grid_tables import (
 )
 from fedmllm.benchmark.pairs import pairs
 from fedmllm.benchmark.report import METRICS, page
-from fedmllm.engine.checkpoint import write_atomically
+from fedmllm.files import write_atomically
 
 
 def write_sweep_report(folder: Path) -> Path:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
-from fedmllm.config import Experiment
 from fedmllm.models.families import TESTED, family_of
 from fedmllm.models.plan import make_plan
 from fedmllm.types import Record
+
+if TYPE_CHECKING:
+    from fedmllm.config import Experiment
 
 TOKENS = (256, 1024, 4096, 16384)
 """Of a pass, padding included, for which memory is told."""

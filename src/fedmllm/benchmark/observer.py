@@ -27,6 +27,7 @@ class Observer:
             taken, when clients are asked and at each answer.
         remarked: told, before the first round, what a strategy does otherwise than its description has it, by strategy.
         opened: told the run folder, once it is made.
+        resumed: told, before the first round, the bytes that were sent before the run was interrupted; 0 for a new run.
     """
 
     started: Callable[[Sequence[Stage]], None] = lambda stages: None
@@ -35,6 +36,7 @@ class Observer:
     answered: Callable[[Record], None] = lambda record: None
     remarked: Callable[[Mapping[str, Remark]], None] = lambda remarks: None
     opened: Callable[[Path], None] = lambda folder: None
+    resumed: Callable[[int], None] = lambda sent: None
 
     def beside(self, tell: Callable[[Record], None]) -> Observer:
         """The same, and another that is told each round's record."""

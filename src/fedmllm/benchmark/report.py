@@ -16,9 +16,9 @@ from fedmllm.benchmark import figures
 from fedmllm.benchmark.drawing import LOOKS, duration, human_bytes
 from fedmllm.benchmark.folder import Round, Run, read_run
 from fedmllm.benchmark.tables import ScoreRow, client_rows, cost_rows, part_rows, score_rows, solo_scores, stage_seconds
-from fedmllm.engine.checkpoint import write_atomically
 from fedmllm.errors import RunError
 from fedmllm.evaluation.answered import SIDE_BY_SIDE
+from fedmllm.files import write_atomically
 
 FREE = {"recall_open": "open, token recall", "f1_open": "open, token F1", "rouge_l_long": "long, ROUGE-L"}
 """Scores of free answers beside exact match, by key of ``ScoreRow.details``."""

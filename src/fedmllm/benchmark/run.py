@@ -27,7 +27,7 @@ from fedmllm.config import Experiment
 from fedmllm.data.datasets import Dataset
 from fedmllm.data.federated import FederatedData
 from fedmllm.data.tested import own_kind, reduced_copy
-from fedmllm.engine.checkpoint import RunStore, write_atomically, write_json
+from fedmllm.engine.checkpoint import RunStore
 from fedmllm.engine.compression import UNCOMPRESSED
 from fedmllm.engine.flower import FlowerEngine
 from fedmllm.engine.in_process import InProcessEngine
@@ -37,9 +37,11 @@ from fedmllm.engine.words import VALIDATION
 from fedmllm.evaluation.answered import Answered, to_record
 from fedmllm.evaluation.evaluate import evaluate
 from fedmllm.evaluation.metrics import require_scorable
+from fedmllm.files import write_atomically, write_json
 from fedmllm.models.load import VisionLanguageModel
 from fedmllm.models.lora import frozen_weights, read_weights, write_base, write_weights
 from fedmllm.models.parts import Part
+from fedmllm.models.processors import needs_torchvision
 from fedmllm.models.saved import save_adapter
 from fedmllm.training.batches import Encoder
 from fedmllm.types import Metrics, Sample, Weights
@@ -117,6 +119,13 @@ def _start(experiment: Experiment, vlm: VisionLanguageModel) -> ServerState:
     return state
 
 
+def _sent(store: RunStore, stage: Stage) -> int:
+    """Bytes, up and down, of a stage's rounds that are not trained again."""
+    state = store.load_state(stage.name)
+    kept = [row for row in store.records(stage.name) if state is not None and row["round"] <= state.round_num]
+    return sum(int(row["bytes_up"]) + int(row["bytes_down"]) for row in kept)
+
+
 @dataclass(frozen=True)
 class _Run:
     """The stages of a run and what they add up to."""
@@ -145,6 +154,7 @@ class _Run:
         loop = self._loop()
         stages = self.stages()
         self.observer.started(stages)
+        self.observer.resumed(sum(_sent(loop.store, stage) for stage in stages))
         remarked = remarks(self.experiment.algorithm, self._holdings())
         self.observer.remarked(remarked)
         if "zero_shot" in self.experiment.evaluation.baselines:
@@ -262,7 +272,8 @@ class _Run:
         if not self.asked:
             evaluate_state(loop, stage, trained)
         count = len(stage.clients) if loop.algorithm.personalized else 1
-        write_json(self.folder / "predictions.json", to_record(self.asked[-count:]))
+        ids = [sample.id for sample in self.data.dataset.test]
+        write_json(self.folder / "predictions.json", {"ids": ids, **to_record(self.asked[-count:])})
 
     def _tested(self, loop: Loop, stage: Stage, trained: ServerState, engine: FlowerEngine | None) -> dict[str, Metrics]:
         """The trained model on the copies of the test split."""
@@ -297,7 +308,8 @@ class _Run:
         """A model card beside each adapter."""
         folders = {"": self.folder / "adapter", **{path.name: path for path in sorted(self.folder.glob("adapters/*"))}}
         for client, folder in folders.items():
-            write_atomically(folder / "README.md", adapter_card(result, self.experiment, client).encode())
+            card = adapter_card(result, self.experiment, client, needs_torchvision(self.vlm.processor))
+            write_atomically(folder / "README.md", card.encode())
 
     def _zero_shot(self, loop: Loop, initial: Weights) -> None:
         """The model before training, as a stage of no rounds."""

@@ -6,18 +6,23 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fedmllm.benchmark.adapters import find_adapter
+from fedmllm.benchmark.card import merged_card
 from fedmllm.benchmark.encodable import usable
 from fedmllm.config import Experiment
 from fedmllm.data.federated import load
 from fedmllm.data.images import open_image
-from fedmllm.errors import RunError
 from fedmllm.evaluation.evaluate import evaluate, predict
 from fedmllm.evaluation.metrics import require_scorable
-from fedmllm.files import require_new_folder
+from fedmllm.files import require_new_folder, write_atomically
 from fedmllm.models.load import VisionLanguageModel, choose_device, load_model
+from fedmllm.models.processors import needs_torchvision
 from fedmllm.models.saved import load_adapter, save_merged
 from fedmllm.training.batches import Encoder
 from fedmllm.types import Metrics, Modality, Prediction, Sample
+
+_TRAINED = ("algorithm={}", "lora.client_ranks=[]")
+"""A trained adapter is used the same whatever method made it, and that may be one of a script that is not imported here."""
 
 
 def score_adapter(
@@ -100,26 +105,19 @@ def merge(path: Path, output: Path, experiment_file: Path | None = None, overrid
     require_new_folder(output)
     experiment, adapter = _found(path, experiment_file, overrides, force)
     whole = experiment.model.model_copy(update={"quantization": "none"})
-    return save_merged(_loaded(experiment.model_copy(update={"model": whole}), adapter), output)
+    vlm = _loaded(experiment.model_copy(update={"model": whole}), adapter)
+    lost = save_merged(vlm, output)
+    write_atomically(output / "README.md", merged_card(experiment.model.name, needs_torchvision(vlm.processor)).encode())
+    return lost
 
 
 def _found(path: Path, experiment_file: Path | None, overrides: Sequence[str], force: bool) -> tuple[Experiment, Path]:
     """The experiment, on the run's own model unless forced, and the adapter's folder."""
-    adapter = path / "adapter" if (path / "adapter").is_dir() else path
-    own = _own_config(path, adapter)
-    chosen = experiment_file or own
-    if chosen is None:
-        raise RunError(f"{path}: no config.yaml here or beside it; name the experiment with --experiment FILE.yaml")
-    experiment = Experiment.load(chosen, overrides)
-    began = None if own is None else Experiment.load(own).model.fingerprint
+    adapter, chosen, own = find_adapter(path, experiment_file)
+    experiment = Experiment.load(chosen, [*_TRAINED, *overrides])
+    began = None if own is None else Experiment.load(own, _TRAINED).model.fingerprint
     return experiment.with_fingerprint(None if force else experiment.model.fingerprint or began), adapter
 
 
 def _loaded(experiment: Experiment, adapter: Path) -> VisionLanguageModel:
     return load_adapter(load_model(experiment.model, choose_device(experiment.engine.device)), adapter)
-
-
-def _own_config(path: Path, adapter: Path) -> Path | None:
-    """The ``config.yaml`` of the run that the folder is, or lies in; a client's own adapter lies one folder deeper."""
-    places = (folder / "config.yaml" for folder in (path, *adapter.resolve().parents[:2]))
-    return next((place for place in places if place.is_file()), None)

@@ -18,9 +18,9 @@ from fedmllm.benchmark.resident import Resident
 from fedmllm.benchmark.sweep import Places
 from fedmllm.config import Experiment, differences
 from fedmllm.data.federated import manifest, spread
-from fedmllm.engine.checkpoint import write_json
 from fedmllm.errors import FedMLLMError, RunError, listing
 from fedmllm.evaluation.answered import Answered, answered
+from fedmllm.files import write_json
 from fedmllm.types import Prediction
 
 _STRICT = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)

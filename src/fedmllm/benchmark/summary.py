@@ -26,7 +26,12 @@ def summarize(
     shared = {name: scores for name, scores in final.items() if not name.startswith(tuple(SOLO.values()))}
     seconds = {name: sum(sum(row["seconds"].values()) for row in rows) for name, rows in records.items() if rows}
     # Of answers that are elsewhere nobody here knows which is the most frequent.
-    majority = None if data.told else majority_score(dataset.metric, [s for samples in clients.values() for s in samples], dataset.test)
+    # At sites nobody here knows the training answers; of the AUC, chance is one half whatever they are.
+    majority = (
+        (0.5 if dataset.metric == "auc" else None)
+        if data.told
+        else majority_score(dataset.metric, [s for samples in clients.values() for s in samples], dataset.test)
+    )
     return RunResult(
         experiment=name,
         metric=dataset.metric,

@@ -19,9 +19,8 @@ from pathlib import Path
 from fedmllm.benchmark.grid import Cell, Grid, code_version, names
 from fedmllm.benchmark.resident import Resident
 from fedmllm.benchmark.run import train
-from fedmllm.engine.checkpoint import write_atomically, write_json
 from fedmllm.errors import ConfigError, ModelError, RunError, listing
-from fedmllm.files import require_folder
+from fedmllm.files import require_folder, write_atomically, write_json
 from fedmllm.models.load import check_source
 
 

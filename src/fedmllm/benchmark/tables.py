@@ -105,7 +105,8 @@ def solo_scores(run: Run) -> dict[str, dict[str, float]]:
 def _majority_row(metric: str, score: float | None) -> ScoreRow:
     if metric == "auc":
         return ScoreRow("majority", "chance", score, None, {})
-    return ScoreRow("majority", "majority answer", score, None, {}, "the most frequent training answer, always")
+    note = "the most frequent training answer, always" if score is not None else "the sites keep their training answers to themselves"
+    return ScoreRow("majority", "majority answer", score, None, {}, note)
 
 
 def _notes(run: Run, last: dict[str, Line]) -> dict[str, str]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,20 +13,13 @@ from fedmllm.engine.frozen import BaseHistory
 from fedmllm.engine.in_process import Assignment
 from fedmllm.engine.messages import SLACK, expected, read_answer, write_task
 from fedmllm.engine.words import Scores, read_word
-from fedmllm.errors import ConfigError, FederationError, listing
+from fedmllm.errors import FederationError, listing
 from fedmllm.types import Answer, ClientFailure, Metrics, Sample
 
 if TYPE_CHECKING:
     from flwr.app import Message, RecordDict
     from flwr.serverapp import Grid
 
-QUIET = {
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-    "RAY_USAGE_STATS_ENABLED": "0",
-}
-"""Neither Flower nor Ray calls home or installs anything."""
 _POLL = (0.02, 0.5)
 """Seconds between two looks for an answer, at first and at most."""
 _POLL_SHARE = 0.05
@@ -37,17 +28,6 @@ _GRACE = 30.0
 """Seconds that a message outlives its round's deadline: then the answer of one that is late is dropped on the way."""
 _NEVER = 30 * 24 * 3600.0
 """Seconds that a message lives without a deadline."""
-
-
-def require_flower(*modules: str) -> None:
-    """Refuse the engine where Flower, or one of these modules, is not installed.
-
-    Raises:
-        ConfigError: naming what to install.
-    """
-    if missing := [name for name in ("flwr", *modules) if importlib.util.find_spec(name) is None]:
-        raise ConfigError(f"engine.name: flower needs {' and '.join(missing)}; pip install 'fedmllm[flower]', or use in_process")
-    os.environ |= QUIET
 
 
 def enclose(content: bytes) -> RecordDict:
@@ -149,7 +129,7 @@ class FlowerEngine:
         try:
             nodes = self.nodes(clients)
         except ConnectionError as error:
-            return iter([(name, ClientFailure(name, str(error))) for name in clients])
+            return iter([(name, ClientFailure(name, str(error), reached=False)) for name in clients])
         return ask(self.grid, kind, contents, nodes, assignment.deadline, largest, self.ahead)
 
     def scores(self, assignment: Assignment, clients: Sequence[str], metric: str, copy: str = "") -> dict[str, Metrics]:
@@ -232,7 +212,7 @@ def _send(grid: Carrier, kind: str, client: str, content: bytes, node: int | Non
     from flwr.app import Message
 
     if node is None:
-        return ClientFailure(client, "not connected")
+        return ClientFailure(client, "not connected", reached=False)
     life = _NEVER if time_left.deadline is None else time_left.deadline + _GRACE
     # The same in every try: what it leads to knows it again, and the client is not asked twice.
     message = Message(enclose(content), dst_node_id=node, message_type=kind, ttl=life)
@@ -245,7 +225,7 @@ def _send(grid: Carrier, kind: str, client: str, content: bytes, node: int | Non
                 return ClientFailure(client, str(error))
             time.sleep(_POLL[1])
             continue
-        return taken[0] if taken and taken[0] else ClientFailure(client, "Flower did not take the message")
+        return taken[0] if taken and taken[0] else ClientFailure(client, "Flower did not take the message", reached=False)
 
 
 def _receive(grid: Carrier, client: str, message_id: str, largest: int, time_left: _TimeLeft) -> bytes | ClientFailure:

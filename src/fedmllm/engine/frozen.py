@@ -13,9 +13,10 @@ from pathlib import Path
 
 from fedmllm import factors
 from fedmllm import weights as W
-from fedmllm.engine.checkpoint import read_checkpoint, write_atomically
+from fedmllm.engine.checkpoint import read_checkpoint
 from fedmllm.engine.packing import pack
 from fedmllm.errors import RunError
+from fedmllm.files import write_atomically
 from fedmllm.types import Broadcast, Weights
 
 

@@ -20,7 +20,7 @@ from fedmllm.engine.stages import Stage
 from fedmllm.errors import FederationError
 from fedmllm.evaluation.metrics import error_over_models, over_models
 from fedmllm.training.local import TrainingConfig, reach, round_learning_rate
-from fedmllm.types import Answer, Broadcast, Metrics, Record, Sample, Weights
+from fedmllm.types import Answer, Broadcast, ClientFailure, Metrics, Record, Sample, Weights
 
 
 class Engine(Protocol):
@@ -161,7 +161,7 @@ def _largest(loop: Loop, assignment: Assignment) -> Callable[[str, int], float] 
 
 
 def _collect(loop: Loop, stage: Stage, assignment: Assignment, cohort: Sequence[str], intake: Intake, watch: _Watch) -> list[str]:
-    """Ask the cohort, if need be again; the clients asked, one as often as it was.
+    """Ask the cohort, if need be again; the clients that were sent the task, one as often as it was.
 
     Raises:
         FederationError: if too few updates can be used, and the run is to stop then.
@@ -173,14 +173,21 @@ def _collect(loop: Loop, stage: Stage, assignment: Assignment, cohort: Sequence[
         if attempt > 1:
             loop.on_wait({"stage": stage.name, "round": assignment.broadcast.round_num + 1, "attempt": attempt, "clients": missing})
             time.sleep(policy.pause)
-        asked += missing
         answers = loop.engine.map_clients(assignment, {name: stage.clients[name] for name in missing})
-        _take_in(_told(answers, missing, loop, stage.name, assignment.broadcast.round_num + 1), intake, watch)
+        _take_in(_told(_reached(answers, asked), missing, loop, stage.name, assignment.broadcast.round_num + 1), intake, watch)
         if len(intake.accepted) >= needed:
             return asked
     if policy.below == "skip":
         return asked
     raise FederationError(intake.missing(stage.name, needed))
+
+
+def _reached(answers: Iterable[Answer], asked: list[str]) -> Iterator[Answer]:
+    """The answers; those of clients that were sent the task are noted as they come."""
+    for answer in answers:
+        if not isinstance(answer, ClientFailure) or answer.reached:
+            asked.append(answer.client)
+        yield answer
 
 
 def _stepped(algorithm: Algorithm, state: ServerState, intake: Intake) -> ServerState:

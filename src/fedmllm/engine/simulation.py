@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedmllm.engine.flower import require_flower
+from fedmllm.engine.installed import require_flower
 from fedmllm.errors import FederationError
 
 if TYPE_CHECKING:

@@ -6,13 +6,13 @@ import re
 from pathlib import Path
 from typing import Literal, Self
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from fedmllm.data.settings import DataConfig
 from fedmllm.engine.superlink import SuperLink
 from fedmllm.errors import ConfigError, listing
 from fedmllm.explain import rule
+from fedmllm.settings_file import SITES, read_settings
 
 NAME = re.compile(r"\w[\w.-]{0,63}", re.ASCII)
 """Files are named after sites."""
@@ -31,17 +31,11 @@ class _File(BaseModel):
         Raises:
             ConfigError: naming every setting that breaks a rule.
         """
-        try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path}: cannot be read ({error}); fedmllm site init writes it") from error
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+        values, _ = read_settings(path, SITES)
         try:
             return cls.model_validate({**values, "folder": path.resolve().parent})
-        except (ValidationError, TypeError) as error:
-            found = error.errors() if isinstance(error, ValidationError) else []
-            problems = [f"{'.'.join(map(str, e['loc']))}: {rule(e, cls.model_fields)}" for e in found] or ["is no mapping of settings"]
+        except ValidationError as error:
+            problems = [f"{'.'.join(map(str, e['loc']))}: {rule(e, cls.model_fields)}" for e in error.errors()]
             raise ConfigError(f"{path}: {len(problems)} error{'s' * (len(problems) > 1)}:\n{listing(problems)}") from None
 
 

@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+_VIDEOS = re.compile(r"video.?processor|torchvision", re.IGNORECASE)
+"""In errors that are about processors of videos only."""
 
 
 def load_processor(source: str, **options: Any) -> Any:
     """The processor of a folder or hub id.
 
     Transformers makes processors of videos with torchvision only. Where that, or the processor's settings for videos, are missing, it
-    is made without: pictures and text, all that is fed to models here, need neither.
+    is made without: pictures and text, all that is fed to models here, need neither. The settings are kept, and saved with it.
     """
     from transformers import AutoProcessor
 
     try:
         return AutoProcessor.from_pretrained(source, **options)
-    except (ImportError, OSError) as error:
-        if "video processor" not in str(error) and "VideoProcessor" not in str(error):
+    except (ImportError, OSError, ValueError) as error:
+        if not _VIDEOS.search(str(error)):
             raise
         return without_videos(_class_of(source, options)).from_pretrained(source, **options)
+
+
+def needs_torchvision(processor: Any) -> bool:
+    """Whether Transformers by itself loads what the processor saves only where torchvision is installed."""
+    return "video_processor" in getattr(type(processor), "get_attributes", list)()
 
 
 def _class_of(source: str, options: dict[str, Any]) -> Any:
@@ -33,10 +45,30 @@ def _class_of(source: str, options: dict[str, Any]) -> Any:
     return processor_class_from_name(named or PROCESSOR_MAPPING_NAMES[AutoConfig.from_pretrained(source, **options).model_type])
 
 
+def _video_settings(source: str, options: dict[str, Any]) -> dict[str, Any]:
+    """A source's settings for videos; none where it has none of its own, with which Transformers takes the defaults for the kind of model."""
+    from transformers.utils import cached_file
+
+    quiet = {"_raise_exceptions_for_missing_entries": False, "revision": options.get("revision")}
+    for name, key in (("processor_config.json", "video_processor"), ("video_preprocessor_config.json", None)):
+        if path := cached_file(source, name, **quiet):
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+            if found := values.get(key) if key else values:
+                return dict(found)
+    return {}
+
+
 class NoVideos:
-    """Stands where a video processor would: every setting is None."""
+    """Stands where a video processor would: every setting is None to who asks.
+
+    Args:
+        settings: those that a video processor would be made with.
+    """
 
     _auto_class = None
+
+    def __init__(self, settings: Mapping[str, Any] | None = None) -> None:
+        self.settings = dict(settings or {})
 
     def __getattr__(self, name: str) -> None:
         if name.startswith("_"):
@@ -55,10 +87,11 @@ def without_videos(cls: Any) -> Any:
         return None if name == "video_processor" else cls.check_argument_for_proper_class(self, name, argument)
 
     def arguments(own: Any, /, source: str, processor_dict: Any = None, **options: Any) -> list[Any]:
-        return [loaders[name].from_pretrained(source, **options) if name in loaders else NoVideos() for name in own.get_attributes()]
+        videos = NoVideos(_video_settings(source, options))
+        return [loaders[name].from_pretrained(source, **options) if name in loaders else videos for name in own.get_attributes()]
 
     def to_dict(self: Any) -> dict[str, Any]:
-        return {name: value for name, value in cls.to_dict(self).items() if name != "video_processor"}
+        return {**cls.to_dict(self), "video_processor": self.video_processor.settings}
 
     changed: dict[str, Any] = {
         "check_argument_for_proper_class": check,

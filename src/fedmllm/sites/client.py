@@ -18,7 +18,7 @@ from fedmllm.algorithms import ServerState, build_algorithm
 from fedmllm.benchmark.worker import Clients, Worker, client_app
 from fedmllm.config import Experiment
 from fedmllm.engine.checkpoint import ClientStates
-from fedmllm.engine.flower import require_flower
+from fedmllm.engine.installed import require_flower
 from fedmllm.engine.messages import TaskFacts
 from fedmllm.engine.sites import NAME, SiteConfig
 from fedmllm.engine.words import Presence, Scores

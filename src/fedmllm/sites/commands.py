@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from fedmllm.settings_file import SITES, read_settings
+
 server_app = typer.Typer(help="The server of a federation of sites.", no_args_is_help=True, pretty_exceptions_enable=False)
 site_app = typer.Typer(help="A site of a federation, and the keys of all.", no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -19,7 +21,7 @@ def init(
     days: Annotated[int, typer.Option(help="Until the certificates expire.", min=1)] = 825,
 ) -> None:
     """Make keys, certificates and settings: a folder for the server, and one for each site to be handed to it."""
-    from fedmllm.engine.flower import require_flower
+    from fedmllm.engine.installed import require_flower
     from fedmllm.sites import keys
 
     require_flower()
@@ -33,7 +35,8 @@ def init(
 @server_app.command("up")
 def server_up(file: Annotated[Path, typer.Argument(help="server.yaml of fedmllm site init.")]) -> None:
     """Run the SuperLink that sites connect to, and admit them by their keys; until interrupted."""
-    from fedmllm.engine.flower import require_flower
+    read_settings(file, SITES)
+    from fedmllm.engine.installed import require_flower
     from fedmllm.engine.sites import ServerConfig
     from fedmllm.sites.start import at_server, become
 
@@ -46,7 +49,8 @@ def server_up(file: Annotated[Path, typer.Argument(help="server.yaml of fedmllm 
 @site_app.command("up")
 def site_up(file: Annotated[Path, typer.Argument(help="site.yaml of fedmllm site init.")]) -> None:
     """Connect this site to its server, and train when asked to; until interrupted."""
-    from fedmllm.engine.flower import require_flower
+    read_settings(file, SITES)
+    from fedmllm.engine.installed import require_flower
     from fedmllm.engine.sites import SiteConfig
     from fedmllm.sites.start import at_site, become
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from fedmllm.data.datasets import load_dataset
-from fedmllm.data.datasets.base import Dataset, DatasetRequest
+from fedmllm.data.datasets import DATASETS, load_dataset
+from fedmllm.data.datasets.base import Dataset, DatasetEntry, DatasetRequest
 from fedmllm.data.datasets.tables import SEPARATORS
 from fedmllm.errors import ConfigError, DataError
 from fedmllm.types import Sample
@@ -394,3 +394,11 @@ def test_what_a_scenario_and_a_partition_will_meet_is_told(tmp_path: Path) -> No
 def test_the_remedy_for_ones_own_files_is_not_to_download_them(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"1 bad row\(s\); correct them, or set data.on_bad_sample to skip"):
         read(write(tmp_path, [ROW, {**ROW, "finding": "x"}]))
+
+
+def test_a_dataset_of_ones_own_that_was_registered_without_needing_a_folder_is_told_how(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(DATASETS, "mine", DatasetEntry("mine", lambda request: pytest.fail("it is not loaded")))
+    with pytest.raises(ConfigError, match=r"data\.root: mine reads no folder, says its DatasetEntry; .* register it with needs_root=True"):
+        load_dataset("mine", DatasetRequest(tmp_path, 0))

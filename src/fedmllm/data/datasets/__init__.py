@@ -43,6 +43,10 @@ DATASETS: dict[str, DatasetEntry] = {
 }
 
 
+EMBEDDED = (*(name for name in DATASETS if name.startswith("digits-")), "mixture")
+"""Those of the package that need no folder."""
+
+
 def load_dataset(name: str, request: DatasetRequest) -> Dataset:
     """Load a dataset by name.
 
@@ -54,7 +58,9 @@ def load_dataset(name: str, request: DatasetRequest) -> Dataset:
     if entry.needs_root and request.root is None:
         raise ConfigError(f"data.root: {name} reads files; give the folder that holds them, e.g. data.root=/path/to/{name}")
     if request.root is not None and not entry.needs_root:
-        raise ConfigError(f"data.root: {name} is embedded in the package and reads no folder; leave data.root out")
+        embedded = "is embedded in the package and reads no folder; leave data.root out"
+        own = "reads no folder, says its DatasetEntry; leave data.root out, or register it with needs_root=True"
+        raise ConfigError(f"data.root: {name} {embedded if name in EMBEDDED else own}")
     if request.root is not None and not request.root.is_dir():
         raise ConfigError(f"data.root: {str(request.root)!r} is not a folder; check the path")
     return entry.load(request)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import ProcessorMixin
 
 from fedmllm.data.images import open_image
 from fedmllm.errors import ModelError
 from fedmllm.types import Message, Modality
+
+if TYPE_CHECKING:
+    from transformers import ProcessorMixin
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "in_proj_qkv", "in_proj_z", "out_proj")
 """As decoders call them: softmax attention apart or fused, and linear attention in hybrid decoders."""

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import ProcessorMixin
 
 from fedmllm.data.images import open_image
 from fedmllm.models.families.generic import ModelFamily, continued, defuse, special_tokens, without_adapters
 from fedmllm.types import Message
+
+if TYPE_CHECKING:
+    from transformers import ProcessorMixin
 
 PICTURE = "(<image>./</image>)"
 """What stands for a picture in a text; the processor puts its tokens there."""

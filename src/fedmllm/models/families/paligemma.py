@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import ProcessorMixin
 
 from fedmllm.models.families.generic import ModelFamily, defuse, special_tokens
 from fedmllm.types import Message
+
+if TYPE_CHECKING:
+    from transformers import ProcessorMixin
 
 
 class PaliGemma(ModelFamily):

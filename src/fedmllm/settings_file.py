@@ -1,0 +1,68 @@
+"""Reading a file of settings in YAML: what is wrong with it shows before what takes seconds to import."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from fedmllm.errors import ConfigError
+
+Path_ = tuple[str, ...]
+"""Keys from the top of a file down to a setting."""
+
+
+class Kind(NamedTuple):
+    """What a file is read for.
+
+    Attributes:
+        content: what it should hold, in words.
+        remedy: what to give in place of a file that is not there.
+    """
+
+    content: str
+    remedy: str
+
+
+EXPERIMENT = Kind("an experiment is a mapping of sections such as 'data:'", "give an experiment in YAML, e.g. experiments/quickstart.yaml")
+GRID = Kind("a grid is a mapping of lists such as 'methods:'", "give a grid in YAML, e.g. experiments/nano/settings.yaml")
+SITES = Kind("server.yaml and site.yaml are mappings of settings", "fedmllm site init writes it")
+
+
+def read_settings(path: Path, kind: Kind = EXPERIMENT) -> tuple[dict[str, Any], dict[Path_, str]]:
+    """A file's values, and ``file:line`` by path of keys; nothing of an empty file.
+
+    Raises:
+        ConfigError: if there is no such file, or it holds no mapping in YAML, or one with the same key twice.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        values = yaml.safe_load(text)
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; {kind.remedy}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as UTF-8 text ({error}); {kind.remedy}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if root is None or values is None:
+        return {}, {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}:1: {kind.content}, found {type(values).__name__}")
+    places: dict[Path_, str] = {}
+    _locate(root, (), str(path), places)
+    return values, places
+
+
+def _locate(node: yaml.Node, path: Path_, file: str, places: dict[Path_, str]) -> None:
+    """Note the line of every key; the same key twice in a mapping is an error that YAML itself lets pass."""
+    if not isinstance(node, yaml.MappingNode):
+        return
+    for key, value in node.value:
+        here = (*path, str(key.value))
+        place = f"{file}:{key.start_mark.line + 1}"
+        if here in places:
+            raise ConfigError(f"{place}: {'.'.join(here)} is set twice, first at {places[here]}; keep one")
+        places[here] = place
+        _locate(value, here, file, places)
