@@ -148,10 +148,9 @@ def test_the_list_says_of_a_method_what_it_costs(rows: Record) -> None:
 def test_the_command_in_text_and_as_json(rows: Record, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def fedmllm(*arguments: str) -> str:
         monkeypatch.setattr(sys, "argv", ["fedmllm", *arguments])
-        try:
+        with pytest.raises(SystemExit) as ended:
             main()
-        except SystemExit as end:
-            assert not end.code
+        assert not ended.value.code
         return capsys.readouterr().out
 
     assert json.loads(fedmllm("methods", "--json")) == rows
