@@ -14,6 +14,7 @@ from fedmllm.models.load import ModelConfig, VisionLanguageModel, load_model
 from fedmllm.models.lora import attach_lora
 from fedmllm.models.parts import LoraConfig
 from fedmllm.training.batches import Encoder
+from tiny_families import folder_of, load
 
 torch.set_num_threads(1)
 
@@ -27,7 +28,13 @@ TINY = {
 
 @pytest.fixture(scope="session")
 def tiny() -> Experiment:
-    """An experiment of seconds."""
+    """An experiment of less than a second: what a run does hardly ever depends on how large its model is."""
+    return Experiment.parse(TINY | {"model": {"name": folder_of("llava")}})
+
+
+@pytest.fixture(scope="session")
+def embedded() -> Experiment:
+    """The same on the embedded model."""
     return Experiment.parse(TINY)
 
 
@@ -39,7 +46,13 @@ def base() -> VisionLanguageModel:
 
 @pytest.fixture
 def vlm() -> VisionLanguageModel:
-    """The embedded model with fresh adapters of its own."""
+    """A tiny LLaVA with fresh adapters of its own. Tests may change it."""
+    return attach_lora(load("llava"), LoraConfig(), seed=0)
+
+
+@pytest.fixture
+def nano() -> VisionLanguageModel:
+    """The embedded model with fresh adapters of its own, for what needs its size or what it has learned."""
     return attach_lora(load_model(ModelConfig(), torch.device("cpu")), LoraConfig(), seed=0)
 
 

@@ -9,7 +9,8 @@ import signal
 import subprocess
 import sys
 import warnings
-from contextlib import chdir, redirect_stderr, redirect_stdout
+from collections.abc import Iterator
+from contextlib import chdir, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from unittest import mock
 
@@ -73,7 +74,7 @@ def quick(tmp_path: Path) -> Path:
 
 
 def test_train_evaluate_and_report(quick: Path) -> None:
-    trained = run_apart(quick, "train", "quick.yaml", "--output", "out")
+    trained = run(quick, "train", "quick.yaml", "--output", "out")
     assert trained.returncode == 0, trained.stderr
     assert re.search(r"^plan  3,953,904 parameters, 73,728 trained: 295 kB to send; memory .* per token of a pass$", trained.stdout, re.M)
     for part in ("federated round 1/2", "loss", "sent", "left", "zero-shot", "ceiling", "out/report.html"):
@@ -152,7 +153,7 @@ def test_models_are_named_and_planned(quick: Path) -> None:
     assert plan["trainable"] * 4 == plan["sent_per_client_and_round"] == (6 * 4 * 4 * (192 + 192) + 64_896 + 196_608) * 4
     shown = run(quick, "models", "plan", "nano", "--rank", "4").stdout
     assert all(part in shown for part in ("36,864", "embeddings", "393 kB"))
-    wrong = run_apart(quick, "models", "plan", "./nowhere")
+    wrong = run(quick, "models", "plan", "./nowhere")
     assert wrong.returncode == 2
     assert "is not a folder" in wrong.stderr
 
@@ -163,6 +164,7 @@ def test_the_default_folder_is_named_after_experiment_and_time(quick: Path) -> N
     assert folder.name.startswith("quick-2")
 
 
+@pytest.mark.slow
 def test_two_runs_of_one_second_have_a_folder_each(quick: Path) -> None:
     """The same experiment, started twice at once with two seeds."""
     command = [
@@ -230,12 +232,23 @@ def test_a_folder_that_cannot_be_made_is_refused_before_any_work(command: tuple[
     )
 
 
+@contextmanager
+def limited_files(size: int) -> Iterator[None]:
+    """In this block no file of this process may become larger."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
 def test_a_full_disk_is_one_message_and_the_run_goes_on_once_there_is_room(quick: Path) -> None:
     """No file may be larger than 200 kB, so that the first checkpoint, of 295 kB, is not written."""
-    limited = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, resource.RLIM_INFINITY)); "
     arguments = ["train", "quick.yaml", "engine.feature_bytes=0", "--output", "out", "--track", "none"]
-    command = [sys.executable, "-c", limited + "from fedmllm.cli import main; sys.argv[0] = 'fedmllm'; main()", *arguments]
-    full = subprocess.run(command, cwd=quick, capture_output=True, text=True, timeout=120, check=False)
+    with limited_files(200_000):
+        full = run(quick, *arguments)
     assert full.returncode == 1
     remedy = "make room, then give the same command again, fedmllm train with --resume"
     assert full.stderr.splitlines()[-1] == f"error: out/checkpoints/federated.safetensors: File too large; {remedy}"

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from io import StringIO
 from pathlib import Path
@@ -13,6 +12,7 @@ from rich.console import Console
 from fedmllm import weights as W
 from fedmllm.algorithms import ALGORITHMS, STRATEGIES
 from fedmllm.benchmark.methods_view import catalog, costs
+from fedmllm.cli import main
 from fedmllm.data.federated import FederatedData
 from fedmllm.engine.checkpoint import RunStore
 from fedmllm.engine.in_process import InProcessEngine
@@ -24,6 +24,12 @@ from fedmllm.training.batches import Encoder
 from fedmllm.training.local import TrainingConfig
 from fedmllm.types import Record
 from fedmllm.views import methods_view
+
+
+@pytest.fixture
+def vlm(nano: VisionLanguageModel) -> VisionLanguageModel:
+    """The embedded model, all of whose adapted modules are square."""
+    return nano
 
 
 @pytest.fixture(scope="module")
@@ -139,12 +145,14 @@ def test_the_list_says_of_a_method_what_it_costs(rows: Record) -> None:
     assert "parameters  beta1: 0.9, server_learning_rate: 1.0, reference: false" in text
 
 
-def fedmllm(*arguments: str) -> str:
-    command = [sys.executable, "-m", "fedmllm", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+def test_the_command_in_text_and_as_json(rows: Record, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def fedmllm(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["fedmllm", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert not ended.value.code
+        return capsys.readouterr().out
 
-
-def test_the_command_in_text_and_as_json(rows: Record) -> None:
     assert json.loads(fedmllm("methods", "--json")) == rows
     text = fedmllm("methods")
     lines = text.splitlines()

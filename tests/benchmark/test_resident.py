@@ -44,7 +44,10 @@ def test_it_ends_as_it_does_alone_whatever_ran_before(tiny: Experiment, tmp_path
     resident = Resident()
     for i, changes in enumerate(CHANGES):
         experiment = changed(tiny, changes)
-        results = [train(experiment, tmp_path / f"{place}{i}", resident=held) for place, held in (("alone", None), ("after", resident))]
+        results = [
+            train(experiment, tmp_path / f"{place}{i}", resident=held, report=False)
+            for place, held in (("alone", None), ("after", resident))
+        ]
         assert results[0].scores == results[1].scores, changes
         alone, after = (load_file(tmp_path / f"{place}{i}" / "adapter" / "adapter_model.safetensors") for place in ("alone", "after"))
         assert all(torch.equal(after[name], tensor) for name, tensor in alone.items())
@@ -57,9 +60,9 @@ def test_what_is_alike_is_loaded_once(tiny: Experiment, tmp_path: Path, monkeypa
         real = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *args, name=name, real=real: loads.append(name) or real(*args))
     for i, changes in enumerate([{}, {"algorithm": {"name": "fedprox"}}, {"federation": {"scenario": "cross-5:5"}}]):
-        train(changed(tiny, changes), tmp_path / str(i), resident=resident)
+        train(changed(tiny, changes), tmp_path / str(i), resident=resident, report=False)
     assert loads == ["load", "load_model"]
-    train(changed(tiny, {"seed": 5}), tmp_path / "seed", resident=resident)
+    train(changed(tiny, {"seed": 5}), tmp_path / "seed", resident=resident, report=False)
     assert loads == ["load", "load_model", "load"]
 
 

@@ -94,7 +94,7 @@ def test_connector_and_embeddings_train_and_travel(tiny: Experiment, tmp_path: P
     held = load_file(folder / "adapter_model.safetensors")
     whole = [name for name in held if "lora_" not in name]
     assert sum(held[name].numel() for name in whole) == result.parts["connector"] + result.parts["embeddings"]
-    frozen = load_file(Path(model_source("nano")) / "model.safetensors")
+    frozen = load_file(Path(tiny.model.name) / "model.safetensors")
     moved = [name for name in whole if any(t.shape == held[name].shape and torch.equal(t.float(), held[name]) for t in frozen.values())]
     assert moved == []
     sent = 4 * sum(held[name].numel() for name in whole)
@@ -229,18 +229,18 @@ def test_the_adapter_gives_the_same_predictions_in_plain_peft(finished: Path) ->
 
 @pytest.mark.parametrize("method", ["flora", "fedex_lora"])
 def test_the_adapter_holds_what_was_merged_into_the_frozen_weights(
-    tiny: Experiment, tmp_path: Path, vlm: VisionLanguageModel, method: str
+    embedded: Experiment, tmp_path: Path, nano: VisionLanguageModel, method: str
 ) -> None:
     """The run's last model is the base model with changed frozen weights; the adapter says the same on the published ones."""
-    experiment = change(tiny, algorithm={"name": method}, evaluation={"every": 0})
+    experiment = change(embedded, algorithm={"name": method}, evaluation={"every": 0})
     expected = train(experiment, tmp_path / "run").scores["federated"]
     state = RunStore(tmp_path / "run").load_state("federated")
     assert state is not None
     assert state.base
-    write_base(vlm, state.base)
-    write_weights(vlm.model, state.weights)
+    write_base(nano, state.base)
+    write_weights(nano.model, state.weights)
     logits, score = in_plain_peft(tmp_path / "run")
-    torch.testing.assert_close(logits, plain(vlm.model.eval(), model_source("nano"), split_of(tmp_path / "run")), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(logits, plain(nano.model.eval(), model_source("nano"), split_of(tmp_path / "run")), atol=1e-4, rtol=1e-4)
     assert score == pytest.approx(expected, abs=1e-9)
     assert score_adapter(tmp_path / "run")[1]["score"] == pytest.approx(expected, abs=1e-9)
     settings = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())

@@ -135,6 +135,7 @@ def test_the_version_of_the_code_is_what_computes_and_nothing_else() -> None:
     assert all(module._module_file(name) is not None for name in module._NO_MATTER)
 
 
+@pytest.mark.slow
 def test_every_module_that_a_cell_loads_is_counted_or_known_not_to_matter(tmp_path: Path) -> None:
     """Asked of a process that trains one on several data sets."""
     parts = [{"dataset": "digits-vqa", "num_train": 16, "num_test": 4}, {"dataset": "digits-cards", "num_train": 16, "num_test": 4}]

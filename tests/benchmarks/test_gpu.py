@@ -71,6 +71,7 @@ def launched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -
     return gpu.main(), json.loads((tmp_path / "gpu.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_stage_that_takes_too_long_or_fails_costs_its_own_rows_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -19,9 +19,11 @@ from fedmllm.benchmark.run import train
 from fedmllm.config import Experiment
 from fedmllm.data.federated import FederatedData
 from fedmllm.types import Holding
+from tiny_families import folder_of
 
 RESIDENT = Resident()
 SETTINGS: dict[str, Any] = {
+    "model": {"name": folder_of("llava")},
     "federation": {"num_clients": 4, "clients_per_round": 3, "num_rounds": 1, "min_partition_size": 5},
     "training": {"batch_size": 1, "accumulation": 2},
     "evaluation": {"every": 0, "baselines": []},

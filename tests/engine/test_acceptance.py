@@ -78,7 +78,7 @@ class Seen:
 
 @dataclass
 class Trial:
-    """Loops on the embedded model, on three clients of two samples."""
+    """Loops on a tiny model, on three clients of two samples."""
 
     vlm: VisionLanguageModel
     encoder: Encoder

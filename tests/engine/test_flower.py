@@ -36,15 +36,20 @@ from fedmllm.engine.flower import ask, enclose, enclosed
 from fedmllm.engine.installed import require_flower
 from fedmllm.types import ClientFailure
 from loopback import LoopbackGrid, Tamper, loopback
+from tiny_families import folder_of
 
 RESIDENT = Resident()
 SETTINGS: dict[str, Any] = {
+    "model": {"name": folder_of("llava")},
     "data": {"dataset": "digits-claims", "num_train": 40, "num_test": 8, "check_images": False},
     "federation": {"num_clients": 4, "clients_per_round": 4, "num_rounds": 2, "min_partition_size": 4, "partition": "iid"},
     "training": {"batch_size": 4, "learning_rate": 3e-3},
     "evaluation": {"every": 0, "baselines": []},
     "engine": {"device": "cpu", "together": 1, "name": "flower"},
 }
+
+EMBEDDED = {"model": {"name": "nano"}}
+"""Wide enough for factors to be smaller than their product, and slow enough for a worker to be killed in time."""
 
 
 def trained(folder: Path, monkeypatch: pytest.MonkeyPatch, tamper: Tamper, **failures: Any) -> list[dict[str, Any]]:
@@ -230,7 +235,7 @@ def test_what_is_merged_into_the_frozen_weights_travels_as_factors(tmp_path: Pat
     monkeypatch.setattr(federation, "simulation", kept)
     monkeypatch.setattr(federation, "require_flower", lambda *modules: None)
     rounds = {"federation": SETTINGS["federation"] | {"num_rounds": 3}, "algorithm": {"name": "fedex_lora"}}
-    run.train(Experiment.parse(SETTINGS | rounds), tmp_path / "run", resident=RESIDENT, report=False)
+    run.train(Experiment.parse(SETTINGS | EMBEDDED | rounds), tmp_path / "run", resident=RESIDENT, report=False)
     tasks = [unpack(enclosed(message.content))[0] for message in grids[0].sent]
     held = [W.num_bytes(*groups.values()) for groups in tasks]
     assert [sum(held[i : i + 4]) for i in (0, 4, 8)] == [record["bytes_down"] for record in RunStore(tmp_path / "run").records("federated")]
@@ -264,7 +269,7 @@ def workers_of(pid: int) -> list[int]:
 def test_the_simulation_ends_alike_with_a_worker_killed(tmp_path: Path) -> None:
     """The command, with real workers: one is killed after the first round, its clients are asked again."""
     pytest.importorskip("ray", reason="Ray is not installed: pip install 'fedmllm[flower]'")
-    settings = Experiment.parse(SETTINGS | {"failures": {"below": "wait", "min_updates": 4, "pause": 2}})
+    settings = Experiment.parse(SETTINGS | EMBEDDED | {"failures": {"below": "wait", "min_updates": 4, "pause": 2}})
     (tmp_path / "x.yaml").write_text(settings.to_yaml())
     command = [sys.executable, "-m", "fedmllm", "train", "x.yaml", "--track", "none", "federation.num_rounds=3", "--output"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

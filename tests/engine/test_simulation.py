@@ -77,6 +77,7 @@ def test_a_temporary_folder_whose_name_is_too_long_for_sockets_is_not_used_and_i
     assert not Path(used).exists()
 
 
+@pytest.mark.slow
 def test_a_backend_that_does_not_start_is_an_error_at_once(tmp_path: Path) -> None:
     before = f"given = simulation._backend; simulation._backend = lambda *o: given(1, 0, Path({str(tmp_path / ('x' * 120))!r}))"
     run = ran(before=before)
@@ -90,6 +91,7 @@ def test_a_backend_that_does_not_start_is_an_error_at_once(tmp_path: Path) -> No
     )
 
 
+@pytest.mark.slow
 def test_a_backend_that_has_ended_is_an_error_at_once() -> None:
     """Without a deadline the client's answer was waited for for ever."""
     before = "running, started = [], simulation._Simulation.started\n"

@@ -17,6 +17,12 @@ from fedmllm.types import Sample
 CONFIG = EvaluationConfig()
 
 
+@pytest.fixture
+def vlm(nano: VisionLanguageModel) -> VisionLanguageModel:
+    """The embedded model, which has learned to answer."""
+    return nano
+
+
 def test_probabilities_equal_brute_force(vlm: VisionLanguageModel, encoder: Encoder, federation: FederatedData) -> None:
     """Each option's letter put in as the answer, its first token's likelihood read off, and normalized."""
     samples = federation.dataset.test[:6]

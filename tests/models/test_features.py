@@ -18,6 +18,12 @@ from fedmllm.training.batches import Encoder
 
 
 @pytest.fixture
+def vlm(nano: VisionLanguageModel) -> VisionLanguageModel:
+    """The embedded model, which the errors name."""
+    return nano
+
+
+@pytest.fixture
 def keeping(vlm: VisionLanguageModel) -> VisionLanguageModel:
     return replace(vlm, features=VisionFeatures(vlm, 1 << 24))
 

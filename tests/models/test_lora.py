@@ -13,6 +13,12 @@ from fedmllm.models.parts import LoraConfig
 from fedmllm.models.saved import load_adapter, save_adapter
 
 
+@pytest.fixture
+def vlm(nano: VisionLanguageModel) -> VisionLanguageModel:
+    """The embedded model, whose layers and sizes are known here."""
+    return nano
+
+
 def fresh() -> VisionLanguageModel:
     return load_model(ModelConfig(), torch.device("cpu"))
 

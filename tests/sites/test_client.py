@@ -35,8 +35,8 @@ OWN = {"dataset": "digits-claims", "num_train": 12, "num_test": 4, "check_images
 
 
 @pytest.fixture
-def experiment(tiny: Experiment) -> Experiment:
-    return tiny
+def experiment(embedded: Experiment) -> Experiment:
+    return embedded
 
 
 def worker(folder: Path, **values: Any) -> SiteWorker:

@@ -17,6 +17,12 @@ from fedmllm.training.local import LocalTask, TrainingConfig, train_locally
 from fedmllm.training.rules import LocalRule
 
 
+@pytest.fixture
+def vlm(nano: VisionLanguageModel) -> VisionLanguageModel:
+    """The embedded model, which has learned something to bring together."""
+    return nano
+
+
 def test_divergence_is_the_sum_of_kl_over_the_masked_columns() -> None:
     teacher, student = torch.randn(2, 3, 5), torch.randn(2, 3, 5)
     mask = torch.tensor([[True, True, False], [False, True, False]])
