@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -30,10 +32,17 @@ def folder_of(kind: str) -> str:
     return _FOLDERS[-1].name
 
 
+@functools.cache
+def _loaded(kind: str) -> VisionLanguageModel:
+    return load_model(ModelConfig(name=folder_of(kind)), torch.device("cpu"))
+
+
 def load(kind: str) -> VisionLanguageModel:
+    """A model as it is loaded, for the caller to do with as it likes: of one read once, the weights are copied."""
     if kind == "minicpmv":
         return stand_in()
-    return load_model(ModelConfig(name=folder_of(kind)), torch.device("cpu"))
+    vlm = _loaded(kind)
+    return replace(vlm, model=copy.deepcopy(vlm.model), originals={}, beside={})
 
 
 def stirred(vlm: VisionLanguageModel) -> VisionLanguageModel:

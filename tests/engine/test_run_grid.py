@@ -247,4 +247,4 @@ def test_a_message_that_is_too_large_for_what_stands_before_the_superlink_is_a_f
             return []
 
     found = asked(link := Small(), Grid(link), 1, 5)
-    assert found["c0"] == ClientFailure("c0", "Flower did not take the message")
+    assert found["c0"] == ClientFailure("c0", "Flower did not take the message", reached=False)
