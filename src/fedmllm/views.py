@@ -28,6 +28,8 @@ def result_table(result: RunResult) -> Table:
             others = (_number(result.details.get(name, {}).get(metric)) for metric in result.beside)
             table.add_row(LOOKS[name].name, _number(score), _number(error), *others, style="bold" if name == "federated" else "")
     table.add_row("majority answer", "not known" if result.majority is None else f"{result.majority:.3f}", "")
+    if result.question_only is not None:
+        table.add_row("question only", f"{result.question_only:.3f}", "")
     if result.validation:
         numbers = (_number(result.validation.get(key)) for key in ("score", "standard_error", *result.beside))
         table.add_row("federated, on the validation part", *numbers)
@@ -37,6 +39,8 @@ def result_table(result: RunResult) -> Table:
     table.caption = (
         f"{human_bytes(result.bytes_up)} up, {human_bytes(result.bytes_down)} down, {duration(result.seconds)} of training and evaluation"
     )
+    if result.below:
+        table.caption += f"\nthe federated model does not beat {' or '.join(result.below)}"
     table.caption_justify = "left"
     return table
 

@@ -199,6 +199,28 @@ def test_null_scores_were_not_asked_for(folder: Folder) -> None:
     assert "population optimum" not in html
 
 
+def test_a_model_that_does_not_beat_what_looks_at_nothing_is_told_so(folder: Folder) -> None:
+    assert folder.result is not None
+    assert "does not beat" not in folder.report()
+    folder.result["question_only"] = 0.95
+    html = folder.report()
+    assert table_rows(html)["question only"][0] == "0.950"
+    assert "It does not beat the most frequent answer to each question: nothing shows" in Page(html).text
+    folder.result["majority"] = folder.result["scores"]["federated"]
+    assert "It does not beat the majority answer or the most frequent answer to each question" in Page(folder.report()).text
+
+
+def test_an_unfinished_run_tells_how_it_goes_on_the_validation_part(folder: Folder) -> None:
+    folder.result = None
+    folder.manifest["validation"] = folder.manifest["test"]
+    folder.lines = [line for line in folder.lines if line["stage"] == "federated"][:2]
+    for line in folder.lines:
+        line |= {"score": None, "scores": None, "validation": {"score": 0.4321}}
+    html = folder.report()
+    assert "After round 2 the federated model has so far reached a score" in Page(html).text
+    assert table_rows(html)["2"][4:6] == ["0.432", ""]
+
+
 def test_chance_stands_in_for_the_majority_under_auc(folder: Folder) -> None:
     assert folder.result is not None
     folder.manifest["metric"] = folder.result["metric"] = "auc"

@@ -14,7 +14,7 @@ from sklearn.metrics import f1_score, recall_score, roc_auc_score
 
 from fedmllm.errors import DataError
 from fedmllm.evaluation.answered import SIDE_BY_SIDE, answered, from_record, to_record
-from fedmllm.evaluation.metrics import accuracy, all_metrics, auc, macro_f1, majority_score, score, standard_error
+from fedmllm.evaluation.metrics import accuracy, all_metrics, auc, macro_f1, majority_score, question_score, score, standard_error
 from fedmllm.evaluation.text import free_scores, is_failure, is_right, normalize, words, yes_or_no
 from fedmllm.types import AnswerType, Prediction, Sample
 
@@ -428,3 +428,17 @@ def test_answers_survive_as_json(metric: str) -> None:
         assert (after.metric, after.metrics) == (before.metric, before.metrics)
         for name in ("domain", "truth", "guess"):
             np.testing.assert_array_equal(getattr(after, name), getattr(before, name))
+
+
+def test_the_question_alone_says_more_than_the_majority() -> None:
+    """A model that only knows how often questions have which answers does not pass for one that looks."""
+
+    def asked(question: str, *answers: str) -> list[Sample]:
+        return [Sample(f"{question}{i}", question, answer, {}, answer_type="open") for i, answer in enumerate(answers)]
+
+    train = asked("Which color?", "red", "red", "red", "blue") + asked("How many?", "two", "two", "one") + asked("Where?", "left")
+    test = asked("which  color?", "red", "red") + asked("How many?", "two", "two", "one") + asked("New?", "red")
+    assert majority_score("accuracy", train, test) == pytest.approx(3 / 6)
+    assert question_score("accuracy", train, test) == pytest.approx(5 / 6)
+    assert question_score("accuracy", train, test[:2]) is None
+    assert question_score("auc", train, test) is None

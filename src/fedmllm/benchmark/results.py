@@ -35,7 +35,8 @@ class RunResult:
         details: all metrics by stage, the clients' taken together as in ``scores``; whatever the headline is, ``accuracy`` and, of
             classifications, ``balanced_accuracy`` and ``macro_f1``.
         local: each client's score when it trains alone.
-        majority: score of always giving the most frequent training answer.
+        majority: score of always giving the most frequent training answer of the same kind (open, closed); None if not known.
+        question_only: score of giving the most frequent training answer to the same question; None if not known, or if it tells nothing.
         bytes_up, bytes_down: what all clients of the federated stage sent and received.
         seconds: wall time of training and evaluation, over all sittings.
         seconds_by_stage: the same by stage.
@@ -80,6 +81,15 @@ class RunResult:
     remarks: dict[str, str] = field(default_factory=dict)
     idle: list[str] = field(default_factory=list)
     validation: Metrics = field(default_factory=dict)
+    question_only: float | None = None
+
+    @property
+    def below(self) -> list[str]:
+        """Which answers that look at neither picture nor text the federated model does not beat, in words."""
+        chance = "chance" if self.metric == "auc" else "the majority answer"
+        levels = {chance: self.majority, "the most frequent answer to each question": self.question_only}
+        reached = self.scores["federated"]
+        return [name for name, level in levels.items() if None not in (level, reached) and reached <= level]  # type: ignore[operator]
 
     @property
     def beside(self) -> tuple[str, ...]:

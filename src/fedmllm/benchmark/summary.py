@@ -10,9 +10,9 @@ from fedmllm.config import Experiment
 from fedmllm.data.federated import FederatedData
 from fedmllm.engine.checkpoint import RunStore
 from fedmllm.engine.stages import Stage
-from fedmllm.evaluation.metrics import error_over_models, majority_score, over_models
+from fedmllm.evaluation.metrics import error_over_models, majority_score, over_models, question_score
 from fedmllm.models.parts import Part
-from fedmllm.types import Metrics
+from fedmllm.types import Metrics, Sample
 
 
 def summarize(
@@ -25,13 +25,7 @@ def summarize(
     alone = {key: _alone(final, prefix) for key, prefix in SOLO.items() if key != "fine_tuned_mean"}
     shared = {name: scores for name, scores in final.items() if not name.startswith(tuple(SOLO.values()))}
     seconds = {name: sum(sum(row["seconds"].values()) for row in rows) for name, rows in records.items() if rows}
-    # Of answers that are elsewhere nobody here knows which is the most frequent.
-    # At sites nobody here knows the training answers; of the AUC, chance is one half whatever they are.
-    majority = (
-        (0.5 if dataset.metric == "auc" else None)
-        if data.told
-        else majority_score(dataset.metric, [s for samples in clients.values() for s in samples], dataset.test)
-    )
+    learned = [sample for samples in clients.values() for sample in samples]
     return RunResult(
         experiment=name,
         metric=dataset.metric,
@@ -39,7 +33,8 @@ def summarize(
         standard_errors=_errors(shared, alone),
         details=shared | {key: over_models(list(scores.values())) for key, scores in alone.items() if scores},
         local={client: scores["score"] for client, scores in alone["local_mean"].items()},
-        majority=majority,
+        majority=_majority(data, learned),
+        question_only=None if data.told else question_score(dataset.metric, learned, dataset.test),
         bytes_up=sum(row["bytes_up"] for row in records["federated"]),
         bytes_down=sum(row["bytes_down"] for row in records["federated"]),
         seconds=sum(seconds.values()),
@@ -58,6 +53,13 @@ def summarize(
         personalized=build_algorithm(e.algorithm).personalized,
         validation=records["federated"][-1].get("validation") or {},
     )
+
+
+def _majority(data: FederatedData, learned: Sequence[Sample]) -> float | None:
+    """At sites nobody here knows the training answers; of the AUC, chance is one half whatever they are."""
+    if data.told:
+        return 0.5 if data.dataset.metric == "auc" else None
+    return majority_score(data.dataset.metric, learned, data.dataset.test)
 
 
 def _alone(final: Mapping[str, Metrics], prefix: str) -> dict[str, Metrics]:

@@ -23,7 +23,7 @@ class ScoreRow:
     """A line of the table of scores. None is a number that was not asked for, or does not exist.
 
     Attributes:
-        stage: key of ``LOOKS``, or ``majority``.
+        stage: key of ``LOOKS``, ``majority`` or ``question_only``.
         name: as printed.
         score, error: the score and its standard error.
         details: failures, samples asked and partial scores.
@@ -90,7 +90,13 @@ def score_rows(run: Run) -> list[ScoreRow]:
         for stage, look in LOOKS.items()
         if stage in ALWAYS or scores.get(stage) is not None
     ]
-    return [*rows, _majority_row(run.manifest.metric, run.result.majority)] if run.result else rows
+    if run.result is None:
+        return rows
+    rows.append(_majority_row(run.manifest.metric, run.result.majority))
+    if run.result.question_only is not None:
+        note = "the most frequent training answer to the same question, whatever is shown"
+        rows.append(ScoreRow("question_only", "question only", run.result.question_only, None, {}, note))
+    return rows
 
 
 def solo_scores(run: Run) -> dict[str, dict[str, float]]:
@@ -105,7 +111,11 @@ def solo_scores(run: Run) -> dict[str, dict[str, float]]:
 def _majority_row(metric: str, score: float | None) -> ScoreRow:
     if metric == "auc":
         return ScoreRow("majority", "chance", score, None, {})
-    note = "the most frequent training answer, always" if score is not None else "the sites keep their training answers to themselves"
+    note = (
+        "the most frequent training answer of the same kind (open, closed)"
+        if score is not None
+        else "the sites keep their training answers to themselves"
+    )
     return ScoreRow("majority", "majority answer", score, None, {}, note)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from statistics import mean, stdev
 
 import numpy as np
@@ -121,13 +121,38 @@ def majority_score(metric: str, train: Sequence[Sample], test: Sequence[Sample])
         return 0.5
     if metric == "mixed":
         return float(np.mean([_majority_in(domain, train, test) for domain in sorted({sample.domain for sample in test})]))
-    common = {kind: _most_frequent([s for s in train if s.answer_type == kind]) for kind in {s.answer_type for s in train}}
+    common = _most_frequent_by(train, lambda sample: sample.answer_type)
     return score(metric, [Prediction(sample, _offered(sample, common.get(sample.answer_type))) for sample in test])
 
 
 def _majority_in(domain: str, train: Sequence[Sample], test: Sequence[Sample]) -> float:
     learned, asked = ([sample for sample in samples if sample.domain == domain] for samples in (train, test))
     return majority_score(own_metric(asked), learned, asked)
+
+
+def question_score(metric: str, train: Sequence[Sample], test: Sequence[Sample]) -> float | None:
+    """The score of giving the most frequent training answer to the same question, of whatever picture and text; to a new question, the most frequent
+    answer of its type.
+
+    A model that does not beat it has learnt what is asked, and nothing of what is shown. None where it would tell nothing: if all test samples ask the
+    same, or the score ranks probabilities (AUC, and mixtures of several scores).
+    """
+    if metric in ("auc", "mixed") or len({_asked(sample) for sample in test}) < 2:
+        return None
+    common, known = _most_frequent_by(train, lambda sample: sample.answer_type), _most_frequent_by(train, _asked)
+    answers = (known.get(_asked(sample), common.get(sample.answer_type)) for sample in test)
+    return score(metric, [Prediction(sample, _offered(sample, answer)) for sample, answer in zip(test, answers, strict=True)])
+
+
+def _asked(sample: Sample) -> Hashable:
+    return sample.answer_type, " ".join(sample.question.lower().split()), sample.options
+
+
+def _most_frequent_by(samples: Sequence[Sample], key: Callable[[Sample], Hashable]) -> dict[Hashable, str]:
+    groups: dict[Hashable, list[Sample]] = {}
+    for sample in samples:
+        groups.setdefault(key(sample), []).append(sample)
+    return {name: _most_frequent(group) for name, group in groups.items()}
 
 
 def _offered(sample: Sample, answer: str | None) -> str | None:
