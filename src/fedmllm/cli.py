@@ -182,6 +182,18 @@ def report(folder: Annotated[Path, typer.Argument(help="A run folder, or a sweep
 
 
 @app.command()
+def choose(folder: Annotated[Path, typer.Argument(help="A sweep's folder.")]) -> None:
+    """Rank a sweep's methods by their scores on the validation part. The test split is not looked at."""
+    from fedmllm.benchmark.choosing import ranked
+    from fedmllm.benchmark.comparison import read_sweep
+
+    sweep = read_sweep(folder)
+    typer.echo(f"mean score on the validation part over {len(sweep.shared)} column(s) and {len(sweep.seeds)} seed(s)")
+    for choice in ranked(sweep):
+        typer.echo(f"{choice.score:.3f}{'' if choice.error is None else f' ± {choice.error:.3f}'}  {choice.method}")
+
+
+@app.command()
 def methods(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
     """Describe every federated method and strategy: what it does, takes, sends and keeps."""
     from fedmllm.benchmark.catalog import recorded

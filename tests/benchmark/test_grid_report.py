@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from fedmllm.benchmark import grid_tables
+from fedmllm.benchmark.choosing import ranked
 from fedmllm.benchmark.comparison import Gain, read_sweep
 from fedmllm.benchmark.drawing import FILLS
 from fedmllm.benchmark.grid_figures import _levels, _unbeaten, strategy_gains
@@ -38,6 +39,7 @@ from fedmllm.benchmark.grid_tables import (
 )
 from fedmllm.benchmark.intervals import Interval
 from fedmllm.benchmark.pairs import Pair, acting, pairs
+from fedmllm.errors import RunError
 from fedmllm.evaluation.answered import Answered, to_record
 from run_folders import Folder, Page, round_line, table_rows
 
@@ -366,3 +368,18 @@ def test_what_nothing_beats_in_both() -> None:
         "wasteful": (20.0, 0.6),
     }
     assert _unbeaten(points) == ["small", "middle", "large", "twin"]
+
+
+def test_what_is_chosen_is_chosen_by_the_validation_part(sweep: Path) -> None:
+    """The order of the test scores is another one. A single cell without a validation score is refused: what is left would be the test split."""
+    with pytest.raises(RunError, match=r"10 cell\(s\) have no score on a validation part, and nothing is chosen on test data"):
+        ranked(read_sweep(sweep))
+    for method, value in (("FedAvg", 0.9), ("FedProx_1 & co", 0.8), ("<b>ours</b>", 0.7)):
+        changed(sweep, method, validation={"score": value})
+    found = ranked(read_sweep(sweep))
+    assert [choice.method for choice in found] == list(METHODS)
+    assert [choice.score for choice in found] == pytest.approx([0.9, 0.8, 0.7])
+    assert [choice.error for choice in found] == pytest.approx([0, 0, 0])
+    changed(sweep, "FedAvg", validation={})
+    with pytest.raises(RunError, match="have no score on a validation part"):
+        ranked(read_sweep(sweep))
