@@ -164,7 +164,7 @@ def _require_own(experiment: Experiment) -> None:
 def settings(experiment: Experiment) -> str:
     """The experiment as workers are told it: without paths of this machine."""
     engine = experiment.engine.model_copy(update={"server": None})
-    data = experiment.data if experiment.engine.server is None else experiment.data.model_copy(update={"root": None})
+    data = experiment.data if experiment.engine.server is None else experiment.data.without_paths()
     return experiment.model_copy(update={"engine": engine, "data": data}).to_yaml()
 
 

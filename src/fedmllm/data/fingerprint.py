@@ -53,7 +53,7 @@ def _state(path: Path) -> tuple[int, int] | None:
 
 
 def folder_key(*folders: Path) -> str:
-    """A digest of the files in some folders, by path, size and time of change; of empty folders where one is not there.
+    """A digest of the files in some folders, or of some files, by path, size and time of change; of empty folders where one is not there.
 
     Hidden files, and the folders of runs and sweeps, which change while data and models stay as they are, do not count.
     """
@@ -65,7 +65,9 @@ def folder_key(*folders: Path) -> str:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """In sorted order, links followed, each folder once."""
+    """In sorted order, links followed, each folder once; a file is itself."""
+    if folder.is_file():
+        yield folder
     seen: set[tuple[int, int]] = set()
     for place, folders, names in os.walk(folder, followlinks=True):
         found = os.stat(place)  # noqa: PTH116 - os.walk gives text

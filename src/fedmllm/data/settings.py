@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from fedmllm.data.datasets import DATASETS
-from fedmllm.data.datasets.base import VALIDATION_SHARE, check_options
+from fedmllm.data.datasets.base import SPLITS, VALIDATION_SHARE, check_options
 from fedmllm.data.datasets.rows import OnBadSample
 from fedmllm.data.modalities import Protocol, parse_scenario
 from fedmllm.data.prompts import WORDINGS, Wording
@@ -84,6 +85,28 @@ class DataConfig(BaseModel):
         """Every folder that is read: of the dataset, or of a mixture's parts."""
         parts = getattr(check_options(DATASETS[self.dataset].options(), self.options), "parts", ())
         return tuple(root for root in (self.root, *(part.root for part in parts)) if root is not None)
+
+    @property
+    def elsewhere(self) -> tuple[Path, ...]:
+        """Files of rows that lie outside these folders, by their absolute names."""
+        options = check_options(DATASETS[self.dataset].options(), self.options)
+        held = (options, *(check_options(DATASETS[part.dataset].options(), part.options) for part in getattr(options, "parts", ())))
+        named = (getattr(one, split, None) for one in held for split in SPLITS)
+        return tuple(Path(name) for name in named if name and Path(name).is_absolute())
+
+    def without_paths(self) -> DataConfig:
+        """The same for another machine: no folder, and of files named absolutely the names alone."""
+        return self.model_copy(update={"root": None, "options": _without_paths(self.options)})
+
+
+def _without_paths(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a dataset, or of a mixture's parts."""
+    kept: dict[str, Any] = {
+        key: Path(value).name if key in SPLITS and value and Path(value).is_absolute() else value for key, value in options.items()
+    }
+    if "parts" in kept:
+        kept["parts"] = [{**part, "root": None, "options": _without_paths(part.get("options", {}))} for part in kept["parts"]]
+    return kept
 
 
 class FederationConfig(BaseModel):

@@ -19,6 +19,8 @@ from fedmllm.types import Modality, Sample
 Metric = Literal["auc", "macro_f1", "accuracy", "mixed"]
 Split = Literal["train", "validation", "test"]
 
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+
 VALIDATION_SHARE = 0.1
 """Of the training samples, held out where the data have no validation part of their own."""
 

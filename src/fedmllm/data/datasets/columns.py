@@ -73,7 +73,7 @@ class Options(DatasetOptions):
             f"choices: {choice!r} must have words and single spaces" for choice in self.choices if words_of(choice) != choice or not choice
         ]
         files = {"train": self.train, "test": self.test, "validation": self.validation}
-        problems += [f"{key}: must lie inside root, not {file!r}" for key, file in files.items() if _leaves(file)]
+        problems += [f"{key}: must be a path inside root, or an absolute one, not {file!r}" for key, file in files.items() if _leaves(file)]
         problems += [
             f"{key}: must be another file than {other}; leave it out to hold rows out"
             for key, other in (("test", "train"), ("validation", "train"), ("validation", "test"))
@@ -100,4 +100,4 @@ class Options(DatasetOptions):
 
 
 def _leaves(file: str | None) -> bool:
-    return file is not None and (not file or bool(Path(file).anchor) or ".." in Path(file).parts)
+    return file is not None and (not file or ".." in Path(file).parts)
