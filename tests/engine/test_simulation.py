@@ -105,6 +105,6 @@ def test_a_backend_that_has_ended_is_an_error_at_once() -> None:
 def test_a_client_that_does_not_end_is_ended_with_the_simulation() -> None:
     start = time.monotonic()
     run = ran(600, 1.0, "simulation._END = 1.0")
-    assert "ClientFailure(client='a', reason='no answer within the deadline of 1 s')\n" in run.stdout
+    assert "ClientFailure(client='a', reason='no answer within the deadline of 1 s', reached=True)\n" in run.stdout
     assert "clients still train after 1 s; their workers are ended" in run.stderr
     assert time.monotonic() - start < 150

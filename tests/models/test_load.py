@@ -9,7 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 from packaging.requirements import Requirement
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoProcessor
@@ -139,6 +139,17 @@ def test_what_the_hub_does_not_give(name: str, error: type[HfHubHTTPError], part
     monkeypatch.setattr("transformers.utils.hub.hf_hub_download", refuse)
     with pytest.raises(ModelError, match=part):
         load_model(ModelConfig(name=name), torch.device("cpu"))
+
+
+def test_without_a_network_a_name_of_the_hub_says_how_to_get_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise LocalEntryNotFoundError("an error happened while trying to locate the file on the Hub")
+
+    monkeypatch.setattr("transformers.utils.hub.hf_hub_download", refuse)
+    with pytest.raises(
+        ModelError, match=r"'some/model' is no folder here, is not in the hub's cache, and the hub cannot be reached: fetch it"
+    ):
+        load_model(ModelConfig(name="some/model"), torch.device("cpu"))
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:99", "tpu"])

@@ -241,6 +241,11 @@ def _what_failed(error: Exception) -> str:
         )
     if "gated repo" in text:
         return "is gated: accept its terms on its page on the hub, and log in with 'hf auth login' (or set HF_TOKEN)"
+    if "couldn't connect" in text or "outgoing traffic has been disabled" in text:
+        return (
+            "is no folder here, is not in the hub's cache, and the hub cannot be reached: fetch it where it can, with 'hf download NAME "
+            "--local-dir FOLDER', and set model.name to that folder"
+        )
     return f"cannot be loaded: {text[:400]}"
 
 
