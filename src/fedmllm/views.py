@@ -32,7 +32,7 @@ def result_table(result: RunResult) -> Table:
         table.add_row("question only", f"{result.question_only:.3f}", "")
     if result.validation:
         numbers = (_number(result.validation.get(key)) for key in ("score", "standard_error", *result.beside))
-        table.add_row("federated, on the validation part", *numbers)
+        table.add_row("validation part", *numbers)
     for copy, scores in result.tested.items():
         table.add_row(f"federated, tested on {copy}", *(_number(scores.get(key)) for key in ("score", "standard_error", *result.beside)))
     _add_clients(table, result)
