@@ -127,6 +127,22 @@ def with_method(experiment: Experiment, **algorithm: Any) -> Experiment:
     return experiment.model_copy(update={"algorithm": AlgorithmConfig.model_validate(algorithm)})
 
 
+@pytest.mark.parametrize(("name", "every", "trained"), [("fedavg", 1, 200), ("ditto", 0, 200), ("ditto", 1, 180)])
+def test_a_site_holds_rows_out_only_where_a_model_is_scored_there(
+    name: str, every: int, trained: int, experiment: Experiment, tmp_path: Path
+) -> None:
+    for split, count in (("train", 200), ("test", 20)):
+        rows = [json.dumps({"t": f"{split} {i}", "a": "xy"[i % 2]}) for i in range(count)]
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(rows))
+    columns = {"text": "t", "answer": "a"}
+    options = {"train": "train.jsonl", "test": "test.jsonl", "columns": columns, "question": "Which?", "choices": ["x", "y"]}
+    asked = with_method(experiment, name=name)
+    asked = asked.model_copy(update={"evaluation": asked.evaluation.model_copy(update={"every": every})})
+    told = presence(worker(tmp_path, data={"dataset": "jsonl", "root": ".", "options": options}), asked)
+    assert isinstance(told, Presence)
+    assert told.num_samples == trained
+
+
 def test_steps_that_a_method_needs_follow_from_the_number_of_samples(experiment: Experiment, tmp_path: Path) -> None:
     """Its metrics are withheld, but the server weighs the update by as many steps as 12 samples take."""
     nova, training = with_method(experiment, name="fednova"), experiment.training

@@ -17,6 +17,7 @@ from typing import Any
 from fedmllm.algorithms import ServerState, build_algorithm
 from fedmllm.benchmark.worker import Clients, Worker, client_app
 from fedmllm.config import Experiment
+from fedmllm.data.settings import DataConfig
 from fedmllm.engine.checkpoint import ClientStates
 from fedmllm.engine.installed import require_flower
 from fedmllm.engine.messages import TaskFacts
@@ -50,8 +51,14 @@ class SiteWorker(Worker):
         model = told.model.model_copy(update={"name": site.model or "nano", "trust_remote_code": False, "revision": None})
         self._require_told(told)
         engine = told.engine.model_copy(update={"device": site.device, "worker_cpus": float(site.cpus)})
-        data = told.data if site.data is None else site.data.model_copy(update={"prompt": told.data.prompt, "wordings": told.data.wordings})
+        data = told.data if site.data is None else self._own_data(site.data, told)
         return told.model_copy(update={"model": model, "engine": engine, "data": data})
+
+    def _own_data(self, data: DataConfig, told: Experiment) -> DataConfig:
+        """In the server's words. Nothing is held out where no model is scored here: only one that stays at its site is."""
+        scored = told.evaluation.every > 0 and build_algorithm(told.algorithm).personalized
+        share = data.validation_share if scored else 0.0
+        return data.model_copy(update={"prompt": told.data.prompt, "wordings": told.data.wordings, "validation_share": share})
 
     def _require_told(self, told: Experiment) -> None:
         """Refuse a method that needs what is withheld: no number stands for it."""
