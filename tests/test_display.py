@@ -34,6 +34,20 @@ def shown(terminal: bool, records: list[Record]) -> str:
     return out.getvalue()
 
 
+@pytest.mark.parametrize(
+    ("silence", "lines"), [(-1.0, ["looks at samples: 1,000 of 2,000", "looks at samples: 2,000 of 2,000"]), (600.0, [])]
+)
+def test_how_many_samples_were_looked_at_is_said_where_it_takes_long(
+    silence: float, lines: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(display, "SILENCE", silence)
+    out = StringIO()
+    shows = Display(4, Console(file=out, force_terminal=False, width=80))
+    for done in (1000, 2000):
+        shows.observer.encoded(done, 2000)
+    assert out.getvalue().splitlines() == lines
+
+
 def test_plain_lines_where_there_is_no_terminal() -> None:
     text = shown(False, [record("federated", 1, 4), record("federated", 2, 4)])
     first, second = text.splitlines()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from threading import Timer
 from types import TracebackType
@@ -48,13 +49,15 @@ class Display:
         self._rows: list[Record] = []
         self._clock = _Clock()
         self._bytes = 0
+        self._said: float | None = None
         self._silence = Timer(SILENCE, lambda: None)
         self._live = Live(self._bar, console=self._console, refresh_per_second=4) if self._console.is_terminal else None
 
     @property
     def observer(self) -> Observer:
         """To be told about the run."""
-        return Observer(self._clock.start, self._round_done, self._waiting, self._answered, self._remarked, resumed=self._resumed)
+        told = Observer(self._clock.start, self._round_done, self._waiting, self._answered, self._remarked)
+        return replace(told, resumed=self._resumed, encoded=self._encoded)
 
     def __enter__(self) -> Display:
         if self._live:
@@ -92,6 +95,16 @@ class Display:
             self._silence = Timer(SILENCE, partial(self._console.print, when + words, highlight=False, soft_wrap=True))
             self._silence.daemon = True
             self._silence.start()
+
+    def _encoded(self, done: int, total: int) -> None:
+        """How many samples have been looked at: in a terminal each time, elsewhere once it is long since anything was said."""
+        words = f"looks at samples: {done:,} of {total:,}"
+        self._bar.update(self._task, waiting="" if done == total else words)
+        now = time.monotonic()
+        self._said = now if self._said is None else self._said
+        if self._live is None and now - self._said > SILENCE:
+            self._said = now
+            self._console.print(words, highlight=False, soft_wrap=True)
 
     def _resumed(self, sent: int) -> None:
         """Count on from what was sent before the run was interrupted."""

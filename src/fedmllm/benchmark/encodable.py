@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from fedmllm.data.datasets.rows import OnBadSample, skipped
@@ -16,19 +16,23 @@ Encode = Callable[[Sample], object]
 _VALIDATION, _TEST = "the validation part", "the test split"
 
 
-def encodable(data: FederatedData, encode: Encode, policy: OnBadSample) -> FederatedData:
+def encodable(
+    data: FederatedData, encode: Encode, policy: OnBadSample, tell: Callable[[int, int], None] = lambda done, total: None
+) -> FederatedData:
     """The data without samples that are too long for the model, or that its processor does not take.
 
     Args:
         data: of a run's clients, the validation part and the test split.
         encode: makes tensors of a sample.
         policy: whether such samples are refused, all in one error, or left out and counted in the notes.
+        tell: told how many samples are done, and of how many: pictures of a large model take a while.
 
     Raises:
         DataError: listing all of them, or naming a client or split that nothing is left of.
     """
     holders = {**data.clients, _VALIDATION: data.dataset.validation, _TEST: data.dataset.test}
-    bad = _problems((sample for samples in holders.values() for sample in samples), encode, policy)
+    everything = [sample for samples in holders.values() for sample in samples]
+    bad = _problems(_counted(everything, tell), encode, policy)
     if not bad:
         return data
     left = {name: tuple(s for s in samples if s.id not in bad) for name, samples in holders.items()}
@@ -37,6 +41,12 @@ def encodable(data: FederatedData, encode: Encode, policy: OnBadSample) -> Feder
     notes = skipped(f"{len(bad):,} sample(s) skipped that the model does not take", list(bad.values()))
     dataset = replace(data.dataset, validation=left.pop(_VALIDATION), test=left.pop(_TEST), notes=(*data.dataset.notes, *notes))
     return replace(data, dataset=dataset, clients=left)
+
+
+def _counted(samples: Sequence[Sample], tell: Callable[[int, int], None]) -> Iterator[Sample]:
+    for done, sample in enumerate(samples):
+        yield sample
+        tell(done + 1, len(samples))
 
 
 def usable(samples: Sequence[Sample], encode: Encode, policy: OnBadSample) -> tuple[Sample, ...]:

@@ -27,6 +27,7 @@ class Observer:
             taken, when clients are asked and at each answer.
         remarked: told, before the first round, what a strategy does otherwise than its description has it, by strategy.
         opened: told the run folder, once it is made.
+        encoded: told how many samples, of how many, have been made into what the model takes, before the first round.
         resumed: told, before the first round, the bytes that were sent before the run was interrupted; 0 for a new run.
     """
 
@@ -37,6 +38,7 @@ class Observer:
     remarked: Callable[[Mapping[str, Remark]], None] = lambda remarks: None
     opened: Callable[[Path], None] = lambda folder: None
     resumed: Callable[[int], None] = lambda sent: None
+    encoded: Callable[[int, int], None] = lambda done, total: None
 
     def beside(self, tell: Callable[[Record], None]) -> Observer:
         """The same, and another that is told each round's record."""

@@ -86,7 +86,7 @@ def train(
     with federation(experiment, held, told) as found, held.model(experiment) as (vlm, trainable):
         vlm.family.require(found.data.dataset.modalities)
         start, encoder = _start(experiment, vlm), held.encoder(experiment)
-        clients = replace(found, data=encodable(found.data, encoder, experiment.data.on_bad_sample))
+        clients = replace(found, data=encodable(found.data, encoder, experiment.data.on_bad_sample, told.encoded))
         copies = {
             spec: usable(copy, encoder, experiment.data.on_bad_sample) for spec, copy in _copies(experiment, clients.data.dataset).items()
         }
