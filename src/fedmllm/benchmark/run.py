@@ -225,7 +225,9 @@ class _Run:
         """What strategies meet."""
         samples = [sample for held in self.data.clients.values() for sample in held]
         options = None if self.data.told else any(sample.options for sample in samples)
-        return Holdings(self.data.profiles, options, tuple(self.start.weights))
+        method = build_algorithm(self.experiment.algorithm.model_copy(update={"name": self.experiment.algorithm.method, "strategies": ()}))
+        own = method.local_rule(method.broadcast(self.start), Client()).calibration
+        return Holdings(self.data.profiles, options, tuple(self.start.weights), own)
 
     def _solo_rounds(self) -> int:
         """As many rounds as a client takes part in on average, so that every baseline sees each sample as often."""

@@ -19,11 +19,13 @@ class Holdings:
         profiles: by client, its samples by modalities; empty for a client that does not say.
         options: whether a client holds a question with options; None where samples are elsewhere.
         tensors: names of what trains.
+        calibration: the strength at which the method itself calibrates clients to their labels; 0 if it does not.
     """
 
     profiles: Mapping[str, Profile]
     options: bool | None
     tensors: tuple[str, ...]
+    calibration: float = 0.0
 
 
 class Remark(NamedTuple):

@@ -44,7 +44,11 @@ class LabelCalibration(Strategy):
         return replace(rule, calibration=self.strength, labels=broadcast.population.labels if self.global_prior else {})
 
     def remark(self, holdings: Holdings) -> Remark | None:
-        """Idle where no question has options."""
+        """Idle where no question has options, and beside a method that calibrates alike."""
+        if holdings.calibration and holdings.options is not False:
+            if self.strength == holdings.calibration and not self.global_prior:
+                return Remark("the method itself calibrates by as much", idle=True)
+            return Remark(f"it takes the place of the method's own calibration, whose strength is {holdings.calibration:g}", idle=False)
         if not self.strength:
             return Remark("its strength is 0", idle=True)
         return (
