@@ -25,6 +25,7 @@ from fedmllm.benchmark import grid as module
 from fedmllm.benchmark.grid import Cell, Grid, cells, load_grid
 from fedmllm.benchmark.sweep import Places, failures, require_sources, run_sweep, share
 from fedmllm.config import Experiment
+from fedmllm.data.fingerprint import content_key
 from fedmllm.errors import ConfigError, RunError
 from run_folders import SMALL
 
@@ -75,6 +76,28 @@ def test_the_product_and_the_rows_beside_it() -> None:
     assert by_method["mild"][0].experiment.algorithm.parameters == {"proximal_mu": 0.1}
     data = [(cell.dataset, cell.seed) for cell in found]
     assert sum(a != b for a, b in pairwise(data)) == 2 * 3 - 1
+
+
+def test_a_cell_is_another_once_its_data_or_model_are(tmp_path: Path) -> None:
+    """Whatever the settings say: files with rows count by their content, pictures by name and size, and where the folder lies does not matter."""
+    for place in ("here", "there"):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "train.csv").write_text("text,answer\nwords,a\nother,b\n")
+        (tmp_path / place / "1.png").write_bytes(b"12")
+    data = {
+        "dataset": "csv",
+        "root": str(tmp_path / "here"),
+        "options": {"train": "train.csv", "columns": {"text": "text", "answer": "answer"}},
+    }
+    data["options"] |= {"question": "Which?", "choices": ["a", "b"]}
+    grid = Grid.model_validate(SMALL | {"base": {"data": data}, "datasets": {"own": {}}, "seeds": [0]})
+    before = cells(grid)[0]
+    assert cells(grid)[0].key == before.key
+    assert content_key(tmp_path / "there") == content_key(tmp_path / "here") == before.content
+    (tmp_path / "here" / "train.csv").write_text("text,answer\nwords,b\nother,a\n")
+    edited = cells(grid)[0]
+    (tmp_path / "here" / "1.png").write_bytes(b"123")
+    assert len({before.key, edited.key, cells(grid)[0].key}) == 3
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,11 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 import fedmllm
 from fedmllm.config import Experiment
+from fedmllm.data.fingerprint import content_key
 from fedmllm.errors import ConfigError, listing
 from fedmllm.evaluation.evaluate import EvaluationConfig
 from fedmllm.explain import rule
-from fedmllm.models.load import NANO_FOLDER
+from fedmllm.models.load import NANO_FOLDER, model_source
 from fedmllm.settings_file import GRID, read_settings
 
 Sections = dict[str, Any]
@@ -122,6 +123,8 @@ class Cell:
     scenario: str
     method: str
     experiment: Experiment
+    content: str = ""
+    """Of the folders of model and data, as far as they are here; see ``content_key``."""
 
     @property
     def labels(self) -> dict[str, str | int]:
@@ -130,8 +133,8 @@ class Cell:
 
     @cached_property
     def key(self) -> str:
-        """Names the cell's folder: a digest of its settings in full and of the code that computes."""
-        return hashlib.sha256(f"{self.experiment.to_yaml()}{code_version()}".encode()).hexdigest()[:16]
+        """Names the cell's folder: a digest of its settings in full, of the code that computes, and of the files of model and data."""
+        return hashlib.sha256(f"{self.experiment.to_yaml()}{code_version()}{self.content}".encode()).hexdigest()[:16]
 
 
 def load_grid(path: Path) -> Grid:
@@ -167,15 +170,25 @@ def cells(grid: Grid) -> list[Cell]:
     Raises:
         ConfigError: naming the cells whose settings contradict each other.
     """
-    found, problems = [], []
+    found, problems, contents = [], [], dict[tuple[Path, ...], str]()
     for labels, sections in _products(grid):
         try:
-            found.append(Cell(**labels, experiment=Experiment.parse(sections)))
+            experiment = Experiment.parse(sections)
+            if (sources := _sources(experiment)) not in contents:
+                contents[sources] = content_key(*sources)
+            found.append(Cell(**labels, experiment=experiment, content=contents[sources]))
         except ConfigError as error:
             problems.append(f"{' / '.join(map(str, labels.values()))}: {error}")
     if problems:
         raise ConfigError(f"{len(problems)} experiment(s) of the grid cannot be run:\n{listing(problems)}")
     return found
+
+
+def _sources(experiment: Experiment) -> tuple[Path, ...]:
+    """Folders and files of model and data that are here; the embedded model counts as code."""
+    model = Path(model_source(experiment.model.name))
+    named = (*experiment.data.roots, *experiment.data.elsewhere, *(() if model == NANO_FOLDER else (model,)))
+    return tuple(path for path in named if path.exists())
 
 
 def _products(grid: Grid) -> Iterator[tuple[dict[str, Any], Sections]]:

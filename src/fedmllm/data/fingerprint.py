@@ -64,6 +64,22 @@ def folder_key(*folders: Path) -> str:
     return digest.hexdigest()
 
 
+_ROWS = frozenset((".json", ".jsonl", ".csv", ".tsv", ".txt", ".arrow", ".parquet", ".yaml"))
+
+
+def content_key(*folders: Path) -> str:
+    """A digest of some folders, or files, that is the same on every machine: files that hold rows or settings by their content, all others, such as
+    pictures and weights, by name and size. Empty for none."""
+    digest = hashlib.sha256()
+    for folder in folders:
+        for path in _files(folder):
+            digest.update(repr((path.relative_to(folder).as_posix(), path.stat().st_size)).encode())
+            if path.suffix.lower() in _ROWS:
+                with path.open("rb") as file:
+                    digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest() if folders else ""
+
+
 def _files(folder: Path) -> Iterator[Path]:
     """In sorted order, links followed, each folder once; a file is itself."""
     if folder.is_file():
