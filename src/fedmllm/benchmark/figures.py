@@ -108,7 +108,16 @@ def learning_curve(rounds: Sequence[Round], scores: Mapping[str, float | None], 
     axes = panel(figure, 0.55, 2.0, 1.5, 0.3, metric)
     loss.plot(numbers, [math.nan if row.loss is None else row.loss for row in rounds], color=INK, linewidth=1.1, marker=dots[1])
     axes.plot(list(curve), list(curve.values()), color=BLUE, linewidth=1.6, marker=dots[0], markersize=4.5)
-    axes.plot(list(tested), list(tested.values()), color=BLUE, linestyle="", marker="D", markersize=6, markeredgecolor=INK)
+    axes.plot(
+        list(tested),
+        list(tested.values()),
+        color="white",
+        linestyle="",
+        marker="o",
+        markersize=7,
+        markeredgecolor=BLUE,
+        markeredgewidth=1.8,
+    )
     for stage, level in levels.items():
         axes.axhline(level, color=LOOKS[stage].color, linestyle=LOOKS[stage].dash, linewidth=1.2)
     if not (curve or levels):
