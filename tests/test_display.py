@@ -51,7 +51,7 @@ def test_how_many_samples_were_looked_at_is_said_where_it_takes_long(
 def test_plain_lines_where_there_is_no_terminal() -> None:
     text = shown(False, [record("federated", 1, 4), record("federated", 2, 4)])
     first, second = text.splitlines()
-    assert first.startswith("federated round 1/4  cohort 00  loss 0.500  validation -  score -  sent 1.50 MB  left ")
+    assert first.startswith("federated round 1/4  cohort 00  loss 0.500  sent 1.50 MB  left ")
     assert "sent 3.00 MB" in second
     assert "\x1b" not in text
 

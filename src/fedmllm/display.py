@@ -169,7 +169,8 @@ class _Clock:
 def _line(record: Record, sent: int, left: str) -> str:
     """One round in plain text."""
     cells = _cells(record)
-    parts = [f"{record['stage']} round {cells['round']}", *(f"{name} {cells[name]}" for name in ("cohort", "loss", "validation", "score"))]
+    told = [name for name in ("cohort", "loss", "validation", "score") if cells[name] != "-" or name in ("cohort", "loss")]
+    parts = [f"{record['stage']} round {cells['round']}", *(f"{name} {cells[name]}" for name in told)]
     return "  ".join([*parts, f"sent {human_bytes(sent)}", f"left {left}"])
 
 
