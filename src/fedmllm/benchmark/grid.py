@@ -187,7 +187,7 @@ def cells(grid: Grid) -> list[Cell]:
 def _sources(experiment: Experiment) -> tuple[Path, ...]:
     """Folders and files of model and data that are here; the embedded model counts as code."""
     model = Path(model_source(experiment.model.name))
-    named = (*experiment.data.roots, *experiment.data.elsewhere, *(() if model == NANO_FOLDER else (model,)))
+    named = (*experiment.data.sources, *(() if model == NANO_FOLDER else (model,)))
     return tuple(path for path in named if path.exists())
 
 

@@ -37,7 +37,7 @@ class Resident:
 
     def dataset(self, experiment: Experiment) -> Dataset:
         """The samples before they are spread, as their files are now."""
-        key = _key(experiment, "data") + folder_key(*experiment.data.roots, *experiment.data.elsewhere)
+        key = _key(experiment, "data") + folder_key(*experiment.data.sources)
         return _held(self._datasets, _KEPT, key, lambda: load(experiment.data, experiment.seed))
 
     def encoder(self, experiment: Experiment) -> Encoder:

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import cast
 
-from fedmllm.algorithms import Algorithm, Client, Holdings, ServerState, build_algorithm, remarks
+from fedmllm.algorithms import Algorithm, AlgorithmConfig, Client, Holdings, ServerState, build_algorithm, remarks
 from fedmllm.algorithms.fedavg import FedAvg
 from fedmllm.algorithms.strategies import Composed
 from fedmllm.algorithms.strategies.label_calibration import LabelCalibration
@@ -81,7 +81,7 @@ def train(
     check_folder(chosen, experiment, resume)
     require_trackers(track)
     held, told = resident or Resident(), observer or UNOBSERVED
-    _copies(experiment, held.dataset(experiment))  # what is wrong with the data shows before a model is downloaded, or sites are waited for
+    _copies(experiment, held.dataset(experiment))  # bad data are an error before a model is downloaded or the run waits for sites
     experiment = known_model(chosen if resume else None, experiment, force)
     with federation(experiment, held, told) as found, held.model(experiment) as (vlm, trainable):
         vlm.family.require(found.data.dataset.modalities)
@@ -217,17 +217,21 @@ class _Run:
 
     def _calibrated(self) -> Algorithm:
         """Plain training with the calibration that the method under test has; at its neutral strength where that has none."""
-        method = build_algorithm(self.experiment.algorithm)
-        strength = method.local_rule(method.broadcast(self.start), Client()).calibration or LabelCalibration().strength
+        strength = self._calibration(self.experiment.algorithm) or LabelCalibration().strength
         return cast(Algorithm, Composed(FedAvg(), (LabelCalibration(strength),)))
 
     def _holdings(self) -> Holdings:
         """What strategies meet."""
         samples = [sample for held in self.data.clients.values() for sample in held]
         options = None if self.data.told else any(sample.options for sample in samples)
-        method = build_algorithm(self.experiment.algorithm.model_copy(update={"name": self.experiment.algorithm.method, "strategies": ()}))
-        own = method.local_rule(method.broadcast(self.start), Client()).calibration
+        config = self.experiment.algorithm
+        own = self._calibration(config.model_copy(update={"name": config.method, "strategies": ()}))
         return Holdings(self.data.profiles, options, tuple(self.start.weights), own)
+
+    def _calibration(self, config: AlgorithmConfig) -> float:
+        """The strength at which a method calibrates clients to their labels."""
+        method = build_algorithm(config)
+        return method.local_rule(method.broadcast(self.start), Client()).calibration
 
     def _solo_rounds(self) -> int:
         """As many rounds as a client takes part in on average, so that every baseline sees each sample as often."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,6 +48,7 @@ class _Opened:
         clients: whom it can be asked for.
         test, validation: the splits that models are scored on.
         metric: its score.
+        taken: what of clients and splits the model takes, looked at once and not in every task.
     """
 
     experiment: Experiment
@@ -58,12 +59,18 @@ class _Opened:
     test: tuple[Sample, ...]
     validation: tuple[Sample, ...]
     metric: str
+    taken: dict[tuple[str, str], tuple[Sample, ...]] = field(default_factory=dict)
 
     def samples(self, client: str) -> tuple[Sample, ...]:
         """Of a client."""
         if client not in self.clients:
             raise LookupError(f"{client!r} is no client of this worker; it has {', '.join(self.clients)}")
-        return usable(self.clients[client], self.engine.encoder, self.experiment.data.on_bad_sample)
+        return self._taken("client", client, self.clients[client])
+
+    def _taken(self, kind: str, name: str, samples: Sequence[Sample]) -> tuple[Sample, ...]:
+        if (kind, name) not in self.taken:
+            self.taken[kind, name] = usable(samples, self.engine.encoder, self.experiment.data.on_bad_sample)
+        return self.taken[kind, name]
 
     def train(self, task: Task, states: ClientStates) -> Answer:
         """One client's turn."""
@@ -87,14 +94,14 @@ class _Opened:
         state = ServerState(received.weights, received.round_num, {"base": received.base})
         return replace(state, weights=self.algorithm.personal(state, states.load(client, task.facts.accepted)))
 
-    def score(self, model: ServerState, samples: Sequence[Sample], copy: str) -> Metrics:
-        """Of a model on a copy of some samples; empty for themselves."""
+    def score(self, model: ServerState, samples: Sequence[Sample], asked: str) -> Metrics:
+        """Of a model on the validation part (``VALIDATION``), the test split (empty) or a copy of it."""
         vlm, settings = self.engine.vlm, self.experiment.evaluation
         write_base(vlm, model.base)
         write_weights(vlm.model, model.weights)
-        whole = usable(samples, self.engine.encoder, self.experiment.data.on_bad_sample)
-        asked = reduced_copy(whole, copy, self.experiment.seed) if copy else whole
-        return evaluate(vlm, asked, self.engine.encoder, self.metric, settings, self.experiment.seed)
+        whole = self._taken("split", VALIDATION if asked == VALIDATION else "test", samples)
+        held = whole if asked in ("", VALIDATION) else reduced_copy(whole, asked, self.experiment.seed)
+        return evaluate(vlm, held, self.engine.encoder, self.metric, settings, self.experiment.seed)
 
 
 def _received(task: Task, own: Broadcast, states: ClientStates) -> Broadcast:
@@ -176,20 +183,21 @@ class Worker:
             self.require(facts)
             run = self._open(facts)
             model = run.personal(task, self.states(facts))
-            metrics = run.score(model, *self._asked(run, str(facts.about["tested"])))
+            asked = str(facts.about["tested"])
+            metrics = run.score(model, self._split(run, asked), asked)
             word = Scores(client=facts.client, round_num=facts.round_num, metric=run.metric, metrics=metrics)
             return write_word(self.scored(word, facts, model), facts.round_num)
         except Exception as error:
             return write_word(self.failed(facts.client, error), facts.round_num)
 
-    def _asked(self, run: _Opened, copy: str) -> tuple[tuple[Sample, ...], str]:
-        """Samples to score a client's own model on, and the copy of them that is to be made."""
-        if copy != VALIDATION:
-            return self.test(run.test), copy
+    def _split(self, run: _Opened, asked: str) -> tuple[Sample, ...]:
+        """Samples to score a client's own model on."""
+        if asked != VALIDATION:
+            return self.test(run.test)
         if not run.validation:
             remedy = "set data.validation_share above 0 or name a file for it, or evaluation.every=0 in the experiment"
             raise ConfigError(f"there is no validation part here; {remedy}")
-        return self.test(run.validation), ""
+        return self.test(run.validation)
 
     def _open(self, facts: TaskFacts) -> _Opened:
         """The run of these settings; another than the last is set up anew, with model and data as far as they are the same."""

@@ -46,7 +46,7 @@ def export(data: FederatedData, folder: Path, record: Record, settings: Record) 
         (building / "files").mkdir(parents=True)
         train = sorted(((client, sample) for client, samples in data.clients.items() for sample in samples), key=lambda pair: pair[1].id)
         _write_rows(building, "train", train)
-        for split, samples in held_back(data.dataset).items():
+        for split, samples in _held_back(data.dataset).items():
             _write_rows(building, split, [("", sample) for sample in samples])
         (building / "experiment.yaml").write_text(_experiment(data, folder, settings), encoding="utf-8")
         hashes = {path.relative_to(building).as_posix(): _sha256(path) for path in sorted(building.rglob("*")) if path.is_file()}
@@ -55,7 +55,7 @@ def export(data: FederatedData, folder: Path, record: Record, settings: Record) 
     return folder / "experiment.yaml"
 
 
-def held_back(dataset: Dataset) -> dict[str, tuple[Sample, ...]]:
+def _held_back(dataset: Dataset) -> dict[str, tuple[Sample, ...]]:
     """The splits that are not trained on; without the validation part if there is none."""
     return ({"validation": dataset.validation} if dataset.validation else {}) | {"test": dataset.test}
 
@@ -92,7 +92,7 @@ def _experiment(data: FederatedData, folder: Path, settings: Record) -> str:
     """The settings, with the data read from the folder, by client and as they are."""
     dataset: Dataset = data.dataset
     columns = {role: role for role in ROLES} | {modality: modality for modality in dataset.modalities}
-    files = {split: f"{split}.jsonl" for split in ("train", *held_back(dataset))}
+    files = {split: f"{split}.jsonl" for split in ("train", *_held_back(dataset))}
     options = files | {"columns": columns, "metric": dataset.metric, "keep_empty": True}
     # What is in the files is all that there is: nothing more is held out, whether they have a validation part or not.
     stated = {"dataset": "jsonl", "root": str(folder), "prompt": settings["data"]["prompt"], "validation_share": 0.0, "options": options}

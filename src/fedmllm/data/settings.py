@@ -87,12 +87,12 @@ class DataConfig(BaseModel):
         return tuple(root for root in (self.root, *(part.root for part in parts)) if root is not None)
 
     @property
-    def elsewhere(self) -> tuple[Path, ...]:
-        """Files of rows that lie outside these folders, by their absolute names."""
+    def sources(self) -> tuple[Path, ...]:
+        """These folders, and files of rows outside them, which are named absolutely."""
         options = check_options(DATASETS[self.dataset].options(), self.options)
         held = (options, *(check_options(DATASETS[part.dataset].options(), part.options) for part in getattr(options, "parts", ())))
         named = (getattr(one, split, None) for one in held for split in SPLITS)
-        return tuple(Path(name) for name in named if name and Path(name).is_absolute())
+        return (*self.roots, *(Path(name) for name in named if name and Path(name).is_absolute()))
 
     def without_paths(self) -> DataConfig:
         """The same for another machine: no folder, and of files named absolutely the names alone."""

@@ -430,7 +430,7 @@ def test_a_changed_file_elsewhere_is_read_again(tmp_path: Path) -> None:
     rows = (tmp_path / "pictures" / "train.jsonl").rename(tmp_path / "train.jsonl")
     settings = {"dataset": "jsonl", "root": str(tmp_path / "pictures"), "options": change(train=str(rows))}
     config = DataConfig.model_validate(settings)
-    before = folder_key(*config.roots, *config.elsewhere)
-    assert folder_key(*config.roots, *config.elsewhere) == before
+    before = folder_key(*config.sources)
+    assert folder_key(*config.sources) == before
     rows.write_text(rows.read_text() + json.dumps(ROW) + "\n")
-    assert folder_key(*config.roots, *config.elsewhere) != before
+    assert folder_key(*config.sources) != before

@@ -51,8 +51,6 @@ class LabelCalibration(Strategy):
             return Remark(f"it takes the place of the method's own calibration, whose strength is {holdings.calibration:g}", idle=False)
         if not self.strength:
             return Remark("its strength is 0", idle=True)
-        return (
-            Remark("no client holds a question with options, so that there is nothing to calibrate", idle=True)
-            if holdings.options is False
-            else None
-        )
+        if holdings.options is False:
+            return Remark("no client holds a question with options, so that there is nothing to calibrate", idle=True)
+        return None
