@@ -328,7 +328,7 @@ def _loaded(file: Path, overrides: list[str] | None) -> Experiment:
 
 
 def _written(folder: Path) -> Path:
-    """The report of a run's folder or a sweep's, written anew."""
+    """The report of a run's folder or a sweep's, written again."""
     if (folder / "cells").is_dir():
         from fedmllm.benchmark.grid_report import write_sweep_report
 

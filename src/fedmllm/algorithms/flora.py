@@ -13,7 +13,7 @@ from fedmllm.types import ClientUpdate, Slots
 
 @dataclass(frozen=True)
 class FLoRA(FedAvg):
-    """Factors are stacked, their product is merged into the frozen weights, and LoRA begins anew.
+    """Factors are stacked, their product is merged into the frozen weights, and new factors are drawn.
 
         A = [p_1 A_1; ...; p_K A_K],   B = [B_1 | ... | B_K],   W <- W + (alpha / r) B A,   then A <- A_0, B <- 0
 
@@ -28,7 +28,7 @@ class FLoRA(FedAvg):
     changes_frozen = True
 
     def downloads(self, name: str) -> bool:
-        """No factors: LoRA begins anew from the seed, and the stack is counted by itself."""
+        """No factors: new ones are drawn from the seed, and the stack is counted by itself."""
         return not (factors.is_a(name) or factors.is_b(name))
 
     def fold(self, state: ServerState, update: ClientUpdate) -> tuple[Slots, float]:

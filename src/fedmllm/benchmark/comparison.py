@@ -75,13 +75,13 @@ class Trained:
 
     @cached_property
     def same_test(self) -> bool:
-        """Whether other seeds are tested on these samples too, or on some of them: files hold what they hold, generated data are drawn anew."""
+        """Whether other seeds are tested on these samples too, or on some of them: data in files are the same for every seed, generated data are not."""
         return _names_files(yaml.load(self.run.config, _LOADER).get("data", {}))
 
     @cached_property
     def resampled(self) -> NDArray[np.float64]:
         """The score on ``RESAMPLES`` resamples of the test samples, the same for all cells of a dataset."""
-        # Undefined where a class is wanting, for all models alike: drawn anew.
+        # Undefined where a class is wanting, for all models alike: drawn again.
         scores = [model.resampled(generator(0, "comparison"), RESAMPLES) for model in self.answers]
         return np.asarray(np.mean(scores, axis=0))
 

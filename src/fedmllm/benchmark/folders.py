@@ -121,7 +121,7 @@ def _require_same_data(path: Path, record: Record) -> None:
     problems = [f"{name}: {change}" for name in now if name in began for change in changed(began[name], now[name])]
     if problems:
         raise RunError(
-            f"{path}: the data are not those that the run began with, {len(problems):,} sample(s) differ; restore them, or start the run anew in "
+            f"{path}: the data are not those that the run began with, {len(problems):,} sample(s) differ; restore them, or start a new run in "
             f"another folder:\n{listing(problems)}"
         )
 
