@@ -4,7 +4,8 @@
 
 Each stage is a process with a time limit of its own, which adds rows to ``DIR/rows.jsonl`` as it goes: what fails or takes too long costs its own
 rows only. At the end, or when it is interrupted, there are ``DIR/gpu.json`` and ``DIR/table.md``, and what stages printed is in ``DIR/log.txt``.
-``--tiny --device cpu`` tries all of it where there is no GPU. What each number decides: benchmarks/README.md.
+With ``--only`` the rows of other stages that DIR has stay, so that what
+was cut off can be measured afterwards. ``--tiny --device cpu`` tries all of it where there is no GPU. What each number decides: benchmarks/README.md.
 """
 
 from __future__ import annotations
@@ -25,16 +26,16 @@ from gpu_table import report, table
 LIMITS = {
     "versions": 30,
     "ceilings": 30,
-    "correctness": 60,
+    "correctness": 45,
     "train_3b": 90,
-    "trainer": 45,
-    "profile": 40,
-    "changes": 100,
-    "train_7b": 60,
-    "train_135m": 40,
-    "minicpm": 40,
-    "minicpm_without_fla": 40,
-    "train_4bit": 40,
+    "trainer": 70,
+    "profile": 50,
+    "changes": 80,
+    "train_7b": 70,
+    "train_135m": 35,
+    "minicpm": 35,
+    "minicpm_without_fla": 35,
+    "train_4bit": 45,
 }
 """Seconds of each stage, in the order in which they run: the first decide most."""
 _LEAST = 5
@@ -98,8 +99,10 @@ def main() -> int:
     options = parser.parse_args()
     folder = options.out.resolve()
     folder.mkdir(parents=True, exist_ok=True)
+    kept = [row for row in read(folder / "rows.jsonl") if row["stage"] not in options.only] if options.only else []
     for name in ("rows.jsonl", "log.txt", "gpu.json", "table.md"):
         (folder / name).unlink(missing_ok=True)
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
 
     def interrupted(number: int, frame: object) -> None:
         raise KeyboardInterrupt

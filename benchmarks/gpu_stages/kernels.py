@@ -30,7 +30,8 @@ def profiled(bench: Bench) -> None:
     with profile(activities=activities) as profiler:
         watched = bench.timed(step)
     kind = DeviceType.CUDA if bench.cuda else DeviceType.CPU
-    events = [event for event in profiler.events() if event.device_type == kind]
+    # A range such as an optimizer's step has a span on the device too, in which the device may well stand idle.
+    events = [event for event in profiler.events() if event.device_type == kind and not event.is_user_annotation]
     busy = union([(event.time_range.start, event.time_range.end) for event in events]) / 1e6
     launched = sum(event.name.startswith(("cudaLaunchKernel", "cuLaunchKernel")) for event in profiler.events())
     bench.row("a step", seconds=plain, watched=watched, busy=busy, idle=1 - busy / watched if bench.cuda else None, launches=launched)
@@ -41,7 +42,7 @@ def profiled(bench: Bench) -> None:
 def heaviest(profiler: Any, cuda: bool) -> list[tuple[str, int, float]]:
     """Name, calls and seconds of the kernels that take longest by themselves."""
     kind = DeviceType.CUDA if cuda else DeviceType.CPU
-    rows = [row for row in profiler.key_averages() if row.device_type == kind]
+    rows = [row for row in profiler.key_averages() if row.device_type == kind and not row.is_user_annotation]
     seconds = {row.key: (row.self_device_time_total if cuda else row.self_cpu_time_total) / 1e6 for row in rows}
     return [(row.key, row.count, seconds[row.key]) for row in sorted(rows, key=lambda row: -seconds[row.key])[:SHOWN]]
 

@@ -76,7 +76,11 @@ def minicpm(bench: Bench) -> None:
     if importlib.util.find_spec("fla") is None or not bench.cuda:
         bench.row("fla", left_out="flash-linear-attention is not installed" if bench.cuda else "its kernels need a GPU")
         return
-    _minicpm(bench, "with fla")
+    try:
+        _minicpm(bench, "with fla")
+    except RuntimeError as error:
+        # Its kernels refuse compilers with which they came to wrong results: Triton 3.4 to 3.7 on an H100 or H200.
+        bench.row("fla", left_out=f"{type(error).__name__}: {error}"[:300])
 
 
 def minicpm_without_fla(bench: Bench) -> None:

@@ -91,6 +91,28 @@ def test_nothing_is_begun_past_the_deadline(tmp_path: Path, monkeypatch: pytest.
     assert {row["outcome"] for row in whole["stages"]} == {"no time left"}
 
 
+def test_stages_run_afterwards_are_added_to_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = iter((1.0, 2.0, 3.0))
+
+    def run(stage: str, left: float, folder: Path, options: object) -> str:
+        with (folder / "rows.jsonl").open("a") as file:
+            file.write(json.dumps({"stage": stage, "name": "launch", "seconds": next(seconds)}) + "\n")
+        return "ok"
+
+    monkeypatch.setattr(gpu, "run", run)
+    launched(tmp_path, monkeypatch, "--only", "ceilings", "profile")
+    code, whole = launched(tmp_path, monkeypatch, "--only", "profile")
+    assert code == 0
+    assert [(row["stage"], row["seconds"]) for row in whole["rows"]] == [("ceilings", 1.0), ("profile", 3.0)]
+    assert [row["stage"] for row in whole["stages"]] == ["ceilings", "profile"]
+
+
+def test_a_range_that_only_has_a_name_is_no_kernel(tmp_path: Path) -> None:
+    """An optimizer's step spans time in which the device may stand idle."""
+    STAGES["profile"](bench(tmp_path, "profile"))
+    assert not [row for row in rows(tmp_path) if row["name"].startswith("Optimizer.step")]
+
+
 def test_what_was_measured_before_an_interruption_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And half a row of a process that was ended while it wrote is none."""
 
