@@ -10,7 +10,8 @@ from pathlib import Path
 from fedmllm import weights as W
 from fedmllm.algorithms import build_algorithm
 from fedmllm.engine.checkpoint import RunStore
-from fedmllm.engine.in_process import Assignment, InProcessEngine
+from fedmllm.engine.base import Assignment
+from fedmllm.engine.in_process import InProcessEngine
 from fedmllm.models.features import VisionFeatures
 from fedmllm.models.products import available, direct
 from fedmllm.models.tail import shorten
@@ -34,8 +35,7 @@ def run(work: Workload, go: Go, done: Done, off: str = "") -> None:
         broadcast = algorithm.broadcast(algorithm.init(work.start, {}))
         while go():
             start, mean = time.perf_counter(), work.start
-            for update in engine.map_clients(
-                Assignment(broadcast, algorithm, training.learning_rate, work.experiment.seed, states), work.clients
-            ):
+            engine.submit(Assignment(broadcast, algorithm, training.learning_rate, work.experiment.seed, states), work.clients)
+            for update in engine.completed():
                 mean = W.add(mean, update.update, 1 / len(work.clients))
             done(time.perf_counter() - start, mean)

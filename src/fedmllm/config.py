@@ -15,6 +15,7 @@ from fedmllm.algorithms import ALGORITHMS, AlgorithmConfig, build_algorithm
 from fedmllm.data.settings import DataConfig, FederationConfig
 from fedmllm.engine.compression import CompressionConfig
 from fedmllm.engine.failures import FailureConfig
+from fedmllm.engine.schedules import SchedulingConfig, build_schedule
 from fedmllm.engine.settings import EngineConfig
 from fedmllm.errors import ConfigError, listing
 from fedmllm.evaluation.evaluate import EvaluationConfig
@@ -41,6 +42,7 @@ class Experiment(BaseModel):
     evaluation: EvaluationConfig = EvaluationConfig()
     engine: EngineConfig = EngineConfig()
     compression: CompressionConfig = CompressionConfig()
+    schedule: SchedulingConfig = SchedulingConfig()
     failures: FailureConfig = FailureConfig()
     seed: int = Field(0, ge=0)
     """All random numbers derive from it."""
@@ -106,6 +108,7 @@ class Experiment(BaseModel):
                 f"lora.dora: {self.algorithm.name} adds to the frozen weights, which {self.model.dtype} cannot hold exactly and DoRA takes the "
                 "length of; set model.dtype to float32, or lora.dora to false"
             )
+        build_schedule(self.schedule).require(method, self.algorithm.name, self.federation.num_clients, cohort)
         if cohort < method.smallest_cohort:
             raise ValueError(
                 f"federation.clients_per_round: {self.algorithm.name} with these parameters needs {method.smallest_cohort} clients or more "

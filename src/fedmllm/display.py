@@ -16,8 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from fedmllm.benchmark.drawing import duration, human_bytes
-from fedmllm.benchmark.observer import START, Observer
 from fedmllm.benchmark.sweep import Outcome, Places
+from fedmllm.engine.observer import START, Observer
 from fedmllm.types import Record
 
 if TYPE_CHECKING:

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 import fedmllm.algorithms.strategies as package
-from fedmllm.algorithms import STRATEGIES, Aggregator, AlgorithmConfig, Client, ServerState, StrategyConfig, build_algorithm
+from fedmllm.algorithms import STRATEGIES, AlgorithmConfig, Client, ServerState, StrategyConfig, build_algorithm
 from fedmllm.algorithms.strategies.adaptive_regularization import AdaptiveRegularization, depth, profile_distance
 from fedmllm.algorithms.strategies.modality_coverage import ModalityCoverage, coverage
 from fedmllm.config import Experiment
+from fedmllm.engine.intake import Intake
 from fedmllm.errors import ConfigError
 from fedmllm.training.rules import LocalRule
 from fedmllm.types import Broadcast, ClientUpdate, Population, Weights
@@ -145,20 +146,20 @@ def test_samples_that_hold_several_modalities_count_for_more() -> None:
 
 
 def test_complete_clients_keep_their_weight_bit_for_bit() -> None:
-    state = ServerState(weights(), population=Population(3, {"image+text": 333}))
-    assert ModalityCoverage().reweigh(37.0, state, ClientUpdate("c", {}, 37, profile={"image+text": 37})) == 37.0
-    assert ModalityCoverage().reweigh(37.0, state, ClientUpdate("c", {}, 37)) == 37.0
+    state, (weigher,) = ServerState(weights(), population=Population(3, {"image+text": 333})), ModalityCoverage().transforms
+    assert weigher.weigh(37.0, ClientUpdate("c", {}, 37, profile={"image+text": 37}), state) == 37.0
+    assert weigher.weigh(37.0, ClientUpdate("c", {}, 37), state) == 37.0
 
 
 def test_a_strategy_weighs_scaffolds_updates_and_not_its_controls() -> None:
     """Samples of the rare modality weigh 25 times as much. Of three clients two took part: c = 2/3 of their controls' plain mean."""
     method = build_algorithm(AlgorithmConfig(name="scaffold", strategies=(StrategyConfig(name="modality_coverage"),)))
     start = replace(method.init({"w": torch.zeros(1)}, {}), population=Population(3, {"image": 100, "text": 4}))
-    aggregator = Aggregator(method, start)
+    aggregator = Intake(method, start)
     for profile, value in (({"image": 1}, 1.0), ({"text": 1}, 3.0)):
         sent = {"w": torch.tensor([value])}
-        aggregator.add(ClientUpdate("c", sent, 1, extras={"control": sent}, profile=profile))
-    end = method.server_step(start, aggregator.value())
+        aggregator.fold(ClientUpdate("c", sent, 1, extras={"control": sent}, profile=profile))
+    end = method.server_step(start, aggregator.aggregate())
     assert float(end.weights["w"]) == pytest.approx((1 * 1 + 25 * 3) / 26)
     assert float(end.slots["control"]["w"]) == pytest.approx(2 / 3 * 2)
 

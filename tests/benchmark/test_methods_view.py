@@ -14,6 +14,7 @@ from fedmllm.algorithms import ALGORITHMS, STRATEGIES
 from fedmllm.benchmark.methods_view import catalog, costs
 from fedmllm.cli import main
 from fedmllm.data.federated import FederatedData
+from fedmllm.engine.base import Split
 from fedmllm.engine.checkpoint import RunStore
 from fedmllm.engine.in_process import InProcessEngine
 from fedmllm.engine.rounds import Loop, run_stage
@@ -121,7 +122,7 @@ def test_a_run_on_the_embedded_model_counts_the_same(
     method, training, cohort = ALGORITHMS[name](), TrainingConfig(local_epochs=0), len(federation.clients)
     clients = {client: samples[:1] for client, samples in federation.clients.items()}
     weights, store = read_weights(vlm.model), RunStore(tmp_path)
-    loop = Loop(method, InProcessEngine(vlm, encoder, training), training, lambda weights, base: {"score": 0.0}, store, 0)
+    loop = Loop(method, InProcessEngine(vlm, encoder, training), training, Split(lambda weights, base: {"score": 0.0}), store, 0)
     start = method.init(weights, frozen_weights(vlm))
     end = run_stage(loop, Stage("federated", clients, 3, cohort), start)
     adapter, row = W.num_bytes(weights), costs(method)

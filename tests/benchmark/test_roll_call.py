@@ -14,11 +14,11 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from fedmllm.benchmark import roll_call
-from fedmllm.benchmark.observer import Observer
 from fedmllm.benchmark.roll_call import RollCall
+from fedmllm.engine.carrier import enclose, enclosed
 from fedmllm.engine.failures import FailureConfig
-from fedmllm.engine.flower import enclose, enclosed
 from fedmllm.engine.messages import read_task
+from fedmllm.engine.observer import Observer
 from fedmllm.engine.words import Presence, write_word
 from fedmllm.errors import FederationError
 from fedmllm.types import ClientFailure, Record

@@ -24,7 +24,6 @@ from safetensors.torch import load_file, save_file
 
 from fedmllm.algorithms import ServerState
 from fedmllm.benchmark.folder import Round, read_run
-from fedmllm.benchmark.observer import Observer
 from fedmllm.benchmark.results import SCORES, RunResult
 from fedmllm.benchmark.run import pooled, train
 from fedmllm.benchmark.scoring import chat, merge, score_adapter
@@ -32,6 +31,7 @@ from fedmllm.config import Experiment
 from fedmllm.data.federated import FederatedData, federate
 from fedmllm.data.prompts import to_messages
 from fedmllm.engine.checkpoint import RunStore
+from fedmllm.engine.observer import Observer
 from fedmllm.errors import DataError, ModelError, RunError
 from fedmllm.evaluation.answered import SIDE_BY_SIDE
 from fedmllm.models.load import VisionLanguageModel, model_source

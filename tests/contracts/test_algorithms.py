@@ -14,7 +14,7 @@ import torch
 import fedmllm.algorithms as package
 from fedmllm import factors
 from fedmllm import weights as W
-from fedmllm.algorithms import ALGORITHMS, Aggregator, Algorithm, AlgorithmConfig, Client, ServerState, build_algorithm
+from fedmllm.algorithms import ALGORITHMS, Algorithm, AlgorithmConfig, Client, ServerState, build_algorithm
 from fedmllm.engine.checkpoint import RunStore
 from fedmllm.engine.intake import Intake, refusal
 from fedmllm.training.rules import LocalResult
@@ -235,10 +235,10 @@ def updates(algorithm: Algorithm, state: ServerState, size: float = 0.1, ranks: 
 
 
 def server_round(algorithm: Algorithm, state: ServerState, sent: Sequence[ClientUpdate]) -> ServerState:
-    aggregator = Aggregator(algorithm, state)
+    aggregator = Intake(algorithm, state)
     for update in sent:
-        aggregator.add(update)
-    return algorithm.server_step(state, aggregator.value())
+        aggregator.fold(update)
+    return algorithm.server_step(state, aggregator.aggregate())
 
 
 def effective(state: ServerState) -> Weights:
@@ -432,9 +432,9 @@ def test_bad_updates_are_refused_with_the_client_named(name: str) -> None:
 def test_an_aggregate_streams_unless_the_method_needs_each_update(name: str) -> None:
     algorithm = build(name)
     state = begin(algorithm)
-    aggregator, held = Aggregator(algorithm, state), []
+    aggregator, held = Intake(algorithm, state), []
     for update in updates(algorithm, state):
-        aggregator.add(update)
+        aggregator.fold(update)
         held.append(aggregator.num_bytes)
     assert (held[-1] == held[0]) != algorithm.needs_individual_updates
 

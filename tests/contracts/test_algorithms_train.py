@@ -12,6 +12,7 @@ from fedmllm import factors
 from fedmllm import weights as W
 from fedmllm.algorithms import ALGORITHMS, STRATEGIES, AlgorithmConfig, ServerState, StrategyConfig, build_algorithm
 from fedmllm.data.federated import FederatedData
+from fedmllm.engine.base import Split
 from fedmllm.engine.checkpoint import RunStore
 from fedmllm.engine.in_process import InProcessEngine
 from fedmllm.engine.rounds import Loop, run_stage
@@ -57,7 +58,7 @@ def trained(
     )
     algorithm, training = build_algorithm(config), TrainingConfig(schedule=ScheduleConfig(over="none"), learning_rate=3e-3)
     engine = InProcessEngine(vlm, encoder, training, together)
-    loop = Loop(algorithm, engine, training, lambda weights, base: {"score": 0.0}, RunStore(folder), 0)
+    loop = Loop(algorithm, engine, training, Split(lambda weights, base: {"score": 0.0}), RunStore(folder), 0)
     ranks = dict(zip(clients, (2, 8, 4, 8, 1), strict=True)) if algorithm.heterogeneous_ranks else {}
     start = algorithm.init(read_weights(vlm.model), frozen_weights(vlm))
     state = run_stage(loop, Stage("federated", clients, rounds, 5, ranks=ranks), start)
@@ -122,7 +123,7 @@ def test_a_client_of_lower_rank_trains_as_a_model_of_that_rank(
     """It moves nothing beyond its rank: the server's A is there as it was drawn, and B zero."""
     only = {"c4": clients["c4"]}
     algorithm, training = build_algorithm(AlgorithmConfig(name="hetlora")), TrainingConfig(learning_rate=3e-3)
-    loop = Loop(algorithm, InProcessEngine(vlm, encoder, training), training, lambda w, b: {"score": 0.0}, RunStore(tmp_path), 0)
+    loop = Loop(algorithm, InProcessEngine(vlm, encoder, training), training, Split(lambda w, b: {"score": 0.0}), RunStore(tmp_path), 0)
     initial = read_weights(vlm.model)
     state = run_stage(loop, Stage("federated", only, 3, 1, ranks={"c4": 2}), algorithm.init(initial, {}))
     beyond, before = (factors.beyond(weights, 2) for weights in (state.weights, initial))
@@ -143,7 +144,7 @@ def test_after_ten_rounds_every_direction_can_still_move(
     samples = list(itertools.chain.from_iterable(federation.clients.values()))
     some = {f"c{k}": [samples[k]] for k in range(10)}
     algorithm, training = build_algorithm(AlgorithmConfig(name=name)), TrainingConfig(learning_rate=3e-3)
-    loop = Loop(algorithm, InProcessEngine(vlm, encoder, training), training, lambda w, b: {"score": 0.0}, RunStore(tmp_path), 0)
+    loop = Loop(algorithm, InProcessEngine(vlm, encoder, training), training, Split(lambda w, b: {"score": 0.0}), RunStore(tmp_path), 0)
     ranks = {client: (2, 4, 8)[k % 3] for k, client in enumerate(some)}
     state = run_stage(loop, Stage("federated", some, 10, 2, ranks=ranks), algorithm.init(read_weights(vlm.model), {}))
     cohorts = [[ranks[client] for client in record["clients"]] for record in RunStore(tmp_path).records("federated")]

@@ -13,10 +13,11 @@ import torch
 
 from fedmllm.algorithms import AlgorithmConfig, Client, ServerState, StrategyConfig, build_algorithm
 from fedmllm.data.federated import FederatedData
+from fedmllm.engine.base import Assignment, Split
 from fedmllm.engine.checkpoint import RunStore
-from fedmllm.engine.compression import UNCOMPRESSED, CompressionConfig
+from fedmllm.engine.compression import CompressionConfig, compression
 from fedmllm.engine.failures import FailureConfig
-from fedmllm.engine.in_process import Assignment, InProcessEngine
+from fedmllm.engine.in_process import InProcessEngine
 from fedmllm.engine.rounds import Loop, personal_models, run_stage
 from fedmllm.engine.stages import Stage
 from fedmllm.errors import FederationError
@@ -25,8 +26,9 @@ from fedmllm.models.lora import frozen_weights, read_weights
 from fedmllm.training.batches import Encoder
 from fedmllm.training.local import TrainingConfig
 from fedmllm.types import Answer, Broadcast, ClientFailure, ClientUpdate, Sample, Slots, Weights
+from scripted import Scripted, answers
 
-INT4 = CompressionConfig(name="int4")
+PLAIN, INT4 = CompressionConfig(), CompressionConfig(name="int4")
 Change = Callable[[ClientUpdate], Answer]
 
 
@@ -44,15 +46,15 @@ FAULTS: dict[str, Change] = {
 
 
 @dataclass
-class Way:
+class Way(Scripted):
     """Trains for real, then spoils the answers that it is told to, by round and client, each so often."""
 
     engine: InProcessEngine
     change: Change
     spoiled: dict[tuple[int, str], int]
 
-    def map_clients(self, assignment: Assignment, clients: Mapping[str, Sequence[Sample]]) -> Iterator[Answer]:
-        for answer in self.engine.map_clients(assignment, clients):
+    def answers(self, assignment: Assignment, clients: Mapping[str, Sequence[Sample]]) -> Iterator[Answer]:
+        for answer in answers(self.engine, assignment, clients):
             key = (assignment.broadcast.round_num, answer.client)
             left = self.spoiled.get(key, 0)
             self.spoiled[key] = left - 1
@@ -97,7 +99,7 @@ class Trial:
         rounds: int = 4,
         *,
         folder: str = "run",
-        compression: CompressionConfig = UNCOMPRESSED,
+        compressed: CompressionConfig = PLAIN,
         failures: FailureConfig | None = None,
         strategies: Sequence[str] = (),
         cohort: int = 3,
@@ -105,7 +107,9 @@ class Trial:
         config = AlgorithmConfig(name=name, strategies=tuple(StrategyConfig(name=strategy) for strategy in strategies))
         method, training = Seen(build_algorithm(config)), TrainingConfig(learning_rate=3e-3, schedule="constant")
         way = Way(InProcessEngine(self.vlm, self.encoder, training), change, dict(spoiled))
-        loop = Loop(method, way, training, lambda w, b: {"score": 0.0}, RunStore(self.folder / folder), 0, compression=compression)  # type: ignore[arg-type]
+        loop = Loop(
+            method, way, training, Split(lambda w, b: {"score": 0.0}), RunStore(self.folder / folder), 0, transforms=compression(compressed)
+        )  # type: ignore[arg-type]
         if failures is not None:
             loop = replace(loop, failures=failures)
         stage = Stage("federated", self.clients, rounds, cohort)
@@ -126,9 +130,9 @@ def same(a: Slots, b: Slots) -> bool:
 
 
 KEEPERS = {
-    "controls": ("scaffold", UNCOMPRESSED, {"control"}),
-    "residuals": ("fedavg", INT4, {"lost_update"}),
-    "a personal model": ("ditto", UNCOMPRESSED, {"personal"}),
+    "controls": ("scaffold", PLAIN, {"control"}),
+    "residuals": ("fedavg", INT4, {"compression.update"}),
+    "a personal model": ("ditto", PLAIN, {"personal"}),
 }
 
 
@@ -136,9 +140,9 @@ KEEPERS = {
 @pytest.mark.parametrize("what", KEEPERS)
 def test_a_client_whose_update_was_not_accepted_keeps_what_it_had(trial: Trial, what: str, fault: str) -> None:
     """The update of b fails in the first round, and twice later: it begins with nothing, then with what it kept from the second round."""
-    name, compression, kinds = KEEPERS[what]
+    name, compressed, kinds = KEEPERS[what]
     spoiled = dict.fromkeys([(0, "b"), (2, "b"), (3, "b")], 1)
-    method, *_ = trial.run(name, spoiled, FAULTS[fault], rounds=5, compression=compression)
+    method, *_ = trial.run(name, spoiled, FAULTS[fault], rounds=5, compressed=compressed)
     begun = {client: [method.states[i, client] for i in range(5)] for client in "abc"}
     assert begun["b"][0] == begun["b"][1] == {}
     assert begun["b"][2].keys() == kinds
@@ -182,9 +186,9 @@ def test_a_round_that_is_skipped_leaves_its_clients_as_they_were(trial: Trial) -
 
 def test_a_client_that_is_asked_again_begins_where_it_began(trial: Trial) -> None:
     """Its first answer of the second round is refused, its second taken: it ends as if nothing had been."""
-    whole = trial.run("scaffold", {}, FAULTS["lost"], 3, folder="whole", compression=INT4)
+    whole = trial.run("scaffold", {}, FAULTS["lost"], 3, folder="whole", compressed=INT4)
     policy = FailureConfig(below="wait", min_updates=3, pause=0)
-    again = trial.run("scaffold", {(1, "b"): 1}, FAULTS["lost"], 3, compression=INT4, failures=policy)
+    again = trial.run("scaffold", {(1, "b"): 1}, FAULTS["lost"], 3, compressed=INT4, failures=policy)
     assert all(same(whole[0].states[key], again[0].states[key]) for key in whole[0].states)
     assert all(torch.equal(tensor, again[3].weights[name]) for name, tensor in whole[3].weights.items())
 
@@ -195,9 +199,9 @@ def test_with_updates_refused_a_run_that_was_cut_short_ends_alike(
     trial: Trial, what: str, cut: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed while a round trains whose predecessor's checkpoint was not written any more: what was pending then counts for nothing."""
-    name, compression, _ = KEEPERS[what]
+    name, compressed, _ = KEEPERS[what]
     spoiled = dict.fromkeys([(0, "a"), (1, "b"), (2, "c"), (2, "b"), (3, "b")], 1)
-    whole = trial.run(name, spoiled, FAULTS["NaN"], 5, folder="whole", compression=compression)
+    whole = trial.run(name, spoiled, FAULTS["NaN"], 5, folder="whole", compressed=compressed)
     save = RunStore.save_state
 
     def fail(store: RunStore, stage: str, state: ServerState) -> None:
@@ -208,8 +212,8 @@ def test_with_updates_refused_a_run_that_was_cut_short_ends_alike(
     with monkeypatch.context() as patched:
         patched.setattr(RunStore, "save_state", fail)
         with pytest.raises(KeyboardInterrupt):
-            trial.run(name, spoiled, FAULTS["NaN"], 5, folder="parts", compression=compression)
-    parts = trial.run(name, spoiled, FAULTS["NaN"], 5, folder="parts", compression=compression)
+            trial.run(name, spoiled, FAULTS["NaN"], 5, folder="parts", compressed=compressed)
+    parts = trial.run(name, spoiled, FAULTS["NaN"], 5, folder="parts", compressed=compressed)
     for client in "abc":
         ends = [loop.store.client_states("federated").load(client, end.accepted[client]) for _, loop, _, end in (whole, parts)]
         assert same(*ends)

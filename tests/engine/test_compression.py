@@ -15,28 +15,29 @@ from hypothesis.extra import numpy as hnp
 
 from fedmllm import factors, train
 from fedmllm import weights as W
-from fedmllm.algorithms import Aggregator, AlgorithmConfig, build_algorithm
+from fedmllm.algorithms import Algorithm, AlgorithmConfig, ClientContext, Codec, build_algorithm
 from fedmllm.config import Experiment
 from fedmllm.data.federated import FederatedData
+from fedmllm.engine.base import Split
 from fedmllm.engine.checkpoint import RunStore
-from fedmllm.engine.compression import Codec, CompressionConfig, build_codec, sent_through
-from fedmllm.engine.in_process import InProcessEngine, _compressed
+from fedmllm.engine.compression import CompressionConfig, compression, sent_through
+from fedmllm.engine.in_process import InProcessEngine
+from fedmllm.engine.intake import Intake
 from fedmllm.engine.rounds import Loop, run_stage
 from fedmllm.engine.stages import Stage
 from fedmllm.models.load import VisionLanguageModel
 from fedmllm.models.lora import frozen_weights, read_weights
 from fedmllm.training.batches import Encoder
 from fedmllm.training.local import TrainingConfig
-from fedmllm.types import ClientUpdate, Slots, Weights
+from fedmllm.types import Broadcast, ClientUpdate, Slots, Weights
 
 NAMES = ("bfloat16", "int8", "int4", "top_k")
 ARRAYS = hnp.arrays(np.float32, hnp.array_shapes(max_dims=2, max_side=40), elements=st.floats(-1e3, 1e3, width=32, allow_subnormal=False))
 
 
 def codec(name: str, **settings: float) -> Codec:
-    found = build_codec(CompressionConfig.model_validate({"name": name, **settings}))
-    assert found is not None
-    return found
+    (found,) = compression(CompressionConfig.model_validate({"name": name, **settings}))
+    return found.codec
 
 
 def through(name: str, tensor: torch.Tensor, **settings: float) -> torch.Tensor:
@@ -45,7 +46,7 @@ def through(name: str, tensor: torch.Tensor, **settings: float) -> torch.Tensor:
 
 
 def test_nothing_is_the_default() -> None:
-    assert build_codec(CompressionConfig()) is None
+    assert compression(CompressionConfig()) == ()
 
 
 @given(ARRAYS)
@@ -118,10 +119,10 @@ def test_what_clients_send_arrives_smaller_and_what_is_lost_stays_with_them(
     algorithm, training = build_algorithm(AlgorithmConfig(name=name)), TrainingConfig()
     clients = {client: list(itertools.islice(samples, 2)) for client, samples in itertools.islice(federation.clients.items(), 2)}
     ends, records, start = [], [], read_weights(vlm.model)
-    for compression in (CompressionConfig(), CompressionConfig(name="int4")):
-        store = RunStore(tmp_path / compression.name)
+    for chosen in (CompressionConfig(), CompressionConfig(name="int4")):
+        store = RunStore(tmp_path / chosen.name)
         engine = InProcessEngine(vlm, encoder, training)
-        loop = Loop(algorithm, engine, training, lambda w, b: {"score": 0.0}, store, 0, compression=compression)
+        loop = Loop(algorithm, engine, training, Split(lambda w, b: {"score": 0.0}), store, 0, compression(chosen))
         state = run_stage(loop, Stage("federated", clients, 3, 2), algorithm.init(start, frozen_weights(vlm)))
         # Of factors split anew only the product, which begins at zero, says how far the model has come.
         ends.append(factors.products(state.weights) if algorithm.splits_anew else W.subtract(state.weights, start))
@@ -130,10 +131,10 @@ def test_what_clients_send_arrives_smaller_and_what_is_lost_stays_with_them(
         assert small["bytes_up"] == whole["bytes_up"] * (4 + 16 / 128) / 32
         assert not small["refused"]
     kept = RunStore(tmp_path / "int4").client_states("federated").load("client-00", state.accepted["client-00"])
-    assert {kind for kind in kept if kind.startswith("lost_")} == {f"lost_{kind}" for kind in ("update", *algorithm.client_sends)}
-    assert set(kept["lost_update"]) == set(state.weights)
-    assert ("ended" in kept) == algorithm.splits_anew
-    assert W.norm(kept["lost_update"]) > 0
+    residuals = {kind.removeprefix("compression.") for kind in kept if kind.startswith("compression.")}
+    assert residuals == {"update", *algorithm.client_sends, *(["ended"] if algorithm.splits_anew else [])}
+    assert set(kept["compression.update"]) == set(state.weights)
+    assert W.norm(kept["compression.update"]) > 0
     assert 0 < W.norm(W.subtract(*ends)) < W.norm(ends[0])
 
 
@@ -160,7 +161,14 @@ def fitted(weights: Weights, target: torch.Tensor, rate: float) -> Weights:
     return {name: tensor.detach() for name, tensor in own.items()}
 
 
-def federated(name: str, compression: CompressionConfig, carry: bool, seed: int) -> tuple[float, float]:
+def sent_by(method: Algorithm, chosen: CompressionConfig, update: ClientUpdate, kept: Slots, ended: Weights) -> tuple[ClientUpdate, Slots]:
+    """Through the transform, as a client that trained to ``ended``; without that its residual is not carried over."""
+    for transform in compression(chosen):
+        return transform.client(update, ClientContext(update.client, method, Broadcast(0, {}), 0, ended, kept))
+    return update, {}
+
+
+def federated(name: str, chosen: CompressionConfig, carry: bool, seed: int) -> tuple[float, float]:
     """Twelve rounds of five clients with random targets: half the squared distance of the end from their mean, and the mean cosine between what
     was lost of a client's product and what its residual adds to the next one."""
     rng = torch.Generator().manual_seed(seed)
@@ -171,20 +179,20 @@ def federated(name: str, compression: CompressionConfig, carry: bool, seed: int)
     kept: list[Slots] = [{}] * 5
     lost, cosines = [torch.zeros(0)] * 5, []
     for round_num in range(12):
-        aggregator = Aggregator(method, state)
+        aggregator = Intake(method, state)
         for k, target in enumerate(targets):
             ended = fitted(state.weights, target, 0.015 * (1 + math.cos(math.pi * round_num / 12)))
             update = ClientUpdate(str(k), W.subtract(ended, state.weights), 1)
-            sent, slots = _compressed(compression, update, kept[k], ended if carry else {})
+            sent, slots = sent_by(method, chosen, update, kept[k], ended if carry else {})
             product, kept[k] = ended[B] @ ended[A], slots
             if slots:
                 arrived = W.add(state.weights, sent.update)
-                meant = W.add(arrived, slots["lost_update"])
+                meant = W.add(arrived, slots["update"])
                 if round_num:
                     cosines.append(float(torch.cosine_similarity((meant[B] @ meant[A] - product).flatten(), lost[k].flatten(), dim=0)))
                 lost[k] = meant[B] @ meant[A] - arrived[B] @ arrived[A]
-            aggregator.add(sent)
-        state = method.server_step(state, aggregator.value())
+            aggregator.fold(sent)
+        state = method.server_step(state, aggregator.aggregate())
     end = 0.5 * float((state.weights[B] @ state.weights[A] - torch.stack(targets).mean(0)).square().sum())
     return end, float(np.mean(cosines)) if cosines else math.nan
 
@@ -208,9 +216,10 @@ def test_under_new_splits_a_residual_is_carried_over() -> None:
 def test_an_update_that_is_not_finite_is_sent_with_feedback_too(name: str) -> None:
     """It has no directions; the server refuses it, and the client keeps nothing of it."""
     start = {A: torch.randn(4, 20), B: torch.randn(24, 4)}
-    first, kept = _compressed(TOP, ClientUpdate("c", start, 1), {}, start)
+    method = build_algorithm(AlgorithmConfig(name=name))
+    first, kept = sent_by(method, TOP, ClientUpdate("c", start, 1), {}, start)
     bad = {**start, A: start[A] * math.nan}
-    sent, slots = _compressed(TOP, ClientUpdate("c", bad, 1), kept, bad)
+    sent, slots = sent_by(method, TOP, ClientUpdate("c", bad, 1), kept, bad)
     assert W.is_finite(first.update)
     assert not W.is_finite(sent.update)
     assert slots == {}

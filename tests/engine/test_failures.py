@@ -15,9 +15,11 @@ from hypothesis import strategies as st
 from fedmllm.algorithms import AlgorithmConfig, ServerState, build_algorithm
 from fedmllm.algorithms.fedavg import FedAvg
 from fedmllm.data.federated import FederatedData
+from fedmllm.engine.base import Assignment, Split
 from fedmllm.engine.checkpoint import RunStore
 from fedmllm.engine.failures import FailureConfig
-from fedmllm.engine.in_process import Assignment, InProcessEngine
+from fedmllm.engine.in_process import InProcessEngine
+from fedmllm.engine.observer import Observer
 from fedmllm.engine.rounds import Loop, run_stage
 from fedmllm.engine.stages import Stage
 from fedmllm.errors import DataError, FederationError
@@ -26,19 +28,20 @@ from fedmllm.models.lora import read_weights
 from fedmllm.training.batches import Encoder
 from fedmllm.training.local import TrainingConfig, reach
 from fedmllm.types import Answer, ClientFailure, ClientUpdate, Record, Sample
+from scripted import Scripted, answers
 
 START = {"w": torch.zeros(2)}
 SAMPLE = Sample("s", "?", "a", {"text": "t"})
 
 
 @dataclass
-class Flaky:
+class Flaky(Scripted):
     """Each client sends its number; those of the script fail at so many of their turns first."""
 
     fails: dict[str, int] = field(default_factory=dict)
     asked: list[list[str]] = field(default_factory=list)
 
-    def map_clients(self, assignment: Assignment, clients: Mapping[str, Sequence[Sample]]) -> Iterator[Answer]:
+    def answers(self, assignment: Assignment, clients: Mapping[str, Sequence[Sample]]) -> Iterator[Answer]:
         self.asked.append(list(clients))
         for name in clients:
             if self.fails.get(name, 0) > 0:
@@ -51,7 +54,16 @@ class Flaky:
 def run(folder: Path, engine: Flaky, policy: FailureConfig, rounds: int = 1, told: list[Record] | None = None) -> ServerState:
     method, training = build_algorithm(AlgorithmConfig()), TrainingConfig(learning_rate=1.0)
     waited = [] if told is None else told
-    loop = Loop(method, engine, training, lambda w, base: {"score": 0.5}, RunStore(folder), 0, failures=policy, on_wait=waited.append)
+    loop = Loop(
+        method,
+        engine,
+        training,
+        Split(lambda w, base: {"score": 0.5}),
+        RunStore(folder),
+        0,
+        failures=policy,
+        observer=Observer(waiting=waited.append),
+    )
     return run_stage(loop, Stage("federated", {f"c{i}": [SAMPLE] for i in range(1, 11)}, rounds, 10), ServerState(START))
 
 
@@ -107,9 +119,8 @@ def test_a_client_that_nothing_was_sent_to_is_not_counted_in_what_went_down(tmp_
 def down(folder: Path, failing: Mapping[str, str], reached: bool = True) -> int:
     """Bytes down of a round of FedAvg with two clients, of which some fail."""
 
-    @dataclass(frozen=True)
-    class Some:
-        def map_clients(self, assignment: Assignment, clients: Mapping[str, Sequence[Sample]]) -> Iterator[Answer]:
+    class Some(Scripted):
+        def answers(self, assignment: Assignment, clients: Mapping[str, Sequence[Sample]]) -> Iterator[Answer]:
             for name in clients:
                 if name in failing:
                     yield ClientFailure(name, failing[name], reached=reached)
@@ -117,7 +128,7 @@ def down(folder: Path, failing: Mapping[str, str], reached: bool = True) -> int:
                     yield ClientUpdate(name, {n: torch.zeros_like(w) for n, w in assignment.broadcast.weights.items()}, 1, {"steps": 1.0})
 
     stage = Stage("federated", {"client-0": (), "client-1": ()}, 1, 2)
-    loop = Loop(FedAvg(), Some(), TrainingConfig(), lambda weights, base: {"score": 0.0}, RunStore(folder), 0)
+    loop = Loop(FedAvg(), Some(), TrainingConfig(), Split(lambda weights, base: {"score": 0.0}), RunStore(folder), 0)
     run_stage(loop, stage, ServerState({"a.lora_A.weight": torch.ones(2, 2)}))
     (row,) = RunStore(folder).records("federated")
     return int(row["bytes_down"])
@@ -133,18 +144,18 @@ def test_waiting_ends(tmp_path: Path) -> None:
 def test_a_method_that_needs_more_updates_is_not_given_less(tmp_path: Path) -> None:
     krum = build_algorithm(AlgorithmConfig(name="krum", parameters={"num_byzantine": 1}))
     engine = Flaky({f"c{i}": 99 for i in range(1, 7)})
-    loop = Loop(krum, engine, TrainingConfig(learning_rate=1.0), lambda w, base: {"score": 0.5}, RunStore(tmp_path), 0)
+    loop = Loop(krum, engine, TrainingConfig(learning_rate=1.0), Split(lambda w, base: {"score": 0.5}), RunStore(tmp_path), 0)
     with pytest.raises(FederationError, match=f"4 updates can be used, {krum.smallest_cohort} are needed"):
         run_stage(loop, Stage("federated", {f"c{i}": [SAMPLE] for i in range(1, 11)}, 1, 10), ServerState(START))
 
 
 @dataclass
-class Sends:
+class Sends(Scripted):
     """All clients send the same."""
 
     update: ClientUpdate
 
-    def map_clients(self, assignment: Assignment, clients: Mapping[str, Sequence[Sample]]) -> Iterator[Answer]:
+    def answers(self, assignment: Assignment, clients: Mapping[str, Sequence[Sample]]) -> Iterator[Answer]:
         for name in clients:
             yield replace(self.update, client=name)
 
@@ -157,7 +168,9 @@ class Sends:
     ],
 )
 def test_what_no_training_gives_and_what_is_stale_is_refused(tmp_path: Path, update: ClientUpdate, reason: str) -> None:
-    loop = Loop(build_algorithm(AlgorithmConfig()), Sends(update), TrainingConfig(), lambda w, base: {"score": 0.5}, RunStore(tmp_path), 0)
+    loop = Loop(
+        build_algorithm(AlgorithmConfig()), Sends(update), TrainingConfig(), Split(lambda w, base: {"score": 0.5}), RunStore(tmp_path), 0
+    )
     with pytest.raises(FederationError) as caught:
         run_stage(loop, Stage("federated", {"a": [SAMPLE]}, 1, 1), ServerState(START))
     assert reason in str(caught.value)
@@ -172,7 +185,7 @@ def test_controls_that_are_no_gradients_are_refused(tmp_path: Path) -> None:
     start = scaffold.init(START, {})
     for size, taken in ((10.1, False), (9.9, True)):
         update = ClientUpdate("", {"w": torch.zeros(2)}, 1, extras={"control": {"w": torch.full((2,), size)}})
-        loop = Loop(scaffold, Sends(update), TrainingConfig(), lambda w, base: {"score": 0.5}, RunStore(tmp_path / str(size)), 0)
+        loop = Loop(scaffold, Sends(update), TrainingConfig(), Split(lambda w, base: {"score": 0.5}), RunStore(tmp_path / str(size)), 0)
         stage = Stage("federated", {"a": [SAMPLE]}, 1, 1)
         if taken:
             assert run_stage(loop, stage, start).slots["control"]["w"].tolist() == pytest.approx([9.9, 9.9])
@@ -182,8 +195,8 @@ def test_controls_that_are_no_gradients_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_second_update_of_a_client_does_not_count(tmp_path: Path) -> None:
-    class Twice:
-        def map_clients(self, assignment: Assignment, clients: Mapping[str, Sequence[Sample]]) -> Iterator[Answer]:
+    class Twice(Scripted):
+        def answers(self, assignment: Assignment, clients: Mapping[str, Sequence[Sample]]) -> Iterator[Answer]:
             for size in (0.1, 0.2):
                 yield ClientUpdate("a", {"w": torch.full((2,), size)}, 1)
 
@@ -191,7 +204,7 @@ def test_a_second_update_of_a_client_does_not_count(tmp_path: Path) -> None:
         build_algorithm(AlgorithmConfig()),
         Twice(),
         TrainingConfig(learning_rate=1.0),
-        lambda w, base: {"score": 0.5},
+        Split(lambda w, base: {"score": 0.5}),
         RunStore(tmp_path),
         0,
     )
@@ -258,9 +271,9 @@ def test_a_client_that_raises_takes_no_other_with_it(
     engine, assignment = real(vlm, together)
     names = sorted(federation.clients)[:3]
     clients = {name: federation.clients[name] for name in names}
-    alone = list(engine.map_clients(assignment, {name: clients[name] for name in (names[0], names[2])}))
+    alone = list(answers(engine, assignment, {name: clients[name] for name in (names[0], names[2])}))
     broken = replace(assignment, algorithm=Breaks(assignment.algorithm, names[1], RuntimeError("CUDA out of memory")))  # type: ignore[arg-type]
-    first, second, third = engine.map_clients(broken, clients)
+    first, second, third = answers(engine, broken, clients)
     assert second == ClientFailure(names[1], "RuntimeError: CUDA out of memory")
     assert "test_failures" in caplog.text
     for expected, found in zip(alone, (first, third), strict=True):
@@ -275,10 +288,10 @@ def test_what_is_wrong_with_settings_or_data_is_no_failure_of_a_client(vlm: Visi
     name = min(federation.clients)
     broken = replace(assignment, algorithm=Breaks(assignment.algorithm, name, DataError("row 3 is bad")))  # type: ignore[arg-type]
     with pytest.raises(DataError, match="row 3 is bad"):
-        list(engine.map_clients(broken, federation.clients))
+        list(answers(engine, broken, federation.clients))
 
 
 def test_clients_that_have_not_begun_by_the_deadline_are_left_out(vlm: VisionLanguageModel, federation: FederatedData) -> None:
     engine, assignment = real(vlm, together=1, seconds=1e-9)
-    answers = list(engine.map_clients(assignment, federation.clients))
-    assert answers == [ClientFailure(name, "not begun within the deadline of 1e-09 s") for name in federation.clients]
+    found = list(answers(engine, assignment, federation.clients))
+    assert found == [ClientFailure(name, "not begun within the deadline of 1e-09 s") for name in federation.clients]

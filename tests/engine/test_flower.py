@@ -32,7 +32,7 @@ pytest.importorskip("flwr", reason="Flower is not installed: pip install 'fedmll
 from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
 
-from fedmllm.engine.flower import ask, enclose, enclosed
+from fedmllm.engine.carrier import ask, enclose, enclosed
 from fedmllm.engine.installed import require_flower
 from fedmllm.types import ClientFailure
 from loopback import LoopbackGrid, Tamper, loopback

@@ -11,9 +11,11 @@ import torch
 
 from fedmllm.algorithms import AlgorithmConfig, ServerState, build_algorithm
 from fedmllm.data.federated import FederatedData
+from fedmllm.engine.base import Assignment, Split
 from fedmllm.engine.checkpoint import RunStore
-from fedmllm.engine.in_process import Assignment, InProcessEngine
+from fedmllm.engine.in_process import InProcessEngine
 from fedmllm.engine.intake import refusal
+from fedmllm.engine.observer import UNOBSERVED, Observer
 from fedmllm.engine.rounds import Loop, evaluate_state, run_stage
 from fedmllm.engine.stages import Stage
 from fedmllm.errors import FederationError
@@ -22,17 +24,18 @@ from fedmllm.models.lora import read_weights
 from fedmllm.training.batches import Encoder
 from fedmllm.training.local import TrainingConfig
 from fedmllm.types import ClientUpdate, Metrics, Record, Sample, Weights
+from scripted import Scripted, answers
 
 START = {"w": torch.zeros(2)}
 
 
 @dataclass
-class ScriptedEngine:
+class Numbers(Scripted):
     """An engine of the test's own: each client sends its number, except where the script says otherwise."""
 
     script: Mapping[str, ClientUpdate] = field(default_factory=dict)
 
-    def map_clients(self, assignment: Assignment, clients: Mapping[str, Sequence[Sample]]) -> Iterator[ClientUpdate]:
+    def answers(self, assignment: Assignment, clients: Mapping[str, Sequence[Sample]]) -> Iterator[ClientUpdate]:
         for name in clients:
             default = ClientUpdate(name, {"w": torch.full((2,), float(name[-1]))}, 1, {"loss": 2.0})
             yield self.script.get(name, default)
@@ -42,15 +45,15 @@ def score(weights: Weights, base: Weights) -> Metrics:
     return {"score": float(weights["w"].mean())}
 
 
-def loop(folder: Path, engine: ScriptedEngine | None = None, seen: list[Record] | None = None) -> Loop:
+def loop(folder: Path, engine: Numbers | None = None, seen: list[Record] | None = None) -> Loop:
     return Loop(
         build_algorithm(AlgorithmConfig()),
-        engine or ScriptedEngine(),
+        engine or Numbers(),
         TrainingConfig(learning_rate=1.0),  # so large that updates of the size of a client's number could be trained
-        score,
+        Split(score),
         RunStore(folder),
         0,
-        (lambda record: None) if seen is None else seen.append,
+        observer=UNOBSERVED if seen is None else Observer(round_done=seen.append),
     )
 
 
@@ -70,7 +73,7 @@ def test_cohorts_are_fair_distinct_and_derived_from_seed_and_round() -> None:
 
 def test_records_tell_what_happened(tmp_path: Path) -> None:
     seen: list[Record] = []
-    watched = replace(loop(tmp_path, seen=seen), validate=lambda weights, base: {"score": -float(weights["w"].mean())})
+    watched = replace(loop(tmp_path, seen=seen), validation=Split(lambda weights, base: {"score": -float(weights["w"].mean())}))
     state = run_stage(watched, stage(4, 2, rounds=3, every=2), ServerState(START))
     assert [record["round"] for record in seen] == [1, 2, 3]
     assert [record["score"] is not None for record in seen] == [False, False, True]
@@ -95,7 +98,7 @@ def test_records_tell_what_happened(tmp_path: Path) -> None:
     ],
 )
 def test_a_bad_update_is_refused_named_and_left_out_of_the_mean(tmp_path: Path, bad: ClientUpdate, reason: str) -> None:
-    state = run_stage(loop(tmp_path, ScriptedEngine({"c0": bad})), stage(3, 3), ServerState(START))
+    state = run_stage(loop(tmp_path, Numbers({"c0": bad})), stage(3, 3), ServerState(START))
     assert state.weights["w"].tolist() == [1.5, 1.5]
     (record,) = RunStore(tmp_path).records("federated")
     assert [row["client"] for row in record["refused"]] == ["c0"]
@@ -106,7 +109,7 @@ def test_a_bad_update_is_refused_named_and_left_out_of_the_mean(tmp_path: Path, 
 def test_a_round_without_usable_updates_stops_and_leaves_no_trace(tmp_path: Path) -> None:
     bad = {f"c{i}": ClientUpdate(f"c{i}", {"w": torch.full((2,), float("nan"))}, 1) for i in range(2)}
     with pytest.raises(FederationError, match="round 1: no update can be used") as caught:
-        run_stage(loop(tmp_path, ScriptedEngine(bad)), stage(2, 2), ServerState(START))
+        run_stage(loop(tmp_path, Numbers(bad)), stage(2, 2), ServerState(START))
     assert "c0: the update holds NaN" in str(caught.value)
     assert RunStore(tmp_path).records("federated") == []
 
@@ -121,13 +124,13 @@ def test_fedavg_of_real_clients_equals_numpy(vlm: VisionLanguageModel, encoder: 
     engine = InProcessEngine(vlm, encoder, training)
     calls: list[tuple[Weights, list[ClientUpdate]]] = []
 
-    class Spy:
-        def map_clients(self, assignment: Assignment, clients: Mapping[str, Sequence[Sample]]) -> Iterator[ClientUpdate]:
-            found = list(engine.map_clients(assignment, clients))
+    class Spy(Scripted):
+        def answers(self, assignment: Assignment, clients: Mapping[str, Sequence[Sample]]) -> Iterator[ClientUpdate]:
+            found = list(answers(engine, assignment, clients))
             calls.append((assignment.broadcast.weights, found))
             return iter(found)
 
-    spied = Loop(build_algorithm(AlgorithmConfig()), Spy(), training, lambda w, base: {"score": 0.0}, RunStore(tmp_path), 0)
+    spied = Loop(build_algorithm(AlgorithmConfig()), Spy(), training, Split(lambda w, base: {"score": 0.0}), RunStore(tmp_path), 0)
     first = read_weights(vlm.model)
     end = run_stage(spied, Stage("federated", federation.clients, 2, 2), ServerState(first))
     assert len(calls) == 2
@@ -148,7 +151,7 @@ def test_zero_local_steps_leave_the_global_weights(
         build_algorithm(AlgorithmConfig()),
         InProcessEngine(vlm, encoder, training),
         training,
-        lambda w, base: {"score": 0.0},
+        Split(lambda w, base: {"score": 0.0}),
         RunStore(tmp_path),
         0,
     )
@@ -172,7 +175,7 @@ def test_a_personalized_method_is_scored_by_the_mean_of_the_clients_own_models(t
     def scored(weights: Weights, base: Weights) -> Metrics:
         return {"score": float(weights["w"].mean()), "standard_error": 0.5, "num_samples": 8, "failures": 1}
 
-    own = replace(loop(tmp_path), algorithm=build_algorithm(AlgorithmConfig(name="ditto")), evaluate=scored)
+    own = replace(loop(tmp_path), algorithm=build_algorithm(AlgorithmConfig(name="ditto")), test=Split(scored))
     for client, value in (("c0", 0.25), ("c1", 0.75)):
         own.store.client_states("federated").save(client, 0, {"personal": {"w": torch.full((2,), value)}}, [])
     # 0.25, 0.75 and, of a client that never took part, the global 0.5: standard deviation 0.25.

@@ -22,7 +22,7 @@ from flwr.proto.runtime_pb2 import PullAppMessagesRequest, PullAppMessagesRespon
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedmllm.engine.flower import ask, enclose, enclosed
+from fedmllm.engine.carrier import ask, enclose, enclosed
 from fedmllm.engine.run_grid import RunGrid
 from fedmllm.engine.superlink import SuperLink, TurnedDownError
 from fedmllm.types import ClientFailure

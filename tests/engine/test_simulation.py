@@ -20,7 +20,7 @@ SCRIPT = """
 import logging, time
 from pathlib import Path
 from fedmllm.engine import simulation
-from fedmllm.engine.flower import FlowerCarrier, ask
+from fedmllm.engine.carrier import FlowerCarrier, ask
 from fedmllm.engine.installed import require_flower
 
 logging.basicConfig(level=logging.WARNING)

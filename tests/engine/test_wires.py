@@ -23,7 +23,7 @@ from flwr.superlink.main import create_app
 
 from breaking import Fault, Proxy, served
 from fedmllm.engine import superlink, wire
-from fedmllm.engine.flower import ask
+from fedmllm.engine.carrier import ask
 from fedmllm.engine.run_grid import RunGrid, serving
 from fedmllm.engine.superlink import SuperLink
 from fedmllm.errors import FederationError

@@ -13,6 +13,7 @@ from fedmllm import factors
 from fedmllm.algorithms import AlgorithmConfig, build_algorithm
 from fedmllm.config import Experiment
 from fedmllm.data.federated import FederatedData
+from fedmllm.engine.base import Split
 from fedmllm.engine.checkpoint import RunStore
 from fedmllm.engine.in_process import InProcessEngine
 from fedmllm.engine.rounds import Loop, run_stage
@@ -129,7 +130,12 @@ def test_what_a_round_merges_is_in_the_model(name: str, federation: FederatedDat
     algorithm, training = build_algorithm(AlgorithmConfig(name=name)), TrainingConfig()
     clients = {client: samples[:1] for client, samples in list(federation.clients.items())[:2]}
     loop = Loop(
-        algorithm, InProcessEngine(vlm, Encoder(vlm, "agnostic"), training), training, lambda w, b: {"score": 0.0}, RunStore(tmp_path), 0
+        algorithm,
+        InProcessEngine(vlm, Encoder(vlm, "agnostic"), training),
+        training,
+        Split(lambda w, b: {"score": 0.0}),
+        RunStore(tmp_path),
+        0,
     )
     state = run_stage(loop, Stage("federated", clients, 1, 2), algorithm.init(read_weights(vlm.model), frozen_weights(vlm)))
     write_base(vlm, state.base)

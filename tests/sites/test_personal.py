@@ -22,8 +22,8 @@ from fedmllm.benchmark.resident import Resident
 from fedmllm.benchmark.results import RunResult
 from fedmllm.benchmark.worker import client_app
 from fedmllm.config import Experiment
+from fedmllm.engine.carrier import enclosed
 from fedmllm.engine.checkpoint import ClientStates, RunStore
-from fedmllm.engine.flower import enclosed
 from fedmllm.engine.packing import unpack
 from fedmllm.engine.sites import SiteConfig
 from fedmllm.errors import ConfigError, FederationError

@@ -13,8 +13,9 @@ import torch
 
 from fedmllm.algorithms import AlgorithmConfig, ServerState, build_algorithm
 from fedmllm.data.federated import FederatedData
+from fedmllm.engine.base import Assignment
 from fedmllm.engine.checkpoint import RunStore
-from fedmllm.engine.in_process import Assignment, InProcessEngine
+from fedmllm.engine.in_process import InProcessEngine
 from fedmllm.engine.intake import Intake
 from fedmllm.models import encoding
 from fedmllm.models.load import VisionLanguageModel
@@ -23,6 +24,7 @@ from fedmllm.training.batches import Encoder
 from fedmllm.training.local import LocalTask, TrainingConfig, train_locally, train_together
 from fedmllm.training.rules import LocalRule
 from fedmllm.types import ClientFailure, ClientUpdate
+from scripted import answers
 
 CONFIG = TrainingConfig(batch_size=8, max_batch_tokens=600)
 Limit = Callable[[int], list[int]]
@@ -115,9 +117,9 @@ def test_what_was_found_out_holds_for_later_rounds(
     engine: tuple[InProcessEngine, Assignment], federation: FederatedData, memory_for: Limit
 ) -> None:
     sizes = memory_for(400)
-    first = list(engine[0].map_clients(engine[1], federation.clients))
+    first = list(answers(engine[0], engine[1], federation.clients))
     count = len(sizes)
-    second = list(engine[0].map_clients(engine[1], federation.clients))
+    second = list(answers(engine[0], engine[1], federation.clients))
     assert max(sizes) > 400 >= max(sizes[count:])
     for answer, again in zip(first, second, strict=True):
         assert isinstance(answer, ClientUpdate)
@@ -152,9 +154,9 @@ def test_fewer_clients_at_once_where_theirs_does_not_fit(
     monkeypatch.setattr("fedmllm.engine.in_process.train_locally", lambda vlm, task, rule, *rest: trained(vlm, [(task, rule)], *rest)[0])
     first = min(federation.clients)
     four = {**federation.clients, "client-99": federation.clients[first]}
-    answers = list(engine[0].map_clients(engine[1], four))
+    found = list(answers(engine[0], engine[1], four))
     assert tried == ([4, 2, 2] if room else [4, 2, 1, 1, 2, 1, 1])
-    assert {type(answer) for answer in answers} == {kind}
+    assert {type(answer) for answer in found} == {kind}
     assert "4 clients side by side failed (OutOfMemoryError: CUDA out of memory); they train again, 2 at once" in caplog.text
     if not room:
-        assert answers[0] == ClientFailure(first, "OutOfMemoryError: CUDA out of memory")
+        assert found[0] == ClientFailure(first, "OutOfMemoryError: CUDA out of memory")

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections import Counter
-from collections.abc import Mapping
 from typing import Any, cast
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from fedmllm.algorithms.base import Aggregate, Aggregator, Algorithm, Client, ServerState
+from fedmllm.algorithms.base import NONE_OUTSTANDING, Aggregate, Algorithm, Client, Member, Outstanding, ServerState
 from fedmllm.algorithms.ditto import Ditto
 from fedmllm.algorithms.fedadagrad import FedAdagrad
 from fedmllm.algorithms.fedadam import FedAdam
@@ -33,23 +31,31 @@ from fedmllm.algorithms.median import Median
 from fedmllm.algorithms.rolora import RoLoRA
 from fedmllm.algorithms.scaffold import Scaffold
 from fedmllm.algorithms.strategies import STRATEGIES, Composed, Holdings, Remark, Strategy
+from fedmllm.algorithms.transforms import Chain, ClientContext, Codec, Packed, UpdateTransform
 from fedmllm.algorithms.trimmed_mean import TrimmedMean
 from fedmllm.algorithms.yoco import YOCO
 from fedmllm.errors import ConfigError
-from fedmllm.explain import meant
+from fedmllm.registry import Value, built
 
 __all__ = [
     "ALGORITHMS",
+    "NONE_OUTSTANDING",
     "STRATEGIES",
     "Aggregate",
-    "Aggregator",
     "Algorithm",
     "AlgorithmConfig",
+    "Chain",
     "Client",
+    "ClientContext",
+    "Codec",
     "Holdings",
+    "Member",
+    "Outstanding",
+    "Packed",
     "Remark",
     "ServerState",
     "StrategyConfig",
+    "UpdateTransform",
     "build_algorithm",
     "remarks",
 ]
@@ -83,8 +89,6 @@ ALGORITHMS: dict[str, type[Any]] = {
 PUBLISHED = ("agnostic_prompt", "adaptive_regularization")
 """The strategies that FedMLLM(method) adds to a method, with their published constants."""
 
-Value = bool | int | float
-
 
 class StrategyConfig(BaseModel):
     """One strategy, with its hyper-parameters."""
@@ -103,7 +107,7 @@ class StrategyConfig(BaseModel):
 
     @model_validator(mode="after")
     def _known(self) -> StrategyConfig:
-        _build(STRATEGIES, "strategy", self.name, self.parameters)
+        built(STRATEGIES, "strategy", self.name, self.parameters)
         return self
 
 
@@ -154,12 +158,13 @@ def build_algorithm(config: AlgorithmConfig) -> Algorithm:
     Raises:
         ConfigError: if there is no such method, strategy or parameter, a value breaks a rule, or a strategy does nothing to the method.
     """
-    method = _build(ALGORITHMS, "method", config.method, config.parameters)
+    method = built(ALGORITHMS, "method", config.method, config.parameters)
     strategies = _strategies(config)
-    if idle := [name for name, strategy in strategies.items() if strategy.reweighs and method.ignores_weights]:
-        raise ConfigError(
-            f"strategies: {idle[0]} changes what updates weigh, but {config.method} counts clients alike; leave one of them out"
-        )
+    for transform in (transform for strategy in strategies.values() for transform in strategy.transforms):
+        try:
+            transform.require(method, config.method)
+        except ConfigError as error:
+            raise ConfigError(f"strategies: {error}") from error
     return cast(Algorithm, Composed(method, tuple(strategies.values())) if strategies else method)
 
 
@@ -171,21 +176,4 @@ def remarks(config: AlgorithmConfig, holdings: Holdings) -> dict[str, Remark]:
 
 def _strategies(config: AlgorithmConfig) -> dict[str, Strategy]:
     """By name, in the order in which they apply."""
-    return {s.name: _build(STRATEGIES, "strategy", s.name, s.parameters) for s in config.all_strategies}
-
-
-def _build(index: Mapping[str, type[Any]], what: str, name: str, parameters: Mapping[str, Value]) -> Any:
-    """An entry of an index with its parameters.
-
-    Raises:
-        ConfigError: if there is no such name or parameter, or a value breaks a rule.
-    """
-    if name not in index:
-        raise ConfigError(f"name: {name!r} is no {what}{meant(name, index)}")
-    own = [field.name for field in dataclasses.fields(index[name])]
-    if unknown := sorted(parameters.keys() - set(own)):
-        raise ConfigError(f"parameters: {name} has no {unknown[0]!r}; it takes {', '.join(own) or 'none'}")
-    try:
-        return index[name](**parameters)
-    except ConfigError as error:
-        raise ConfigError(f"parameters: {error}") from error
+    return {s.name: built(STRATEGIES, "strategy", s.name, s.parameters) for s in config.all_strategies}

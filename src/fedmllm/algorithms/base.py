@@ -4,20 +4,42 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 import torch
 
 from fedmllm import factors
 from fedmllm import weights as W
-from fedmllm.errors import ConfigError, FederationError
+from fedmllm.errors import ConfigError
 from fedmllm.training.rules import LocalRule
 from fedmllm.types import Accepted, Broadcast, ClientUpdate, Population, Profile, Slots, Weights
+
+if TYPE_CHECKING:
+    from fedmllm.algorithms.transforms import UpdateTransform
 
 Kind = Literal["recommended", "classic", "robust", "lora", "one-shot", "personalized"]
 
 Fact = Literal["steps", "profile"]
 """What a client may withhold: its number of optimizer steps, and its samples by modalities."""
+
+
+@dataclass(frozen=True)
+class Outstanding:
+    """Clients that train while the server goes on, of a schedule that does not wait for them.
+
+    Attributes:
+        clients: in the order in which they were asked: the round of the weights that each trains from, and when it is done, in simulated time.
+        weights: those weights, by round.
+        clock: the simulated time so far.
+    """
+
+    clients: Mapping[str, tuple[int, float]] = field(default_factory=dict)
+    weights: Mapping[int, Weights] = field(default_factory=dict)
+    clock: float = 0.0
+
+
+NONE_OUTSTANDING = Outstanding()
+"""Between rounds of a synchronous schedule."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +52,9 @@ class ServerState:
         slots: further tensors of the method by name: momentum and controls, shaped like the weights; ``base``, what has been
             merged into the frozen weights (by module, of full size); ``base_step``, the factors of the last round's part of it.
         population: all clients; set by the loop, not kept in checkpoints.
-        accepted: by client, the last two rounds (counted from 0) whose aggregates hold its update, ascending; set by the loop. What a client
-            keeps is what it kept in the last of them.
+        accepted: by client, the last two rounds (counted from 0) whose weights it trained from and whose update was accepted, ascending; set by the
+            loop. What a client keeps is what it kept in the last of them.
+        outstanding: clients that have not answered yet; set by the loop.
     """
 
     weights: Weights
@@ -39,6 +62,7 @@ class ServerState:
     slots: Slots = field(default_factory=dict)
     population: Population = field(default_factory=Population)
     accepted: Accepted = field(default_factory=dict)
+    outstanding: Outstanding = NONE_OUTSTANDING
 
     @property
     def base(self) -> Weights:
@@ -111,6 +135,8 @@ class Algorithm(Protocol):
     """Whether it adds to the frozen matrices, which must then be held in full."""
     ignores_weights: ClassVar[bool]
     """Whether clients count alike whatever their updates weigh, so that a strategy that reweighs them does nothing."""
+    takes_stale_updates: ClassVar[bool]
+    """Whether an update means the same to the server whatever weights it began from, so that a round may mix updates of several."""
     client_sends: ClassVar[tuple[str, ...]]
     """Names of the further tensors in an update, each named and shaped like the update."""
     uniform: ClassVar[tuple[str, ...]]
@@ -126,6 +152,11 @@ class Algorithm(Protocol):
     @property
     def needs(self) -> frozenset[Fact]:
         """What clients must tell of themselves; updates without it are refused."""
+        ...
+
+    @property
+    def transforms(self) -> tuple[UpdateTransform, ...]:
+        """What happens to updates between training and the server's step, before the experiment's own transforms."""
         ...
 
     @property
@@ -176,6 +207,7 @@ class ServerAverage:
     needs_individual_updates: ClassVar[bool] = False
     changes_frozen: ClassVar[bool] = False
     ignores_weights: ClassVar[bool] = False
+    takes_stale_updates: ClassVar[bool] = True
     client_sends: ClassVar[tuple[str, ...]] = ()
     uniform: ClassVar[tuple[str, ...]] = ()
     splits_anew: ClassVar[bool] = False
@@ -191,6 +223,11 @@ class ServerAverage:
     def needs(self) -> frozenset[Fact]:
         """Nothing."""
         return frozenset()
+
+    @property
+    def transforms(self) -> tuple[UpdateTransform, ...]:
+        """None."""
+        return ()
 
     @property
     def needs_labels(self) -> bool:
@@ -229,49 +266,6 @@ class ServerAverage:
     def personal(self, state: ServerState, client_state: Slots) -> Weights:
         """The global weights."""
         return state.weights
-
-
-class Aggregator:
-    """Takes updates in as they come: running means, or the updates themselves where the method must see each.
-
-    Args:
-        algorithm: whose ``fold`` says what enters and how much it weighs.
-        state: the server's, at the start of the round.
-    """
-
-    def __init__(self, algorithm: Algorithm, state: ServerState) -> None:
-        self._algorithm, self._state = algorithm, state
-        self._means: dict[str, W.WeightedMean] = {}
-        self._members: list[tuple[Slots, float]] = []
-        self.num_clients = 0
-
-    def add(self, update: ClientUpdate) -> None:
-        """Take in one update."""
-        slots, weight = self._algorithm.fold(self._state, update)
-        self.num_clients += 1
-        if self._algorithm.needs_individual_updates:
-            self._members.append((slots, weight))
-            return
-        for kind, term in slots.items():
-            self._means.setdefault(kind, W.WeightedMean()).add(term, 1.0 if kind in self._algorithm.uniform else weight)
-
-    @property
-    def num_bytes(self) -> int:
-        """Memory held for the updates so far: flat in their number, unless the method needs each."""
-        members = sum(W.num_bytes(*slots.values()) for slots, _ in self._members)
-        return members + sum(mean.num_bytes for mean in self._means.values())
-
-    def value(self) -> Aggregate:
-        """The aggregate.
-
-        Raises:
-            FederationError: if no update has a positive weight.
-        """
-        total = sum(weight for _, weight in self._members)
-        if self._members and total <= 0:
-            raise FederationError("no update has a positive weight, so there is no aggregate; check that the cohort's clients hold samples")
-        members = tuple(Member(slots, weight / total) for slots, weight in self._members)
-        return Aggregate({kind: mean.value() for kind, mean in self._means.items()}, self.num_clients, members)
 
 
 def client_weights(state: ServerState, update: ClientUpdate) -> Weights:

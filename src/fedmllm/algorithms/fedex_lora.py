@@ -24,6 +24,7 @@ class FedExLoRA(FedAvg):
     exact = True
     needs_individual_updates = True
     changes_frozen = True
+    takes_stale_updates = False
 
     def fold(self, state: ServerState, update: ClientUpdate) -> tuple[Slots, float]:
         """The client's factors."""

@@ -31,6 +31,7 @@ class FediLoRA(FedAvg):
     edit_threshold: float = 0.95
     kind = "lora"
     heterogeneous_ranks = True
+    takes_stale_updates = False
 
     def __post_init__(self) -> None:
         require_within("edit_threshold", self.edit_threshold, -1, 1 + 1e-9)

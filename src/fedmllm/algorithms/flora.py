@@ -26,6 +26,7 @@ class FLoRA(FedAvg):
     heterogeneous_ranks = True
     needs_individual_updates = True
     changes_frozen = True
+    takes_stale_updates = False
 
     def downloads(self, name: str) -> bool:
         """No factors: new ones are drawn from the seed, and the stack is counted by itself."""

@@ -27,6 +27,7 @@ class HetLoRA(FedAvg):
 
     kind = "lora"
     heterogeneous_ranks = True
+    takes_stale_updates = False
 
     def fold(self, state: ServerState, update: ClientUpdate) -> tuple[Slots, float]:
         """The padded factors' distance to the global ones, and ones for the client's ranks, by the norm of their product."""

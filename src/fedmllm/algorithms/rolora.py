@@ -16,6 +16,8 @@ class RoLoRA(FFALoRA):
     again may have missed a change of either.
     """
 
+    takes_stale_updates = False
+
     def uploads(self, round_num: int, name: str) -> bool:
         """B in rounds 0, 2, ..., A in rounds 1, 3, ..."""
         return not (factors.is_a(name) if round_num % 2 == 0 else factors.is_b(name))

@@ -35,6 +35,7 @@ class Scaffold(FedAvg):
     client_sends = ("control",)
     uniform = ("control",)
     by_head = True
+    takes_stale_updates = False
 
     def __post_init__(self) -> None:
         require_positive(server_learning_rate=self.server_learning_rate)

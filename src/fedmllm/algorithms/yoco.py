@@ -50,6 +50,7 @@ class YOCO(FedAvg):
     kind = "one-shot"
     needs_individual_updates = True
     changes_frozen = True
+    takes_stale_updates = False
 
     def __post_init__(self) -> None:
         require_not_negative(sign_weight=self.sign_weight, sparse_weight=self.sparse_weight)

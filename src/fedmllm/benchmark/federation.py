@@ -8,21 +8,25 @@ import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 from fedmllm.algorithms import build_algorithm
-from fedmllm.benchmark.observer import UNOBSERVED, Observer
 from fedmllm.benchmark.resident import Resident
 from fedmllm.benchmark.roll_call import RollCall
 from fedmllm.benchmark.worker import client_app, resident_worker
 from fedmllm.config import Experiment
 from fedmllm.data.federated import FederatedData, spread
+from fedmllm.engine.base import Engine
+from fedmllm.engine.carrier import FlowerCarrier
 from fedmllm.engine.failures import FailureConfig
-from fedmllm.engine.flower import FlowerCarrier, FlowerEngine
+from fedmllm.engine.flower import FlowerEngine
 from fedmllm.engine.frozen import BaseHistory
 from fedmllm.engine.installed import require_flower
+from fedmllm.engine.observer import UNOBSERVED, Observer
 from fedmllm.engine.run_grid import RunGrid, serving
+from fedmllm.engine.schedules import build_schedule
 from fedmllm.engine.simulation import simulation
 from fedmllm.engine.sites import ServerConfig
 from fedmllm.engine.stages import Stage
@@ -56,22 +60,31 @@ class Federation:
         return self.grid is not None
 
     @contextmanager
-    def engine(self, stage: Stage, folder: Path) -> Iterator[FlowerEngine | None]:
-        """Trains the clients where they are; None for here. Baselines are not of the federation and train here."""
+    def engine(self, stage: Stage, folder: Path, here: Engine) -> Iterator[Engine]:
+        """Trains the clients where they are.
+
+        Args:
+            stage: theirs. Baselines are not of the federation and train here.
+            folder: of the run.
+            here: trains clients in this process.
+        """
         e, about = self.experiment.engine, dict[str, Any](experiment=settings(self.experiment))
         history = BaseHistory(folder / "checkpoints" / f"{stage.name}-base")
         if self.grid is not None:
             about |= {"run": _run_id(folder), "trial": self.trial}
-            yield FlowerEngine(self.grid, stage.name, about, self.grid.online, history)
+            yield FlowerEngine(self.grid, stage.name, about, self.grid.online, history, remote=True)
         elif e.name == "flower":
             states = folder.resolve() / "checkpoints" / f"{stage.name}-clients"
-            with simulation(client_app(resident_worker), stage.clients_per_round, e.worker_cpus, e.worker_gpus) as (grid, nodes):
-                reached = lambda names: dict(zip(names, nodes, strict=False))  # noqa: E731
+            at_once = build_schedule(self.experiment.schedule).concurrency_of(stage)
+            with simulation(client_app(resident_worker), at_once, e.worker_cpus, e.worker_gpus) as (grid, nodes):
+                # Each node runs any client; in turn, so that those at work together are at different ones.
+                turns = cycle(nodes)
+                reached = lambda names: {name: next(turns) for name in names}  # noqa: E731
                 # Flower's simulation holds messages in this process. Twice as many as there are workers keep all of them at work.
                 ahead = 2 * math.ceil((os.cpu_count() or 1) / e.worker_cpus)
                 yield FlowerEngine(FlowerCarrier(grid), stage.name, about | {"states": str(states)}, reached, history, ahead)
         else:
-            yield None
+            yield here
 
 
 @contextmanager

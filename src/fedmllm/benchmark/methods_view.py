@@ -16,21 +16,19 @@ import torch
 from fedmllm import weights as W
 from fedmllm.algorithms import ALGORITHMS, PUBLISHED, STRATEGIES, Algorithm, Client
 from fedmllm.algorithms.strategies import Strategy
+from fedmllm.engine.base import Assignment, Split, scores_here
 from fedmllm.engine.checkpoint import RunStore
-from fedmllm.engine.in_process import Assignment
 from fedmllm.engine.rounds import Loop, run_stage
 from fedmllm.engine.stages import Stage
 from fedmllm.randomness import generator
 from fedmllm.training.local import TrainingConfig
 from fedmllm.training.rules import LocalResult
-from fedmllm.types import ClientUpdate, Record, Sample, Weights
+from fedmllm.types import ClientUpdate, Metrics, Record, Sample, Weights
 
 ROUNDS = 2
 """Of a trial: some methods do in later rounds what they do not do in the first."""
 
 WIDTH, RANK = 6, 2
-HOOKS = {"rule": "client", "reweigh": "weight"}
-"""What a strategy changes, by the function it replaces."""
 
 
 def catalog() -> Record:
@@ -69,7 +67,7 @@ def _properties(method: Algorithm) -> Record:
 
 
 def _changes(name: str, cls: type[Strategy]) -> Record:
-    changed = [what for hook, what in HOOKS.items() if getattr(cls, hook) is not getattr(Strategy, hook)]
+    changed = [*(["client"] if cls.rule is not Strategy.rule else []), *(["weight"] if cls().reweighs else [])]
     return {"kind": "strategy", "changes": changed, "published": name in PUBLISHED}
 
 
@@ -112,7 +110,7 @@ def _trial(method: Algorithm, cohort: int) -> _Trial:
     stage = Stage("trial", {f"client-{i}": () for i in range(cohort)}, ROUNDS, cohort)
     with TemporaryDirectory() as folder:
         store = RunStore(Path(folder))
-        loop = Loop(method, _Stirring(), TrainingConfig(), lambda weights, base: {"score": 0.0}, store, 0)
+        loop = Loop(method, _Stirring(), TrainingConfig(), Split(lambda weights, base: {"score": 0.0}), store, 0)
         state = run_stage(loop, stage, method.init(tensors, frozen))
         rounds = store.records(stage.name)
         kept = store.client_states(stage.name).load("client-0", state.accepted["client-0"])
@@ -129,10 +127,27 @@ def _trial(method: Algorithm, cohort: int) -> _Trial:
 class _Stirring:
     """An engine without a model: its clients follow the method's rule, but instead of training they make each tensor a little larger."""
 
-    def map_clients(self, assignment: Assignment, clients: Mapping[str, Sequence[Sample]]) -> Iterator[ClientUpdate]:
-        """One update per client, in the clients' order."""
-        for name in clients:
-            yield self._turn(assignment, name)
+    remote = False
+
+    def __init__(self) -> None:
+        self._asked: dict[str, Assignment] = {}
+
+    def submit(self, assignment: Assignment, clients: Mapping[str, Sequence[Sample]]) -> None:
+        """Note who is to answer."""
+        self._asked |= dict.fromkeys(clients, assignment)
+
+    def completed(self, order: Sequence[str] | None = None) -> Iterator[ClientUpdate]:
+        """One update per client."""
+        for name in list(self._asked) if order is None else order:
+            yield self._turn(self._asked.pop(name), name)
+
+    def cancel(self) -> None:
+        """Forget them."""
+        self._asked.clear()
+
+    def scores(self, assignment: Assignment, clients: Sequence[str], split: Split) -> dict[str, Metrics]:
+        """Of nothing."""
+        return scores_here(assignment, clients, split)
 
     def _turn(self, assignment: Assignment, name: str) -> ClientUpdate:
         algorithm, received, round_num = assignment.algorithm, assignment.broadcast.weights, assignment.broadcast.round_num

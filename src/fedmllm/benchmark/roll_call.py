@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from fedmllm.benchmark.observer import START, Observer
+from fedmllm.engine.carrier import Carrier, ask
 from fedmllm.engine.failures import FailureConfig
-from fedmllm.engine.flower import Carrier, ask
 from fedmllm.engine.messages import write_question
+from fedmllm.engine.observer import START, Observer
 from fedmllm.engine.words import Presence, read_word
 from fedmllm.errors import FederationError, listing
 from fedmllm.types import ClientFailure

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,6 @@ from fedmllm.benchmark.card import adapter_card
 from fedmllm.benchmark.encodable import encodable, usable
 from fedmllm.benchmark.federation import Federation, federation
 from fedmllm.benchmark.folders import check_folder, known_model, open_folder, unfinished_folder
-from fedmllm.benchmark.observer import UNOBSERVED, Observer
 from fedmllm.benchmark.report import write_report
 from fedmllm.benchmark.resident import Resident
 from fedmllm.benchmark.results import RunResult
@@ -27,11 +26,13 @@ from fedmllm.config import Experiment
 from fedmllm.data.datasets import Dataset
 from fedmllm.data.federated import FederatedData
 from fedmllm.data.tested import own_kind, reduced_copy
+from fedmllm.engine.base import Scorer, Split
 from fedmllm.engine.checkpoint import RunStore
-from fedmllm.engine.compression import UNCOMPRESSED
-from fedmllm.engine.flower import FlowerEngine
+from fedmllm.engine.compression import compression
 from fedmllm.engine.in_process import InProcessEngine
+from fedmllm.engine.observer import UNOBSERVED, Observer
 from fedmllm.engine.rounds import Loop, evaluate_state, personal_models, run_stage
+from fedmllm.engine.schedules import SYNCHRONOUS, build_schedule
 from fedmllm.engine.stages import Stage
 from fedmllm.engine.words import VALIDATION
 from fedmllm.evaluation.answered import Answered, to_record
@@ -160,19 +161,19 @@ class _Run:
         if "zero_shot" in self.experiment.evaluation.baselines:
             self._zero_shot(loop, initial)
         # The baselines ask what plain training would give, whatever the method under test adds to it.
-        plain = replace(loop, algorithm=FedAvg(), compression=UNCOMPRESSED)
+        plain = replace(loop, algorithm=FedAvg(), transforms=(), schedule=SYNCHRONOUS)
         calibrated = replace(plain, algorithm=self._calibrated())
         federated, *baselines = stages
         self.asked.clear()
-        with self.federation.engine(federated, self.folder) as engine:
-            loop = self._there(loop, engine)
+        with self.federation.engine(federated, self.folder, loop.engine) as engine:
+            loop = replace(loop, engine=engine)
             watched = loop if loop.algorithm.personalized else self._keeping(loop)
             trained = run_stage(watched, federated, self.start)
             # Whatever comes of the scores that follow, the adapter is there.
             models = personal_models(loop, federated, trained)
             self._save_adapters(trained, models if loop.algorithm.personalized else {})
             self._write_predictions(loop, federated, trained)
-            tested = self._tested(loop, federated, trained, engine)
+            tested = self._tested(loop, federated, trained)
         ended = {f"fine_tuned-{client}": ServerState(weights, slots={"base": trained.base}) for client, weights in models.items()}
         for stage in baselines:
             own = calibrated if stage.name.startswith("calibrated_") else plain
@@ -189,14 +190,6 @@ class _Run:
         if report:
             write_report(self.folder)
         return result
-
-    def _there(self, loop: Loop, engine: FlowerEngine | None, copy: str = "") -> Loop:
-        """The loop with clients where they are, and so their own models."""
-        metric = self.data.dataset.metric
-        if engine is None or not (self.federation.at_sites and loop.algorithm.personalized):
-            return replace(loop, engine=engine or loop.engine)
-        scores, validations = (partial(engine.scores, metric=metric, copy=asked) for asked in (copy, VALIDATION))
-        return replace(loop, engine=engine, scores=scores, validations=validations)
 
     def stages(self) -> list[Stage]:
         """The federation, then centralized training, each client alone, both with calibration, and each client from where the federation ended."""
@@ -240,15 +233,26 @@ class _Run:
 
     def _loop(self) -> Loop:
         e, dataset = self.experiment, self.data.dataset
-        engine = InProcessEngine(self.vlm, self.encoder, e.training, e.engine.together)
-        score = self._scorer(dataset.test, dataset.metric, self.asked)
-        validate = self._scorer(dataset.validation, dataset.metric) if dataset.validation else None
-        store, told = RunStore(self.folder), self.observer.round_done
-        again, answered = self.observer.waiting, self.observer.answered
-        method = build_algorithm(e.algorithm)
-        return Loop(method, engine, e.training, score, store, e.seed, told, e.compression, e.failures, again, answered, validate=validate)
+        return Loop(
+            build_algorithm(e.algorithm),
+            InProcessEngine(self.vlm, self.encoder, e.training, e.engine.together),
+            e.training,
+            self._split(dataset.test, kept=self.asked),
+            RunStore(self.folder),
+            e.seed,
+            compression(e.compression),
+            e.failures,
+            self.observer,
+            self._split(dataset.validation, VALIDATION) if dataset.validation else None,
+            build_schedule(e.schedule),
+        )
 
-    def _scorer(self, samples: Sequence[Sample], metric: str, kept: list[Answered] | None = None) -> Callable[[Weights, Weights], Metrics]:
+    def _split(self, samples: Sequence[Sample], name: str = "", kept: list[Answered] | None = None) -> Split:
+        """Samples, scored by the experiment's metric."""
+        metric = self.data.dataset.metric
+        return Split(self._scorer(samples, metric, kept), name, metric)
+
+    def _scorer(self, samples: Sequence[Sample], metric: str, kept: list[Answered] | None = None) -> Scorer:
         """Scores given weights, and what was merged into the frozen ones, on some samples."""
 
         def score(weights: Weights, base: Weights) -> Metrics:
@@ -261,19 +265,22 @@ class _Run:
     def _keeping(self, loop: Loop) -> Loop:
         """The same loop; where its scores fail, the adapter that was to be scored is kept."""
 
-        def kept(score: Callable[[Weights, Weights], Metrics], weights: Weights, base: Weights) -> Metrics:
+        def kept(score: Scorer, weights: Weights, base: Weights) -> Metrics:
             try:
                 return score(weights, base)
             except Exception:
                 save_adapter(self.vlm, weights, self.folder / "adapter", base)
                 raise
 
-        return replace(loop, evaluate=partial(kept, loop.evaluate), validate=loop.validate and partial(kept, loop.validate))
+        def safe(split: Split) -> Split:
+            return replace(split, score=partial(kept, split.score))
+
+        return replace(loop, test=safe(loop.test), validation=loop.validation and safe(loop.validation))
 
     def _write_predictions(self, loop: Loop, stage: Stage, trained: ServerState) -> None:
         """What the final model answered to the test split, or each of a personalized method's; asked again if it was in an earlier sitting.
         What was answered elsewhere nobody knows here."""
-        if loop.scores is not None:
+        if loop.algorithm.personalized and loop.engine.remote:
             return
         if not self.asked:
             evaluate_state(loop, stage, trained)
@@ -281,11 +288,10 @@ class _Run:
         ids = [sample.id for sample in self.data.dataset.test]
         write_json(self.folder / "predictions.json", {"ids": ids, **to_record(self.asked[-count:])})
 
-    def _tested(self, loop: Loop, stage: Stage, trained: ServerState, engine: FlowerEngine | None) -> dict[str, Metrics]:
+    def _tested(self, loop: Loop, stage: Stage, trained: ServerState) -> dict[str, Metrics]:
         """The trained model on the copies of the test split."""
-        scorers = {spec: self._scorer(copy, self.data.dataset.metric) for spec, copy in self.copies.items()}
-        loops = {spec: replace(self._there(loop, engine, spec), evaluate=score) for spec, score in scorers.items()}
-        return {spec: evaluate_state(one, stage, trained) for spec, one in loops.items()}
+        splits = {spec: self._split(copy, spec) for spec, copy in self.copies.items()}
+        return {spec: evaluate_state(loop, stage, trained, split) for spec, split in splits.items()}
 
     def _by_client(self, store: RunStore, models: Mapping[str, Weights], trained_base: Weights) -> dict[str, dict[str, float]]:
         """Accuracy of each client's models on test samples of its own kind, by model and client."""
@@ -323,7 +329,7 @@ class _Run:
         if loop.store.records("zero_shot"):
             return
         start = time.perf_counter()
-        scores = loop.evaluate(initial, {})
+        scores = loop.test.score(initial, {})
         record = {
             "stage": "zero_shot",
             "round": 0,
@@ -332,7 +338,7 @@ class _Run:
             "seconds": {"evaluate": time.perf_counter() - start},
         }
         loop.store.append(record)
-        loop.on_round(record | {"num_rounds": 0})
+        loop.observer.round_done(record | {"num_rounds": 0})
 
 
 def pooled(clients: Mapping[str, Sequence[Sample]]) -> dict[str, tuple[Sample, ...]]:

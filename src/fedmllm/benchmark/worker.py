@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,10 +18,12 @@ from fedmllm.config import Experiment
 from fedmllm.data.federated import spread
 from fedmllm.data.modalities import profile
 from fedmllm.data.tested import reduced_copy
+from fedmllm.engine.base import Assignment
+from fedmllm.engine.carrier import enclose, enclosed
 from fedmllm.engine.checkpoint import ClientStates
-from fedmllm.engine.flower import enclose, enclosed
+from fedmllm.engine.compression import compression
 from fedmllm.engine.frozen import KeptBase
-from fedmllm.engine.in_process import Assignment, InProcessEngine
+from fedmllm.engine.in_process import InProcessEngine
 from fedmllm.engine.messages import Task, TaskFacts, read_task, write_answer
 from fedmllm.engine.words import VALIDATION, Presence, Scores, write_word
 from fedmllm.errors import ConfigError
@@ -74,25 +76,30 @@ class _Opened:
 
     def train(self, task: Task, states: ClientStates) -> Answer:
         """One client's turn."""
+        client = task.facts.client
+        self.engine.submit(self._assignment(task, states), {client: self.samples(client)})
+        (answer,) = self.engine.completed()
+        return answer
+
+    def personal(self, task: Task, states: ClientStates) -> ServerState:
+        """The model that a client ends with: the weights, and what was merged into the frozen ones."""
+        assignment = self._assignment(task, states)
+        received = assignment.broadcast
+        return ServerState(assignment.personal(task.facts.client), received.round_num, {"base": received.base})
+
+    def _assignment(self, task: Task, states: ClientStates) -> Assignment:
+        """A task as the server meant it."""
         facts = task.facts
-        assignment = Assignment(
+        return Assignment(
             _received(task, self.own, states),
             self.algorithm,
             facts.learning_rate,
             facts.seed,
             states,
             {} if facts.rank is None else {facts.client: facts.rank},
-            self.experiment.compression,
+            compression(self.experiment.compression),
             accepted={facts.client: facts.accepted},
         )
-        (answer,) = self.engine.map_clients(assignment, {facts.client: self.samples(facts.client)})
-        return answer
-
-    def personal(self, task: Task, states: ClientStates) -> ServerState:
-        """The model that a client ends with: the weights, and what was merged into the frozen ones."""
-        received, client = _received(task, self.own, states), task.facts.client
-        state = ServerState(received.weights, received.round_num, {"base": received.base})
-        return replace(state, weights=self.algorithm.personal(state, states.load(client, task.facts.accepted)))
 
     def score(self, model: ServerState, samples: Sequence[Sample], asked: str) -> Metrics:
         """Of a model on the validation part (``VALIDATION``), the test split (empty) or a copy of it."""

@@ -8,11 +8,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedmllm.algorithms import ServerState
+from fedmllm.algorithms import Outstanding, ServerState
 from fedmllm.engine.packing import pack, unpack
 from fedmllm.errors import RunError
 from fedmllm.files import write_atomically, written
 from fedmllm.types import Record, Slots, Weights
+
+_EARLIER = "earlier."
+"""Before the round of weights that outstanding clients train from."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +31,11 @@ class RunStore:
 
     def save_state(self, stage: str, state: ServerState) -> None:
         """Replace a stage's checkpoint."""
-        facts = {"round_num": state.round_num, "accepted": {client: list(rounds) for client, rounds in state.accepted.items()}}
-        content = pack({"weights": state.weights, **state.slots}, facts)
+        accepted = {client: list(rounds) for client, rounds in state.accepted.items()}
+        left = state.outstanding
+        facts = {"round_num": state.round_num, "accepted": accepted, "outstanding": [[name, *at] for name, at in left.clients.items()]}
+        earlier = {f"{_EARLIER}{number}": weights for number, weights in left.weights.items()}
+        content = pack({"weights": state.weights, **state.slots, **earlier}, facts | {"clock": left.clock})
         write_atomically(self._state_file(stage), content)
 
     def load_state(self, stage: str) -> ServerState | None:
@@ -44,7 +50,10 @@ class RunStore:
         groups, facts = read_checkpoint(path, remedy)
         if "accepted" not in facts:
             raise RunError(f"{path}: an older version wrote it, which did not note whose updates were accepted; {remedy}")
-        return ServerState(groups.pop("weights"), facts["round_num"], groups, accepted=facts["accepted"])
+        earlier = {int(name.removeprefix(_EARLIER)): groups.pop(name) for name in list(groups) if name.startswith(_EARLIER)}
+        clients = {name: (int(number), float(done)) for name, number, done in facts.get("outstanding", [])}
+        left = Outstanding(clients, earlier, facts.get("clock", 0.0))
+        return ServerState(groups.pop("weights"), facts["round_num"], groups, accepted=facts["accepted"], outstanding=left)
 
     def client_states(self, stage: str) -> ClientStates:
         """What the clients of a stage keep for themselves."""

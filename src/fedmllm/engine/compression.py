@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple, Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from fedmllm.types import Weights
-
-Packed = Sequence[Tensor]
-"""A tensor as it is sent: its shape is the receiver's to know."""
+from fedmllm import factors
+from fedmllm import weights as W
+from fedmllm.algorithms import ClientContext, Codec, Packed, UpdateTransform
+from fedmllm.types import ClientUpdate, Slots, Weights
 
 
 class CompressionConfig(BaseModel):
@@ -30,22 +31,6 @@ class CompressionConfig(BaseModel):
     error_feedback: bool = True
     """Clients keep what was lost on the way and add it to their next update (Seide et al., Interspeech 2014; Karimireddy et al., ICML 2019); under
     FlexLoRA and fedmllm it is carried over to the new factors."""
-
-
-UNCOMPRESSED = CompressionConfig()
-"""Updates as they are."""
-
-
-class Codec(Protocol):
-    """One way to write a tensor."""
-
-    def pack(self, tensor: Tensor) -> Packed:
-        """What is sent of a float32 tensor. Entries that are not finite stay so, to be refused by the server."""
-        ...
-
-    def unpack(self, packed: Packed, shape: torch.Size) -> Tensor:
-        """The float32 tensor that the server reads."""
-        ...
 
 
 class BFloat16:
@@ -127,17 +112,6 @@ def _unpaired(pairs: Tensor) -> Tensor:
     return torch.where(halves > 7, halves - 16, halves)
 
 
-def build_codec(config: CompressionConfig) -> Codec | None:
-    """The codec a configuration names; None where updates go as they are."""
-    codecs: dict[str, Codec] = {
-        "bfloat16": BFloat16(),
-        "int8": Blocks(8, config.block),
-        "int4": Blocks(4, config.block),
-        "top_k": TopK(config.fraction),
-    }
-    return codecs.get(config.name)
-
-
 class Sent(NamedTuple):
     """Tensors on their way.
 
@@ -169,3 +143,64 @@ def sent_through(codec: Codec, tensors: Weights, kept: Mapping[str, Tensor]) -> 
     packed = {name: codec.pack(tensor) for name, tensor in whole.items()}
     received = {name: codec.unpack(packed[name], tensor.shape) for name, tensor in whole.items()}
     return Sent(received, {name: tensor - received[name] for name, tensor in whole.items()}, packed)
+
+
+@dataclass(frozen=True)
+class Compression(UpdateTransform):
+    """Updates in fewer bytes; with error feedback, what was lost is added to the client's next update.
+
+        sent_k = Q(update_k + residual_k),   residual_k <- update_k + residual_k - sent_k
+
+    for the update and for each of the method's further tensors. Where the method's factors have other directions in each round
+    (``splits_anew``), the residual of the update is carried over to the new ones. An update that is not finite is sent as it is, for the server to
+    refuse, and leaves no residual, which would spoil all of the client's later updates.
+
+    Attributes:
+        writer: Q.
+        error_feedback: whether clients keep residuals.
+    """
+
+    writer: Codec
+    error_feedback: bool = True
+    name = "compression"
+
+    @property
+    def codec(self) -> Codec:
+        """The writer."""
+        return self.writer
+
+    def client(self, update: ClientUpdate, context: ClientContext) -> tuple[ClientUpdate, Slots]:
+        """The rule above. Slots: ``update`` and the further tensors' names hold residuals, ``ended`` the factors they belong to."""
+        ended = context.ended if context.algorithm.splits_anew else {}
+        kept = _carried(context.kept, ended)
+        groups = {"update": update.update, **update.extras}
+        sent = {kind: sent_through(self.writer, tensors, kept.get(kind, {})) for kind, tensors in groups.items()}
+        arrived = {kind: through.received for kind, through in sent.items()}
+        packed = {kind: through.packed for kind, through in sent.items()}
+        size = sum(through.num_bytes for through in sent.values())
+        written = replace(update, update=arrived.pop("update"), extras=arrived, num_bytes=size, packed=packed)
+        return written, self._residuals(sent, kept, ended)
+
+    def _residuals(self, sent: Mapping[str, Sent], kept: Slots, ended: Weights) -> Slots:
+        """What the client keeps of what was lost; tensors that a round does not send keep what they had."""
+        lost = {kind: through.lost for kind, through in sent.items() if self.error_feedback and W.is_finite(through.lost)}
+        slots: Slots = {kind: {**kept.get(kind, {}), **tensors} for kind, tensors in lost.items()}
+        return {**slots, "ended": factors.named(dict(factors.pairs(ended)))} if ended and "update" in slots else slots
+
+
+def _carried(kept: Slots, ended: Weights) -> Slots:
+    """Residuals, that of the update in the directions of the new factors. What is not finite has no directions."""
+    if not ended or "ended" not in kept or not W.is_finite(ended):
+        return kept
+    return {**kept, "update": factors.carried(kept["update"], kept["ended"], ended)}
+
+
+def compression(config: CompressionConfig) -> tuple[Compression, ...]:
+    """The transform a configuration names; none where updates go as they are."""
+    writers: dict[str, Codec] = {
+        "bfloat16": BFloat16(),
+        "int8": Blocks(8, config.block),
+        "int4": Blocks(4, config.block),
+        "top_k": TopK(config.fraction),
+    }
+    return (Compression(writers[config.name], config.error_feedback),) if config.name in writers else ()

@@ -3,95 +3,43 @@
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import islice
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
+from fedmllm.engine.base import Assignment, Split, scores_here
+from fedmllm.engine.carrier import POLL, POLL_SHARE, Carrier, TimeLeft, ask, look, receive, send
 from fedmllm.engine.frozen import BaseHistory
-from fedmllm.engine.in_process import Assignment
-from fedmllm.engine.messages import SLACK, expected, read_answer, write_task
+from fedmllm.engine.messages import expected, read_answer, write_task
 from fedmllm.engine.words import Scores, read_word
 from fedmllm.errors import FederationError, listing
 from fedmllm.types import Answer, ClientFailure, Metrics, Sample
 
-if TYPE_CHECKING:
-    from flwr.app import Message, RecordDict
-    from flwr.serverapp import Grid
 
-_POLL = (0.02, 0.5)
-"""Seconds between two looks for an answer, at first and at most."""
-_POLL_SHARE = 0.05
-"""Of the time that it has been waited for, which the next look comes later."""
-_GRACE = 30.0
-"""Seconds that a message outlives its round's deadline: then the answer of one that is late is dropped on the way."""
-_NEVER = 30 * 24 * 3600.0
-"""Seconds that a message lives without a deadline."""
+@dataclass(frozen=True)
+class _Submitted:
+    """A client that was submitted and whose task is not on its way yet."""
 
-
-def enclose(content: bytes) -> RecordDict:
-    """Bytes as a record of Flower, which sends arrays in pieces and without a limit of size."""
-    from flwr.app import Array, ArrayRecord, RecordDict
-
-    array = Array(dtype="uint8", shape=(len(content),), stype="fedmllm.safetensors", data=content)
-    return RecordDict({"content": ArrayRecord({"bytes": array})})
-
-
-def enclosed(record: RecordDict, largest: int | None = None) -> bytes:
-    """The opposite.
-
-    Raises:
-        ValueError: if it is something else, or more bytes than ``largest``.
-    """
-    try:
-        content = bytes(record.array_records["content"]["bytes"].data)
-    except (KeyError, AttributeError, TypeError) as error:
-        raise ValueError("the message holds no record of ours") from error
-    if largest is not None and len(content) > largest:
-        raise ValueError(f"it has {len(content):,} bytes, {largest:,} are expected at most")
-    return content
-
-
-def of_words(client: str) -> int:
-    """Bytes at most of an answer without tensors."""
-    return SLACK
-
-
-class Carrier(Protocol):
-    """Brings messages to nodes, and their replies."""
-
-    def push_messages(self, messages: list[Message]) -> Iterable[str]:
-        """Send; the messages' ids."""
-        ...
-
-    def pull_messages(self, message_ids: list[str], largest: int) -> Iterable[Message]:
-        """The replies that are there. One whose content has more bytes than ``largest`` may be refused, with a ``ValueError``, before it is held here."""
-        ...
+    assignment: Assignment
+    node: int | None
+    time_left: TimeLeft
+    unreachable: str = "not connected"
 
 
 @dataclass(frozen=True)
-class FlowerCarrier:
-    """A Grid of Flower's as a carrier, whose messages are in this process anyway.
+class _Sent:
+    """A client whose task is on its way: the message's id, or why there is none."""
 
-    Attributes:
-        grid: Flower's.
-    """
-
-    grid: Grid
-
-    def push_messages(self, messages: list[Message]) -> Iterable[str]:
-        """Send."""
-        return self.grid.push_messages(messages)
-
-    def pull_messages(self, message_ids: list[str], largest: int) -> Iterable[Message]:
-        """Of any size."""
-        return self.grid.pull_messages(message_ids)
+    assignment: Assignment
+    message_id: str | ClientFailure
+    time_left: TimeLeft
 
 
-@dataclass(frozen=True)
+@dataclass
 class FlowerEngine:
-    """Sends a round's tasks to nodes, and takes the answers in the clients' order, one at a time.
+    """Sends clients' tasks to nodes, and takes their answers one at a time.
+
+    Answers that come before they are asked for wait outside of this process where Flower has a server of its own.
 
     Attributes:
         grid: Flower's.
@@ -100,6 +48,7 @@ class FlowerEngine:
         nodes: where clients can be reached now, by name; those that cannot are left out. It raises a ``ConnectionError`` where what leads to them is gone.
         history: of the change to the frozen weights.
         ahead: tasks that are on their way at once; None for all. Where messages are held in this process, this bounds their memory.
+        remote: whether clients are at sites, with the models that they keep.
     """
 
     grid: Carrier
@@ -108,50 +57,115 @@ class FlowerEngine:
     nodes: Callable[[Sequence[str]], Mapping[str, int]]
     history: BaseHistory
     ahead: int | None = None
+    remote: bool = False
+    _submitted: dict[str, _Submitted] = field(default_factory=dict, init=False)
+    _sent: dict[str, _Sent] = field(default_factory=dict, init=False)
 
-    def map_clients(self, assignment: Assignment, clients: Mapping[str, Sequence[Sample]]) -> Iterator[Answer]:
-        """Answers in the clients' order. Those that come earlier wait outside of this process where Flower has a server of its own."""
-        for name, content in self._ask("train", assignment, list(clients), self.about, lambda name: expected(assignment, name).largest):
-            if isinstance(content, ClientFailure):
-                yield content
-                continue
-            answer = read_answer(content, name, expected(assignment, name))
-            self.history.answered(name, assignment.broadcast, isinstance(answer, ClientFailure))
-            yield answer
-
-    def _ask(
-        self, kind: str, assignment: Assignment, clients: Sequence[str], about: Mapping[str, Any], largest: Callable[[str], int] = of_words
-    ) -> Iterator[tuple[str, bytes | ClientFailure]]:
-        """Send each client its task, and take what it answers."""
-        broadcast, history = assignment.broadcast, self.history
-        history.note(broadcast)
-        contents = ((name, write_task(assignment, self.stage, name, about, history.missing(name, broadcast))) for name in clients)
+    def submit(self, assignment: Assignment, clients: Mapping[str, Sequence[Sample]]) -> None:
+        """Send the tasks, as many as may be on their way; the others follow as answers are taken."""
+        self.history.note(assignment.broadcast)
+        time_left, unreachable, nodes = TimeLeft(assignment.deadline), "not connected", dict[str, int]()
         try:
-            nodes = self.nodes(clients)
+            nodes = dict(self.nodes(list(clients)))
         except ConnectionError as error:
-            return iter([(name, ClientFailure(name, str(error), reached=False)) for name in clients])
-        return ask(self.grid, kind, contents, nodes, assignment.deadline, largest, self.ahead)
+            unreachable = str(error)
+        self._submitted |= {name: _Submitted(assignment, nodes.get(name), time_left, unreachable) for name in clients}
+        self._send_ahead()
 
-    def scores(self, assignment: Assignment, clients: Sequence[str], metric: str, copy: str = "") -> dict[str, Metrics]:
+    def completed(self, order: Sequence[str] | None = None) -> Iterator[Answer]:
+        """Answers in the order asked for, or as they arrive."""
+        if order is None:
+            yield from self._as_they_arrive()
+            return
+        for name in order:
+            if name not in self._sent:
+                self._send(name)
+            sent = self._sent[name]
+            content = _received(self.grid, name, sent, self._largest(name))
+            yield self._answer(name, content)
+
+    def cancel(self) -> None:
+        """Forget clients; answers that still come are not looked for."""
+        self._submitted.clear()
+        self._sent.clear()
+
+    def scores(self, assignment: Assignment, clients: Sequence[str], split: Split) -> dict[str, Metrics]:
         """What clients' own models score where they are, by client; those that do not tell are left out.
-
-        Args:
-            assignment: as if the next round began.
-            clients: whom to ask.
-            metric: the experiment's, by which all must score.
-            copy: of the test split, as in ``evaluation.tested``; empty for the complete one, ``VALIDATION`` for the validation part.
 
         Raises:
             FederationError: if nobody tells.
         """
+        if not self.remote:
+            return scores_here(assignment, clients, split)
         round_num = assignment.broadcast.round_num
         told: list[Scores | ClientFailure] = []
-        for name, content in self._ask("evaluate", assignment, clients, {**self.about, "tested": copy}):
-            told.append(content if isinstance(content, ClientFailure) else _scores(content, name, metric, round_num))
+        for name, content in self._asked(assignment, clients, {**self.about, "tested": split.name}):
+            told.append(content if isinstance(content, ClientFailure) else _scores(content, name, split.metric, round_num))
         if found := {word.client: word.metrics for word in told if isinstance(word, Scores)}:
             return found
         reasons = listing(f"{word.client}: {word.reason}" for word in told if isinstance(word, ClientFailure))
-        raise FederationError(f"after round {round_num} no client tells the score of its own model:\n{reasons}")
+        raise FederationError(f"after round {round_num} no client returned a score for its personalized model:\n{reasons}")
+
+    def _asked(
+        self, assignment: Assignment, clients: Sequence[str], about: Mapping[str, Any]
+    ) -> Iterator[tuple[str, bytes | ClientFailure]]:
+        """Clients' answers to the question for their scores."""
+        self.history.note(assignment.broadcast)
+        try:
+            nodes = self.nodes(clients)
+        except ConnectionError as error:
+            return iter([(name, ClientFailure(name, str(error), reached=False)) for name in clients])
+        contents = ((name, self._task(assignment, name, about)) for name in clients)
+        return ask(self.grid, "evaluate", contents, nodes, assignment.deadline, ahead=self.ahead)
+
+    def _task(self, assignment: Assignment, client: str, about: Mapping[str, Any]) -> bytes:
+        return write_task(assignment, self.stage, client, about, self.history.missing(client, assignment.broadcast))
+
+    def _send_ahead(self) -> None:
+        while self._submitted and (self.ahead is None or len(self._sent) < self.ahead):
+            self._send(next(iter(self._submitted)))
+
+    def _send(self, name: str) -> None:
+        """Send a client its task.
+
+        Raises:
+            LookupError: if the client is not outstanding.
+        """
+        if name not in self._submitted:
+            raise LookupError(f"{name!r} is not outstanding")
+        work = self._submitted.pop(name)
+        message_id: str | ClientFailure = ClientFailure(name, work.unreachable, reached=False)
+        if work.node is not None:
+            content = self._task(work.assignment, name, self.about)
+            message_id = send(self.grid, "train", name, content, work.node, work.time_left)
+        self._sent[name] = _Sent(work.assignment, message_id, work.time_left)
+
+    def _as_they_arrive(self) -> Iterator[Answer]:
+        """Look at all clients that are on their way, again and again. Whoever is late is a failure, so that it ends where there is a deadline."""
+        pause = POLL[0]
+        while self._sent:
+            found = False
+            for name, sent in list(self._sent.items()):
+                content = _looked(self.grid, name, sent, self._largest(name))
+                if content is not None:
+                    found = True
+                    yield self._answer(name, content)
+            pause = POLL[0] if found else min(pause * (1 + POLL_SHARE), POLL[1])
+            if not found:
+                time.sleep(pause)
+
+    def _largest(self, name: str) -> int:
+        return expected(self._sent[name].assignment, name).largest
+
+    def _answer(self, name: str, content: bytes | ClientFailure) -> Answer:
+        """What a client sent; it is outstanding no longer, and the next task is sent."""
+        assignment = self._sent.pop(name).assignment
+        self._send_ahead()
+        if isinstance(content, ClientFailure):
+            return content
+        answer = read_answer(content, name, expected(assignment, name))
+        self.history.answered(name, assignment.broadcast, isinstance(answer, ClientFailure))
+        return answer
 
 
 def _scores(content: bytes, client: str, metric: str, round_num: int) -> Scores | ClientFailure:
@@ -163,87 +177,15 @@ def _scores(content: bytes, client: str, metric: str, round_num: int) -> Scores 
     return told
 
 
-def ask(
-    grid: Carrier,
-    kind: str,
-    contents: Iterable[tuple[str, bytes]],
-    nodes: Mapping[str, int],
-    deadline: float | None,
-    largest: Callable[[str], int] = of_words,
-    ahead: int | None = None,
-) -> Iterator[tuple[str, bytes | ClientFailure]]:
-    """Send every client its message, one at a time, so that no more than one is held here; then take the answers in the same order.
-
-    Args:
-        grid: Flower's. Where what it leads to is gone it raises a ``ConnectionError``, and is asked again until the deadline.
-        kind: of message.
-        contents: what to send, by client.
-        nodes: where clients are reached.
-        deadline: seconds until which answers are waited for; None for ever.
-        largest: bytes of a client's answer at most.
-        ahead: messages that are on their way at once; None for all. The next is sent when the first of them is answered.
-    """
-    time_left = _TimeLeft(deadline)
-    sent = ((client, _send(grid, kind, client, content, nodes.get(client), time_left)) for client, content in contents)
-    waiting = deque(islice(sent, ahead))
-    while waiting:
-        client, message_id = waiting.popleft()
-        if isinstance(message_id, ClientFailure):
-            yield client, message_id
-        else:
-            yield client, _receive(grid, client, message_id, largest(client), time_left)
-        waiting.extend(islice(sent, 1))
+def _received(grid: Carrier, client: str, sent: _Sent, largest: int) -> bytes | ClientFailure:
+    """As ``_receive``; at once where nothing was sent."""
+    if isinstance(sent.message_id, ClientFailure):
+        return sent.message_id
+    return receive(grid, client, sent.message_id, largest, sent.time_left)
 
 
-class _TimeLeft:
-    """Until a deadline, counted from now; None for none."""
-
-    def __init__(self, deadline: float | None) -> None:
-        self.deadline, self._begun = deadline, time.monotonic()
-
-    @property
-    def late(self) -> bool:
-        """Whether it is over."""
-        return self.deadline is not None and time.monotonic() - self._begun > self.deadline
-
-
-def _send(grid: Carrier, kind: str, client: str, content: bytes, node: int | None, time_left: _TimeLeft) -> str | ClientFailure:
-    """Try until it is sent, or it is too late."""
-    from flwr.app import Message
-
-    if node is None:
-        return ClientFailure(client, "not connected", reached=False)
-    life = _NEVER if time_left.deadline is None else time_left.deadline + _GRACE
-    # The same in every try: what it leads to knows it again, and the client is not asked twice.
-    message = Message(enclose(content), dst_node_id=node, message_type=kind, ttl=life)
-    while True:
-        late = time_left.late
-        try:
-            taken = list(grid.push_messages([message]))
-        except ConnectionError as error:
-            if late or time_left.deadline is None:
-                return ClientFailure(client, str(error))
-            time.sleep(_POLL[1])
-            continue
-        return taken[0] if taken and taken[0] else ClientFailure(client, "Flower did not take the message", reached=False)
-
-
-def _receive(grid: Carrier, client: str, message_id: str, largest: int, time_left: _TimeLeft) -> bytes | ClientFailure:
-    """Look until the answer is there, or it is too late."""
-    begun = time.monotonic()
-    while True:
-        # Asked before the clock: what is there when time is up still counts, however long the ones before it took.
-        late, trouble = time_left.late, ""
-        try:
-            for reply in grid.pull_messages([message_id], largest):
-                return ClientFailure(client, f"Flower: {reply.error.reason}") if reply.has_error() else enclosed(reply.content, largest)
-        except ConnectionError as error:
-            if time_left.deadline is None:
-                return ClientFailure(client, str(error))
-            trouble = f"; {error}"
-        except ValueError as error:
-            return ClientFailure(client, str(error))
-        if late:
-            return ClientFailure(client, f"no answer within the deadline of {time_left.deadline:g} s{trouble}")
-        # A look costs the SuperLink work, which sends and receives meanwhile.
-        time.sleep(min(max(_POLL[0], _POLL_SHARE * (time.monotonic() - begun)), _POLL[1]))
+def _looked(grid: Carrier, client: str, sent: _Sent, largest: int) -> bytes | ClientFailure | None:
+    """As ``_look``; at once where nothing was sent."""
+    if isinstance(sent.message_id, ClientFailure):
+        return sent.message_id
+    return look(grid, client, sent.message_id, largest, sent.time_left)

@@ -6,16 +6,14 @@ import logging
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import islice
 
 from fedmllm import factors
 from fedmllm import weights as W
-from fedmllm.algorithms import Algorithm, Client
+from fedmllm.algorithms import Client, ClientContext
 from fedmllm.data.modalities import profile
-from fedmllm.engine.checkpoint import ClientStates
-from fedmllm.engine.compression import UNCOMPRESSED, CompressionConfig, build_codec, sent_through
+from fedmllm.engine.base import Assignment, Split, scores_here
 from fedmllm.errors import FedMLLMError
 from fedmllm.models.load import VisionLanguageModel
 from fedmllm.models.lora import has_dropout, write_base
@@ -25,44 +23,9 @@ from fedmllm.training.batches import Encoder
 from fedmllm.training.calibration import calibrated
 from fedmllm.training.local import LocalTask, TrainingConfig, train_locally, train_together
 from fedmllm.training.rules import LocalResult, LocalRule, Upload
-from fedmllm.types import Accepted, Answer, Broadcast, ClientFailure, ClientUpdate, Sample, Slots, Weights
+from fedmllm.types import Answer, ClientFailure, ClientUpdate, Metrics, Sample, Slots
 
 _LOG = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Assignment:
-    """One round's work.
-
-    Attributes:
-        broadcast: what the cohort received.
-        algorithm: the method, for its client rule.
-        learning_rate: this round's.
-        seed: the experiment's.
-        states: what clients keep for themselves.
-        ranks: clients' own LoRA ranks, where they differ from the server's.
-        compression: how updates are written for the way up.
-        deadline: seconds for the whole cohort; None for no limit.
-        accepted: of the server's state: from which turn a client keeps what it does.
-    """
-
-    broadcast: Broadcast
-    algorithm: Algorithm
-    learning_rate: float
-    seed: int
-    states: ClientStates
-    ranks: Mapping[str, int] = field(default_factory=dict)
-    compression: CompressionConfig = UNCOMPRESSED
-    deadline: float | None = None
-    accepted: Accepted = field(default_factory=dict)
-
-    def kept(self, client: str) -> Slots:
-        """What a client kept from its last accepted turn."""
-        return self.states.load(client, self.accepted.get(client, ()))
-
-    def keep(self, client: str, slots: Slots) -> None:
-        """What it keeps of this one, should its update be accepted."""
-        self.states.save(client, self.broadcast.round_num, slots, self.accepted.get(client, ()))
 
 
 @dataclass(frozen=True)
@@ -90,9 +53,38 @@ class _Problem:
     memory: bool
 
 
-@dataclass(frozen=True)
+@dataclass
+class _Work:
+    """Clients that were submitted with one assignment and have not begun.
+
+    Attributes:
+        assignment: what to do.
+        clients: samples by client.
+        begun: when they were submitted.
+    """
+
+    assignment: Assignment
+    clients: dict[str, Sequence[Sample]]
+    begun: float = field(default_factory=time.monotonic)
+
+    @property
+    def late(self) -> bool:
+        """Whether its deadline is over."""
+        deadline = self.assignment.deadline
+        return deadline is not None and time.monotonic() - self.begun > deadline
+
+    def wave(self, first: str, size: int) -> dict[str, Sequence[Sample]]:
+        """Take out a client and those after it, as many as train side by side."""
+        names = list(self.clients)
+        place = names.index(first)
+        return {name: self.clients.pop(name) for name in names[place : place + size]}
+
+
+@dataclass
 class InProcessEngine:
-    """Trains the clients of a cohort here, side by side in waves.
+    """Trains clients here, side by side in waves, when their answers are asked for.
+
+    A client whose training raises is a failure; what is wrong with settings or data (``FedMLLMError``) is raised.
 
     Attributes:
         vlm: the one model, adapters attached.
@@ -105,20 +97,68 @@ class InProcessEngine:
     encoder: Encoder
     training: TrainingConfig
     together: int = 1
+    _waiting: list[_Work] = field(default_factory=list, init=False)
+    _running: Iterator[Answer] = field(default_factory=lambda: iter(()), init=False)
+    _done: dict[str, Answer] = field(default_factory=dict, init=False)
 
-    def map_clients(self, assignment: Assignment, clients: Mapping[str, Sequence[Sample]]) -> Iterator[Answer]:
-        """Answers in the order of the clients, those of a wave made when its first is asked for.
+    @property
+    def remote(self) -> bool:
+        """No."""
+        return False
 
-        A client whose training raises is a failure; what is wrong with settings or data (``FedMLLMError``) is raised.
+    def submit(self, assignment: Assignment, clients: Mapping[str, Sequence[Sample]]) -> None:
+        """Note what to do; nothing is trained yet."""
+        self._waiting.append(_Work(assignment, dict(clients)))
+
+    def completed(self, order: Sequence[str] | None = None) -> Iterator[Answer]:
+        """Answers in the order asked for, or in that of submission."""
+        for name in [*self._done, *(name for work in self._waiting for name in work.clients)] if order is None else order:
+            yield self._answer(name)
+
+    def cancel(self) -> None:
+        """Forget what was not trained yet, and what was not asked for."""
+        self._waiting.clear()
+        self._done.clear()
+        self._running = iter(())
+
+    def scores(self, assignment: Assignment, clients: Sequence[str], split: Split) -> dict[str, Metrics]:
+        """One after another."""
+        return scores_here(assignment, clients, split)
+
+    def _answer(self, name: str) -> Answer:
+        """A client's answer: that of the wave that runs, or of its own, which begins now."""
+        try:
+            while name not in self._done:
+                answer = next(self._running, None)
+                if answer is None:
+                    self._running = self._begun(name)
+                else:
+                    self._done[answer.client] = answer
+        except BaseException:
+            self.cancel()
+            raise
+        return self._done.pop(name)
+
+    def _begun(self, name: str) -> Iterator[Answer]:
+        """The wave in which a client trains: it and those after it that were submitted with it.
+
+        Raises:
+            LookupError: if the client is not outstanding.
         """
+        work = next((work for work in self._waiting if name in work.clients), None)
+        if work is None:
+            raise LookupError(f"{name!r} is not outstanding")
+        assignment, wave = work.assignment, work.wave(name, self._size)
+        if not work.clients:
+            self._waiting.remove(work)
+        if work.late:
+            return iter([ClientFailure(client, f"not begun within the deadline of {assignment.deadline:g} s") for client in wave])
         write_base(self.vlm, assignment.broadcast.base)
-        size = min(self.together, clients_at_once(self.vlm) or self.together) if self._side_by_side else 1
-        begun, waiting = time.monotonic(), iter(clients.items())
-        while wave := list(islice(waiting, size)):
-            if assignment.deadline is not None and time.monotonic() - begun > assignment.deadline:
-                yield from (ClientFailure(name, f"not begun within the deadline of {assignment.deadline:g} s") for name, _ in wave)
-            else:
-                yield from self._wave(assignment, [self._turn(assignment, name, samples) for name, samples in wave])
+        return self._wave(assignment, [self._turn(assignment, client, samples) for client, samples in wave.items()])
+
+    @property
+    def _size(self) -> int:
+        return min(self.together, clients_at_once(self.vlm) or self.together) if self._side_by_side else 1
 
     @cached_property
     def _side_by_side(self) -> bool:
@@ -173,12 +213,13 @@ class InProcessEngine:
 
     def _sent(self, assignment: Assignment, turn: _Turn, result: LocalResult, personal: Slots) -> ClientUpdate:
         """Keep what is the client's own, send the rest."""
-        upload = turn.rule.finish(result)
-        ended = factors.cut(upload.weights, turn.rank) if assignment.algorithm.splits_anew else {}
-        update, lost = _compressed(assignment.compression, _update(assignment, turn, result, upload), turn.client.state, ended)
+        upload, client = turn.rule.finish(result), turn.client
+        ended = factors.cut(upload.weights, turn.rank)
+        context = ClientContext(client.name, assignment.algorithm, assignment.broadcast, assignment.seed, ended, client.state)
+        update, kept = assignment.chain.client(_update(assignment, turn, result, upload), context)
         # A turn that leaves nothing new leaves what there was.
-        if keeps := {**upload.keeps, **personal, **lost} or turn.client.state:
-            assignment.keep(turn.client.name, keeps)
+        if keeps := {**upload.keeps, **personal, **kept} or client.state:
+            assignment.keep(client.name, keeps)
         return update
 
     def _train(self, assignment: Assignment, turns: Sequence[tuple[_Turn, LocalRule]]) -> list[LocalResult]:
@@ -206,31 +247,3 @@ def _update(assignment: Assignment, turn: _Turn, result: LocalResult, upload: Up
     extras = {kind: factors.cut(tensors, turn.rank) for kind, tensors in upload.extras.items()}
     count, profile_ = len(turn.samples), turn.client.profile
     return ClientUpdate(turn.client.name, update, count, result.metrics, extras, profile_, turn.rank, round_num=round_num)
-
-
-def _compressed(config: CompressionConfig, update: ClientUpdate, kept: Slots, ended: Weights) -> tuple[ClientUpdate, Slots]:
-    """An update as it arrives, and what the client keeps of what was lost on the way.
-
-    Args:
-        config: how it is written.
-        update: at the client's rank.
-        kept: what the client has kept.
-        ended: what it trained to, where the next round's factors have other directions; empty where they do not.
-    """
-    codec = build_codec(config)
-    if codec is None:
-        return update, {}
-    # What is not finite has no directions; it is sent as it is, to be refused.
-    if ended and W.is_finite(ended) and "ended" in kept:
-        kept = {**kept, "lost_update": factors.carried(kept["lost_update"], kept["ended"], ended)}
-    groups = {"update": update.update, **update.extras}
-    sent = {kind: sent_through(codec, tensors, kept.get(f"lost_{kind}", {})) for kind, tensors in groups.items()}
-    # What is not finite is refused; kept, it would spoil all of the client's later updates.
-    left = {kind: through.lost for kind, through in sent.items() if config.error_feedback and W.is_finite(through.lost)}
-    lost: Slots = {f"lost_{kind}": {**kept.get(f"lost_{kind}", {}), **tensors} for kind, tensors in left.items()}
-    if ended and "lost_update" in lost:
-        lost = {**lost, "ended": factors.named(dict(factors.pairs(ended)))}
-    arrived = {kind: through.received for kind, through in sent.items()}
-    packed = {kind: through.packed for kind, through in sent.items()}
-    size = sum(through.num_bytes for through in sent.values())
-    return replace(update, update=arrived.pop("update"), extras=arrived, num_bytes=size, packed=packed), lost

@@ -1,59 +1,116 @@
-"""The updates of a round: checked one by one, refused or aggregated, and what is told about them."""
+"""The one taker of updates: it checks each answer of a round, folds what can be used into the aggregate, and counts the rest."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from fedmllm import factors
 from fedmllm import weights as W
-from fedmllm.algorithms import Aggregate, Aggregator, Algorithm, ServerState
-from fedmllm.errors import listing
+from fedmllm.algorithms import Aggregate, Algorithm, Chain, Member, ServerState
+from fedmllm.errors import FederationError, listing
 from fedmllm.models.lora import describe_mismatch
-from fedmllm.types import Answer, ClientFailure, ClientUpdate, Record, Weights
+from fedmllm.types import Answer, ClientFailure, ClientUpdate, Record, Slots, Weights
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What clients were sent, by which their answers are judged.
+
+    Attributes:
+        state: the server's when it was sent.
+        largest: what it is of (``update``, or what the method sends besides) and number of samples -> the largest norm that is accepted; None for
+            any.
+        scale: what accepted updates are multiplied by.
+    """
+
+    state: ServerState
+    largest: Callable[[str, int], float] | None = None
+    scale: float = 1.0
 
 
 class Intake:
-    """Updates taken in so far, and what is told about them.
+    """The answers of a round so far.
 
     Args:
         algorithm: how updates are aggregated.
         state: the server's, at the start of the round.
         ranks: clients' own LoRA ranks.
-        largest: what it is of (``update``, or what the method sends besides) and number of samples -> the largest norm that is taken; None for
-            any.
-        claim: client -> the number of samples it told of before the first round, 0 if it withholds that; None where that is not known.
+        chain: what happens to updates at the server; what the method alone asks for by default.
+        claim: client -> the number of samples it reported before the first round, 0 if it withholds that; None where that is not known.
     """
 
     def __init__(
         self,
         algorithm: Algorithm,
         state: ServerState,
-        ranks: Mapping[str, int],
-        largest: Callable[[str, int], float] | None = None,
+        ranks: Mapping[str, int] | None = None,
+        chain: Chain | None = None,
         claim: Callable[[str], int | None] = lambda client: None,
     ) -> None:
-        self._algorithm, self._state, self._ranks, self._largest, self._claim = algorithm, state, ranks, largest, claim
-        self._aggregator = Aggregator(algorithm, state)
-        self.accepted: set[str] = set()
-        """Clients whose updates are in the aggregate."""
+        self._algorithm, self._state, self._ranks, self._claim = algorithm, state, ranks or {}, claim
+        self._chain = Chain(algorithm.transforms) if chain is None else chain
+        self.accepted: dict[str, int] = {}
+        """Clients whose updates are in the aggregate, and the round of the weights that each trained from."""
+        self.reached: list[str] = []
+        """Clients that were sent a task, one as often as it was."""
+        self.num_clients = 0
+        """How many updates are in the aggregate."""
+        self._means: dict[str, W.WeightedMean] = {}
+        self._members: list[tuple[Slots, float]] = []
         self._num_samples = self._bytes_up = 0
         self._losses: dict[str, tuple[float, float]] = {}
         self._withheld: list[str] = []
         self._halvings: dict[str, int] = {}
         self._refused: list[Record] = []
 
-    def take(self, update: Answer) -> None:
-        """Add an update to the aggregate, or refuse it; note a failure."""
-        if isinstance(update, ClientFailure):
-            self._refused.append({"client": update.client, "reason": update.reason})
-            return
-        sent = W.num_bytes(update.update, *update.extras.values()) if update.num_bytes is None else update.num_bytes
-        self._bytes_up += sent
-        if reason := self._refusal(update):
-            self._refused.append({"client": update.client, "reason": reason})
-            return
-        self._aggregator.add(update)
-        self.accepted.add(update.client)
+    def take(self, answer: Answer, origin: Origin | None = None) -> None:
+        """Add an update to the aggregate, or refuse it; note a failure. Answers to the state at the start of the round need no origin."""
+        sent = origin or Origin(self._state)
+        if not isinstance(answer, ClientFailure) or answer.reached:
+            self.reached.append(answer.client)
+        if isinstance(answer, ClientUpdate):
+            self._bytes_up += W.num_bytes(answer.update, *answer.extras.values()) if answer.num_bytes is None else answer.num_bytes
+        reason = answer.reason if isinstance(answer, ClientFailure) else self._refusal(answer, sent)
+        if reason is not None:
+            self._refused.append({"client": answer.client, "reason": reason})
+        elif isinstance(answer, ClientUpdate):
+            self.fold(_scaled(answer, sent.scale), sent.state)
+            self._note(answer, sent.state.round_num)
+
+    def fold(self, update: ClientUpdate, state: ServerState | None = None) -> None:
+        """Add an update that is known to be good to the aggregate; ``state`` is what its client was sent, this round's by default."""
+        slots, weight = self._algorithm.fold(state or self._state, update)
+        weight = self._chain.weigh(weight, update, self._state)
+        if self._algorithm.needs_individual_updates:
+            self._members.append((slots, weight))
+        else:
+            for kind, term in slots.items():
+                self._means.setdefault(kind, W.WeightedMean()).add(term, 1.0 if kind in self._algorithm.uniform else weight)
+        self.accepted[update.client] = state.round_num if state else self._state.round_num
+        self.num_clients += 1
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory held for the updates so far: flat in their number, unless the method needs each."""
+        members = sum(W.num_bytes(*slots.values()) for slots, _ in self._members)
+        return members + sum(mean.num_bytes for mean in self._means.values())
+
+    def aggregate(self) -> Aggregate:
+        """What the updates come to.
+
+        Raises:
+            FederationError: if no update has a positive weight.
+        """
+        total = sum(weight for _, weight in self._members)
+        if self._members and total <= 0:
+            raise FederationError("no update has a positive weight, so there is no aggregate; check that the cohort's clients hold samples")
+        members = tuple(Member(slots, weight / total) for slots, weight in self._members)
+        means = {kind: mean.value() for kind, mean in self._means.items()}
+        return self._chain.aggregate(Aggregate(means, self.num_clients, members), self._state)
+
+    def _note(self, update: ClientUpdate, round_num: int) -> None:
+        """Count what an accepted update says of itself."""
         self._num_samples += update.num_samples or 0
         if update.num_samples is None:
             self._withheld.append(update.client)
@@ -62,11 +119,12 @@ class Intake:
         if halvings := int(update.metrics.get("halvings", 0)):
             self._halvings[update.client] = halvings
 
-    def _refusal(self, update: ClientUpdate) -> str | None:
+    def _refusal(self, update: ClientUpdate, origin: Origin) -> str | None:
+        round_num = origin.state.round_num
         if update.client in self.accepted:
             return "this client's update is there already"
-        if update.round_num not in (None, self._state.round_num):
-            return f"it answers round {(update.round_num or 0) + 1}, this is round {self._state.round_num + 1}"
+        if update.round_num not in (None, round_num):
+            return f"it answers round {(update.round_num or 0) + 1}, this is round {round_num + 1}"
         rank = self._ranks.get(update.client)
         if update.rank != rank:
             return f"the update is of rank {update.rank}, the client's rank is {rank}"
@@ -75,16 +133,8 @@ class Intake:
         told = {"steps": "steps" in update.metrics, "profile": bool(update.profile)}
         if lacking := sorted(fact for fact in self._algorithm.needs if not told[fact]):
             return f"it does not tell its {lacking[0]}, which the method needs"
-        sent = {n: tensor for n, tensor in self._state.weights.items() if self._algorithm.uploads(self._state.round_num, n)}
-        return refusal(update, factors.cut(sent, rank), self._algorithm.client_sends) or self._too_large(update)
-
-    def _too_large(self, update: ClientUpdate) -> str | None:
-        if self._largest is None or update.num_samples is None:
-            return None
-        for kind, tensors in {"update": update.update, **update.extras}.items():
-            if (size := W.norm(tensors)) > (limit := self._largest(kind, update.num_samples)):
-                return f"the norm of the {kind} is {size:.3g}, training could give {limit:.3g} at most (failures.norm_limit)"
-        return None
+        sent = {n: tensor for n, tensor in origin.state.weights.items() if self._algorithm.uploads(round_num, n)}
+        return refusal(update, factors.cut(sent, rank), self._algorithm.client_sends) or _too_large(update, origin)
 
     def missing(self, stage: str, needed: int) -> str:
         """What to say where too few updates can be used."""
@@ -92,14 +142,6 @@ class Intake:
         what = f"{count} updates can be used, {needed} are needed" if count else "no update can be used"
         where = f"stage {stage}, round {self._state.round_num + 1}"
         return f"{where}: {what}:\n{reasons}\nlook into the reasons and go on with --resume, or have failures.below wait or skip"
-
-    def aggregate(self) -> Aggregate:
-        """What the updates come to.
-
-        Raises:
-            FederationError: if none has a positive weight.
-        """
-        return self._aggregator.value()
 
     def record(self) -> Record:
         """The round's numbers about its clients; the loss is None where none of them took a step."""
@@ -111,9 +153,26 @@ class Intake:
             "halvings": self._halvings,
             "withheld": self._withheld,
             "bytes_up": self._bytes_up,
-            "bytes_held": self._aggregator.num_bytes,
+            "bytes_held": self.num_bytes,
             "refused": self._refused,
         }
+
+
+def _scaled(update: ClientUpdate, scale: float) -> ClientUpdate:
+    """An update times a number, its further tensors included; itself for 1."""
+    if scale == 1:
+        return update
+    groups = {kind: {name: tensor * scale for name, tensor in slot.items()} for kind, slot in {"update": update.update, **update.extras}.items()}
+    return replace(update, update=groups.pop("update"), extras=groups)
+
+
+def _too_large(update: ClientUpdate, origin: Origin) -> str | None:
+    if origin.largest is None or update.num_samples is None:
+        return None
+    for kind, tensors in {"update": update.update, **update.extras}.items():
+        if (size := W.norm(tensors)) > (limit := origin.largest(kind, update.num_samples)):
+            return f"the norm of the {kind} is {size:.3g}, training could give {limit:.3g} at most (failures.norm_limit)"
+    return None
 
 
 def refusal(update: ClientUpdate, expected: Weights, extras: Sequence[str] = ()) -> str | None:

@@ -11,10 +11,9 @@ from pydantic import Field, ValidationError
 
 from fedmllm import factors
 from fedmllm import weights as W
-from fedmllm.algorithms import Algorithm
-from fedmllm.engine.compression import CompressionConfig, build_codec
+from fedmllm.algorithms import Algorithm, Codec
+from fedmllm.engine.base import Assignment
 from fedmllm.engine.frozen import KeptBase, Missing
-from fedmllm.engine.in_process import Assignment
 from fedmllm.engine.packing import pack, unpack
 from fedmllm.engine.words import Facts, Failed, write_word
 from fedmllm.types import Broadcast, ClientFailure, ClientUpdate, Population, Record, Slots, Weights
@@ -178,12 +177,12 @@ class Expected:
     Attributes:
         tensors: of an update, at the client's rank; only their names, shapes and dtypes count.
         kinds: ``update`` and the method's further tensors.
-        compression: how they are written.
+        codec: how they are written; None for float32 as they are.
     """
 
     tensors: Weights
     kinds: Sequence[str]
-    compression: CompressionConfig
+    codec: Codec | None
 
     @property
     def largest(self) -> int:
@@ -195,7 +194,7 @@ def expected(assignment: Assignment, client: str) -> Expected:
     """Of a client."""
     method: Algorithm = assignment.algorithm
     sent = {name: t for name, t in assignment.broadcast.weights.items() if method.uploads(assignment.broadcast.round_num, name)}
-    return Expected(factors.cut(sent, assignment.ranks.get(client)), ("update", *method.client_sends), assignment.compression)
+    return Expected(factors.cut(sent, assignment.ranks.get(client)), ("update", *method.client_sends), assignment.chain.codec)
 
 
 def read_answer(content: bytes, client: str, wanted: Expected) -> ClientUpdate | ClientFailure:
@@ -229,7 +228,7 @@ def _update(groups: Mapping[str, Weights], facts: Record, client: str, wanted: E
 
 def _unpacked(groups: Mapping[str, Weights], kind: str, wanted: Expected) -> Weights:
     """One kind of tensors. Dtypes, and of packed ones shapes too, are checked here; the rest is the intake's to check."""
-    codec = build_codec(wanted.compression)
+    codec = wanted.codec
     if codec is None:
         tensors = groups.get(kind, {})
         for name in tensors.keys() & wanted.tensors.keys():

@@ -1,34 +1,26 @@
-"""The one round loop: sample a cohort, broadcast, train, check and aggregate, evaluate, checkpoint."""
+"""The one round loop: ask clients, check and aggregate what they send, step, evaluate, checkpoint."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 from fedmllm import factors
 from fedmllm import weights as W
-from fedmllm.algorithms import Algorithm, ServerState
+from fedmllm.algorithms import Algorithm, ServerState, UpdateTransform
+from fedmllm.engine.base import Assignment, Engine, Split
 from fedmllm.engine.checkpoint import BackgroundCheckpoint, RunStore
-from fedmllm.engine.compression import UNCOMPRESSED, CompressionConfig
 from fedmllm.engine.failures import NONE_EXPECTED, FailureConfig
-from fedmllm.engine.in_process import Assignment
-from fedmllm.engine.intake import Intake
+from fedmllm.engine.intake import Intake, Origin
+from fedmllm.engine.observer import UNOBSERVED, Observer
+from fedmllm.engine.schedules import SYNCHRONOUS, Schedule
 from fedmllm.engine.stages import Stage
 from fedmllm.errors import FederationError
 from fedmllm.evaluation.metrics import error_over_models, over_models
 from fedmllm.training.local import TrainingConfig, reach, round_learning_rate
-from fedmllm.types import Answer, Broadcast, ClientFailure, Metrics, Record, Sample, Weights
-
-
-class Engine(Protocol):
-    """Runs the client rule over a cohort."""
-
-    def map_clients(self, assignment: Assignment, clients: Mapping[str, Sequence[Sample]]) -> Iterator[Answer]:
-        """One answer per client, in the clients' order."""
-        ...
+from fedmllm.types import Answer, Broadcast, Metrics, Record, Weights
 
 
 @dataclass(frozen=True)
@@ -37,35 +29,102 @@ class Loop:
 
     Attributes:
         algorithm: the method.
-        engine: runs the clients.
+        engine: trains clients.
         training: for the schedule of the learning rate.
-        evaluate: scores given weights, together with what has been merged into the frozen ones, on the test split.
-        validate: the same on the validation part; None where there is none.
+        test: the split that the end is scored on.
         store: where rounds are kept.
         seed: the experiment's.
-        on_round: told each round's record.
-        compression: how clients write their updates.
+        transforms: what happens to updates besides what the method has done to them.
         failures: what to do about clients that fail.
-        on_wait: told ``stage``, ``round``, ``attempt`` and ``clients`` when clients are asked again.
-        scores: the scores of clients' own models, where those are elsewhere, by client; None where they are here.
-        validations: the same on validation parts.
-        on_answer: told ``stage``, ``round`` and ``clients``, those that are still waited for, when clients are asked and at each answer.
+        observer: told about the progress.
+        validation: the split that rounds are scored on; None where there is none.
+        schedule: who is asked when, and when the server steps.
     """
 
     algorithm: Algorithm
     engine: Engine
     training: TrainingConfig
-    evaluate: Callable[[Weights, Weights], Metrics]
+    test: Split
     store: RunStore
     seed: int
-    on_round: Callable[[Record], None] = field(default=lambda record: None)
-    compression: CompressionConfig = UNCOMPRESSED
+    transforms: tuple[UpdateTransform, ...] = ()
     failures: FailureConfig = NONE_EXPECTED
-    on_wait: Callable[[Record], None] = field(default=lambda record: None)
-    on_answer: Callable[[Record], None] = field(default=lambda record: None)
-    scores: Callable[[Assignment, Sequence[str]], Mapping[str, Metrics]] | None = None
-    validate: Callable[[Weights, Weights], Metrics] | None = None
-    validations: Callable[[Assignment, Sequence[str]], Mapping[str, Metrics]] | None = None
+    observer: Observer = UNOBSERVED
+    validation: Split | None = None
+    schedule: Schedule = SYNCHRONOUS
+
+    def assignment(self, stage: Stage, state: ServerState) -> Assignment:
+        """What clients are asked to do with a state of the server."""
+        learning_rate = round_learning_rate(self.training, state.round_num, stage.num_rounds)
+        return Assignment(
+            self.algorithm.broadcast(state),
+            self.algorithm,
+            learning_rate,
+            self.seed,
+            self.store.client_states(stage.name),
+            stage.ranks,
+            self.transforms,
+            self.failures.deadline,
+            state.accepted,
+        )
+
+
+class Round:
+    """A round while it runs: a schedule asks clients and takes their answers through it.
+
+    Args:
+        loop: what to work with.
+        stage: whom to train.
+        state: the server's, at the start of the round.
+        watch: books the time.
+    """
+
+    def __init__(self, loop: Loop, stage: Stage, state: ServerState, watch: Watch) -> None:
+        self.loop, self.stage, self.state, self._watch = loop, stage, state, watch
+        self.assignment = loop.assignment(stage, state)
+        self.intake = Intake(loop.algorithm, state, stage.ranks, self.assignment.chain, stage.claim)
+        self.clients: list[str] = []
+        """Whose answers were taken."""
+        self.facts: Record = {}
+        """What the schedule adds to the round's record."""
+
+    @property
+    def needed(self) -> int:
+        """Updates that make the round complete."""
+        return self.loop.failures.needed(self.loop.algorithm.smallest_cohort, self.loop.schedule.updates(self.stage))
+
+    @property
+    def complete(self) -> bool:
+        """Whether there are as many."""
+        return len(self.intake.accepted) >= self.needed
+
+    def tell(self, outstanding: Sequence[str]) -> None:
+        """Tell who has not answered yet."""
+        self.loop.observer.answered({"stage": self.stage.name, "round": self.state.round_num + 1, "clients": list(outstanding)})
+
+    def take(self, answer: Answer, sent: ServerState | None = None, scale: float = 1.0) -> None:
+        """Take an answer to a state that clients were sent, this round's by default."""
+        self._watch.lap("train")
+        assignment = self.assignment if sent is None else self.loop.assignment(self.stage, sent)
+        self.intake.take(answer, Origin(sent or self.state, largest_norm(self.loop, assignment), scale))
+        if answer.client not in self.clients:
+            self.clients.append(answer.client)
+        self._watch.lap("aggregate")
+
+    def again(self, attempt: int, clients: Sequence[str]) -> None:
+        """Wait, and tell why, before clients are asked again."""
+        told = {"stage": self.stage.name, "round": self.state.round_num + 1, "attempt": attempt, "clients": list(clients)}
+        self.loop.observer.waiting(told)
+        time.sleep(self.loop.failures.pause)
+
+    def too_few(self) -> None:
+        """Leave the round incomplete, if the run is to go on without.
+
+        Raises:
+            FederationError: if it is not.
+        """
+        if self.loop.failures.below != "skip":
+            raise FederationError(self.intake.missing(self.stage.name, self.needed))
 
 
 def run_stage(loop: Loop, stage: Stage, initial: ServerState) -> ServerState:
@@ -82,21 +141,23 @@ def run_stage(loop: Loop, stage: Stage, initial: ServerState) -> ServerState:
     population = stage.population if loop.algorithm.needs_labels else replace(stage.population, labels={})
     state = replace(loop.store.load_state(stage.name) or initial, population=population)
     loop.store.rewind(stage.name, state.round_num)
-    watch = _Watch()
-    with BackgroundCheckpoint(loop.store, stage.name) as checkpoint:
-        while state.round_num < stage.num_rounds:
-            state = _round(loop, stage, state, watch, checkpoint)
+    watch = Watch()
+    loop.schedule.resume(loop, stage, state)
+    try:
+        with BackgroundCheckpoint(loop.store, stage.name) as checkpoint:
+            while state.round_num < stage.num_rounds:
+                state = _round(Round(loop, stage, state, watch), watch, checkpoint)
+    finally:
+        loop.engine.cancel()
     return state
 
 
-def _round(loop: Loop, stage: Stage, state: ServerState, watch: _Watch, checkpoint: BackgroundCheckpoint) -> ServerState:
-    """One round, from the cohort to the checkpoint."""
-    cohort, before = stage.cohort(loop.seed, state.round_num), state
-    assignment = _assignment(loop, stage, state)
-    intake = Intake(loop.algorithm, state, stage.ranks, _largest(loop, assignment), stage.claim)
-    asked = _collect(loop, stage, assignment, cohort, intake, watch)
-    complete = len(intake.accepted) >= _needed(loop, stage)
-    state = _stepped(loop.algorithm, state, intake) if complete else _skipped(state)
+def _round(this: Round, watch: Watch, checkpoint: BackgroundCheckpoint) -> ServerState:
+    """One round, from the first client asked to the checkpoint."""
+    loop, stage, before, intake = this.loop, this.stage, this.state, this.intake
+    left = loop.schedule.collect(this)
+    state = _stepped(loop.algorithm, before, intake) if this.complete else _skipped(before)
+    state = replace(state, outstanding=left)
     watch.lap("aggregate")
     validation = validate_state(loop, stage, state) if stage.validates(state.round_num) else None
     scores = evaluate_state(loop, stage, state) if stage.ends(state.round_num) else None
@@ -104,47 +165,27 @@ def _round(loop: Loop, stage: Stage, state: ServerState, watch: _Watch, checkpoi
     record = {
         "stage": stage.name,
         "round": state.round_num,
-        "clients": cohort,
-        "learning_rate": assignment.learning_rate,
-        "skipped": not complete,
+        "clients": sorted(this.clients),
+        "learning_rate": this.assignment.learning_rate,
+        "skipped": not this.complete,
         **intake.record(),
+        **this.facts,
         "score": scores["score"] if scores else None,
         "scores": scores,
         "validation": validation,
-        "bytes_down": _bytes_down(loop.algorithm, stage, before, assignment.broadcast, asked),
+        "bytes_down": _bytes_down(loop.algorithm, stage, before, this.assignment.broadcast, intake.reached),
     }
     record["seconds"] = watch.reset()
     # The line first, then the state: a line whose state is missing is rewound, a state whose line is missing would stay a gap.
     loop.store.append(record)
     checkpoint.save(state)
     watch.lap("checkpoint")
-    loop.on_round(record | {"num_rounds": stage.num_rounds})
+    loop.observer.round_done(record | {"num_rounds": stage.num_rounds})
     return state
 
 
-def _assignment(loop: Loop, stage: Stage, state: ServerState) -> Assignment:
-    """What the clients of a round are told."""
-    learning_rate = round_learning_rate(loop.training, state.round_num, stage.num_rounds)
-    return Assignment(
-        loop.algorithm.broadcast(state),
-        loop.algorithm,
-        learning_rate,
-        loop.seed,
-        loop.store.client_states(stage.name),
-        stage.ranks,
-        loop.compression,
-        loop.failures.deadline,
-        state.accepted,
-    )
-
-
-def _needed(loop: Loop, stage: Stage) -> int:
-    """Updates that make a round of the stage complete."""
-    return loop.failures.needed(loop.algorithm.smallest_cohort, stage.clients_per_round)
-
-
-def _largest(loop: Loop, assignment: Assignment) -> Callable[[str, int], float] | None:
-    """The largest norm that is taken, of an update or of what the method sends besides.
+def largest_norm(loop: Loop, assignment: Assignment) -> Callable[[str, int], float] | None:
+    """The largest norm that is accepted, of an update or of what the method sends besides; None for any.
 
     What was received counts in: a method may make parts of it zero. Besides, methods send gradients, which have no such bound; those of a mean
     negative log-likelihood are far below one in each entry.
@@ -160,39 +201,9 @@ def _largest(loop: Loop, assignment: Assignment) -> Callable[[str, int], float] 
     return largest
 
 
-def _collect(loop: Loop, stage: Stage, assignment: Assignment, cohort: Sequence[str], intake: Intake, watch: _Watch) -> list[str]:
-    """Ask the cohort, if need be again; the clients that were sent the task, one as often as it was.
-
-    Raises:
-        FederationError: if too few updates can be used, and the run is to stop then.
-    """
-    policy, needed = loop.failures, _needed(loop, stage)
-    asked: list[str] = []
-    for attempt in range(1, (policy.attempts if policy.below == "wait" else 1) + 1):
-        missing = [name for name in cohort if name not in intake.accepted]
-        if attempt > 1:
-            loop.on_wait({"stage": stage.name, "round": assignment.broadcast.round_num + 1, "attempt": attempt, "clients": missing})
-            time.sleep(policy.pause)
-        answers = loop.engine.map_clients(assignment, {name: stage.clients[name] for name in missing})
-        _take_in(_told(_reached(answers, asked), missing, loop, stage.name, assignment.broadcast.round_num + 1), intake, watch)
-        if len(intake.accepted) >= needed:
-            return asked
-    if policy.below == "skip":
-        return asked
-    raise FederationError(intake.missing(stage.name, needed))
-
-
-def _reached(answers: Iterable[Answer], asked: list[str]) -> Iterator[Answer]:
-    """The answers; those of clients that were sent the task are noted as they come."""
-    for answer in answers:
-        if not isinstance(answer, ClientFailure) or answer.reached:
-            asked.append(answer.client)
-        yield answer
-
-
 def _stepped(algorithm: Algorithm, state: ServerState, intake: Intake) -> ServerState:
     """The state after a round, which says whose updates are in it: these clients keep what they kept of it."""
-    accepted = {client: [*state.accepted.get(client, ()), state.round_num][-2:] for client in intake.accepted}
+    accepted = {client: [*state.accepted.get(client, ()), trained_from][-2:] for client, trained_from in intake.accepted.items()}
     return replace(algorithm.server_step(state, intake.aggregate()), accepted=dict(sorted({**state.accepted, **accepted}.items())))
 
 
@@ -211,40 +222,35 @@ def _bytes_down(algorithm: Algorithm, stage: Stage, state: ServerState, broadcas
 
 
 def personal_models(loop: Loop, stage: Stage, state: ServerState) -> dict[str, Weights]:
-    """The weights each client ends with, by client: the global ones, unless the method gives it its own from what it keeps. None where those are
-    elsewhere."""
-    if loop.algorithm.personalized and loop.scores is not None:
-        return {}
+    """The weights each client ends with, by client: the global ones, unless the method gives it its own. None where those are at remote
+    clients."""
     if not loop.algorithm.personalized:
         return dict.fromkeys(sorted(stage.clients), state.weights)
-    states = loop.store.client_states(stage.name)
-    kept = {client: states.load(client, state.accepted.get(client, ())) for client in sorted(stage.clients)}
-    return {client: loop.algorithm.personal(state, slots) for client, slots in kept.items()}
+    if loop.engine.remote:
+        return {}
+    assignment = loop.assignment(stage, state)
+    return {client: assignment.personal(client) for client in sorted(stage.clients)}
 
 
-def evaluate_state(loop: Loop, stage: Stage, state: ServerState) -> Metrics:
-    """The scores of the global model; of a personalized method, those of the clients' own models, averaged.
+def evaluate_state(loop: Loop, stage: Stage, state: ServerState, split: Split | None = None) -> Metrics:
+    """The scores of the global model on a split, the test split by default; of a personalized method, those of the clients' own models, averaged.
 
     The standard error of an average over several clients is that over the clients.
     """
+    asked = split or loop.test
     if not loop.algorithm.personalized:
-        return loop.evaluate(state.weights, state.base)
-    if loop.scores is not None:
-        rows = list(loop.scores(_assignment(loop, stage, state), sorted(stage.clients)).values())
-    else:
-        rows = [loop.evaluate(weights, state.base) for weights in personal_models(loop, stage, state).values()]
+        return asked.score(state.weights, state.base)
+    rows = list(loop.engine.scores(loop.assignment(stage, state), sorted(stage.clients), asked).values())
     error = error_over_models([row["score"] for row in rows])
     return over_models(rows) | ({} if error is None else {"standard_error": error})
 
 
 def validate_state(loop: Loop, stage: Stage, state: ServerState) -> Metrics | None:
     """The same on the validation part; None where there is none."""
-    if loop.validate is None:
-        return None
-    return evaluate_state(replace(loop, evaluate=loop.validate, scores=loop.validations), stage, state)
+    return None if loop.validation is None else evaluate_state(loop, stage, state, loop.validation)
 
 
-class _Watch:
+class Watch:
     """Seconds by activity, from lap to lap. A round's checkpoint comes after its line and is booked on the next one."""
 
     def __init__(self) -> None:
@@ -261,21 +267,3 @@ class _Watch:
         now = time.perf_counter()
         self.seconds[name] += now - self._last
         self._last = now
-
-
-def _told(answers: Iterable[Answer], asked: Sequence[str], loop: Loop, stage: str, round_num: int) -> Iterator[Answer]:
-    """The same, with a word at each about who is still waited for."""
-    waiting = dict.fromkeys(asked)
-    loop.on_answer({"stage": stage, "round": round_num, "clients": list(waiting)})
-    for answer in answers:
-        waiting.pop(answer.client, None)
-        loop.on_answer({"stage": stage, "round": round_num, "clients": list(waiting)})
-        yield answer
-
-
-def _take_in(updates: Iterable[Answer], intake: Intake, watch: _Watch) -> None:
-    """Aggregate updates as they come, refusing those that would spoil the aggregate."""
-    for update in updates:
-        watch.lap("train")
-        intake.take(update)
-        watch.lap("aggregate")

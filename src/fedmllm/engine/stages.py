@@ -54,9 +54,7 @@ class Stage:
 
     def cohort(self, seed: int, round_num: int) -> list[str]:
         """The clients of a round, drawn without replacement, sorted."""
-        names = sorted(self.clients)
-        chosen = generator(seed, "cohort", round_num).choice(len(names), size=self.clients_per_round, replace=False)
-        return [names[i] for i in sorted(chosen)]
+        return drawn(sorted(self.clients), self.clients_per_round, seed, round_num)
 
     def ends(self, round_num: int) -> bool:
         """Whether this round (counted from 1) is the last, after which the test split is asked."""
@@ -65,3 +63,9 @@ class Stage:
     def validates(self, round_num: int) -> bool:
         """Whether the global model is scored on the validation part after this round."""
         return self.validate_every > 0 and (self.ends(round_num) or round_num % self.validate_every == 0)
+
+
+def drawn(names: Sequence[str], count: int, seed: int, round_num: int, *again: int) -> list[str]:
+    """Clients drawn without replacement, in the order of ``names``; ``again`` numbers further draws of a round."""
+    chosen = generator(seed, "cohort", round_num, *again).choice(len(names), size=count, replace=False)
+    return [names[i] for i in sorted(chosen)]

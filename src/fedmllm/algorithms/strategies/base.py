@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from fedmllm.algorithms.base import Algorithm, Client, Fact, ServerState
+from fedmllm.algorithms.base import Algorithm, Client, Fact
+from fedmllm.algorithms.transforms import UpdateTransform
 from fedmllm.training.rules import LocalRule
-from fedmllm.types import Broadcast, ClientUpdate, Profile, Slots
+from fedmllm.types import Broadcast, Profile
 
 
 @dataclass(frozen=True)
@@ -41,12 +42,17 @@ class Remark(NamedTuple):
 
 
 class Strategy:
-    """Changes a method's client rule, the weight of an update, or both. This one changes nothing."""
+    """Changes a method's client rule, what happens to its updates, or both. This one changes nothing."""
+
+    @property
+    def transforms(self) -> tuple[UpdateTransform, ...]:
+        """What happens to updates, after the method's own transforms."""
+        return ()
 
     @property
     def reweighs(self) -> bool:
-        """Whether it changes the weight of an update."""
-        return type(self).reweigh is not Strategy.reweigh
+        """Whether it changes what updates weigh."""
+        return any(transform.reweighs for transform in self.transforms)
 
     @property
     def needs(self) -> frozenset[Fact]:
@@ -61,10 +67,6 @@ class Strategy:
     def rule(self, rule: LocalRule, broadcast: Broadcast, client: Client) -> LocalRule:
         """The client's rule, from the method's."""
         return rule
-
-    def reweigh(self, weight: float, state: ServerState, update: ClientUpdate) -> float:
-        """What an update weighs, from what the method gives it."""
-        return weight
 
     def remark(self, holdings: Holdings) -> Remark | None:
         """What is to be known about it before it runs; None if it does what it is described to."""
@@ -91,6 +93,11 @@ class Composed:
         return self._method.needs.union(*(strategy.needs for strategy in self._strategies))
 
     @property
+    def transforms(self) -> tuple[UpdateTransform, ...]:
+        """The method's, then each strategy's."""
+        return (*self._method.transforms, *(transform for strategy in self._strategies for transform in strategy.transforms))
+
+    @property
     def needs_labels(self) -> bool:
         """Whether the method or a strategy does."""
         return self._method.needs_labels or any(strategy.needs_labels for strategy in self._strategies)
@@ -101,10 +108,3 @@ class Composed:
         for strategy in self._strategies:
             rule = strategy.rule(rule, broadcast, client)
         return rule
-
-    def fold(self, state: ServerState, update: ClientUpdate) -> tuple[Slots, float]:
-        """The method's terms under the strategies' weight."""
-        slots, weight = self._method.fold(state, update)
-        for strategy in self._strategies:
-            weight = strategy.reweigh(weight, state, update)
-        return slots, weight

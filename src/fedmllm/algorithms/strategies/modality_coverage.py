@@ -8,6 +8,7 @@ from fractions import Fraction
 
 from fedmllm.algorithms.base import Fact, ServerState, require_not_negative
 from fedmllm.algorithms.strategies.base import Holdings, Remark, Strategy
+from fedmllm.algorithms.transforms import UpdateTransform
 from fedmllm.types import ClientUpdate, Profile
 
 
@@ -36,10 +37,10 @@ class ModalityCoverage(Strategy):
         """n_km, and N_m which they add up to."""
         return frozenset({"profile"})
 
-    def reweigh(self, weight: float, state: ServerState, update: ClientUpdate) -> float:
+    @property
+    def transforms(self) -> tuple[UpdateTransform, ...]:
         """The rule above."""
-        factor = coverage(update.profile, state.population.profile)
-        return weight * float(float(factor) ** self.power)
+        return (CoverageWeight(self.power),)
 
     def remark(self, holdings: Holdings) -> Remark | None:
         """Idle where all clients cover the modalities alike: their factors, whose mean by samples is 1, are 1 then."""
@@ -52,6 +53,19 @@ class ModalityCoverage(Strategy):
         if all(profiles) and all(coverage(profile, everyone) == 1 for profile in profiles):
             return Remark("all clients cover the modalities alike, so that updates weigh as they do without it", idle=True)
         return None
+
+
+@dataclass(frozen=True)
+class CoverageWeight(UpdateTransform):
+    """``weight_k <- weight_k (c_k / s_k)^power``."""
+
+    power: float
+    name = "modality_coverage"
+
+    def weigh(self, weight: float, update: ClientUpdate, state: ServerState) -> float:
+        """By the counts that came with the update, and the population's."""
+        factor = coverage(update.profile, state.population.profile)
+        return weight * float(float(factor) ** self.power)
 
 
 def coverage(own: Profile, everyone: Profile) -> Fraction:

@@ -1,0 +1,54 @@
+"""Communication-Efficient Learning of Deep Networks from Decentralized Data. McMahan et al., AISTATS 2017: rounds of a cohort each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from fedmllm.algorithms import NONE_OUTSTANDING, Algorithm, Outstanding, ServerState
+from fedmllm.engine.stages import Stage
+
+if TYPE_CHECKING:
+    from fedmllm.engine.rounds import Loop, Round
+
+
+@dataclass(frozen=True)
+class Synchronous:
+    """Every round samples a cohort, waits for all of it, and steps. Answers are taken in the cohort's order, so that sums come out alike."""
+
+    def require(self, algorithm: Algorithm, method: str, num_clients: int, cohort: int) -> None:
+        """Nothing."""
+
+    def updates(self, stage: Stage) -> int:
+        """One of each client of the cohort."""
+        return stage.clients_per_round
+
+    def concurrency_of(self, stage: Stage) -> int:
+        """The cohort."""
+        return stage.clients_per_round
+
+    def resume(self, loop: Loop, stage: Stage, state: ServerState) -> None:
+        """Between rounds nobody is outstanding."""
+
+    def collect(self, this: Round) -> Outstanding:
+        """Ask the cohort; if need be, ask those again whose updates are missing."""
+        cohort, policy = this.stage.cohort(this.loop.seed, this.state.round_num), this.loop.failures
+        for attempt in range(1, (policy.attempts if policy.below == "wait" else 1) + 1):
+            missing = [name for name in cohort if name not in this.intake.accepted]
+            if attempt > 1:
+                this.again(attempt, missing)
+            self._ask(this, missing)
+            if this.complete:
+                return NONE_OUTSTANDING
+        this.too_few()
+        return NONE_OUTSTANDING
+
+    def _ask(self, this: Round, clients: list[str]) -> None:
+        """Ask clients, and take an answer of each."""
+        engine, outstanding = this.loop.engine, dict.fromkeys(clients)
+        engine.submit(this.assignment, {name: this.stage.clients[name] for name in clients})
+        this.tell(clients)
+        for answer in engine.completed(clients):
+            outstanding.pop(answer.client, None)
+            this.tell(list(outstanding))
+            this.take(answer)
