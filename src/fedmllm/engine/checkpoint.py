@@ -33,9 +33,14 @@ class RunStore:
         """Replace a stage's checkpoint."""
         accepted = {client: list(rounds) for client, rounds in state.accepted.items()}
         left = state.outstanding
-        facts = {"round_num": state.round_num, "accepted": accepted, "outstanding": [[name, *at] for name, at in left.clients.items()]}
-        earlier = {f"{_EARLIER}{number}": weights for number, weights in left.weights.items()}
-        content = pack({"weights": state.weights, **state.slots, **earlier}, facts | {"clock": left.clock})
+        facts = {"round_num": state.round_num, "accepted": accepted, "clock": left.clock, "earlier": list(left.weights)}
+        facts |= {"outstanding": [[name, *at] for name, at in left.clients.items()]}
+        # What has not changed since is not written twice.
+        earlier = {
+            f"{_EARLIER}{number}": {name: t.clone() for name, t in weights.items() if t is not state.weights[name]}
+            for number, weights in left.weights.items()
+        }
+        content = pack({"weights": state.weights, **state.slots, **earlier}, facts)
         write_atomically(self._state_file(stage), content)
 
     def load_state(self, stage: str) -> ServerState | None:
@@ -50,10 +55,11 @@ class RunStore:
         groups, facts = read_checkpoint(path, remedy)
         if "accepted" not in facts:
             raise RunError(f"{path}: an older version wrote it, which did not note whose updates were accepted; {remedy}")
-        earlier = {int(name.removeprefix(_EARLIER)): groups.pop(name) for name in list(groups) if name.startswith(_EARLIER)}
+        weights = groups.pop("weights")
+        earlier = {number: {**weights, **groups.pop(f"{_EARLIER}{number}", {})} for number in facts.get("earlier", [])}
         clients = {name: (int(number), float(done)) for name, number, done in facts.get("outstanding", [])}
         left = Outstanding(clients, earlier, facts.get("clock", 0.0))
-        return ServerState(groups.pop("weights"), facts["round_num"], groups, accepted=facts["accepted"], outstanding=left)
+        return ServerState(weights, facts["round_num"], groups, accepted=facts["accepted"], outstanding=left)
 
     def client_states(self, stage: str) -> ClientStates:
         """What the clients of a stage keep for themselves."""

@@ -1,0 +1,212 @@
+"""Update transforms by what they promise: their order, what clients keep for them, and that neither loop, engine nor method knows them."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fedmllm import weights as W
+from fedmllm.algorithms import (
+    ALGORITHMS,
+    STRATEGIES,
+    Aggregate,
+    AlgorithmConfig,
+    Chain,
+    ClientContext,
+    ServerState,
+    UpdateTransform,
+    build_algorithm,
+)
+from fedmllm.algorithms.fedavg import FedAvg
+from fedmllm.algorithms.strategies import Strategy
+from fedmllm.benchmark import federation as federations
+from fedmllm.benchmark import run
+from fedmllm.config import Experiment
+from fedmllm.data.federated import FederatedData
+from fedmllm.engine.checkpoint import RunStore
+from fedmllm.engine.compression import CompressionConfig, compression
+from fedmllm.engine.failures import FailureConfig
+from fedmllm.engine.in_process import InProcessEngine
+from fedmllm.engine.rounds import Loop, run_stage
+from fedmllm.engine.stages import Stage
+from fedmllm.errors import ConfigError
+from fedmllm.models.load import VisionLanguageModel
+from fedmllm.models.lora import frozen_weights, read_weights
+from fedmllm.training.batches import Encoder
+from fedmllm.training.local import TrainingConfig
+from fedmllm.types import Broadcast, ClientUpdate, Slots, Weights
+from loopback import loopback
+from scripted import unscored
+from tiny_families import folder_of
+
+
+@dataclass(frozen=True)
+class Clipped(UpdateTransform):
+    """The update within a norm; what was cut off is kept and added the next time. The whole of a user's file."""
+
+    norm: float
+    name = "clipped"
+
+    def client(self, update: ClientUpdate, context: ClientContext) -> tuple[ClientUpdate, Slots]:
+        whole = W.add(update.update, context.kept.get("rest", {}))
+        sent = {name: tensor * min(1.0, self.norm / max(W.norm(whole), 1e-12)) for name, tensor in whole.items()}
+        return replace(update, update=sent), {"rest": W.subtract(whole, sent)}
+
+    def aggregate(self, aggregate: Aggregate, state: ServerState) -> Aggregate:
+        return replace(aggregate, mean={**aggregate.mean, "update": {name: 2 * t for name, t in aggregate.mean["update"].items()}})
+
+
+@dataclass(frozen=True)
+class Shifted(UpdateTransform):
+    """Adds a number to every entry, here and there, and weighs by it."""
+
+    number: float
+    name = "shifted"
+
+    def client(self, update: ClientUpdate, context: ClientContext) -> tuple[ClientUpdate, Slots]:
+        shifted = {name: tensor + self.number for name, tensor in update.update.items()}
+        return replace(update, update=shifted), {"count": {"n": context.kept.get("count", {"n": torch.zeros(1)})["n"] + 1}}
+
+    def weigh(self, weight: float, update: ClientUpdate, state: ServerState) -> float:
+        return weight + self.number
+
+    def aggregate(self, aggregate: Aggregate, state: ServerState) -> Aggregate:
+        return replace(aggregate, mean={"update": {name: t + self.number for name, t in aggregate.mean["update"].items()}})
+
+
+def test_at_clients_the_first_applies_first_and_at_the_server_the_last() -> None:
+    chain = Chain((Clipped(1.0), Shifted(10.0)))
+    update = ClientUpdate("a", {"w": torch.tensor([3.0, 4.0])}, 1)
+    sent, kept = chain.client(update, ClientContext("a", FedAvg(), Broadcast(0, {})))
+    torch.testing.assert_close(sent.update["w"], torch.tensor([10.6, 10.8]))
+    assert {name: list(slot) for name, slot in kept.items()} == {"clipped.rest": ["w"], "shifted.count": ["n"]}
+    again, kept = chain.client(update, ClientContext("a", FedAvg(), Broadcast(1, {}), kept=kept | {"personal": {"w": torch.ones(1)}}))
+    # (3, 4) and the rest (2.4, 3.2) go the same way, and are cut to length 1.
+    torch.testing.assert_close(again.update["w"], torch.tensor([10.6, 10.8]))
+    assert float(kept["shifted.count"]["n"]) == 2
+    assert chain.weigh(1.0, update, ServerState({})) == 11
+    mean = chain.aggregate(Aggregate({"update": {"w": torch.zeros(1)}}, 1), ServerState({})).mean["update"]["w"]
+    assert float(mean) == 2 * (0 + 10)
+
+
+def test_no_transform_changes_nothing() -> None:
+    update, chain = ClientUpdate("a", {"w": torch.ones(2)}, 3), Chain()
+    assert chain.client(update, ClientContext("a", FedAvg(), Broadcast(0, {}))) == (update, {})
+    assert chain.weigh(3.0, update, ServerState({})) == 3.0
+    aggregate = Aggregate({}, 0)
+    assert chain.aggregate(aggregate, ServerState({})) is aggregate
+    assert chain.codec is None
+
+
+def test_the_last_of_a_chain_writes_the_update() -> None:
+    (writes,) = compression(CompressionConfig(name="int8"))
+    assert Chain((Clipped(1.0), writes)).codec is writes.codec
+
+
+def trained(name: str, trial: Trial, folder: Path, *transforms: UpdateTransform, rounds: int = 2) -> tuple[ServerState, Loop]:
+    method, training = build_algorithm(AlgorithmConfig(name=name)), TrainingConfig(learning_rate=1e-3)
+    engine = InProcessEngine(trial.vlm, trial.encoder, training)
+    loop = Loop(method, engine, training, unscored(), RunStore(folder), 0, transforms, FailureConfig(norm_limit=None))
+    start = method.init(trial.start, frozen_weights(trial.vlm))
+    return run_stage(loop, Stage("federated", trial.clients, rounds, 5), start), loop
+
+
+def of(state: ServerState) -> Weights:
+    """The weights, and what was merged into the frozen ones."""
+    return {**state.weights, **state.base}
+
+
+@dataclass(frozen=True)
+class Trial:
+    vlm: VisionLanguageModel
+    encoder: Encoder
+    clients: dict[str, list[Any]]
+    start: Weights
+
+
+@pytest.fixture
+def trial(vlm: VisionLanguageModel, encoder: Encoder, federation: FederatedData) -> Trial:
+    samples = itertools.cycle(itertools.chain.from_iterable(federation.clients.values()))
+    return Trial(vlm, encoder, {f"c{k}": list(itertools.islice(samples, 1)) for k in range(5)}, read_weights(vlm.model))
+
+
+@pytest.mark.parametrize("name", sorted(ALGORITHMS))
+def test_every_method_trains_with_a_transform_of_the_users_and_one_of_ours(name: str, trial: Trial, tmp_path: Path) -> None:
+    """A bound that is never reached is plain training, bit for bit; a low one is not; and what is kept for both is kept."""
+
+    @dataclass(frozen=True)
+    class Bound(Clipped):
+        def aggregate(self, aggregate: Aggregate, state: ServerState) -> Aggregate:
+            return aggregate
+
+    plain, _ = trained(name, trial, tmp_path / "plain")
+    far, _ = trained(name, trial, tmp_path / "far", Bound(1e9))
+    assert all(torch.equal(of(far)[key], tensor) for key, tensor in of(plain).items())
+    near, loop = trained(name, trial, tmp_path / "near", Bound(1e-4), *compression(CompressionConfig(name="int4")))
+    records = loop.store.records("federated")
+    assert not any(record["refused"] for record in records)
+    assert not all(torch.equal(of(near)[key], tensor) for key, tensor in of(plain).items())
+    kept = loop.store.client_states("federated").load("c0", near.accepted["c0"])
+    assert {"clipped.rest", "compression.update"} <= kept.keys()
+
+
+@dataclass(frozen=True)
+class Halved(UpdateTransform):
+    """Half the update, of which the client counts how often it sent one."""
+
+    name = "halved"
+
+    def client(self, update: ClientUpdate, context: ClientContext) -> tuple[ClientUpdate, Slots]:
+        count = context.kept.get("count", {"n": torch.zeros(1)})["n"] + 1
+        return replace(update, update={name: tensor / 2 for name, tensor in update.update.items()}), {"count": {"n": count}}
+
+
+@dataclass(frozen=True)
+class Halving(Strategy):
+    """A strategy that hands over a transform."""
+
+    @property
+    def transforms(self) -> tuple[UpdateTransform, ...]:
+        return (Halved(),)
+
+
+def test_a_strategys_transform_applies_wherever_clients_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one process and over messages, bit for bit, with what clients keep for it."""
+    monkeypatch.setitem(STRATEGIES, "halving", Halving)
+    monkeypatch.setattr(federations, "simulation", partial(loopback))
+    monkeypatch.setattr(federations, "require_flower", lambda *modules: None)
+    ends = {}
+    for engine, strategies in (("in_process", ["halving"]), ("flower", ["halving"]), ("in_process", [])):
+        values: dict[str, Any] = {
+            "model": {"name": folder_of("llava")},
+            "data": {"dataset": "digits-claims", "num_train": 30, "num_test": 8, "check_images": False},
+            "federation": {"num_clients": 3, "clients_per_round": 3, "num_rounds": 2, "partition": "iid", "min_partition_size": 3},
+            "algorithm": {"name": "fedavg", "strategies": strategies},
+            "training": {"batch_size": 4, "learning_rate": 3e-3},
+            "evaluation": {"every": 0, "baselines": []},
+            "engine": {"device": "cpu", "together": 1, "name": engine},
+        }
+        folder = tmp_path / f"{engine}-{len(strategies)}"
+        run.train(Experiment.parse(values), folder, report=False)
+        store = RunStore(folder)
+        state = store.load_state("federated")
+        assert state is not None
+        kept = store.client_states("federated").load("client-00", state.accepted["client-00"])
+        ends[engine, len(strategies)] = state.weights, {name: float(slot["n"]) for name, slot in kept.items()}
+    assert ends["in_process", 1][1] == ends["flower", 1][1] == {"halved.count": 2.0}
+    assert all(torch.equal(ends["flower", 1][0][key], tensor) for key, tensor in ends["in_process", 1][0].items())
+    assert not all(torch.equal(ends["in_process", 0][0][key], tensor) for key, tensor in ends["in_process", 1][0].items())
+
+
+@pytest.mark.parametrize("name", sorted(name for name, cls in ALGORITHMS.items() if cls.ignores_weights))
+def test_a_transform_that_only_reweighs_is_refused_where_clients_count_alike(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"shifted changes what updates weigh, but {name} counts clients alike; leave one of them out"):
+        Shifted(1.0).require(build_algorithm(AlgorithmConfig(name=name)), name)
+    Shifted(1.0).require(FedAvg(), "fedavg")
+    Clipped(1.0).require(build_algorithm(AlgorithmConfig(name=name)), name)
