@@ -30,7 +30,7 @@ ROUNDS = 2
 
 WIDTH, RANK = 6, 2
 HOOKS = {"rule": "client", "reweigh": "weight"}
-"""What a strategy changes, by the function it replaces."""
+"""What a strategy changes, by the function it replaces; one with a ``wording`` changes the prompt."""
 
 
 def catalog() -> Record:
@@ -70,6 +70,7 @@ def _properties(method: Algorithm) -> Record:
 
 def _changes(name: str, cls: type[Strategy]) -> Record:
     changed = [what for hook, what in HOOKS.items() if getattr(cls, hook) is not getattr(Strategy, hook)]
+    changed += ["prompt"] if cls.wording else []
     return {"kind": "strategy", "changes": changed, "published": name in PUBLISHED}
 
 

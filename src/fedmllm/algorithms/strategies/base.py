@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from fedmllm.algorithms.base import Algorithm, Client, Fact, ServerState
 from fedmllm.training.rules import LocalRule
+from fedmllm.training.terms import LossTerm
 from fedmllm.types import Broadcast, ClientUpdate, Profile, Slots
 
 
@@ -19,13 +20,13 @@ class Holdings:
         profiles: by client, its samples by modalities; empty for a client that does not say.
         options: whether a client holds a question with options; None where samples are elsewhere.
         tensors: names of what trains.
-        calibration: the strength at which the method itself calibrates clients to their labels; 0 if it does not.
+        terms: what the method itself adds to its clients' loss.
     """
 
     profiles: Mapping[str, Profile]
     options: bool | None
     tensors: tuple[str, ...]
-    calibration: float = 0.0
+    terms: tuple[LossTerm, ...] = ()
 
 
 class Remark(NamedTuple):
@@ -41,7 +42,10 @@ class Remark(NamedTuple):
 
 
 class Strategy:
-    """Changes a method's client rule, the weight of an update, or both. This one changes nothing."""
+    """Changes a method's client rule, the weight of an update, or the wording of prompts. This one changes nothing."""
+
+    wording: ClassVar[str | None] = None
+    """The wording of prompts that the strategy stands for, a value of ``data.prompt``; None for one that works with any."""
 
     @property
     def reweighs(self) -> bool:
