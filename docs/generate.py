@@ -29,7 +29,7 @@ HERE = Path(__file__).parent
 CATALOG = catalog()
 BEGIN, END = "<!-- Written by `python docs/generate.py`, from here -->", "<!-- to here -->"
 FLAGS = {"exact": "Exact", "heterogeneous_ranks": "Ranks may differ", "personalized": "A model per client", "streams": "Streams"}
-CHANGES = {"client": "training", "weight": "weights in the average"}
+CHANGES = {"client": "training", "weight": "weights in the average", "prompt": "wording of prompts"}
 INTRO = """<!-- Written by `python docs/generate.py`; change the code and run it again. -->
 # Configuration
 

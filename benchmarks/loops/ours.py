@@ -9,8 +9,8 @@ from pathlib import Path
 
 from fedmllm import weights as W
 from fedmllm.algorithms import build_algorithm
-from fedmllm.engine.checkpoint import RunStore
 from fedmllm.engine.base import Assignment
+from fedmllm.engine.checkpoint import RunStore
 from fedmllm.engine.in_process import InProcessEngine
 from fedmllm.models.features import VisionFeatures
 from fedmllm.models.products import available, direct

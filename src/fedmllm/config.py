@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from fedmllm.algorithms import ALGORITHMS, AlgorithmConfig, build_algorithm
+from fedmllm.algorithms import ALGORITHMS, STRATEGIES, AlgorithmConfig, build_algorithm
 from fedmllm.data.settings import DataConfig, FederationConfig
 from fedmllm.engine.compression import CompressionConfig
 from fedmllm.engine.failures import FailureConfig
@@ -114,10 +114,9 @@ class Experiment(BaseModel):
                 f"federation.clients_per_round: {self.algorithm.name} with these parameters needs {method.smallest_cohort} clients or more "
                 f"per round, is {cohort}"
             )
-        if self.data.prompt != "agnostic" and "agnostic_prompt" in self.algorithm.strategy_names:
-            raise ValueError(
-                f"data.prompt: algorithm.strategies has agnostic_prompt, data.prompt is {self.data.prompt}; change one of them"
-            )
+        for name in self.algorithm.strategy_names:
+            if STRATEGIES[name].wording not in (None, self.data.prompt):
+                raise ValueError(f"data.prompt: algorithm.strategies has {name}, data.prompt is {self.data.prompt}; change one of them")
         return self
 
     def with_fingerprint(self, fingerprint: str | None) -> Experiment:

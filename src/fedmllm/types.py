@@ -113,7 +113,7 @@ Profile = Mapping[str, int]
 
 
 LabelCounts = Mapping[str, Mapping[str, int]]
-"""How often each answer occurs, by the set of options that it was chosen from, as ``training.calibration`` writes it."""
+"""How often each answer occurs, by the set of options that it was chosen from, as ``data.labels`` writes it."""
 
 
 @dataclass(frozen=True)

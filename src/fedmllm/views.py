@@ -103,6 +103,7 @@ WORDS = {
     "streams": "streams",
     "client": "changes how clients train",
     "weight": "changes what updates weigh",
+    "prompt": "changes how samples are worded",
 }
 """How the properties of methods, and what strategies change, are put."""
 

@@ -10,6 +10,7 @@ import torch
 import fedmllm.algorithms.strategies as package
 from fedmllm.algorithms import STRATEGIES, AlgorithmConfig, Client, ServerState, StrategyConfig, build_algorithm
 from fedmllm.algorithms.strategies.adaptive_regularization import AdaptiveRegularization, depth, profile_distance
+from fedmllm.algorithms.strategies.label_calibration import Calibration
 from fedmllm.algorithms.strategies.modality_coverage import ModalityCoverage, coverage
 from fedmllm.config import Experiment
 from fedmllm.engine.intake import Intake
@@ -30,7 +31,8 @@ def broadcast(profile: dict[str, int] | None = None) -> Broadcast:
 
 def penalty(strategy: AdaptiveRegularization, own: dict[str, int], everyone: dict[str, int]) -> float:
     rule = strategy.rule(LocalRule(), broadcast(everyone), Client(profile=own))
-    return 0.0 if rule.penalty is None else float(rule.penalty(weights(1.0), weights(), 0.0))
+    value = rule.penalty(weights(1.0), weights(), 0.0)
+    return 0.0 if value is None else float(value)
 
 
 def test_every_strategy_has_a_file() -> None:
@@ -69,26 +71,27 @@ def test_full_weight_on_all_layers_is_fedprox() -> None:
     prox = build_algorithm(AlgorithmConfig(name="fedprox", parameters={"proximal_mu": 0.3}))
     rules = [strategy.rule(LocalRule(), broadcast(), Client()), prox.local_rule(broadcast(), Client())]
     now = {name: torch.randn(2, 2) for name in NAMES}
-    a, b = (rule.penalty(now, weights(), 0.0) for rule in rules if rule.penalty is not None)
+    a, b = (rule.penalty(now, weights(), 0.0) for rule in rules)
+    assert a is not None
+    assert b is not None
     assert torch.equal(a, b)
 
 
 def test_penalties_add_up() -> None:
     method = build_algorithm(AlgorithmConfig(name="fedprox", parameters={"proximal_mu": 0.2}, strategies=("adaptive_regularization",)))  # type: ignore[arg-type]
-    rule = method.local_rule(broadcast(), Client())
-    assert rule.penalty is not None
+    value = method.local_rule(broadcast(), Client()).penalty(weights(1.0), weights(), 0.0)
     expected = 0.5 * 0.2 * 56 * 4 + 0.5 * 0.001 * 40 * 4
-    assert float(rule.penalty(weights(1.0), weights(), 0.0)) == pytest.approx(expected, rel=1e-5)
+    assert value is not None
+    assert float(value) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("kept", [{}, {"own": {name: torch.full((2, 2), 5.0) for name in NAMES if "lora_B" in name}}])
 def test_no_strategy_pulls_at_what_a_client_keeps_for_itself(kept: dict[str, Weights]) -> None:
     """Of FedSA-LoRA only A is shared; the B that a client received is nobody's. At its first turn and later, by value and by gradient."""
     method = build_algorithm(AlgorithmConfig(name="FedMLLM(fedsa_lora)"))
-    penalty = method.local_rule(broadcast(), Client(state=kept)).penalty
-    assert penalty is not None
     now = {name: torch.full((2, 2), 1.0, requires_grad=True) for name in NAMES}
-    value = penalty(now, weights(), 0.0)
+    value = method.local_rule(broadcast(), Client(state=kept)).penalty(now, weights(), 0.0)
+    assert value is not None
     value.backward()  # type: ignore[no-untyped-call]
     assert float(value.detach()) == pytest.approx(0.5 * 0.001 * 20 * 4)
     assert {name.split("lora_")[1][0] for name, tensor in now.items() if tensor.grad is not None} == {"A"}
@@ -129,7 +132,7 @@ def test_who_counts_all_clients_answers_says_so(parameters: dict[str, bool], nee
     assert method.needs_labels is needs
     labels = {'["no", "yes"]': {"no": 2, "yes": 3}}
     rule = method.local_rule(Broadcast(0, weights(), population=Population(2, labels=labels)), Client())
-    assert (rule.calibration, rule.labels) == (1.0, labels if needs else {})
+    assert rule.all_terms == (Calibration(1.0, labels if needs else {}),)
 
 
 def test_coverage_gives_each_modality_the_same_say() -> None:
@@ -170,7 +173,7 @@ def test_fedmllm_is_one_word() -> None:
     assert config.strategy_names == ("agnostic_prompt", "adaptive_regularization")
     method = build_algorithm(config)
     assert "momentum" in method.init(weights(), None).slots  # type: ignore[arg-type]
-    assert method.local_rule(broadcast(), Client()).penalty is not None
+    assert method.local_rule(broadcast(), Client()).penalty(weights(1.0), weights(), 0.0) is not None
     assert AlgorithmConfig.model_validate(config.model_dump(mode="json")) == config
 
 

@@ -99,7 +99,7 @@ def test_properties_and_costs_by_hand(rows: Record, name: str) -> None:
 def test_what_strategies_change(rows: Record) -> None:
     found = {name: (row["changes"], row["published"]) for name, row in rows["strategies"].items()}
     assert found["adaptive_regularization"] == (["client"], True)
-    assert found["agnostic_prompt"] == ([], True)
+    assert found["agnostic_prompt"] == (["prompt"], True)
     assert found["modality_coverage"] == (["weight"], False)
 
 

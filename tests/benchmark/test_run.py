@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -22,7 +23,8 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from fedmllm.algorithms import ServerState
+from fedmllm.algorithms import STRATEGIES, ServerState
+from fedmllm.algorithms.strategies import Strategy
 from fedmllm.benchmark.folder import Round, read_run
 from fedmllm.benchmark.results import SCORES, RunResult
 from fedmllm.benchmark.run import pooled, train
@@ -32,7 +34,7 @@ from fedmllm.data.federated import FederatedData, federate
 from fedmllm.data.prompts import to_messages
 from fedmllm.engine.checkpoint import RunStore
 from fedmllm.engine.observer import Observer
-from fedmllm.errors import DataError, ModelError, RunError
+from fedmllm.errors import ConfigError, DataError, ModelError, RunError
 from fedmllm.evaluation.answered import SIDE_BY_SIDE
 from fedmllm.models.load import VisionLanguageModel, model_source
 from fedmllm.models.lora import adapted_layers, write_base, write_weights
@@ -435,6 +437,24 @@ def test_one_client_with_all_data_equals_centralized_bit_for_bit(tmp_path: Path,
     assert all(torch.equal(federated[name], centralized[name]) for name in federated)
     assert any(tensor.any() for name, tensor in federated.items() if "lora_B" in name)
     assert result.scores["federated"] == result.scores["centralized"]
+
+
+def test_a_strategy_that_stands_for_a_wording_is_listed_where_that_is_used(
+    tmp_path: Path, tiny: Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And refused beside another wording; the modality-agnostic prompt is one of them."""
+
+    @dataclass(frozen=True)
+    class Neutral(Strategy):
+        wording = "neutral"
+
+    monkeypatch.setitem(STRATEGIES, "neutral_prompt", Neutral)
+    both = {"agnostic": ["agnostic_prompt"], "neutral": ["neutral_prompt"], "specific": []}
+    for prompt, listed in both.items():
+        experiment = change(tiny, data={"prompt": prompt})
+        assert train(experiment, tmp_path / prompt, report=False).strategies == listed
+    with pytest.raises(ConfigError, match=r"algorithm.strategies has neutral_prompt, data.prompt is agnostic; change one of them"):
+        change(tiny, algorithm={"name": "fedavg", "strategies": ["neutral_prompt"]})
 
 
 def test_calibrated_baselines_are_plain_training_with_calibration(tmp_path: Path, tiny: Experiment) -> None:

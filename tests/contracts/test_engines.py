@@ -34,9 +34,7 @@ def through_messages(monkeypatch: pytest.MonkeyPatch) -> None:
 def experiment(name: str, engine: str, **sections: Any) -> Experiment:
     parameters = {"server_learning_rate": 0.01} if name.startswith("feda") and name not in ("fedavg", "fedavgm") else {}
     # The prompt is the data's; what reweighs updates is refused where clients count alike.
-    strategies = [
-        s for s, cls in STRATEGIES.items() if s != "agnostic_prompt" and not (cls().reweighs and ALGORITHMS[name].ignores_weights)
-    ]
+    strategies = [s for s, cls in STRATEGIES.items() if cls.wording is None and not (cls().reweighs and ALGORITHMS[name].ignores_weights)]
     values: dict[str, Any] = {
         # What travels does not depend on how wide the model is.
         "model": {"name": folder_of("llava")},

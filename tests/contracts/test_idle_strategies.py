@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from fedmllm.algorithms import AlgorithmConfig, Client, Holdings, Remark, build_algorithm, remarks
+from fedmllm.algorithms.strategies.label_calibration import Calibration
 from fedmllm.benchmark.resident import Resident
 from fedmllm.benchmark.run import train
 from fedmllm.config import Experiment
@@ -123,12 +124,12 @@ def test_profiles_of_sites_are_what_they_say(federation: FederatedData) -> None:
 
 def test_a_calibration_beside_a_method_s_own_says_so() -> None:
     """It replaces it: of the same strength nothing changes."""
-    held = Holdings({"a": {"image": 3}}, True, (), calibration=1.0)
+    held = Holdings({"a": {"image": 3}}, True, (), terms=(Calibration(1.0),))
     found = {strength: remark("label_calibration", held, strength=strength) for strength in (0.0, 0.5, 1.0)}
     assert {strength: said.idle for strength, said in found.items() if said} == {0.0: False, 0.5: False, 1.0: True}
     assert "takes the place of the method's own calibration, whose strength is 1" in found[0.5].text  # type: ignore[union-attr]
     rules = []
     for strategies in ([], ["label_calibration"], [{"name": "label_calibration", "parameters": {"strength": 0.5}}]):
         method = build_algorithm(AlgorithmConfig.model_validate({"name": "fedmllm", "strategies": strategies}))
-        rules.append(method.local_rule(Broadcast(0, {}), Client()).calibration)
-    assert rules == [1.0, 1.0, 0.5]
+        rules.append(method.local_rule(Broadcast(0, {}), Client()).all_terms)
+    assert rules == [(Calibration(1.0),), (Calibration(1.0),), (Calibration(0.5),)]

@@ -27,6 +27,7 @@ from fedmllm.models.load import VisionLanguageModel
 from fedmllm.models.lora import read_weights
 from fedmllm.training.batches import Encoder
 from fedmllm.training.local import TrainingConfig, reach
+from fedmllm.training.terms import LossTerm, Parameters
 from fedmllm.types import Answer, ClientFailure, ClientUpdate, Record, Sample
 from scripted import Scripted, answers
 
@@ -246,6 +247,16 @@ def real(vlm: VisionLanguageModel, together: int = 16, seconds: float | None = N
 
 
 @dataclass(frozen=True)
+class Raises(LossTerm):
+    """A loss term that raises when it is asked."""
+
+    error: Exception
+
+    def value(self, now: Parameters, received: Parameters, progress: float) -> torch.Tensor:
+        raise self.error
+
+
+@dataclass(frozen=True)
 class Breaks:
     """A method's client rule that raises at one client while it trains."""
 
@@ -258,10 +269,7 @@ class Breaks:
 
     def local_rule(self, broadcast: object, client: object) -> object:
         rule = self.method.local_rule(broadcast, client)  # type: ignore[attr-defined]
-        return rule.with_penalty(self._raises) if client.name == self.client else rule  # type: ignore[attr-defined]
-
-    def _raises(self, *_: object) -> torch.Tensor:
-        raise self.error
+        return rule.with_term(Raises(self.error)) if client.name == self.client else rule  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("together", [1, 16])

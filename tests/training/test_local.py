@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedmllm import weights as W
+from fedmllm.algorithms.fedprox import Proximal
 from fedmllm.config import Experiment
 from fedmllm.data.federated import FederatedData
 from fedmllm.errors import ConfigError
@@ -133,7 +134,7 @@ def test_the_frozen_model_does_not_move(vlm: VisionLanguageModel, task: LocalTas
 def test_penalty_and_gradient_edit_reach_the_loop(vlm: VisionLanguageModel, task: LocalTask) -> None:
     config = TrainingConfig()
     free = train_locally(vlm, task, PLAIN, config).weights
-    pulled = LocalRule(penalty=lambda now, start, progress: 1e3 * sum((now[n] - start[n]).square().sum() for n in now))  # type: ignore[arg-type, return-value]
+    pulled = LocalRule(terms=(Proximal(2e3),))
     tight = train_locally(vlm, task, pulled, config).weights
     assert W.norm(W.subtract(tight, task.received)) < 0.8 * W.norm(W.subtract(free, task.received))
     frozen = LocalRule(edit_gradient=lambda name, gradient: gradient * ("lora_A" not in name))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from fedmllm.algorithms.base import Client, ServerState, require_not_negative
 from fedmllm.algorithms.fedavg import FedAvg
-from fedmllm.algorithms.fedprox import proximal
+from fedmllm.algorithms.fedprox import Proximal
 from fedmllm.training.rules import LocalRule
 from fedmllm.types import Broadcast, Slots, Weights
 
@@ -33,8 +33,8 @@ class Ditto(FedAvg):
 
     def local_rule(self, broadcast: Broadcast, client: Client) -> LocalRule:
         """Plain training, then the client's own model."""
-        penalty = proximal(self.personal_mu) if self.personal_mu else None
-        return LocalRule(personal=LocalRule(penalty=penalty, start=client.state.get("personal", {})))
+        terms = (Proximal(self.personal_mu),) if self.personal_mu else ()
+        return LocalRule(personal=LocalRule(terms=terms, start=client.state.get("personal", {})))
 
     def personal(self, state: ServerState, client_state: Slots) -> Weights:
         """v_k; the global weights for a client that never took part."""

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fedmllm.algorithms.base import Client, ServerAverage, require_not_negative
-from fedmllm.training.rules import LocalRule, Parameters, Penalty
+from fedmllm.training.rules import LocalRule
+from fedmllm.training.terms import LossTerm, Parameters
 from fedmllm.types import Broadcast
 
 
@@ -30,14 +31,22 @@ class FedProx(ServerAverage):
 
     def local_rule(self, broadcast: Broadcast, client: Client) -> LocalRule:
         """The proximal term over all trainable tensors; none at all for mu = 0, so that FedAvg comes out bit for bit."""
-        return LocalRule(penalty=proximal(self.proximal_mu) if self.proximal_mu else None)
+        return LocalRule(terms=(Proximal(self.proximal_mu),) if self.proximal_mu else ())
 
 
-def proximal(mu: float, covers: Callable[[str], bool] = lambda name: True) -> Penalty:
-    """``(mu / 2) ||w - anchor||^2`` over the tensors it covers."""
+@dataclass(frozen=True)
+class Proximal(LossTerm):
+    """``(mu / 2) ||w - w_received||^2`` over the tensors it covers.
 
-    def penalty(current: Parameters, anchor: Parameters, progress: float) -> Tensor:
-        squares = [(tensor - anchor[name]).square().sum() for name, tensor in current.items() if covers(name)]
-        return 0.5 * mu * torch.stack(squares).sum()
+    Attributes:
+        mu: the pull towards what the client received.
+        covers: says of a tensor's name whether it is pulled.
+    """
 
-    return penalty
+    mu: float
+    covers: Callable[[str], bool] = lambda name: True
+
+    def value(self, now: Parameters, received: Parameters, progress: float) -> Tensor:
+        """The term above."""
+        squares = [(tensor - received[name]).square().sum() for name, tensor in now.items() if self.covers(name)]
+        return 0.5 * self.mu * torch.stack(squares).sum()

@@ -14,7 +14,8 @@ from fedmllm.algorithms.base import Aggregate, Client, Member, ServerState, requ
 from fedmllm.algorithms.fedavg import FedAvg
 from fedmllm.algorithms.median import stacked
 from fedmllm.errors import ConfigError
-from fedmllm.training.rules import LocalRule, Parameters
+from fedmllm.training.rules import LocalRule
+from fedmllm.training.terms import LossTerm, Parameters
 from fedmllm.types import Broadcast, Weights
 
 
@@ -88,31 +89,7 @@ class YOCO(FedAvg):
 
     def local_rule(self, broadcast: Broadcast, client: Client) -> LocalRule:
         """The rule above."""
-        signs = broadcast.extras["signs"]
-        return LocalRule(penalty=lambda now, received, progress: self.penalty(now, signs, progress))
-
-    def penalty(self, now: Parameters, signs: Parameters, progress: float) -> Tensor:
-        """The terms beside the loss."""
-        gamma = self.gamma - 0.5 * (self.gamma - 1) * (1 + math.cos(math.pi * progress))
-        terms = [self.sign_weight * self._sign_loss(now[name], gamma, sign.to(now[name])) for name, sign in signs.items()]
-        spread = self._orthogonality(gamma) if self.reference else self.sparse_weight
-        terms += [spread * (self._unorthogonal(a) if self.reference else a.abs().sum()) for n, a in now.items() if factors.is_a(n)]
-        return torch.stack(terms).sum()
-
-    def _sign_loss(self, b: Tensor, gamma: float, sign: Tensor) -> Tensor:
-        # A norm has no gradient at 0; the smallest float keeps the square root's finite there.
-        distance = ((gamma * b).tanh() - sign).square().sum().clamp(min=torch.finfo(b.dtype).tiny).sqrt()
-        loss: Tensor = distance / (sign.norm() + 1e-6)
-        return loss
-
-    def _orthogonality(self, gamma: float) -> float:
-        """From 0.1 at g = 1 to 0.01 at g = ``gamma``, on a line."""
-        return 0.1 - 0.09 * (gamma - 1) / max(self.gamma - 1, 1e-9)
-
-    def _unorthogonal(self, a: Tensor) -> Tensor:
-        """``||A'A - I||^2`` through the small Gram matrix: ``||A A'||^2 - 2 ||A||^2 + inputs``."""
-        loss: Tensor = (a @ a.T).square().sum() - 2 * a.square().sum() + a.shape[1]
-        return loss
+        return LocalRule(terms=(Supervision(self, broadcast.extras["signs"]),))
 
     def server_step(self, state: ServerState, aggregate: Aggregate) -> ServerState:
         """The rule above."""
@@ -130,3 +107,42 @@ class YOCO(FedAvg):
         directions = vt[: 1 + int((kept < self.energy - 1e-12).sum())]
         mean: Tensor = (shares @ own @ directions.T @ directions).reshape(old.shape)
         return mean - old.double()
+
+
+@dataclass(frozen=True, eq=False)
+class Supervision(LossTerm):
+    """The terms beside the loss in ``YOCO``'s second line, or those of its ``reference``.
+
+    Attributes:
+        method: whose hyper-parameters hold.
+        signs: of B_0, by the name of B.
+    """
+
+    method: YOCO
+    signs: Parameters
+
+    def value(self, now: Parameters, received: Parameters, progress: float) -> Tensor:
+        """Their sum."""
+        method = self.method
+        gamma = method.gamma - 0.5 * (method.gamma - 1) * (1 + math.cos(math.pi * progress))
+        terms = [method.sign_weight * _sign_loss(now[name], gamma, sign.to(now[name])) for name, sign in self.signs.items()]
+        spread = self._orthogonality(gamma) if method.reference else method.sparse_weight
+        terms += [spread * (_unorthogonal(a) if method.reference else a.abs().sum()) for n, a in now.items() if factors.is_a(n)]
+        return torch.stack(terms).sum()
+
+    def _orthogonality(self, gamma: float) -> float:
+        """From 0.1 at g = 1 to 0.01 at g = ``gamma``, on a line."""
+        return 0.1 - 0.09 * (gamma - 1) / max(self.method.gamma - 1, 1e-9)
+
+
+def _sign_loss(b: Tensor, gamma: float, sign: Tensor) -> Tensor:
+    # A norm has no gradient at 0; the smallest float keeps the square root's finite there.
+    distance = ((gamma * b).tanh() - sign).square().sum().clamp(min=torch.finfo(b.dtype).tiny).sqrt()
+    loss: Tensor = distance / (sign.norm() + 1e-6)
+    return loss
+
+
+def _unorthogonal(a: Tensor) -> Tensor:
+    """``||A'A - I||^2`` through the small Gram matrix: ``||A A'||^2 - 2 ||A||^2 + inputs``."""
+    loss: Tensor = (a @ a.T).square().sum() - 2 * a.square().sum() + a.shape[1]
+    return loss

@@ -68,6 +68,7 @@ def _properties(method: Algorithm) -> Record:
 
 def _changes(name: str, cls: type[Strategy]) -> Record:
     changed = [*(["client"] if cls.rule is not Strategy.rule else []), *(["weight"] if cls().reweighs else [])]
+    changed += ["prompt"] if cls.wording else []
     return {"kind": "strategy", "changes": changed, "published": name in PUBLISHED}
 
 

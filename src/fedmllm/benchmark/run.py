@@ -12,7 +12,7 @@ from typing import cast
 from fedmllm.algorithms import Algorithm, AlgorithmConfig, Client, Holdings, ServerState, build_algorithm, remarks
 from fedmllm.algorithms.fedavg import FedAvg
 from fedmllm.algorithms.strategies import Composed
-from fedmllm.algorithms.strategies.label_calibration import LabelCalibration
+from fedmllm.algorithms.strategies.label_calibration import Calibration, LabelCalibration
 from fedmllm.benchmark.card import adapter_card
 from fedmllm.benchmark.encodable import encodable, usable
 from fedmllm.benchmark.federation import Federation, federation
@@ -45,6 +45,7 @@ from fedmllm.models.parts import Part
 from fedmllm.models.processors import needs_torchvision
 from fedmllm.models.saved import save_adapter
 from fedmllm.training.batches import Encoder
+from fedmllm.training.terms import LossTerm, of_kind
 from fedmllm.types import Metrics, Sample, Weights
 
 
@@ -210,21 +211,21 @@ class _Run:
 
     def _calibrated(self) -> Algorithm:
         """Plain training with the calibration that the method under test has; at its neutral strength where that has none."""
-        strength = self._calibration(self.experiment.algorithm) or LabelCalibration().strength
-        return cast(Algorithm, Composed(FedAvg(), (LabelCalibration(strength),)))
+        own = of_kind(self._terms(self.experiment.algorithm), Calibration)
+        return cast(Algorithm, Composed(FedAvg(), (LabelCalibration(own.strength) if own else LabelCalibration(),)))
 
     def _holdings(self) -> Holdings:
         """What strategies meet."""
         samples = [sample for held in self.data.clients.values() for sample in held]
         options = None if self.data.told else any(sample.options for sample in samples)
         config = self.experiment.algorithm
-        own = self._calibration(config.model_copy(update={"name": config.method, "strategies": ()}))
+        own = self._terms(config.model_copy(update={"name": config.method, "strategies": ()}))
         return Holdings(self.data.profiles, options, tuple(self.start.weights), own)
 
-    def _calibration(self, config: AlgorithmConfig) -> float:
-        """The strength at which a method calibrates clients to their labels."""
+    def _terms(self, config: AlgorithmConfig) -> tuple[LossTerm, ...]:
+        """What a method adds to its clients' loss."""
         method = build_algorithm(config)
-        return method.local_rule(method.broadcast(self.start), Client()).calibration
+        return method.local_rule(method.broadcast(self.start), Client()).all_terms
 
     def _solo_rounds(self) -> int:
         """As many rounds as a client takes part in on average, so that every baseline sees each sample as often."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from fedmllm.algorithms import build_algorithm
+from fedmllm.algorithms import STRATEGIES, build_algorithm
 from fedmllm.benchmark.results import SCORES, SOLO, RunResult, versions
 from fedmllm.config import Experiment
 from fedmllm.data.federated import FederatedData
@@ -48,11 +48,17 @@ def summarize(
         parts={part.name: part.parameters for part in parts},
         trained=[part.name for part in parts if part.trains],
         algorithm=e.algorithm.name,
-        strategies=list(dict.fromkeys([*(["agnostic_prompt"] if e.data.prompt == "agnostic" else []), *e.algorithm.strategy_names])),
+        strategies=_strategies(e),
         model=e.model.name,
         personalized=build_algorithm(e.algorithm).personalized,
         validation=records["federated"][-1].get("validation") or {},
     )
+
+
+def _strategies(experiment: Experiment) -> list[str]:
+    """Those that the wording of the prompts amounts to, and those of the settings."""
+    worded = [name for name, strategy in STRATEGIES.items() if strategy.wording == experiment.data.prompt]
+    return list(dict.fromkeys([*worded, *experiment.algorithm.strategy_names]))
 
 
 def _majority(data: FederatedData, learned: Sequence[Sample]) -> float | None:

@@ -20,7 +20,6 @@ from fedmllm.models.lora import has_dropout, write_base
 from fedmllm.models.memory import TokenBudget, clients_at_once, out_of_memory, release
 from fedmllm.models.stacked import stackable
 from fedmllm.training.batches import Encoder
-from fedmllm.training.calibration import calibrated
 from fedmllm.training.local import LocalTask, TrainingConfig, train_locally, train_together
 from fedmllm.training.rules import LocalResult, LocalRule, Upload
 from fedmllm.types import Answer, ClientFailure, ClientUpdate, Metrics, Sample, Slots
@@ -232,10 +231,9 @@ class InProcessEngine:
         """What a client works on. Ranks beyond its own are zeros, in A and in B, which no gradient ever moves."""
         weights, broadcast = assignment.broadcast.weights, assignment.broadcast
         received = weights if turn.rank is None else factors.padded(factors.cut(weights, turn.rank), weights)
-        encode = self.encoder.with_reduced if rule.alignment else self.encoder
-        encoded = [encode(sample) for sample in turn.samples]
-        if rule.calibration:
-            encoded = calibrated(self.vlm, turn.samples, encoded, rule.calibration, rule.labels)
+        encoded = [self.encoder(sample) for sample in turn.samples]
+        for term in rule.all_terms:
+            encoded = term.prepare(self.vlm, self.encoder, turn.samples, encoded)
         return LocalTask(turn.client.name, broadcast.round_num, assignment.seed, encoded, received, assignment.learning_rate)
 
 

@@ -162,7 +162,9 @@ def _scaled(update: ClientUpdate, scale: float) -> ClientUpdate:
     """An update times a number, its further tensors included; itself for 1."""
     if scale == 1:
         return update
-    groups = {kind: {name: tensor * scale for name, tensor in slot.items()} for kind, slot in {"update": update.update, **update.extras}.items()}
+    groups = {
+        kind: {name: tensor * scale for name, tensor in slot.items()} for kind, slot in {"update": update.update, **update.extras}.items()
+    }
     return replace(update, update=groups.pop("update"), extras=groups)
 
 

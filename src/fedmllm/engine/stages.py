@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from fedmllm.data.labels import answer_counts
 from fedmllm.data.modalities import profile
 from fedmllm.randomness import generator
-from fedmllm.training.calibration import answer_counts
 from fedmllm.types import Holding, Population, Sample
 
 

@@ -37,7 +37,7 @@ class Encoded:
         extras: the processor's further tensors (``pixel_values`` and the like), stacked along their first axis; without those of pixels where
             features stand for them (``without_pixels``).
         by_token: the processor's numbers that stand beside tokens (``token_type_ids`` and the like), as long as ``input_ids``.
-        reduced: the same sample with a modality less, one for each that it can lose; only where training asks for them.
+        companions: further prompts with answers that training compares with this one, by the name of the loss term that does.
         option_bias: (tokens, values) added to the logits of the options' letters in training; None for nothing.
         left_out: of a sample without its pixels, the key of its picture, and what makes ``extras`` whole again; None where nothing was left out.
     """
@@ -46,7 +46,7 @@ class Encoded:
     answer_length: int
     extras: dict[str, Tensor]
     by_token: dict[str, Tensor] = field(default_factory=dict)
-    reduced: tuple[Encoded, ...] = ()
+    companions: Mapping[str, tuple[Encoded, ...]] = field(default_factory=dict)
     option_bias: tuple[Tensor, Tensor] | None = None
     left_out: tuple[bytes, Callable[[], Mapping[str, Tensor]]] | None = None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from weakref import ReferenceType, ref
 
@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from fedmllm.data.fingerprint import prompt_key
-from fedmllm.data.modalities import keep_only
 from fedmllm.data.prompts import Wording, target, to_messages, wording
 from fedmllm.errors import DataError, ModelError
 from fedmllm.models.encoding import Batch, Encoded, collate, encode, option_tokens
@@ -41,13 +40,6 @@ class Encoder:
         self._kept: OrderedDict[bytes, Encoded] = OrderedDict()
         self._bytes = 0
         self._keys: dict[int, tuple[ReferenceType[Sample], bytes]] = {}
-
-    def with_reduced(self, sample: Sample) -> Encoded:
-        """The sample, and itself with each modality left out in turn if it holds several."""
-        if len(sample.content) < 2:
-            return self(sample)
-        copies = (keep_only(sample, [m for m in sample.modalities if m != lost]) for lost in sample.modalities)
-        return replace(self(sample), reduced=tuple(map(self, copies)))
 
     def __call__(self, sample: Sample) -> Encoded:
         """The sample's prompt and target as tensors.

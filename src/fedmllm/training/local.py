@@ -18,10 +18,10 @@ from fedmllm.models.lora import copies, read_weights, trainable, training_only, 
 from fedmllm.models.memory import TokenBudget, out_of_memory, release
 from fedmllm.models.stacked import side_by_side, stacked
 from fedmllm.randomness import generator, torch_randomness
-from fedmllm.training.alignment import backward_alignment
 from fedmllm.training.batches import Step, batched, passes, steps
 from fedmllm.training.rules import LocalResult, LocalRule
 from fedmllm.training.schedule import ScheduleConfig, of_round, of_step
+from fedmllm.training.terms import TermStep
 from fedmllm.types import Weights
 
 
@@ -253,7 +253,7 @@ def _backward(vlm: VisionLanguageModel, turns: Sequence[_Turn], position: int, b
                 loss.sum().backward()  # type: ignore[no-untyped-call]
             losses.append((owners, loss.detach()))
         for turn in turns:
-            turn.align(position, max_tokens, adapters)
+            turn.add_terms(position, max_tokens, adapters)
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
@@ -312,17 +312,19 @@ class _Turn:
         for parameter in self._parameters.values():
             parameter.grad = None
 
-    def align(self, position: int, max_tokens: int, adapters: Adapters) -> None:
-        """Add the gradients of the rule's alignment."""
-        if self._rule.alignment:
-            rng = generator(self._task.seed, "alignment", self._task.round_num, self._task.client, position)
-            with adapters([self], [1]):
-                backward_alignment(self._vlm, self.plan[position], self._rule.alignment, rng, max_tokens)
+    def add_terms(self, position: int, max_tokens: int, adapters: Adapters) -> None:
+        """Add the gradients of the rule's terms that have passes of their own."""
+        for term in self._rule.all_terms:
+            if term.has_passes:
+                rng = generator(self._task.seed, term.name, self._task.round_num, self._task.client, position)
+                with adapters([self], [1]):
+                    term.backward(TermStep(self._vlm, self.plan[position].samples, rng, max_tokens))
 
     def update(self, position: int) -> None:
         """The rule's penalty, and the optimizer's step."""
-        if self._rule.penalty is not None:
-            self._rule.penalty(self._parameters, self._received, position / len(self.plan)).backward()  # type: ignore[no-untyped-call]
+        penalty = self._rule.penalty(self._parameters, self._received, position / len(self.plan))
+        if penalty is not None:
+            penalty.backward()  # type: ignore[no-untyped-call]
         self._edit_gradients()
         if self._config.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(list(self._parameters.values()), self._config.clip_norm)

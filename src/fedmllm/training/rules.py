@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import operator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import reduce
 
 from torch import Tensor
 
-from fedmllm.types import LabelCounts, Metrics, Slots, Weights
-
-Parameters = Mapping[str, Tensor]
-
-Penalty = Callable[[Parameters, Parameters, float], Tensor]
-"""(current parameters, what the client received, progress through its turn in [0, 1)) -> scalar."""
+from fedmllm.training.terms import LossTerm, Parameters
+from fedmllm.types import Metrics, Slots, Weights
 
 
 @dataclass(frozen=True)
@@ -57,38 +55,45 @@ class LocalRule:
     """How a method departs from plain local training. The neutral values are FedAvg.
 
     Attributes:
-        penalty: added to every step's loss.
+        terms: what the method adds to the loss.
+        added: what strategies add to it. They act for the federation's sake, so their penalties see what clients share and not what is ``own``.
         edit_gradient: replaces a gradient before clipping: (name, gradient) -> gradient.
         trains: which tensors train; all for None.
         start: tensors that begin elsewhere than at what the client received.
         own: names of the tensors that the client keeps for itself: what it received of them is nobody's, and no strategy pulls towards it.
         records_gradient: whether ``LocalResult.gradient`` is wanted.
-        alignment: weight of the loss that makes a complete sample and its copy with a modality less answer alike.
-        calibration: strength of the calibration to labels (``training.calibration``).
-        labels: whose frequencies it takes; the client's own where empty.
         finish: result -> what is sent and kept.
         personal: a second pass over the same samples, whose weights the client keeps under ``personal``.
     """
 
-    penalty: Penalty | None = None
+    terms: tuple[LossTerm, ...] = ()
+    added: tuple[LossTerm, ...] = ()
     edit_gradient: Callable[[str, Tensor], Tensor] | None = None
     trains: Callable[[str], bool] | None = None
     start: Weights = field(default_factory=dict)
     own: frozenset[str] = frozenset()
     records_gradient: bool = False
-    alignment: float = 0.0
-    calibration: float = 0.0
-    labels: LabelCounts = field(default_factory=dict)
     finish: Callable[[LocalResult], Upload] = plain_upload
     personal: LocalRule | None = None
 
-    def with_penalty(self, penalty: Penalty) -> LocalRule:
-        """The same rule with one more penalty, on what clients share."""
-        first, own = self.penalty, self.own
+    @property
+    def all_terms(self) -> tuple[LossTerm, ...]:
+        """The method's, then what strategies added."""
+        return (*self.terms, *self.added)
 
-        def shared(now: Parameters, received: Parameters, progress: float) -> Tensor:
-            return penalty({name: tensor for name, tensor in now.items() if name not in own}, received, progress)
+    def with_term(self, term: LossTerm) -> LocalRule:
+        """The same rule with one more term, for a strategy to add."""
+        return replace(self, added=(*self.added, term))
 
-        if first is None:
-            return replace(self, penalty=shared)
-        return replace(self, penalty=lambda now, received, progress: first(now, received, progress) + shared(now, received, progress))
+    def without(self, kind: type[LossTerm]) -> LocalRule:
+        """The same rule without the terms of a class, whoever added them."""
+        terms, added = (tuple(term for term in some if not isinstance(term, kind)) for some in (self.terms, self.added))
+        return replace(self, terms=terms, added=added)
+
+    def penalty(self, now: Parameters, received: Parameters, progress: float) -> Tensor | None:
+        """The sum of all terms' values, in their order; None if none has one. See ``LossTerm.value``."""
+        shared = {name: tensor for name, tensor in now.items() if name not in self.own}
+        values = [term.value(now, received, progress) for term in self.terms]
+        values += [term.value(shared, received, progress) for term in self.added]
+        present = [value for value in values if value is not None]
+        return reduce(operator.add, present) if present else None

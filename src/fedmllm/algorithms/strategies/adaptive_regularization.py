@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from fedmllm.algorithms.base import Client, Fact, require_not_negative, require_within
-from fedmllm.algorithms.fedprox import proximal
+from fedmllm.algorithms.fedprox import Proximal
 from fedmllm.algorithms.strategies.base import Holdings, Remark, Strategy
 from fedmllm.errors import ConfigError
 from fedmllm.training.rules import LocalRule
@@ -50,10 +50,10 @@ class AdaptiveRegularization(Strategy):
         return frozenset({"profile"} if self.adaptivity else ())
 
     def rule(self, rule: LocalRule, broadcast: Broadcast, client: Client) -> LocalRule:
-        """One more penalty; none where it would be zero."""
+        """One more term; none where it would be zero."""
         mu = self.mu * self.weight * (1 + self.adaptivity * profile_distance(client.profile, broadcast.population.profile))
         window = self.window(depth(tuple(broadcast.weights)))
-        return rule.with_penalty(proximal(mu, lambda name: layer(name) in window)) if mu else rule
+        return rule.with_term(Proximal(mu, lambda name: layer(name) in window)) if mu else rule
 
     def remark(self, holdings: Holdings) -> Remark | None:
         """Idle without a pull; of a decoder too shallow for the fraction no layer is left out."""

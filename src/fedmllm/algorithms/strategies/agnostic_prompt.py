@@ -14,3 +14,5 @@ class AgnosticPrompt(Strategy):
     It acts where samples become prompts: ``data.prompt: agnostic``, the default, is this strategy. Naming it here makes an
     experiment with another prompt an error. ``data.prompt: neutral`` is the same without the sentence that asks so.
     """
+
+    wording = "agnostic"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from fedmllm.algorithms.base import Algorithm, Client, Fact
 from fedmllm.algorithms.transforms import UpdateTransform
 from fedmllm.training.rules import LocalRule
+from fedmllm.training.terms import LossTerm
 from fedmllm.types import Broadcast, Profile
 
 
@@ -20,13 +21,13 @@ class Holdings:
         profiles: by client, its samples by modalities; empty for a client that does not say.
         options: whether a client holds a question with options; None where samples are elsewhere.
         tensors: names of what trains.
-        calibration: the strength at which the method itself calibrates clients to their labels; 0 if it does not.
+        terms: what the method itself adds to its clients' loss.
     """
 
     profiles: Mapping[str, Profile]
     options: bool | None
     tensors: tuple[str, ...]
-    calibration: float = 0.0
+    terms: tuple[LossTerm, ...] = ()
 
 
 class Remark(NamedTuple):
@@ -42,7 +43,10 @@ class Remark(NamedTuple):
 
 
 class Strategy:
-    """Changes a method's client rule, what happens to its updates, or both. This one changes nothing."""
+    """Changes a method's client rule, what happens to its updates, or the wording of prompts. This one changes nothing."""
+
+    wording: ClassVar[str | None] = None
+    """The wording of prompts that the strategy stands for, a value of ``data.prompt``; None for one that works with any."""
 
     @property
     def transforms(self) -> tuple[UpdateTransform, ...]:

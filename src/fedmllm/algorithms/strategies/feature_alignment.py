@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from fedmllm.algorithms.base import Client, require_not_negative
 from fedmllm.algorithms.strategies.base import Holdings, Remark, Strategy
+from fedmllm.data.modalities import keep_only
+from fedmllm.models.encoding import Encoded, answer_logits, collate
+from fedmllm.models.load import VisionLanguageModel
+from fedmllm.training.batches import Encoder, batched
 from fedmllm.training.rules import LocalRule
-from fedmllm.types import Broadcast
+from fedmllm.training.terms import LossTerm, TermStep
+from fedmllm.types import Broadcast, Sample
 
 
 @dataclass(frozen=True)
@@ -27,8 +37,9 @@ class FeatureAlignment(Strategy):
         require_not_negative(weight=self.weight)
 
     def rule(self, rule: LocalRule, broadcast: Broadcast, client: Client) -> LocalRule:
-        """The rule with the alignment's weight."""
-        return replace(rule, alignment=self.weight)
+        """The rule with the alignment, in place of one that it has."""
+        plain = rule.without(Alignment)
+        return plain.with_term(Alignment(self.weight)) if self.weight else plain
 
     def remark(self, holdings: Holdings) -> Remark | None:
         """Idle where nobody holds a sample that could lose a modality."""
@@ -38,3 +49,61 @@ class FeatureAlignment(Strategy):
         if all(profiles) and not any("+" in kind for profile in profiles for kind in profile):
             return Remark("no client holds a sample of two modalities, so that there is nothing to align", idle=True)
         return None
+
+
+@dataclass(frozen=True)
+class Alignment(LossTerm):
+    """A complete sample and its copy with one modality less should answer alike.
+
+        weight / M * sum_i sum_t KL( p(. | complete sample i, a_<t) || p(. | sample i without one modality, a_<t) )
+
+    over the answer tokens of a step's complete samples; M counts the answer tokens of all its samples. Which modality a sample loses is
+    drawn in every step. The complete sample is the teacher: no gradient flows through its side.
+
+    Attributes:
+        weight: of this term beside the loss.
+    """
+
+    weight: float
+    name = "alignment"
+
+    def prepare(self, vlm: VisionLanguageModel, encoder: Encoder, samples: Sequence[Sample], encoded: list[Encoded]) -> list[Encoded]:
+        """Samples that hold several modalities with a copy for each that they can lose."""
+        return [
+            replace(whole, companions={**whole.companions, self.name: _copies(encoder, sample)}) if len(sample.content) > 1 else whole
+            for sample, whole in zip(samples, encoded, strict=True)
+        ]
+
+    def backward(self, step: TermStep) -> None:
+        """Add the gradients of the term above."""
+        complete = [sample for sample in step.samples if self.name in sample.companions]
+        copies = [sample.companions[self.name] for sample in complete]
+        reduced = [some[step.rng.integers(len(some))] for some in copies]
+        tokens = sum(sample.answer_length for sample in step.samples)
+        for group in batched(step.vlm, complete, step.max_tokens):
+            batches = [collate(step.vlm, [side[i] for i in group]) for side in (complete, reduced)]
+            with step.vlm.autocast():
+                with torch.no_grad():
+                    teacher = answer_logits(step.vlm, batches[0])
+                loss = self.weight / tokens * divergence(teacher, answer_logits(step.vlm, batches[1]), batches[0].answer_mask)
+            loss.backward()  # type: ignore[no-untyped-call]
+
+
+def _copies(encoder: Encoder, sample: Sample) -> tuple[Encoded, ...]:
+    """A sample with each of its modalities left out in turn."""
+    return tuple(encoder(keep_only(sample, [m for m in sample.modalities if m != lost])) for lost in sample.modalities)
+
+
+def divergence(teacher: Tensor, student: Tensor, mask: Tensor) -> Tensor:
+    """``sum KL(softmax(teacher) || softmax(student))`` over the masked columns, in nats.
+
+    Args:
+        teacher: logits, shape (samples, columns, vocabulary).
+        student: the same.
+        mask: which columns count, shape (samples, columns).
+
+    Returns:
+        a scalar.
+    """
+    columns = F.kl_div(student.log_softmax(-1), teacher.log_softmax(-1), reduction="none", log_target=True).sum(-1)
+    return (columns * mask).sum()

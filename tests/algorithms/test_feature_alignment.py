@@ -1,20 +1,19 @@
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
 
 from fedmllm import weights as W
+from fedmllm.algorithms.strategies.feature_alignment import Alignment, divergence
 from fedmllm.data.federated import FederatedData
-from fedmllm.models.encoding import answer_logits, collate
+from fedmllm.models.encoding import Encoded, answer_logits, collate
 from fedmllm.models.load import VisionLanguageModel
 from fedmllm.models.lora import read_weights, trainable
-from fedmllm.training.alignment import backward_alignment, divergence
 from fedmllm.training.batches import Encoder, Step
 from fedmllm.training.local import LocalTask, TrainingConfig, train_locally
 from fedmllm.training.rules import LocalRule
+from fedmllm.training.terms import TermStep
 
 
 @pytest.fixture
@@ -33,25 +32,30 @@ def test_divergence_is_the_sum_of_kl_over_the_masked_columns() -> None:
 
 
 @pytest.fixture
-def step(federation: FederatedData, encoder: Encoder) -> Step:
+def step(vlm: VisionLanguageModel, federation: FederatedData, encoder: Encoder) -> Step:
     """Four complete samples and two that lost something."""
     samples = [sample for client in federation.clients.values() for sample in client]
     complete = [s for s in samples if len(s.content) == 2][:4]
     incomplete = [s for s in samples if len(s.content) == 1][:2]
-    return Step((tuple(map(encoder.with_reduced, complete + incomplete)),))
+    held = complete + incomplete
+    return Step((tuple(Alignment(1.0).prepare(vlm, encoder, held, [encoder(sample) for sample in held])),))
+
+
+def copies(sample: Encoded) -> tuple[Encoded, ...]:
+    return sample.companions.get("alignment", ())
 
 
 def test_complete_samples_carry_a_copy_for_each_modality_they_can_lose(step: Step, encoder: Encoder) -> None:
-    assert [len(sample.reduced) for sample in step.samples] == [2, 2, 2, 2, 0, 0]
-    without_image, without_text = step.samples[0].reduced
+    assert [len(copies(sample)) for sample in step.samples] == [2, 2, 2, 2, 0, 0]
+    without_image, without_text = copies(step.samples[0])
     assert "pixel_values" not in without_image.extras
     assert "pixel_values" in without_text.extras
-    assert all(torch.equal(copy.answer_ids, step.samples[0].answer_ids) for copy in step.samples[0].reduced)
+    assert all(torch.equal(copy.answer_ids, step.samples[0].answer_ids) for copy in copies(step.samples[0]))
 
 
 def gradients(vlm: VisionLanguageModel, step: Step, max_tokens: int) -> dict[str, torch.Tensor]:
     vlm.model.zero_grad()
-    backward_alignment(vlm, step, 1.0, np.random.default_rng(0), max_tokens)
+    Alignment(1.0).backward(TermStep(vlm, step.samples, np.random.default_rng(0), max_tokens))
     return {name: p.grad.clone() for name, p in trainable(vlm.model) if p.grad is not None}
 
 
@@ -71,9 +75,9 @@ def test_alignment_brings_the_answers_together(vlm: VisionLanguageModel, step: S
     config = TrainingConfig(local_epochs=6)
 
     def apart(weight: float) -> float:
-        train_locally(vlm, task, LocalRule(alignment=weight), config)
+        train_locally(vlm, task, LocalRule(terms=(Alignment(weight),)), config)
         vlm.model.zero_grad()
-        pairs = [(s, replace(copy, reduced=())) for s in step.samples for copy in s.reduced]
+        pairs = [(s, copy) for s in step.samples for copy in copies(s)]
         with torch.no_grad():
             sides = [collate(vlm, [pair[side] for pair in pairs]) for side in (0, 1)]
             return float(divergence(answer_logits(vlm, sides[0]), answer_logits(vlm, sides[1]), sides[0].answer_mask))
