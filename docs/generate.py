@@ -1,6 +1,7 @@
 """Write ``docs/configuration.md``, the tables of ``docs/methods.md`` and what the commands list from the code: ``python docs/generate.py``."""
 
 import ast
+import dataclasses
 import inspect
 import json
 from collections.abc import Iterable, Iterator
@@ -20,6 +21,7 @@ from fedmllm.data.datasets.mixture import MixedPart
 from fedmllm.data.modalities import SCENARIOS
 from fedmllm.data.prompts import Wording
 from fedmllm.data.quality import PARTS
+from fedmllm.engine.schedules import SCHEDULES
 from fedmllm.models.families import FAMILIES, GENERIC
 from fedmllm.training.schedule import ScheduleConfig
 
@@ -70,6 +72,11 @@ def _indexes() -> Iterator[str]:
     """A section for every index behind a setting that is a name."""
     methods = ((f"`{n}`", _parameters(row), row["reference"]) for n, row in CATALOG["methods"].items())
     yield _table("Methods: algorithm.name", ("Name", "Parameters and defaults", "Publication"), methods)
+    schedules = (
+        (f"`{n}`", _parameters({"parameters": _defaults(row)}), _text(row.__doc__), _text(inspect.getmodule(row).__doc__))
+        for n, row in SCHEDULES.items()
+    )
+    yield _table("Schedules: schedule.name", ("Name", "Parameters and defaults", "What it does", "Publication"), schedules)
     datasets = ((f"`{n}`", row.summary, "required" if row.needs_root else "none") for n, row in DATASETS.items())
     yield _table("Datasets: data.dataset", ("Name", "Content", "data.root"), datasets)
     forms = {form: name for name, row in reversed(DATASETS.items()) if (form := row.options()).model_fields}
@@ -129,6 +136,10 @@ def _strategies_table(strategies: dict[str, Any]) -> str:
         for name, row in strategies.items()
     )
     return _table("The strategies", columns, rows)
+
+
+def _defaults(kind: type[Any]) -> dict[str, Any]:
+    return {field.name: field.default for field in dataclasses.fields(kind)}
 
 
 def _parameters(row: dict[str, Any]) -> str:

@@ -135,6 +135,20 @@ def test_an_answer_is_handed_over_once_it_is_complete_and_no_piece_is_fetched_tw
     assert len(link.asked) == 2 * len(pieces)
 
 
+def test_answers_that_come_side_by_side_are_looked_at_in_turn_and_none_is_lost() -> None:
+    """The SuperLink tells of an answer once: what is there of one is kept while another is looked for, until it is forgotten."""
+    grid = Grid(link := Link())
+    names = [sent(grid, bytes([i]) * 1000) for i in range(3)]
+    link.withheld = {piece for name in names for piece in link.pieces(name)}
+    for name in names * 2:
+        assert list(grid.pull_messages([name], MANY)) == []
+    grid.forget(names[2:])
+    link.withheld.clear()
+    found = [enclosed(reply.content) for name in names[:2] for reply in grid.pull_messages([name], MANY)]
+    assert found == [bytes([i]) * 1000 for i in range(2)]
+    assert list(grid.pull_messages(names[2:], MANY)) == []
+
+
 def test_an_answer_whose_site_died_while_it_sent_is_given_up() -> None:
     grid = Grid(link := Link())
     name = sent(grid)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Protocol
@@ -65,6 +65,10 @@ class Carrier(Protocol):
         """The replies that are there. One whose content has more bytes than ``largest`` may be refused, with a ``ValueError``, before it is held here."""
         ...
 
+    def forget(self, message_ids: Sequence[str]) -> None:
+        """Keep nothing of replies that are not looked for any more."""
+        ...
+
 
 @dataclass(frozen=True)
 class FlowerCarrier:
@@ -83,6 +87,9 @@ class FlowerCarrier:
     def pull_messages(self, message_ids: list[str], largest: int) -> Iterable[Message]:
         """Of any size."""
         return self.grid.pull_messages(message_ids)
+
+    def forget(self, message_ids: Sequence[str]) -> None:
+        """Nothing is kept."""
 
 
 class TimeLeft:
@@ -171,5 +178,9 @@ def look(grid: Carrier, client: str, message_id: str, largest: int, time_left: T
             return ClientFailure(client, str(error))
         trouble = f"; {error}"
     except ValueError as error:
+        grid.forget([message_id])
         return ClientFailure(client, str(error))
-    return ClientFailure(client, f"no answer within the deadline of {time_left.deadline:g} s{trouble}") if late else None
+    if not late:
+        return None
+    grid.forget([message_id])
+    return ClientFailure(client, f"no answer within the deadline of {time_left.deadline:g} s{trouble}")

@@ -86,6 +86,7 @@ class FlowerEngine:
 
     def cancel(self) -> None:
         """Forget clients; answers that still come are not looked for."""
+        self.grid.forget([sent.message_id for sent in self._sent.values() if isinstance(sent.message_id, str)])
         self._submitted.clear()
         self._sent.clear()
 

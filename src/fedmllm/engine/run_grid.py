@@ -92,7 +92,7 @@ class RunGrid:
             raise ConnectionError(f"the SuperLink at {self._link.address} does not take a part of a message any more") from error
 
     def pull_messages(self, message_ids: list[str], largest: int) -> Iterable[Message]:
-        """Answers of which all is there. What is there of others is kept until others are asked for.
+        """Answers of which all is there. What is there of the others is kept, for it is told of once.
 
         Raises:
             ConnectionError: if the SuperLink cannot be reached, or does not know the run any more.
@@ -100,16 +100,20 @@ class RunGrid:
         """
         return self._alive(lambda: self._answers(message_ids, largest))
 
+    def forget(self, message_ids: Sequence[str]) -> None:
+        """Keep nothing of these answers."""
+        for name in message_ids:
+            self._coming.pop(name, None)
+
     def _answers(self, names: Sequence[str], largest: int) -> list[Message]:
         if not self._sent.issuperset(names):
             raise ValueError("the SuperLink does not know the run any more in which it was asked")
         client = self._grid._runtime_client
-        self._coming = {name: reply for name, reply in self._coming.items() if name in names}
         if others := [name for name in names if name not in self._coming]:
             told = self._told(client, others)
             for message, tree in zip(told.messages_list, told.message_object_trees, strict=True):
                 self._coming[message.metadata.reply_to_message_id] = Reply(client, message, tree, largest)
-        complete = [self._coming.pop(name) for name, reply in list(self._coming.items()) if reply.complete()]
+        complete = [self._coming.pop(name) for name in names if name in self._coming and self._coming[name].complete()]
         self._taken += complete
         return [self._certain(reply.message()) for reply in complete]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, cast
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -27,7 +26,7 @@ class SchedulingConfig(BaseModel):
 
     name: str = "synchronous"
     """``synchronous``: a round waits for its cohort; ``buffered`` (FedBuff): the server steps whenever enough updates have come."""
-    parameters: Mapping[str, Value] = Field(default_factory=dict)
+    parameters: dict[str, Value] = Field(default_factory=dict)
     """The schedule's own settings by name; left out for its defaults."""
 
     @model_validator(mode="after")
