@@ -18,7 +18,8 @@ from fedmllm.engine.checkpoint import RunStore
 from fedmllm.engine.compression import CompressionConfig, compression
 from fedmllm.engine.failures import FailureConfig
 from fedmllm.engine.in_process import InProcessEngine
-from fedmllm.engine.rounds import Loop, personal_models, run_stage
+from fedmllm.engine.rounds import Loop, run_stage
+from fedmllm.engine.scores import personal_models
 from fedmllm.engine.stages import Stage
 from fedmllm.errors import FederationError
 from fedmllm.models.load import VisionLanguageModel

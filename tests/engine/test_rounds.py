@@ -16,7 +16,8 @@ from fedmllm.engine.checkpoint import RunStore
 from fedmllm.engine.in_process import InProcessEngine
 from fedmllm.engine.intake import refusal
 from fedmllm.engine.observer import UNOBSERVED, Observer
-from fedmllm.engine.rounds import Loop, evaluate_state, run_stage
+from fedmllm.engine.rounds import Loop, run_stage
+from fedmllm.engine.scores import evaluate_state
 from fedmllm.engine.stages import Stage
 from fedmllm.errors import FederationError
 from fedmllm.models.load import VisionLanguageModel

@@ -31,8 +31,9 @@ from fedmllm.engine.checkpoint import RunStore
 from fedmllm.engine.compression import compression
 from fedmllm.engine.in_process import InProcessEngine
 from fedmllm.engine.observer import UNOBSERVED, Observer
-from fedmllm.engine.rounds import Loop, evaluate_state, personal_models, run_stage
+from fedmllm.engine.rounds import Loop, run_stage
 from fedmllm.engine.schedules import SYNCHRONOUS, build_schedule
+from fedmllm.engine.scores import evaluate_state, personal_models
 from fedmllm.engine.stages import Stage
 from fedmllm.engine.words import VALIDATION
 from fedmllm.evaluation.answered import Answered, to_record

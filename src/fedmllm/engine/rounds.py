@@ -16,11 +16,11 @@ from fedmllm.engine.failures import NONE_EXPECTED, FailureConfig
 from fedmllm.engine.intake import Intake, Origin
 from fedmllm.engine.observer import UNOBSERVED, Observer
 from fedmllm.engine.schedules import SYNCHRONOUS, Schedule
+from fedmllm.engine.scores import evaluate_state, validate_state
 from fedmllm.engine.stages import Stage
 from fedmllm.errors import FederationError
-from fedmllm.evaluation.metrics import error_over_models, over_models
 from fedmllm.training.local import TrainingConfig, reach, round_learning_rate
-from fedmllm.types import Answer, Broadcast, Metrics, Record, Weights
+from fedmllm.types import Answer, Broadcast, Record
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,7 @@ class Round:
         """Whose answers were taken."""
         self.facts: Record = {}
         """What the schedule adds to the round's record."""
+        self._origins: dict[int, Origin] = {}
 
     @property
     def needed(self) -> int:
@@ -105,11 +106,17 @@ class Round:
     def take(self, answer: Answer, sent: ServerState | None = None, scale: float = 1.0) -> None:
         """Take an answer to a state that clients were sent, this round's by default."""
         self._watch.lap("train")
-        assignment = self.assignment if sent is None else self.loop.assignment(self.stage, sent)
-        self.intake.take(answer, Origin(sent or self.state, largest_norm(self.loop, assignment), scale))
+        self.intake.take(answer, replace(self._origin(sent or self.state), scale=scale))
         if answer.client not in self.clients:
             self.clients.append(answer.client)
         self._watch.lap("aggregate")
+
+    def _origin(self, sent: ServerState) -> Origin:
+        """By round, for a bound on norms takes a pass over all weights."""
+        if sent.round_num not in self._origins:
+            assignment = self.assignment if sent is self.state else self.loop.assignment(self.stage, sent)
+            self._origins[sent.round_num] = Origin(sent, largest_norm(self.loop, assignment))
+        return self._origins[sent.round_num]
 
     def again(self, attempt: int, clients: Sequence[str]) -> None:
         """Wait, and tell why, before clients are asked again."""
@@ -219,35 +226,6 @@ def _bytes_down(algorithm: Algorithm, stage: Stage, state: ServerState, broadcas
     further = {name: tensor for name, tensor in extras.items() if algorithm.downloads(name)}
     own = sum(W.num_bytes(factors.cut(sent, stage.ranks.get(name)), further) for name in cohort)
     return own + len(stage.clients) * W.num_bytes(state.slots.get("base_step", {}))
-
-
-def personal_models(loop: Loop, stage: Stage, state: ServerState) -> dict[str, Weights]:
-    """The weights each client ends with, by client: the global ones, unless the method gives it its own. None where those are at remote
-    clients."""
-    if not loop.algorithm.personalized:
-        return dict.fromkeys(sorted(stage.clients), state.weights)
-    if loop.engine.remote:
-        return {}
-    assignment = loop.assignment(stage, state)
-    return {client: assignment.personal(client) for client in sorted(stage.clients)}
-
-
-def evaluate_state(loop: Loop, stage: Stage, state: ServerState, split: Split | None = None) -> Metrics:
-    """The scores of the global model on a split, the test split by default; of a personalized method, those of the clients' own models, averaged.
-
-    The standard error of an average over several clients is that over the clients.
-    """
-    asked = split or loop.test
-    if not loop.algorithm.personalized:
-        return asked.score(state.weights, state.base)
-    rows = list(loop.engine.scores(loop.assignment(stage, state), sorted(stage.clients), asked).values())
-    error = error_over_models([row["score"] for row in rows])
-    return over_models(rows) | ({} if error is None else {"standard_error": error})
-
-
-def validate_state(loop: Loop, stage: Stage, state: ServerState) -> Metrics | None:
-    """The same on the validation part; None where there is none."""
-    return None if loop.validation is None else evaluate_state(loop, stage, state, loop.validation)
 
 
 class Watch:
