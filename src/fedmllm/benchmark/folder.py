@@ -85,6 +85,7 @@ class Round(Line):
     skipped: bool = False
     halvings: dict[str, int] = Field(default_factory=dict)
     withheld: list[str] = Field(default_factory=list)
+    staleness: dict[str, int] = Field(default_factory=dict)
     refused: list[Refusal]
 
 

@@ -156,11 +156,13 @@ def cost_rows(rounds: Sequence[Round]) -> list[CostRow]:
     if not rounds:
         return []
     held = [float(line.bytes_held) for line in rounds]
+    stale = [float(steps) for line in rounds for steps in line.staleness.values()]
     return [
         _cost_row("sent by the clients (up)", [line.bytes_up for line in rounds], human_bytes),
         _cost_row("received by the clients (down)", [line.bytes_down for line in rounds], human_bytes),
         _cost_row("the server's time to take in and aggregate", [line.seconds.get("aggregate", 0.0) for line in rounds], duration),
         *([_cost_row("held by the aggregation", held, human_bytes, summed=False)] if any(held) else []),
+        *([_cost_row("staleness of an update, in steps of the server", stale, "{:.2g}".format, summed=False)] if stale else []),
     ]
 
 
