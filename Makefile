@@ -42,7 +42,7 @@ test-sites: $(READY)
 
 test-tracking: $(READY)
 	$(BIN)/python -m pip install --quiet --target build/tracking --upgrade --constraint constraints.txt "wandb>=0.19" "mlflow-skinny>=3" sqlalchemy alembic
-	PYTHONPATH=build/tracking $(BIN)/python -m pytest --quiet tests/benchmark/test_tracking.py
+	PYTHONPATH=build/tracking $(BIN)/python -m pytest --quiet tests/run/test_tracking.py
 
 check: $(READY)
 	$(BIN)/ruff check .

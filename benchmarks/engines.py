@@ -28,7 +28,7 @@ from typing import Any
 import psutil
 import yaml
 
-from fedmllm.benchmark.results import versions
+from fedmllm.run.results import versions
 
 BYTES_OF_RANK = 36_864
 """An adapter of the embedded model has so many bytes for each rank."""

@@ -17,7 +17,7 @@ from loops.workload import SAMPLES, workload
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from fedmllm.models.products import available, frozen_product
+from fedmllm.models.frozen_products import available, frozen_product
 
 WARM = 2
 

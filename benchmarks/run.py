@@ -24,10 +24,10 @@ from loops.workload import SAMPLES, SIZES, workload
 from side import Side
 
 from fedmllm import weights as W
-from fedmllm.benchmark.results import versions
 from fedmllm.data.federated import federate
 from fedmllm.evaluation.evaluate import evaluate
-from fedmllm.models.products import available, direct
+from fedmllm.models.frozen_products import available, direct
+from fedmllm.run.results import versions
 from fedmllm.training.batches import Encoder
 
 RUNS = 5

@@ -11,10 +11,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
 
-from fedmllm.benchmark import models_view
-from fedmllm.benchmark.catalog import FILE as CATALOG_FILE
-from fedmllm.benchmark.methods_view import catalog
-from fedmllm.benchmark.methods_view import first_paragraph as _text
+from fedmllm.cli.catalog import FILE as CATALOG_FILE
 from fedmllm.config import Experiment
 from fedmllm.data.datasets import DATASETS, columns
 from fedmllm.data.datasets.mixture import MixedPart
@@ -23,6 +20,9 @@ from fedmllm.data.prompts import Wording
 from fedmllm.data.quality import PARTS
 from fedmllm.engine.schedules import SCHEDULES
 from fedmllm.models.families import FAMILIES, GENERIC
+from fedmllm.report import models as models_view
+from fedmllm.report.methods import catalog
+from fedmllm.report.methods import first_paragraph as _text
 from fedmllm.training.schedule import ScheduleConfig
 
 SIGNS = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from fedmllm.models.families import FAMILIES
+from fedmllm.models.last_layer import narrow
 from fedmllm.models.load import VisionLanguageModel, model_source
-from fedmllm.models.tail import narrow
 
 PATCH, QUERIES, WIDTH = 8, 3, 32
 

@@ -13,10 +13,10 @@ import pytest
 import yaml
 from typer.main import get_command
 
-from fedmllm.benchmark.grid import Grid, cells, load_grid
 from fedmllm.cli import app
 from fedmllm.config import Experiment
 from fedmllm.data.datasets import DATASETS, DatasetRequest
+from fedmllm.sweep.grid import Grid, cells, load_grid
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -64,7 +64,7 @@ def check_command(arguments: list[str]) -> None:
         Experiment.load(ROOT / rest[0], [word for word in rest[1:] if not word.startswith("-") and "=" in word])
 
 
-@pytest.mark.parametrize("name", ["docs/configuration.md", "docs/methods.md", "src/fedmllm/benchmark/catalog.json"])
+@pytest.mark.parametrize("name", ["docs/configuration.md", "docs/methods.md", "src/fedmllm/cli/catalog.json"])
 def test_a_page_is_what_the_generator_writes(name: str) -> None:
     page = (ROOT / name).read_text(encoding="utf-8")
     assert page == generator()["pages"]()[ROOT / name], "run: python docs/generate.py"

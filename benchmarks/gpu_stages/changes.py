@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedmllm.models import stacked
+from fedmllm.models import parallel_adapters as stacked
+from fedmllm.models.current_pass import PASS
 from fedmllm.models.load import VisionLanguageModel
-from fedmllm.models.passes import PASS
 from gpu_stages.bench import Bench
 from gpu_stages.models import adapted, build
 from gpu_stages.training import Case, measure
@@ -50,7 +50,7 @@ def changes(bench: Bench) -> None:
 
 
 class _Adapted(torch.autograd.Function):
-    """As ``fedmllm.models.products``'s, in the inputs' format and on any device."""
+    """As ``fedmllm.models.frozen_products``'s, in the inputs' format and on any device."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:

@@ -12,8 +12,9 @@ from fedmllm import weights as W
 from fedmllm.models.encoding import Encoded
 from fedmllm.models.load import VisionLanguageModel
 from fedmllm.models.lora import read_weights
-from fedmllm.training.local import TrainingConfig, train_locally, train_together
+from fedmllm.training.local import train_locally, train_together
 from fedmllm.training.rules import LocalRule
+from fedmllm.training.settings import TrainingConfig
 from fedmllm.types import Weights
 from gpu_stages.bench import Bench
 from gpu_stages.models import adapted, build, samples

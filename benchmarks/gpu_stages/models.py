@@ -16,10 +16,10 @@ from PIL import Image
 from fedmllm.models.encoding import Encoded, encode
 from fedmllm.models.families import family_of
 from fedmllm.models.features import VisionFeatures
+from fedmllm.models.last_layer import narrow, shorten
 from fedmllm.models.load import VisionLanguageModel
 from fedmllm.models.lora import attach_lora
 from fedmllm.models.parts import LoraConfig
-from fedmllm.models.tail import narrow, shorten
 from fedmllm.types import Message, Part
 from gpu_stages.bench import Bench
 

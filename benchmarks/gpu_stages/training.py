@@ -16,8 +16,10 @@ from fedmllm.models.memory import TokenBudget
 from fedmllm.models.parts import LoraConfig
 from fedmllm.models.plan import Plan, make_plan
 from fedmllm.training.batches import batched
-from fedmllm.training.local import LocalTask, TrainingConfig, train_together
+from fedmllm.training.client import LocalTask
+from fedmllm.training.local import train_together
 from fedmllm.training.rules import LocalResult, LocalRule
+from fedmllm.training.settings import TrainingConfig
 from gpu_stages.bench import Bench
 from gpu_stages.flops import needed_flops
 from gpu_stages.models import samples

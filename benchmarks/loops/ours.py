@@ -13,8 +13,8 @@ from fedmllm.engine.base import Assignment
 from fedmllm.engine.checkpoint import RunStore
 from fedmllm.engine.in_process import InProcessEngine
 from fedmllm.models.features import VisionFeatures
-from fedmllm.models.products import available, direct
-from fedmllm.models.tail import shorten
+from fedmllm.models.frozen_products import available, direct
+from fedmllm.models.last_layer import shorten
 from loops.workload import Done, Go, Workload
 
 

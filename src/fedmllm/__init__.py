@@ -15,20 +15,20 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fedmllm.benchmark.report import write_report
-    from fedmllm.benchmark.results import RunResult
-    from fedmllm.benchmark.run import train
+    from fedmllm.api import train
     from fedmllm.config import Experiment
     from fedmllm.errors import FedMLLMError
+    from fedmllm.report.run_report import write_report
+    from fedmllm.run.results import RunResult
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "Experiment": "fedmllm.config",
     "FedMLLMError": "fedmllm.errors",
-    "RunResult": "fedmllm.benchmark.results",
-    "train": "fedmllm.benchmark.run",
-    "write_report": "fedmllm.benchmark.report",
+    "RunResult": "fedmllm.run.results",
+    "train": "fedmllm.api",
+    "write_report": "fedmllm.report.run_report",
 }
 
 __all__ = ["Experiment", "FedMLLMError", "RunResult", "__version__", "train", "write_report"]

@@ -1,6 +1,6 @@
 """``python -m fedmllm``."""
 
-from fedmllm.cli import main
+from fedmllm.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -23,7 +23,7 @@ from fedmllm.explain import rule
 from fedmllm.models.load import ModelConfig
 from fedmllm.models.parts import LoraConfig
 from fedmllm.settings_file import Path_, read_settings
-from fedmllm.training.local import TrainingConfig
+from fedmllm.training.settings import TrainingConfig
 
 _FINGERPRINT = ("model", "fingerprint")
 

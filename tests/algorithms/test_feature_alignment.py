@@ -11,8 +11,10 @@ from fedmllm.models.encoding import Encoded, answer_logits, collate
 from fedmllm.models.load import VisionLanguageModel
 from fedmllm.models.lora import read_weights, trainable
 from fedmllm.training.batches import Encoder, Step
-from fedmllm.training.local import LocalTask, TrainingConfig, train_locally
+from fedmllm.training.client import LocalTask
+from fedmllm.training.local import train_locally
 from fedmllm.training.rules import LocalRule
+from fedmllm.training.settings import TrainingConfig
 from fedmllm.training.terms import TermStep
 
 

@@ -21,8 +21,8 @@ from fedmllm.models.load import VisionLanguageModel
 from fedmllm.models.lora import attach_lora, frozen_weights, read_weights, write_weights
 from fedmllm.models.parts import LoraConfig
 from fedmllm.training.batches import Encoder
-from fedmllm.training.local import TrainingConfig
 from fedmllm.training.schedule import ScheduleConfig
+from fedmllm.training.settings import TrainingConfig
 from fedmllm.types import Record, Sample, Weights
 from tiny_families import load
 

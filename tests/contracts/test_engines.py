@@ -10,11 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fedmllm import api as run
 from fedmllm.algorithms import ALGORITHMS, STRATEGIES
-from fedmllm.benchmark import federation, run, worker
-from fedmllm.benchmark.resident import Resident
 from fedmllm.config import Experiment
 from fedmllm.engine.checkpoint import RunStore
+from fedmllm.run import federation, worker
+from fedmllm.run.resident import Resident
 
 pytest.importorskip("flwr", reason="Flower is not installed: pip install 'fedmllm[flower]'")
 

@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 
 from fedmllm.algorithms import AlgorithmConfig, Client, Holdings, Remark, build_algorithm, remarks
 from fedmllm.algorithms.strategies.label_calibration import Calibration
-from fedmllm.benchmark.resident import Resident
-from fedmllm.benchmark.run import train
+from fedmllm.api import train
 from fedmllm.config import Experiment
 from fedmllm.data.federated import FederatedData
 from fedmllm.engine.observer import Observer
+from fedmllm.run.resident import Resident
 from fedmllm.types import Broadcast, Holding
 from tiny_families import folder_of
 

@@ -25,8 +25,10 @@ from fedmllm.models.encoding import Encoded, answer_nll, collate
 from fedmllm.models.load import VisionLanguageModel
 from fedmllm.models.lora import read_weights
 from fedmllm.training.batches import Encoder
-from fedmllm.training.local import LocalTask, TrainingConfig, train_locally, train_together
+from fedmllm.training.client import LocalTask
+from fedmllm.training.local import train_locally, train_together
 from fedmllm.training.rules import LocalResult, LocalRule
+from fedmllm.training.settings import TrainingConfig
 from fedmllm.training.terms import LossTerm, Parameters, TermStep, of_kind
 from fedmllm.types import Broadcast, ClientUpdate, Sample
 from scripted import answers

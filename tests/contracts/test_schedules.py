@@ -13,9 +13,8 @@ from typing import Any
 import pytest
 import torch
 
+from fedmllm import api as run
 from fedmllm.algorithms import ALGORITHMS, AlgorithmConfig, ServerState, build_algorithm
-from fedmllm.benchmark import federation as federations
-from fedmllm.benchmark import run
 from fedmllm.config import Experiment
 from fedmllm.data.federated import FederatedData
 from fedmllm.engine import schedules as package
@@ -31,8 +30,9 @@ from fedmllm.engine.stages import Stage, drawn
 from fedmllm.errors import ConfigError, FederationError
 from fedmllm.models.load import VisionLanguageModel
 from fedmllm.models.lora import frozen_weights, read_weights
+from fedmllm.run import federation as federations
 from fedmllm.training.batches import Encoder
-from fedmllm.training.local import TrainingConfig
+from fedmllm.training.settings import TrainingConfig
 from fedmllm.types import Answer, ClientFailure, ClientUpdate, Record, Sample
 from loopback import loopback
 from scripted import Scripted, unscored

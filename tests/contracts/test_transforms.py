@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from fedmllm import api as run
 from fedmllm import weights as W
 from fedmllm.algorithms import (
     ALGORITHMS,
@@ -25,8 +26,6 @@ from fedmllm.algorithms import (
 )
 from fedmllm.algorithms.fedavg import FedAvg
 from fedmllm.algorithms.strategies import Strategy
-from fedmllm.benchmark import federation as federations
-from fedmllm.benchmark import run
 from fedmllm.config import Experiment
 from fedmllm.data.federated import FederatedData
 from fedmllm.engine.checkpoint import RunStore
@@ -38,8 +37,9 @@ from fedmllm.engine.stages import Stage
 from fedmllm.errors import ConfigError
 from fedmllm.models.load import VisionLanguageModel
 from fedmllm.models.lora import frozen_weights, read_weights
+from fedmllm.run import federation as federations
 from fedmllm.training.batches import Encoder
-from fedmllm.training.local import TrainingConfig
+from fedmllm.training.settings import TrainingConfig
 from fedmllm.types import Broadcast, ClientUpdate, Slots, Weights
 from loopback import loopback
 from scripted import unscored

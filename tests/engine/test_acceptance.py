@@ -25,7 +25,7 @@ from fedmllm.errors import FederationError
 from fedmllm.models.load import VisionLanguageModel
 from fedmllm.models.lora import frozen_weights, read_weights
 from fedmllm.training.batches import Encoder
-from fedmllm.training.local import TrainingConfig
+from fedmllm.training.settings import TrainingConfig
 from fedmllm.types import Answer, Broadcast, ClientFailure, ClientUpdate, Sample, Slots, Weights
 from scripted import Scripted, answers
 
@@ -43,7 +43,7 @@ FAULTS: dict[str, Change] = {
     "late": lambda sent: ClientFailure(sent.client, "no answer within the deadline of 1 s"),
     "lost": lambda sent: ClientFailure(sent.client, "Flower: Node Unavailable"),
 }
-"""What becomes of an answer after its client has trained. What the last two look like is what ``engine.flower`` makes of silence and of an error."""
+"""What becomes of an answer after its client has trained. What the last two look like is what ``flower.engine`` makes of silence and of an error."""
 
 
 @dataclass

@@ -9,9 +9,9 @@ import torch
 
 from fedmllm.algorithms import ServerState
 from fedmllm.engine.checkpoint import BackgroundCheckpoint, RunStore
-from fedmllm.engine.packing import pack
 from fedmllm.errors import RunError
 from fedmllm.files import write_atomically, write_json
+from fedmllm.packing import pack
 
 STATE = ServerState({"a.b/c": torch.randn(2, 3)}, 4, {"momentum": {"a.b/c": torch.randn(2, 3)}}, accepted={"c0": [1, 3], "c1": [2]})
 

@@ -28,7 +28,7 @@ from fedmllm.engine.stages import Stage
 from fedmllm.models.load import VisionLanguageModel
 from fedmllm.models.lora import frozen_weights, read_weights
 from fedmllm.training.batches import Encoder
-from fedmllm.training.local import TrainingConfig
+from fedmllm.training.settings import TrainingConfig
 from fedmllm.types import Broadcast, ClientUpdate, Slots, Weights
 
 NAMES = ("bfloat16", "int8", "int4", "top_k")

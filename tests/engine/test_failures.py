@@ -26,7 +26,7 @@ from fedmllm.errors import DataError, FederationError
 from fedmllm.models.load import VisionLanguageModel
 from fedmllm.models.lora import read_weights
 from fedmllm.training.batches import Encoder
-from fedmllm.training.local import TrainingConfig, reach
+from fedmllm.training.settings import TrainingConfig, reach
 from fedmllm.training.terms import LossTerm, Parameters
 from fedmllm.types import Answer, ClientFailure, ClientUpdate, Record, Sample
 from scripted import Scripted, answers

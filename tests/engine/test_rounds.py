@@ -23,7 +23,7 @@ from fedmllm.errors import FederationError
 from fedmllm.models.load import VisionLanguageModel
 from fedmllm.models.lora import read_weights
 from fedmllm.training.batches import Encoder
-from fedmllm.training.local import TrainingConfig
+from fedmllm.training.settings import TrainingConfig
 from fedmllm.types import ClientUpdate, Metrics, Record, Sample, Weights
 from scripted import Scripted, answers
 

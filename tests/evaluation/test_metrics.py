@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from sklearn.metrics import f1_score, recall_score, roc_auc_score
 
 from fedmllm.errors import DataError
-from fedmllm.evaluation.answered import SIDE_BY_SIDE, answered, from_record, to_record
 from fedmllm.evaluation.metrics import accuracy, all_metrics, auc, macro_f1, majority_score, question_score, score, standard_error
+from fedmllm.evaluation.predictions import SIDE_BY_SIDE, answered, from_record, to_record
 from fedmllm.evaluation.text import free_scores, is_failure, is_right, normalize, words, yes_or_no
 from fedmllm.types import AnswerType, Prediction, Sample
 

@@ -21,11 +21,11 @@ from fedmllm.engine.stages import Stage
 from fedmllm.errors import ConfigError
 from fedmllm.models.load import ModelConfig, VisionLanguageModel, load_model
 from fedmllm.models.lora import adapted_layers, attach_lora, detach_lora, frozen_weights, lora_scale, read_weights, write_base
+from fedmllm.models.parallel_adapters import side_by_side, stacked
 from fedmllm.models.parts import LoraConfig
 from fedmllm.models.saved import load_adapter, save_adapter, save_merged
-from fedmllm.models.stacked import side_by_side, stacked
 from fedmllm.training.batches import Encoder
-from fedmllm.training.local import TrainingConfig
+from fedmllm.training.settings import TrainingConfig
 from fedmllm.types import Weights
 
 SMALL = 1e-4

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fedmllm.data.federated import FederatedData
-from fedmllm.data.tested import reduced_copy
+from fedmllm.data.test_copies import reduced_copy
 from fedmllm.errors import ModelError
 from fedmllm.models.encoding import Encoded, answer_logits, collate
 from fedmllm.models.features import VisionFeatures

@@ -18,8 +18,10 @@ from fedmllm.models.lora import attach_lora, read_weights
 from fedmllm.models.memory import CPU_TOKENS, TokenBudget, clients_at_once, out_of_memory, peak_bytes
 from fedmllm.models.parts import LoraConfig
 from fedmllm.training.batches import Encoder
-from fedmllm.training.local import LocalTask, TrainingConfig, train_locally, train_together
+from fedmllm.training.client import LocalTask
+from fedmllm.training.local import train_locally, train_together
 from fedmllm.training.rules import LocalRule
+from fedmllm.training.settings import TrainingConfig
 
 MIB = 4 * 2**18
 """Bytes of the matrix below."""

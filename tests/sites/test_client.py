@@ -13,19 +13,19 @@ import pytest
 pytest.importorskip("flwr", reason="Flower is not installed: pip install 'fedmllm[flower]'")
 
 from fedmllm.algorithms import AlgorithmConfig, build_algorithm
-from fedmllm.benchmark.federation import settings
-from fedmllm.benchmark.resident import Resident
 from fedmllm.config import Experiment
 from fedmllm.data.federated import federate
 from fedmllm.data.prompts import Wording
 from fedmllm.engine.checkpoint import ClientStates
-from fedmllm.engine.frozen import Missing
 from fedmllm.engine.in_process import Assignment
-from fedmllm.engine.messages import expected, read_answer, write_question, write_task
-from fedmllm.engine.sites import SiteConfig
-from fedmllm.engine.words import Presence, read_word
 from fedmllm.errors import RunError
+from fedmllm.flower.facts import Presence, read_word
+from fedmllm.flower.frozen import Missing
+from fedmllm.flower.messages import expected, read_answer, write_question, write_task
+from fedmllm.flower.settings import SiteConfig
 from fedmllm.models.lora import frozen_weights, read_weights
+from fedmllm.run.federation import settings
+from fedmllm.run.resident import Resident
 from fedmllm.sites.client import SiteWorker
 from fedmllm.sites.supernode import Inbox
 from fedmllm.types import ClientFailure, ClientUpdate

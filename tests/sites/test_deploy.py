@@ -22,7 +22,7 @@ import yaml
 pytest.importorskip("flwr", reason="Flower is not installed: pip install 'fedmllm[flower]'")
 
 from federation_processes import ENVIRONMENT, Processes, ended, free_ports, rounds
-from fedmllm.engine.sites import ServerConfig
+from fedmllm.flower.settings import ServerConfig
 
 ROOT = Path(__file__).parents[2]
 

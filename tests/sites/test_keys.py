@@ -17,8 +17,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
-from fedmllm.engine.sites import ServerConfig, SiteConfig
 from fedmllm.errors import ConfigError, RunError
+from fedmllm.flower.settings import ServerConfig, SiteConfig
 from fedmllm.sites import keys
 
 

@@ -17,16 +17,17 @@ pytest.importorskip("flwr", reason="Flower is not installed: pip install 'fedmll
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from fedmllm.benchmark import federation, run
-from fedmllm.benchmark.resident import Resident
-from fedmllm.benchmark.results import RunResult
-from fedmllm.benchmark.worker import client_app
+from fedmllm import api as run
 from fedmllm.config import Experiment
-from fedmllm.engine.carrier import enclosed
 from fedmllm.engine.checkpoint import ClientStates, RunStore
-from fedmllm.engine.packing import unpack
-from fedmllm.engine.sites import SiteConfig
 from fedmllm.errors import ConfigError, FederationError
+from fedmllm.flower.carrier import enclosed
+from fedmllm.flower.settings import SiteConfig
+from fedmllm.packing import unpack
+from fedmllm.run import federation
+from fedmllm.run.resident import Resident
+from fedmllm.run.results import RunResult
+from fedmllm.run.worker import client_app
 from fedmllm.sites import keys
 from fedmllm.sites.client import SiteWorker
 from loopback import LoopbackGrid, Tamper
@@ -151,7 +152,7 @@ def test_a_site_scores_its_model_on_its_own_test_data_and_writes_down_what_it_te
 def test_a_federation_of_which_no_site_tells_its_score_says_so(over_sites: Any, tmp_path: Path) -> None:
     own = {name: OWN | {"withhold": ["metrics"]} for name in NAMES}
     with pytest.raises(
-        FederationError, match=r"after round 1 no client tells the score of its own model:\n  - client-00: it does not tell its scores"
+        FederationError, match=r"after round 1 no client returned a score for its personalized model:\n  - client-00: it does not tell its scores"
     ):
         over_sites(tmp_path / "there", own, algorithm={"name": "ditto"})
 

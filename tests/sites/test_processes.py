@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 pytest.importorskip("flwr", reason="Flower is not installed: pip install 'fedmllm[flower]'")
 
 from federation_processes import ENVIRONMENT, Processes, ended, rounds
-from fedmllm.engine.installed import QUIET
-from fedmllm.engine.sites import ServerConfig, SiteConfig
-from fedmllm.engine.superlink import SuperLink
+from fedmllm.flower.installed import QUIET
+from fedmllm.flower.settings import ServerConfig, SiteConfig
+from fedmllm.flower.superlink import SuperLink
 from fedmllm.sites import keys
 from fedmllm.sites.start import supernode
 

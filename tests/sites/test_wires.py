@@ -23,9 +23,9 @@ from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.main import create_app
 
 from breaking import Fault, Proxy, served
-from fedmllm.engine import wire
-from fedmllm.engine.sites import SiteConfig
 from fedmllm.errors import RunError
+from fedmllm.flower import wire
+from fedmllm.flower.settings import SiteConfig
 from fedmllm.sites import incoming, supernode
 from fedmllm.sites.supernode import Inbox
 from nodes import Node, echo, sent

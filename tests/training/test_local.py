@@ -21,9 +21,11 @@ from fedmllm.models.lora import attach_lora, read_weights, write_weights
 from fedmllm.models.parts import LoraConfig
 from fedmllm.randomness import generator
 from fedmllm.training.batches import Encoder
-from fedmllm.training.local import LocalTask, TrainingConfig, round_learning_rate, train_locally, train_together
+from fedmllm.training.client import LocalTask
+from fedmllm.training.local import train_locally, train_together
 from fedmllm.training.rules import LocalRule
 from fedmllm.training.schedule import ScheduleConfig, of_step
+from fedmllm.training.settings import TrainingConfig, round_learning_rate
 from fedmllm.types import Weights
 
 PLAIN = LocalRule()

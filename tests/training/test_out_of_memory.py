@@ -21,8 +21,10 @@ from fedmllm.models import encoding
 from fedmllm.models.load import VisionLanguageModel
 from fedmllm.models.lora import read_weights, trainable
 from fedmllm.training.batches import Encoder
-from fedmllm.training.local import LocalTask, TrainingConfig, train_locally, train_together
+from fedmllm.training.client import LocalTask
+from fedmllm.training.local import train_locally, train_together
 from fedmllm.training.rules import LocalRule
+from fedmllm.training.settings import TrainingConfig
 from fedmllm.types import ClientFailure, ClientUpdate
 from scripted import answers
 

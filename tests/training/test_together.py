@@ -11,12 +11,14 @@ import torch
 from fedmllm import weights as W
 from fedmllm.data.federated import FederatedData
 from fedmllm.errors import ModelError
+from fedmllm.models.last_layer import shorten
 from fedmllm.models.load import VisionLanguageModel
 from fedmllm.models.lora import adapted_layers, has_dropout, read_weights
-from fedmllm.models.tail import shorten
 from fedmllm.training.batches import Encoder
-from fedmllm.training.local import LocalTask, TrainingConfig, train_locally, train_together
+from fedmllm.training.client import LocalTask
+from fedmllm.training.local import train_locally, train_together
 from fedmllm.training.rules import LocalResult, LocalRule
+from fedmllm.training.settings import TrainingConfig
 from fedmllm.types import Weights
 
 Turns = list[tuple[LocalTask, LocalRule]]

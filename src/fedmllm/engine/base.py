@@ -67,7 +67,7 @@ class Split:
 
     Attributes:
         score: scores a model on those that are here.
-        name: what remote clients are asked for: empty for the test split, ``engine.words.VALIDATION``, or a copy of the test split as in
+        name: what remote clients are asked for: empty for the test split, ``flower.facts.VALIDATION``, or a copy of the test split as in
             ``evaluation.tested``.
         metric: the score, by which remote clients must score too.
     """

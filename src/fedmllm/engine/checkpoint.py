@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedmllm.algorithms import Outstanding, ServerState
-from fedmllm.engine.packing import pack, unpack
 from fedmllm.errors import RunError
 from fedmllm.files import write_atomically, written
+from fedmllm.packing import pack, unpack
 from fedmllm.types import Record, Slots, Weights
 
 _EARLIER = "earlier."

@@ -27,7 +27,7 @@ class FailureConfig(BaseModel):
     pause: float = Field(10.0, ge=0)
     """Seconds before clients are asked again; what died may need them to come back."""
     norm_limit: float | None = Field(10.0, ge=1)
-    """An update is refused whose norm is more than so many times what training could give (``training.local.reach``), or with controls (SCAFFOLD)
+    """An update is refused whose norm is more than so many times what training could give (``training.settings.reach``), or with controls (SCAFFOLD)
     that are more than this in each entry, as a root mean square; null to take any. What a client could reach that withholds how many samples it
     has is not known: its updates are not measured."""
 

@@ -18,10 +18,12 @@ from fedmllm.errors import FedMLLMError
 from fedmllm.models.load import VisionLanguageModel
 from fedmllm.models.lora import has_dropout, write_base
 from fedmllm.models.memory import TokenBudget, clients_at_once, out_of_memory, release
-from fedmllm.models.stacked import stackable
+from fedmllm.models.parallel_adapters import stackable
 from fedmllm.training.batches import Encoder
-from fedmllm.training.local import LocalTask, TrainingConfig, train_locally, train_together
+from fedmllm.training.client import LocalTask
+from fedmllm.training.local import train_locally, train_together
 from fedmllm.training.rules import LocalResult, LocalRule, Upload
+from fedmllm.training.settings import TrainingConfig
 from fedmllm.types import Answer, ClientFailure, ClientUpdate, Metrics, Sample, Slots
 
 _LOG = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ from fedmllm.engine.schedules import SYNCHRONOUS, Schedule
 from fedmllm.engine.scores import evaluate_state, validate_state
 from fedmllm.engine.stages import Stage
 from fedmllm.errors import FederationError
-from fedmllm.training.local import TrainingConfig, reach, round_learning_rate
+from fedmllm.training.settings import TrainingConfig, reach, round_learning_rate
 from fedmllm.types import Answer, Broadcast, Record
 
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from fedmllm.models.encoding import Encoded, collate, option_tokens
 from fedmllm.models.families.generic import restored, special_tokens
+from fedmllm.models.last_layer import reading
 from fedmllm.models.load import VisionLanguageModel
-from fedmllm.models.tail import reading
 from fedmllm.types import Prediction, Sample
 
 

@@ -7,10 +7,10 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from fedmllm.data.tested import check_copy
-from fedmllm.evaluation.answered import Answered, answered
+from fedmllm.data.test_copies import check_copy
 from fedmllm.evaluation.answers import choose, generate
 from fedmllm.evaluation.metrics import all_metrics
+from fedmllm.evaluation.predictions import Answered, answered
 from fedmllm.models.encoding import Encoded
 from fedmllm.models.load import VisionLanguageModel
 from fedmllm.types import Metrics, Prediction, Sample

@@ -9,7 +9,7 @@ from statistics import mean, stdev
 import numpy as np
 
 from fedmllm.errors import DataError
-from fedmllm.evaluation.answered import SIDE_BY_SIDE, Answered, answered, own_metric
+from fedmllm.evaluation.predictions import SIDE_BY_SIDE, Answered, answered, own_metric
 from fedmllm.evaluation.text import free_scores, is_failure, normalize
 from fedmllm.randomness import generator
 from fedmllm.types import Metrics, Prediction, Sample

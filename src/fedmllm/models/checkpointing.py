@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from fedmllm.errors import ModelError
-from fedmllm.models.passes import PASS, passing
+from fedmllm.models.current_pass import PASS, passing
 
 
 def checkpoint_layers(model: Any, name: str) -> None:

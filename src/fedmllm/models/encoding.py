@@ -19,8 +19,8 @@ from torch import Tensor
 from fedmllm.data.images import open_image
 from fedmllm.data.prompts import letters
 from fedmllm.errors import ModelError
+from fedmllm.models.last_layer import reading
 from fedmllm.models.load import VisionLanguageModel, context
-from fedmllm.models.tail import reading
 from fedmllm.types import Message, Part, Sample
 
 PIXELS = "pixel_"

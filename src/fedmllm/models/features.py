@@ -13,8 +13,8 @@ from torch import Tensor
 
 from fedmllm.errors import ModelError
 from fedmllm.models.families.generic import decoder_modules, without_adapters
+from fedmllm.models.feature_store import TensorStore
 from fedmllm.models.load import VisionLanguageModel
-from fedmllm.models.store import TensorStore
 
 if TYPE_CHECKING:
     from fedmllm.models.encoding import Encoded

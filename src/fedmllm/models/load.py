@@ -22,10 +22,10 @@ from fedmllm.models.checkpointing import checkpoint_layers
 from fedmllm.models.families import family_of
 from fedmllm.models.families.generic import ModelFamily
 from fedmllm.models.fingerprint import fingerprint
+from fedmllm.models.frozen_products import available, direct
+from fedmllm.models.last_layer import narrow
 from fedmllm.models.processors import load_processor
-from fedmllm.models.products import available, direct
 from fedmllm.models.quantized import four_bits, require_gpu
-from fedmllm.models.tail import narrow
 
 if TYPE_CHECKING:
     from fedmllm.models.features import VisionFeatures

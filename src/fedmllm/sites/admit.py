@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from fedmllm.engine.sites import ServerConfig
+from fedmllm.flower.settings import ServerConfig
 
 
 def main() -> None:

@@ -15,15 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from fedmllm.algorithms import ServerState, build_algorithm
-from fedmllm.benchmark.worker import Clients, Worker, client_app
 from fedmllm.config import Experiment
 from fedmllm.data.settings import DataConfig
 from fedmllm.engine.checkpoint import ClientStates
-from fedmllm.engine.installed import require_flower
-from fedmllm.engine.messages import TaskFacts
-from fedmllm.engine.sites import NAME, SiteConfig
-from fedmllm.engine.words import Presence, Scores
 from fedmllm.errors import ConfigError, FedMLLMError
+from fedmllm.flower.facts import Presence, Scores
+from fedmllm.flower.installed import require_flower
+from fedmllm.flower.messages import TaskFacts
+from fedmllm.flower.settings import NAME, SiteConfig
+from fedmllm.run.worker import Clients, Worker, client_app
 from fedmllm.sites.supernode import serve
 from fedmllm.types import Answer, ClientFailure, ClientUpdate, Sample
 

@@ -21,7 +21,7 @@ def init(
     days: Annotated[int, typer.Option(help="Until the certificates expire.", min=1)] = 825,
 ) -> None:
     """Make keys, certificates and settings: a folder for the server, and one for each site to be handed to it."""
-    from fedmllm.engine.installed import require_flower
+    from fedmllm.flower.installed import require_flower
     from fedmllm.sites import keys
 
     require_flower()
@@ -36,8 +36,8 @@ def init(
 def server_up(file: Annotated[Path, typer.Argument(help="server.yaml of fedmllm site init.")]) -> None:
     """Run the SuperLink that sites connect to, and admit them by their keys; until interrupted."""
     read_settings(file, SITES)
-    from fedmllm.engine.installed import require_flower
-    from fedmllm.engine.sites import ServerConfig
+    from fedmllm.flower.installed import require_flower
+    from fedmllm.flower.settings import ServerConfig
     from fedmllm.sites.start import at_server, become
 
     require_flower()
@@ -50,8 +50,8 @@ def server_up(file: Annotated[Path, typer.Argument(help="server.yaml of fedmllm 
 def site_up(file: Annotated[Path, typer.Argument(help="site.yaml of fedmllm site init.")]) -> None:
     """Connect this site to its server, and train when asked to; until interrupted."""
     read_settings(file, SITES)
-    from fedmllm.engine.installed import require_flower
-    from fedmllm.engine.sites import SiteConfig
+    from fedmllm.flower.installed import require_flower
+    from fedmllm.flower.settings import SiteConfig
     from fedmllm.sites.start import at_site, become
 
     require_flower()

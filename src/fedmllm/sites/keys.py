@@ -15,9 +15,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from cryptography.x509.oid import NameOID
 
-from fedmllm.engine.sites import NAME
 from fedmllm.errors import ConfigError, RunError
 from fedmllm.files import require_folder
+from fedmllm.flower.settings import NAME
 
 DAYS = 825
 """How long certificates are valid; some systems refuse longer ones."""

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import NoReturn
 
-from fedmllm.engine.sites import ServerConfig, SiteConfig
+from fedmllm.flower.settings import ServerConfig, SiteConfig
 from fedmllm.sites.processes import Kept
 
 _KEY_IS_SEEN = 65

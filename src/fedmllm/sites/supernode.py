@@ -18,10 +18,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from fedmllm.engine.heartbeat import Heartbeat
-from fedmllm.engine.sites import SiteConfig
-from fedmllm.engine.wire import Wire, connected
 from fedmllm.errors import RunError
+from fedmllm.flower.heartbeat import Heartbeat
+from fedmllm.flower.settings import SiteConfig
+from fedmllm.flower.wire import Wire, connected
 from fedmllm.sites import incoming
 from fedmllm.sites.incoming import AbandonedError, Incoming, LostError
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from bad_rows import bad_rows
 from fedmllm.data.datasets import load_dataset
 from fedmllm.data.datasets.base import DatasetRequest
 from fedmllm.data.datasets.crisismmd import FILES, load
-from fedmllm.errors import ConfigError, DataError
+from fedmllm.errors import ConfigError
 
 COLUMNS = ("event_name", "tweet_id", "image_id", "tweet_text", "image", "label", "label_text", "label_image", "label_text_image")
 EIGHT = (
@@ -57,10 +59,8 @@ def texts(root: Path) -> list[object]:
     return [sample.content.get("text") for sample in load(DatasetRequest(root, 0, validation_share=0)).train]
 
 
-def problems(request: DatasetRequest) -> list[str]:
-    with pytest.raises(DataError) as error:
-        load(request)
-    return [row.removeprefix("  - ") for row in str(error.value).splitlines()[1:]]
+problems = partial(bad_rows, load)
+"""Of a request."""
 
 
 def test_a_row_becomes_a_sample(tmp_path: Path) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from bad_rows import bad_rows
 from fedmllm.data.datasets import load_dataset
 from fedmllm.data.datasets.base import Dataset, DatasetRequest
 from fedmllm.data.datasets.emojitwo import CLASSES, load
@@ -37,10 +39,8 @@ def everything(dataset: Dataset) -> dict[str, Sample]:
     return {s.id: s for s in (*dataset.train, *dataset.test)}
 
 
-def problems(request: DatasetRequest) -> list[str]:
-    with pytest.raises(DataError) as error:
-        load(request)
-    return [row.removeprefix("  - ") for row in str(error.value).splitlines()[1:]]
+problems = partial(bad_rows, load)
+"""Of a request."""
 
 
 def test_an_entry_becomes_a_sample(tmp_path: Path) -> None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from bad_rows import bad_rows
 from fedmllm.data.datasets import load_dataset
 from fedmllm.data.datasets.base import DatasetRequest
 from fedmllm.data.datasets.hateful_memes import load
-from fedmllm.errors import ConfigError, DataError
+from fedmllm.errors import ConfigError
 from fedmllm.types import Sample
 
 Line = dict[str, Any]
@@ -42,10 +44,8 @@ def release(root: Path, names: tuple[str, ...]) -> Path:
     return write(root, files if padded else {**files, "test": [line(91, None, "no label", padded)]})
 
 
-def problems(request: DatasetRequest) -> list[str]:
-    with pytest.raises(DataError) as error:
-        load(request)
-    return [row.removeprefix("  - ") for row in str(error.value).splitlines()[1:]]
+problems = partial(bad_rows, load)
+"""Of a request."""
 
 
 def meme(split: str, number: int, answer: str, text: str, root: Path) -> Sample:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from bad_rows import bad_rows
 from fedmllm.data.datasets import load_dataset
 from fedmllm.data.datasets.base import Dataset, DatasetRequest
 from fedmllm.data.datasets.medical_flashcards import FILE, load
@@ -23,10 +25,8 @@ def write(root: Path, cards: object) -> Path:
     return root
 
 
-def problems(request: DatasetRequest) -> list[str]:
-    with pytest.raises(DataError) as error:
-        load(request)
-    return [row.removeprefix("  - ") for row in str(error.value).splitlines()[1:]]
+problems = partial(bad_rows, load)
+"""Of a request."""
 
 
 def numbers(dataset: Dataset) -> tuple[list[int], list[int]]:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from bad_rows import bad_rows
 from fedmllm.data.datasets import load_dataset
 from fedmllm.data.datasets.base import DatasetRequest
 from fedmllm.data.datasets.nlvr import load
 from fedmllm.data.images import open_image
-from fedmllm.errors import ConfigError, DataError
+from fedmllm.errors import ConfigError
 from fedmllm.types import Sample
 
 Line = dict[str, Any]
@@ -34,10 +36,8 @@ def write(root: Path, **files: list[Line]) -> Path:
     return root
 
 
-def problems(request: DatasetRequest) -> list[str]:
-    with pytest.raises(DataError) as error:
-        load(request)
-    return [row.removeprefix("  - ") for row in str(error.value).splitlines()[1:]]
+problems = partial(bad_rows, load)
+"""Of a request."""
 
 
 def test_a_row_becomes_a_sample(tmp_path: Path) -> None:

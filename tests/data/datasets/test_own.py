@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from bad_rows import bad_rows
 from fedmllm.data.datasets import DATASETS, load_dataset
 from fedmllm.data.datasets.base import Dataset, DatasetEntry, DatasetRequest
 from fedmllm.data.datasets.tables import SEPARATORS
@@ -49,9 +50,7 @@ def read(root: Path, options: Mapping[str, Any] = OPTIONS, name: str = "jsonl", 
 
 
 def problems(root: Path, options: Mapping[str, Any] = OPTIONS, name: str = "jsonl") -> list[str]:
-    with pytest.raises(DataError) as error:
-        read(root, options, name)
-    return [row.removeprefix("  - ") for row in str(error.value).splitlines()[1:]]
+    return bad_rows(read, root, options, name)
 
 
 @pytest.mark.parametrize(("name", "suffix", "line"), [("jsonl", ".jsonl", 1), ("csv", ".csv", 3), ("csv", ".tsv", 3)])

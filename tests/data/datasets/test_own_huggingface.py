@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from bad_rows import bad_rows
 from fedmllm.data.datasets import load_dataset
 from fedmllm.data.datasets.base import Dataset, DatasetRequest
 from fedmllm.data.federated import load
@@ -63,9 +64,7 @@ def read(root: Path, on_bad_sample: Any = "refuse", **changes: Any) -> Dataset:
 
 
 def problems(root: Path, **changes: Any) -> list[str]:
-    with pytest.raises(DataError) as error:
-        read(root, **changes)
-    return [row.removeprefix("  - ") for row in str(error.value).splitlines()[1:]]
+    return bad_rows(read, root, **changes)
 
 
 def test_a_row_becomes_a_sample(hub: Any, tmp_path: Path) -> None:

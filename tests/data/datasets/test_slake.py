@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from bad_rows import bad_rows
 from fedmllm.data.datasets import load_dataset
 from fedmllm.data.datasets.base import DatasetRequest
 from fedmllm.data.datasets.slake import load
@@ -46,10 +48,8 @@ def write(root: Path, validate: str = "validate", **files: object) -> Path:
     return root
 
 
-def problems(request: DatasetRequest) -> list[str]:
-    with pytest.raises(DataError) as error:
-        load(request)
-    return [row.removeprefix("  - ") for row in str(error.value).splitlines()[1:]]
+problems = partial(bad_rows, load)
+"""Of a request."""
 
 
 def ids(root: Path, **options: object) -> tuple[list[str], list[str]]:

@@ -1,1 +1,0 @@
-"""Runs, their results and what is shown of them."""

@@ -1,0 +1,172 @@
+"""What the commands print besides the progress of a run: results, splits, methods and plans as tables."""
+
+from __future__ import annotations
+
+import json
+from statistics import mean
+
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from fedmllm.evaluation.metrics import error_over_models
+from fedmllm.format import duration, human_bytes
+from fedmllm.report.drawing import LOOKS, MODELS
+from fedmllm.report.run_report import METRICS
+from fedmllm.run.results import SCORES, RunResult, worst_decile
+from fedmllm.types import Record
+
+
+def result_table(result: RunResult) -> Table:
+    """The scores, each with its standard error; below them the clients' on samples of their own kind."""
+    title = f"{result.experiment}: {result.metric} of {result.algorithm}, {result.num_clients} clients, {result.num_rounds} rounds, seed {result.seed}"
+    table = Table("", result.metric, "standard error", *(METRICS[metric] for metric in result.beside), title=title, title_justify="left")
+    for name in SCORES:
+        score, error = result.scores[name], result.standard_errors[name]
+        if score is not None:
+            others = (_number(result.details.get(name, {}).get(metric)) for metric in result.beside)
+            table.add_row(LOOKS[name].name, _number(score), _number(error), *others, style="bold" if name == "federated" else "")
+    table.add_row("majority answer", "not known" if result.majority is None else f"{result.majority:.3f}", "")
+    if result.question_only is not None:
+        table.add_row("question only", f"{result.question_only:.3f}", "")
+    if result.validation:
+        numbers = (_number(result.validation.get(key)) for key in ("score", "standard_error", *result.beside))
+        table.add_row("validation part", *numbers)
+    for copy, scores in result.tested.items():
+        table.add_row(f"federated, tested on {copy}", *(_number(scores.get(key)) for key in ("score", "standard_error", *result.beside)))
+    _add_clients(table, result)
+    table.caption = (
+        f"{human_bytes(result.bytes_up)} up, {human_bytes(result.bytes_down)} down, {duration(result.seconds)} of training and evaluation"
+    )
+    if result.below:
+        table.caption += f"\nthe federated model does not beat {' or '.join(result.below)}"
+    table.caption_justify = "left"
+    return table
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def _add_clients(table: Table, result: RunResult) -> None:
+    """What the models are worth to each client by itself."""
+    if result.clients:
+        table.add_section()
+    for model, look in MODELS.items():
+        if scores := result.clients.get(model, {}).values():
+            error = error_over_models(scores)
+            table.add_row(f"{look.name}, clients' own kind, accuracy", f"{mean(scores):.3f}", "" if error is None else f"{error:.3f}")
+            table.add_row(f"{look.name}, worst decile of clients", f"{worst_decile(scores):.3f}", "")
+
+
+MAX_CLIENTS = 50
+"""Clients listed in a split's table; more are only counted."""
+
+
+def split_view(record: Record) -> Group:
+    """A split: where it comes from, each client's samples, and one sample before and after it is worded."""
+    clients = record["clients"]
+    title = f"{record['dataset']}, {record['scenario']}, seed {record['seed']}: {sum(c['num_samples'] for c in clients):,} training samples"
+    table = Table("client", "samples", "by label", "by modalities", title=title, title_justify="left")
+    for row in clients[:MAX_CLIENTS]:
+        table.add_row(row["id"], f"{row['num_samples']:,}", _counted(row["labels"]), _counted(row["modalities"]))
+    if len(clients) > MAX_CLIENTS:
+        table.add_row(f"... and {len(clients) - MAX_CLIENTS:,} more", "", "", "")
+    for split in ("validation", "test"):
+        held = record[split]
+        table.add_row(split, f"{held['num_samples']:,}", _counted(held["labels"]), _counted(held["modalities"]))
+    notes = [*record["notes"], *([f"{record['dropped']:,} samples lost every modality"] if record["dropped"] else [])]
+    return Group(table, *(f"- {escape(note)}" for note in notes), "", *_example_lines(record["example"]))
+
+
+def _counted(counts: dict[str, int]) -> str:
+    return escape(", ".join(f"{name} {count:,}" for name, count in counts.items()))
+
+
+def _example_lines(example: Record) -> list[str]:
+    """The sample as stored, then as the model is asked in each wording."""
+    stored = [f"sample {example['id']}", *(f"  {name}: {value}" for name, value in example["content"].items())]
+    stored += [
+        f"  question: {example['question']}",
+        f"  options: {', '.join(example['options']) or 'none'}",
+        f"  answer: {example['answer']}",
+    ]
+    asked = [f"\n{name} wording\n{text}\n=> {example['target']}" for name, text in example["wordings"].items()]
+    return [escape(line) for line in (*stored, *asked)]
+
+
+WORDS = {
+    "exact": "exact",
+    "heterogeneous_ranks": "ranks may differ",
+    "personalized": "a model per client",
+    "streams": "streams",
+    "client": "changes how clients train",
+    "weight": "changes what updates weigh",
+    "prompt": "changes how samples are worded",
+}
+"""How the properties of methods, and what strategies change, are put."""
+
+NOTES = (
+    "up, down, keeps: LoRA adapters per client and round, with K clients in the round",
+    "streams: no update is needed by itself, so that the server's memory does not grow with the cohort",
+)
+
+
+def methods_view(record: Record) -> Group:
+    """Every method, then every strategy: its name and traits, what it does, where it comes from, and its parameters."""
+    parts: list[RenderableType] = []
+    for group, traits in (("methods", _method_traits), ("strategies", _strategy_traits)):
+        for name, row in record[group].items():
+            parameters = ", ".join(f"{key}: {json.dumps(value)}" for key, value in row["parameters"].items())
+            lines = [row["summary"], row["reference"], *([f"parameters  {parameters}"] if parameters else [])]
+            parts += [Text(name, style="bold"), Padding(Text("\n".join(["; ".join(traits(row)), *lines])), (0, 0, 1, 2))]
+    return Group(*parts, *NOTES)
+
+
+def plan_view(record: Record) -> Group:
+    """A model's plan: what it has and sends, then memory by the size of a pass, then the largest pass by card."""
+    table = Table(show_header=False)
+    for name, value in (
+        ("parameters", f"{record['parameters']:,}"),
+        ("trained", f"{record['trainable']:,}"),
+        ("sent by a client in a round, and received", human_bytes(record["sent_per_client_and_round"])),
+        ("memory of the frozen weights", human_bytes(record["weights"])),
+        ("memory of a training pass, per token", human_bytes(record["kept_per_token"])),
+        *((f"memory with {tokens:,} tokens in a pass", human_bytes(size)) for tokens, size in record["memory_by_tokens"].items()),
+        *(
+            (f"tokens in a pass on {card} GiB", f"{tokens:,}" if tokens else "does not fit")
+            for card, tokens in record["tokens_by_gib"].items()
+        ),
+    ):
+        table.add_row(name, Text(value, justify="right"))
+    parts = Table("can train", title="What a client sends of it in a round", title_justify="left")
+    for column in ("parameters", "float32", "bfloat16"):
+        parts.add_column(column, justify="right")
+    parts.add_column("planned")
+    for row in record["parts"]:
+        count = row["parameters"]
+        parts.add_row(row["name"], f"{count:,}", human_bytes(4 * count), human_bytes(2 * count), "trains" if row["trains"] else "")
+    return Group(Text(record["model"], style="bold"), table, parts)
+
+
+def plan_line(record: Record) -> str:
+    """A model's plan in a line, to be told before training."""
+    return (
+        f"plan  {record['parameters']:,} parameters, {record['trainable']:,} trained: {human_bytes(record['sent_per_client_and_round'])} to send; "
+        f"memory {human_bytes(record['memory_without_tokens'])} and {human_bytes(record['kept_per_token'])} per token of a pass"
+    )
+
+
+def _method_traits(row: Record) -> list[str]:
+    """A method's kind and properties, what it sends and keeps, and how many clients it needs."""
+    traits = [row["kind"], *(WORDS[key] for key, value in row.items() if value is True), f"up {row['up']}", f"down {row['down']}"]
+    traits += [f"each client keeps {size:g} ({name})" for name, size in row["client_state"].items()]
+    return [*traits, *([f"{row['smallest_cohort']} clients per round or more"] if row["smallest_cohort"] > 1 else [])]
+
+
+def _strategy_traits(row: Record) -> list[str]:
+    """What a strategy changes, and whether FedMLLM(method) brings it."""
+    published = ["part of FedMLLM(method)"] if row["published"] else []
+    return [row["kind"], *(WORDS[change] for change in row["changes"]), *published]

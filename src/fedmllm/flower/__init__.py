@@ -1,0 +1,1 @@
+"""Training over Flower: messages, workers on this machine, SuperLink and SuperNodes."""

@@ -1,0 +1,249 @@
+"""What server and clients write to each other where they do not share a process: safetensors and plain facts, checked before use."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from pydantic import Field, ValidationError
+
+from fedmllm import factors
+from fedmllm import weights as W
+from fedmllm.algorithms import Algorithm, Codec
+from fedmllm.engine.base import Assignment
+from fedmllm.flower.facts import Facts, Failed, write_word
+from fedmllm.flower.frozen import KeptBase, Missing
+from fedmllm.packing import pack, unpack
+from fedmllm.types import Broadcast, ClientFailure, ClientUpdate, Population, Record, Slots, Weights
+
+SLACK = 1 << 20
+"""Bytes that a message may have beside its tensors' data: their names, and the facts."""
+
+
+class TaskFacts(Facts):
+    """What a client is told beside tensors.
+
+    Attributes:
+        accepted: the last two rounds in which the client's update was accepted: what it keeps is what it kept in the last.
+        base_since, sitting: as in ``Missing``.
+        about: what the worker needs beside, e.g. the experiment's settings; the engine does not look at it.
+    """
+
+    stage: str
+    client: str
+    round_num: int = Field(ge=0)
+    seed: int
+    learning_rate: float
+    rank: int | None
+    num_clients: int
+    profile: dict[str, int]
+    accepted: list[int] = Field(max_length=2)
+    labels: dict[str, dict[str, int]] = Field(default_factory=dict)
+    base_since: int | None
+    sitting: str = Field(pattern=r"^[0-9a-f]{8}$")
+    about: dict[str, Any]
+
+
+class AnswerFacts(Facts):
+    """What the server is told beside tensors."""
+
+    client: str
+    round_num: int = Field(ge=0)
+    num_samples: int | None = Field(ge=0, lt=2**40)
+    metrics: dict[str, float]
+    profile: dict[str, int]
+    rank: int | None
+
+
+@dataclass(frozen=True)
+class Task:
+    """A client's turn as it arrives.
+
+    Attributes:
+        facts: plain values.
+        weights, extras: as far as they were sent, at the client's own rank.
+        missing: what the client lacked of the change to the frozen weights.
+    """
+
+    facts: TaskFacts
+    weights: Weights
+    extras: Slots = field(default_factory=dict)
+    missing: Missing = field(default_factory=Missing)
+
+    def broadcast(self, own: Broadcast, kept: KeptBase) -> Broadcast:
+        """What the server broadcast: what was sent, in the place of what the client has from the beginning.
+
+        Args:
+            own: of the method's state before the first round, which server and client make alike.
+            kept: what the client has of the change to the frozen weights.
+        """
+        weights = {**own.weights, **factors.padded({n: t for n, t in self.weights.items() if n in own.weights}, own.weights)}
+        if unknown := sorted(self.weights.keys() - own.weights.keys()):
+            raise ValueError(f"the server sent {len(unknown)} tensors that this client's model does not have, e.g. {unknown[0]}")
+        extras = {kind: {**own.extras.get(kind, {}), **self.extras.get(kind, {})} for kind in {**own.extras, **self.extras}}
+        population = Population(self.facts.num_clients, self.facts.profile, self.facts.labels)
+        base = kept.brought_up(self.missing, self.facts.round_num, own.base)
+        return Broadcast(self.facts.round_num, weights, extras, base, population=population)
+
+
+def write_task(assignment: Assignment, stage: str, client: str, about: Mapping[str, Any], missing: Missing) -> bytes:
+    """What a client is sent: what it does not have yet of the broadcast, at its own rank."""
+    broadcast, method, rank = assignment.broadcast, assignment.algorithm, assignment.ranks.get(client)
+    weights = factors.cut({name: tensor for name, tensor in broadcast.weights.items() if method.downloads(name)}, rank)
+    extras = {
+        f"extras.{kind}": {name: tensor for name, tensor in tensors.items() if method.downloads(f"{kind}/{name}")}
+        for kind, tensors in broadcast.extras.items()
+    }
+    facts = TaskFacts(
+        stage=stage,
+        client=client,
+        round_num=broadcast.round_num,
+        seed=assignment.seed,
+        learning_rate=assignment.learning_rate,
+        rank=rank,
+        num_clients=broadcast.population.num_clients,
+        profile=dict(broadcast.population.profile),
+        accepted=list(assignment.accepted.get(client, ())),
+        labels={options: dict(counts) for options, counts in broadcast.population.labels.items()},
+        base_since=missing.since,
+        sitting=missing.sitting,
+        about=dict(about),
+    )
+    steps = {f"step.{number}": step for number, step in missing.steps.items()}
+    return pack({"weights": weights, "base": missing.whole, **steps, **extras}, facts.model_dump())
+
+
+def read_task(content: bytes) -> Task:
+    """The opposite.
+
+    Raises:
+        ValueError: if it is no task.
+    """
+    groups, values = unpack(content)
+    facts = TaskFacts.model_validate(values)
+    extras = {kind.removeprefix("extras."): tensors for kind, tensors in groups.items() if kind.startswith("extras.")}
+    steps = {int(kind.removeprefix("step.")): tensors for kind, tensors in groups.items() if kind.startswith("step.")}
+    missing = Missing(facts.base_since, steps, groups.get("base", {}), facts.sitting)
+    return Task(facts, groups.get("weights", {}), extras, missing)
+
+
+def write_answer(answer: ClientUpdate | ClientFailure, round_num: int) -> bytes:
+    """What a client sends: its update, packed if it is compressed, or why there is none."""
+    if isinstance(answer, ClientFailure):
+        return write_word(answer, round_num)
+    groups: dict[str, Weights] = {}
+    for kind, tensors in {"update": answer.update, **answer.extras}.items():
+        if kind not in answer.packed:
+            groups[kind] = tensors
+        for name, parts in answer.packed.get(kind, {}).items():
+            for i, part in enumerate(parts):
+                groups.setdefault(f"{kind}.{i}", {})[name] = part
+    facts = AnswerFacts(
+        client=answer.client,
+        round_num=round_num,
+        num_samples=answer.num_samples,
+        metrics=answer.metrics,
+        profile=dict(answer.profile),
+        rank=answer.rank,
+    )
+    return pack(groups, facts.model_dump())
+
+
+def write_question(client: str, about: Mapping[str, Any]) -> bytes:
+    """What a client is asked before the first round: a task of nothing."""
+    facts = TaskFacts(
+        stage="presence",
+        client=client,
+        round_num=0,
+        seed=0,
+        learning_rate=0.0,
+        rank=None,
+        num_clients=0,
+        profile={},
+        accepted=[],
+        base_since=0,
+        sitting=Missing().sitting,
+        about=dict(about),
+    )
+    return pack({}, facts.model_dump())
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a client's answer must look like.
+
+    Attributes:
+        tensors: of an update, at the client's rank; only their names, shapes and dtypes count.
+        kinds: ``update`` and the method's further tensors.
+        codec: how they are written; None for float32 as they are.
+    """
+
+    tensors: Weights
+    kinds: Sequence[str]
+    codec: Codec | None
+
+    @property
+    def largest(self) -> int:
+        """Bytes of an answer at most. No codec writes more than three halves of float32's."""
+        return SLACK + 2 * len(self.kinds) * W.num_bytes(self.tensors)
+
+
+def expected(assignment: Assignment, client: str) -> Expected:
+    """Of a client."""
+    method: Algorithm = assignment.algorithm
+    sent = {name: t for name, t in assignment.broadcast.weights.items() if method.uploads(assignment.broadcast.round_num, name)}
+    return Expected(factors.cut(sent, assignment.ranks.get(client)), ("update", *method.client_sends), assignment.chain.codec)
+
+
+def read_answer(content: bytes, client: str, wanted: Expected) -> ClientUpdate | ClientFailure:
+    """A client's answer. One that cannot be read is a failure; whether an update can be used is the intake's to say."""
+    try:
+        groups, facts = unpack(content)
+        if "failure" in facts:
+            return ClientFailure(client, Failed.model_validate(facts).failure)
+        return _update(groups, facts, client, wanted)
+    except ValidationError as error:
+        return ClientFailure(
+            client, f"the answer cannot be read: {error.error_count()} of its facts are wrong, e.g. {error.errors()[0]['loc']}"
+        )
+    except (ValueError, RuntimeError, LookupError, TypeError) as error:
+        return ClientFailure(client, f"the answer cannot be read: {error}")
+
+
+def _update(groups: Mapping[str, Weights], facts: Record, client: str, wanted: Expected) -> ClientUpdate:
+    told = AnswerFacts.model_validate(facts)
+    if told.client != client:
+        raise ValueError(f"it is {told.client!r}'s")
+    size = sum(W.num_bytes(tensors) for tensors in groups.values())
+    slots = {kind: _unpacked(groups, kind, wanted) for kind in wanted.kinds}
+    known = {f"{kind}{part}" for kind in wanted.kinds for part in ("", ".0", ".1")}
+    if unknown := sorted(groups.keys() - known):
+        raise ValueError(f"besides the update it holds {unknown}")
+    return ClientUpdate(
+        client, slots.pop("update"), told.num_samples, told.metrics, slots, told.profile, told.rank, size, round_num=told.round_num
+    )
+
+
+def _unpacked(groups: Mapping[str, Weights], kind: str, wanted: Expected) -> Weights:
+    """One kind of tensors. Dtypes, and of packed ones shapes too, are checked here; the rest is the intake's to check."""
+    codec = wanted.codec
+    if codec is None:
+        tensors = groups.get(kind, {})
+        for name in tensors.keys() & wanted.tensors.keys():
+            _require_alike(f"{kind}: {name}", [tensors[name].dtype], [wanted.tensors[name].dtype])
+        return tensors
+    found = {}
+    for name, like in wanted.tensors.items():
+        # What this tensor is packed into, without computing it.
+        shapes = [(part.dtype, part.shape) for part in codec.pack(torch.empty(like.shape, device="meta"))]
+        parts = [groups[group][name] for i in range(2) if name in groups.get(group := f"{kind}.{i}", {})]
+        _require_alike(f"{kind}: {name}", [(part.dtype, part.shape) for part in parts], shapes)
+        found[name] = codec.unpack(parts, like.shape)
+    return found
+
+
+def _require_alike(what: str, found: Sequence[Any], wanted: Sequence[Any]) -> None:
+    if list(found) != list(wanted):
+        raise ValueError(f"{what} is {found}, expected {wanted}")

@@ -1,0 +1,131 @@
+"""The files ``server.yaml`` and ``site.yaml``."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+
+from fedmllm.data.settings import DataConfig
+from fedmllm.errors import ConfigError, listing
+from fedmllm.explain import rule
+from fedmllm.flower.superlink import SuperLink
+from fedmllm.settings_file import SITES, read_settings
+
+NAME = re.compile(r"\w[\w.-]{0,63}", re.ASCII)
+"""Files are named after sites."""
+
+
+class _File(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    folder: Path = Field(exclude=True)
+    """Where the file is, and what belongs to it."""
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read the file.
+
+        Raises:
+            ConfigError: naming every setting that breaks a rule.
+        """
+        values, _ = read_settings(path, SITES)
+        try:
+            return cls.model_validate({**values, "folder": path.resolve().parent})
+        except ValidationError as error:
+            problems = [f"{'.'.join(map(str, e['loc']))}: {rule(e, cls.model_fields)}" for e in error.errors()]
+            raise ConfigError(f"{path}: {len(problems)} error{'s' * (len(problems) > 1)}:\n{listing(problems)}") from None
+
+
+class ServerConfig(_File):
+    """``server.yaml``: the SuperLink, and who may connect to it. Keys and certificates are beside it."""
+
+    address: str
+    """``host:port`` under which sites reach it; the host is in the certificate."""
+    listen: str = "127.0.0.1"
+    """Address of this machine on which it listens: 0.0.0.0 for all. With a port, such as 127.0.0.1:8001, it listens there and not on the port of
+    ``address``, at which then a proxy passes on what sites send."""
+    sites: tuple[str, ...] = Field(min_length=1)
+    """Their names; ``NAME.pub`` beside the file is a site's public key."""
+
+    @field_validator("sites")
+    @classmethod
+    def _plain(cls, sites: tuple[str, ...]) -> tuple[str, ...]:
+        if wrong := [name for name in sites if not NAME.fullmatch(name)]:
+            raise ValueError(f"{wrong[0]!r} is no plain name: letters, digits, _ . - only, 64 at most")
+        if len(set(sites)) < len(sites):
+            raise ValueError("a name is there twice")
+        return tuple(sorted(sites))
+
+    @field_validator("address", "listen")
+    @classmethod
+    def _with_a_port(cls, text: str, info: ValidationInfo) -> str:
+        host, colon, port = text.rpartition(":")
+        needed = info.field_name == "address"
+        if (colon or needed) and not (host and port.isdigit() and 0 < int(port) < 65536):
+            raise ValueError(f"{text!r} is not host:port" + ("" if needed else ", nor a host alone"))
+        return text
+
+    @property
+    def listening(self) -> tuple[str, int]:
+        """Host and port of this machine."""
+        host, colon, port = self.listen.rpartition(":")
+        return (host, int(port)) if colon else (self.listen, int(self.address.rpartition(":")[2]))
+
+    @property
+    def link(self) -> SuperLink:
+        """How a server of runs reaches it: past the proxy, where there is one."""
+        host, colon, port = self.listen.rpartition(":")
+        nearest = self.address if not colon else f"{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
+        return SuperLink(nearest, self.folder / "ca.crt", self.folder / "secret", self.keys())
+
+    def keys(self) -> dict[str, bytes]:
+        """Public keys by site.
+
+        Raises:
+            ConfigError: if one is not there.
+        """
+        if missing := [name for name in self.sites if not (self.folder / f"{name}.pub").is_file()]:
+            raise ConfigError(f"{self.folder / missing[0]}.pub: no public key of site {missing[0]}; put it there, or take the site out")
+        return {name: (self.folder / f"{name}.pub").read_bytes() for name in self.sites}
+
+
+Withheld = Literal["metrics", "profile", "num_samples"]
+
+
+class SiteConfig(_File):
+    """``site.yaml``: what this site trains on, and what of it the server is told. Only the site reads it."""
+
+    name: str = Field(pattern=rf"^{NAME.pattern}$")
+    """Under which the server admits it."""
+    server: str
+    """``host:port`` of the server."""
+    port: int = Field(9094, gt=0, lt=65536)
+    """Of this machine, on 127.0.0.1, between the site's own processes."""
+    data: DataConfig | None = None
+    """The site's own data: a dataset's name, folder (relative to this file) and options. Left out for a trial, in which the site trains its part
+    of the experiment's own split of embedded data."""
+    modalities: tuple[str, ...] = ()
+    """Which of its samples' modalities are used; left out for all."""
+    model: str | None = None
+    """Folder of the model at this site; left out for the embedded one. The experiment's own name for it is not followed."""
+    rank: int | None = Field(None, gt=0)
+    """LoRA rank of this site, where the method lets ranks differ; left out for the experiment's."""
+    device: str = "auto"
+    """``auto``, ``cpu``, ``cuda``, ..."""
+    cpus: int = Field(1, gt=0)
+    """Cores to compute with."""
+    withhold: tuple[Withheld, ...] = ()
+    """What the server is not told: ``metrics`` (training loss and steps, scores of the site's own model), ``profile`` (samples by modality),
+    ``num_samples`` (where clients count by samples, the site then weighs as one). A run whose method needs what is withheld is refused; steps that
+    a method needs (FedNova) follow from the number of samples, and are told unless that is withheld too."""
+
+    @model_validator(mode="after")
+    def _beside_the_file(self) -> SiteConfig:
+        if self.data is None or self.data.root is None or self.data.root.is_absolute():
+            return self
+        data = self.data.model_copy(update={"root": self.folder / self.data.root})
+        object.__setattr__(self, "data", data)
+        return self

@@ -1,0 +1,1 @@
+"""One run: an experiment in, a folder out."""

@@ -1,0 +1,135 @@
+"""The model card that lies with an adapter: what it is, what it was trained on and how, what it scores, what was private."""
+
+from __future__ import annotations
+
+from fedmllm.config import Experiment
+from fedmllm.format import human_bytes
+from fedmllm.run.results import SCORES, RunResult
+
+CARD = """---
+base_model: {model}
+library_name: peft
+pipeline_tag: image-text-to-text
+tags:
+- lora
+- federated-learning
+---
+
+# {title}
+
+A LoRA adapter of `{model}`, fine-tuned across clients with fedmllm {version}.
+
+| | |
+|---|---|
+| data | {dataset}, {clients} clients, partition {partition}, scenario {scenario} |
+| method | {method} |
+| training | rounds: {rounds}, clients in each: {cohort}, local epochs: {epochs}, seed: {seed} |
+| adapter | rank {rank}; {trained}: {trainable:,} trained parameters |
+| exchanged | {up} sent by the clients, {down} received |
+
+## Scores
+
+{metric} on the test split:
+
+| | score | standard error |{beside}
+|---|---|---|{rule}
+{scores}
+
+## Privacy
+
+Clients' samples stayed with them; what they sent were updates of the adapter{compressed}. Updates can tell something about the samples that
+they were made from: no differential privacy and no secure aggregation was used. In this run all clients were simulated in one process.
+
+## Use
+
+```python
+{imports}from peft import PeftModel
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+processor = AutoProcessor.from_pretrained({base})
+base = AutoModelForImageTextToText.from_pretrained({base})
+model = PeftModel.from_pretrained(base, "this folder")
+```
+{needs}
+`fedmllm chat RUN --image FILE` words questions as in training ({prompt} prompt).
+"""
+
+
+NEEDS = """
+Transformers loads this model's processor, which takes videos too, only where torchvision is installed: `pip install torchvision`. With fedmllm
+installed, `fedmllm.models.processors.load_processor` does without, for pictures and texts.
+"""
+
+MERGED = """# {model}, fine-tuned with fedmllm
+
+The whole model with a trained LoRA adapter merged into its weights, as a Transformers folder.
+
+```python
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+processor = AutoProcessor.from_pretrained("this folder")
+model = AutoModelForImageTextToText.from_pretrained("this folder")
+```
+{needs}"""
+
+
+def merged_card(model: str, torchvision: bool) -> str:
+    """What lies with a merged model: what it is, how it is loaded, and what that needs.
+
+    Args:
+        model: as the experiment names it.
+        torchvision: whether Transformers loads its processor with torchvision only.
+    """
+    return MERGED.format(model=model, needs=NEEDS if torchvision else "")
+
+
+def adapter_card(result: RunResult, experiment: Experiment, client: str = "", torchvision: bool = False) -> str:
+    """A card in Markdown with the fields that hubs read.
+
+    Args:
+        result: of the run.
+        experiment: its settings.
+        client: whose own adapter it is; empty for the global one.
+        torchvision: whether Transformers loads the model's processor with torchvision only.
+    """
+    federation, lora, compression = experiment.federation, experiment.lora, experiment.compression.name
+    rows = [
+        f"| {name.replace('_', ' ')} | {score:.3f} | {'' if error is None else f'{error:.3f}'} |{_beside(result, name)}"
+        for name in SCORES
+        if (score := result.scores.get(name)) is not None
+        for error in [result.standard_errors.get(name)]
+    ]
+    return CARD.format(
+        model=result.model,
+        imports="from fedmllm.models.load import model_source\n" if result.model == "nano" else "",
+        base='model_source("nano")' if result.model == "nano" else f'"{result.model}"',
+        title=f"{result.experiment}: {client}'s own" if client else result.experiment,
+        version=result.versions["fedmllm"],
+        dataset=experiment.data.dataset,
+        clients=result.num_clients,
+        scenario=federation.scenario,
+        partition=federation.partition,
+        method=", ".join([result.algorithm, *result.strategies]),
+        rounds=result.num_rounds,
+        cohort=result.clients_per_round,
+        epochs=experiment.training.local_epochs,
+        seed=result.seed,
+        rank=lora.r,
+        trained="; ".join(result.trained),
+        trainable=result.trainable_parameters,
+        up=human_bytes(result.bytes_up),
+        down=human_bytes(result.bytes_down),
+        metric=result.metric,
+        scores="\n".join(rows),
+        beside="".join(f" {metric.replace('_', ' ')} |" for metric in result.beside),
+        rule="---|" * len(result.beside),
+        compressed="" if compression == "none" else f", compressed ({compression})",
+        prompt=experiment.data.prompt,
+        needs=NEEDS if torchvision else "",
+    )
+
+
+def _beside(result: RunResult, stage: str) -> str:
+    """What stands beside a stage's headline, as cells."""
+    values = (result.details.get(stage, {}).get(metric) for metric in result.beside)
+    return "".join(" |" if value is None else f" {value:.3f} |" for value in values)

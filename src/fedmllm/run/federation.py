@@ -1,0 +1,189 @@
+"""Who the clients of a run are, and where: in this process, in workers on this machine, or at sites."""
+
+from __future__ import annotations
+
+import math
+import os
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+from fedmllm.algorithms import build_algorithm
+from fedmllm.config import Experiment
+from fedmllm.data.federated import FederatedData, spread
+from fedmllm.engine.base import Engine
+from fedmllm.engine.failures import FailureConfig
+from fedmllm.engine.observer import UNOBSERVED, Observer
+from fedmllm.engine.schedules import build_schedule
+from fedmllm.engine.stages import Stage
+from fedmllm.errors import ConfigError, FederationError
+from fedmllm.files import write_atomically
+from fedmllm.flower.carrier import FlowerCarrier
+from fedmllm.flower.engine import FlowerEngine
+from fedmllm.flower.frozen import BaseHistory
+from fedmllm.flower.installed import require_flower
+from fedmllm.flower.run_grid import RunGrid, serving
+from fedmllm.flower.settings import ServerConfig
+from fedmllm.flower.simulation import simulation
+from fedmllm.flower.superlink import SuperLink
+from fedmllm.run.resident import Resident
+from fedmllm.run.roll_call import RollCall
+from fedmllm.run.worker import client_app, resident_worker
+from fedmllm.types import Holding
+
+
+@dataclass(frozen=True)
+class Federation:
+    """The clients of a run.
+
+    Attributes:
+        experiment: of the run.
+        data: their samples, or what they say of them, and the test split, which is here.
+        ranks: LoRA ranks that sites ask for.
+        grid: what leads to sites; None where there are none.
+        trial: whether sites try out the experiment's own split.
+    """
+
+    experiment: Experiment
+    data: FederatedData
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    grid: RunGrid | None = None
+    trial: bool = False
+
+    @property
+    def at_sites(self) -> bool:
+        """Whether clients, and what they keep, are elsewhere."""
+        return self.grid is not None
+
+    @contextmanager
+    def engine(self, stage: Stage, folder: Path, here: Engine) -> Iterator[Engine]:
+        """Trains the clients where they are.
+
+        Args:
+            stage: theirs. Baselines are not of the federation and train here.
+            folder: of the run.
+            here: trains clients in this process.
+        """
+        e, about = self.experiment.engine, dict[str, Any](experiment=settings(self.experiment))
+        history = BaseHistory(folder / "checkpoints" / f"{stage.name}-base")
+        if self.grid is not None:
+            about |= {"run": _run_id(folder), "trial": self.trial}
+            yield FlowerEngine(self.grid, stage.name, about, self.grid.online, history, remote=True)
+        elif e.name == "flower":
+            states = folder.resolve() / "checkpoints" / f"{stage.name}-clients"
+            at_once = build_schedule(self.experiment.schedule).concurrency_of(stage)
+            with simulation(client_app(resident_worker), at_once, e.worker_cpus, e.worker_gpus) as (grid, nodes):
+                # Each node runs any client; in turn, so that those at work together are at different ones.
+                turns = cycle(nodes)
+                reached = lambda names: {name: next(turns) for name in names}  # noqa: E731
+                # Flower's simulation holds messages in this process. Twice as many as there are workers keep all of them at work.
+                ahead = 2 * math.ceil((os.cpu_count() or 1) / e.worker_cpus)
+                yield FlowerEngine(FlowerCarrier(grid), stage.name, about | {"states": str(states)}, reached, history, ahead)
+        else:
+            yield here
+
+
+@contextmanager
+def federation(experiment: Experiment, held: Resident, observer: Observer = UNOBSERVED) -> Iterator[Federation]:
+    """The clients of an experiment, for the time of a block.
+
+    Args:
+        experiment: whose.
+        held: what earlier runs of this process left.
+        observer: told for which sites the run waits.
+
+    Raises:
+        ConfigError: if settings and sites do not fit each other, or Flower is not installed.
+        FederationError: if sites cannot be reached, or one says what is wrong there.
+    """
+    if experiment.engine.server is not None:
+        with _sites(experiment, held, ServerConfig.load(experiment.engine.server), observer) as found:
+            yield found
+        return
+    if experiment.engine.name == "flower":
+        require_flower("ray")
+    yield Federation(experiment, spread(held.dataset(experiment), experiment.federation, experiment.seed))
+
+
+@contextmanager
+def _sites(experiment: Experiment, held: Resident, server: ServerConfig, observer: Observer) -> Iterator[Federation]:
+    require_flower()
+    _require_fit(experiment, server)
+    policy, method = experiment.failures, build_algorithm(experiment.algorithm)
+    with serving(_within(server.link, policy)) as grid:
+        needed = policy.needed(method.smallest_cohort, experiment.federation.clients_per_round)
+        present = RollCall(server.sites, grid, settings(experiment), policy, needed, observer).present()
+        trial = {told.trial for told in present.values()}
+        if len(trial) > 1:
+            own = [name for name, told in present.items() if not told.trial]
+            raise FederationError(f"of the sites only {', '.join(own)} have data of their own; set data in every site.yaml, or in none")
+        ranks = {name: told.rank for name, told in present.items() if told.rank is not None}
+        _require_ranks(experiment, ranks)
+        dataset = held.dataset(experiment)
+        if trial == {True}:
+            data = spread(dataset, experiment.federation, experiment.seed)
+        else:
+            _require_own(experiment)
+            holdings = {name: Holding(told.num_samples, told.profile) for name, told in present.items()}
+            data = FederatedData(dataset, dict.fromkeys(server.sites, ()), 0, holdings)
+        yield Federation(experiment, data, ranks, grid, trial == {True})
+
+
+def _within(link: SuperLink, policy: FailureConfig) -> SuperLink:
+    """With no more patience than a round has."""
+    return replace(link, patience=min(link.patience, policy.deadline or link.patience))
+
+
+def _require_fit(experiment: Experiment, server: ServerConfig) -> None:
+    count, sites = experiment.federation.num_clients, len(server.sites)
+    if count != sites:
+        raise ConfigError(f"federation.num_clients: {count}, but {server.folder / 'server.yaml'} names {sites} sites; make them the same")
+    if experiment.failures.deadline is None:
+        raise ConfigError("failures.deadline: with sites a round needs one, e.g. failures.deadline=600; nothing waits for ever")
+    evaluation = experiment.evaluation
+    if build_algorithm(experiment.algorithm).personalized and ("fine_tuned" in evaluation.baselines or evaluation.client_samples):
+        raise ConfigError(
+            f"evaluation: {experiment.algorithm.name}'s models of the clients stay at their sites, where evaluation.client_samples and the baseline "
+            "fine_tuned cannot use them; leave both out"
+        )
+
+
+def _require_ranks(experiment: Experiment, ranks: Mapping[str, int]) -> None:
+    if ranks and not build_algorithm(experiment.algorithm).heterogeneous_ranks:
+        raise ConfigError(
+            f"algorithm.name: {experiment.algorithm.name} needs one rank everywhere, but {', '.join(ranks)} ask for their own"
+        )
+    if too_large := {name: rank for name, rank in ranks.items() if rank > experiment.lora.r}:
+        raise ConfigError(f"lora.r: {experiment.lora.r} is the largest rank, but sites ask for more: {too_large}")
+
+
+def _require_own(experiment: Experiment) -> None:
+    """What needs the clients' samples here."""
+    if needs := [name for name in experiment.evaluation.baselines if name != "zero_shot"]:
+        raise ConfigError(f"evaluation.baselines: {', '.join(needs)} need the sites' samples, which stay there; leave zero_shot only")
+    if build_algorithm(experiment.algorithm).needs_labels:
+        raise ConfigError(
+            "algorithm.strategies: label_calibration with global_prior counts the answers of all clients, which sites keep to themselves; "
+            "leave global_prior out"
+        )
+    if experiment.evaluation.client_samples:
+        raise ConfigError("evaluation.client_samples: needs to know the sites' samples, which stay there; leave it out")
+
+
+def settings(experiment: Experiment) -> str:
+    """The experiment as workers are told it: without paths of this machine."""
+    engine = experiment.engine.model_copy(update={"server": None})
+    data = experiment.data if experiment.engine.server is None else experiment.data.without_paths()
+    return experiment.model_copy(update={"engine": engine, "data": data}).to_yaml()
+
+
+def _run_id(folder: Path) -> str:
+    """Names the run at its sites, so that what they keep of it is not taken for another's; the same when it is resumed."""
+    path = folder / "checkpoints" / "run"
+    if not path.is_file():
+        write_atomically(path, secrets.token_hex(8).encode())
+    return path.read_text()

@@ -1,0 +1,152 @@
+"""Reading a run folder back, every file checked against what a run writes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
+
+from fedmllm.errors import RunError, listing
+from fedmllm.run.results import CHECKED, RunResult
+from fedmllm.types import Metrics
+
+
+class _Checked(BaseModel):
+    model_config = CHECKED
+
+
+class Counts(_Checked):
+    """How many samples somebody holds: in all, by label, and by the modalities they have (``image+text``)."""
+
+    num_samples: int
+    labels: dict[str, int]
+    modalities: dict[str, int]
+
+
+class Client(_Checked):
+    """One client of the manifest; one elsewhere may withhold how many samples it has."""
+
+    id: str
+    num_samples: int | None
+    labels: dict[str, int]
+    modalities: dict[str, int]
+
+
+class Manifest(_Checked):
+    """``manifest.json``, as far as a report needs it."""
+
+    dataset: str
+    scenario: str
+    seed: int
+    metric: str
+    notes: list[str]
+    dropped: int
+    clients: list[Client]
+    test: Counts
+    validation: Counts | None = None
+
+
+class Line(_Checked):
+    """A line of ``metrics.jsonl``: scores on the test split and on the validation part, and what it took. Zero-shot is a round 0 and has no more."""
+
+    stage: str
+    round: int
+    score: float | None
+    scores: Metrics | None
+    seconds: dict[str, float]
+    validation: Metrics | None = None
+
+    @property
+    def watched(self) -> float | None:
+        """What a learning curve shows: the score on the validation part. Runs of earlier versions were scored on the test split all along."""
+        return self.score if self.validation is None else self.validation["score"]
+
+
+class Refusal(_Checked):
+    """An update that was left out of the average."""
+
+    client: str
+    reason: str
+
+
+class Round(Line):
+    """A line of a round in which clients trained."""
+
+    clients: list[str]
+    num_samples: int
+    learning_rate: float
+    loss: float | None
+    bytes_up: int
+    bytes_down: int
+    bytes_held: int = 0
+    skipped: bool = False
+    halvings: dict[str, int] = Field(default_factory=dict)
+    withheld: list[str] = Field(default_factory=list)
+    staleness: dict[str, int] = Field(default_factory=dict)
+    refused: list[Refusal]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run folder says.
+
+    Attributes:
+        name: the folder's name.
+        config: the experiment's settings, as text.
+        manifest: who holds which data.
+        lines: finished rounds of all stages, in the order in which they ended.
+        result: the outcome; None while the run is unfinished.
+    """
+
+    name: str
+    config: str
+    manifest: Manifest
+    lines: tuple[Line, ...]
+    result: RunResult | None
+
+    @property
+    def rounds(self) -> list[Round]:
+        """The federated rounds."""
+        return [line for line in self.lines if isinstance(line, Round) and line.stage == "federated"]
+
+
+def read_run(folder: Path) -> Run:
+    """All files of a run folder; only ``result.json`` may be missing.
+
+    Raises:
+        RunError: naming the file, what is wrong with it and the remedy.
+    """
+    config, manifest = _text(folder / "config.yaml"), _parse(folder / "manifest.json", _text(folder / "manifest.json"), Manifest)
+    lines, path = tuple(_lines(folder / "metrics.jsonl")), folder / "result.json"
+    return Run(folder.resolve().name, config, manifest, lines, _parse(path, _text(path), RunResult) if path.exists() else None)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise RunError(f"{path}: cannot be read ({reason}); name a folder that fedmllm train wrote, with all its files") from error
+
+
+def _lines(path: Path) -> Iterator[Line]:
+    """The lines of metrics. A last one without its end was cut short by a crash: it is left out, as it is on resuming."""
+    for number, text in enumerate(_text(path).split("\n")[:-1], start=1):
+        where = f"{path}, line {number}"
+        line = _parse(where, text, Line)
+        yield line if line.round == 0 else _parse(where, text, Round)
+
+
+Shape = TypeVar("Shape")
+
+
+def _parse(where: object, text: str, shape: type[Shape]) -> Shape:
+    try:
+        return TypeAdapter(shape).validate_json(text)
+    except ValidationError as error:
+        rows = [f"{'.'.join(map(str, row['loc'])) or 'the whole'}: {row['msg']}" for row in error.errors(include_url=False)]
+        remedy = "finish the run with fedmllm train ... --resume, or run the experiment anew"
+        raise RunError(f"{where}: not what this version of fedmllm writes:\n{listing(rows)}\n{remedy}") from error

@@ -1,0 +1,1 @@
+"""Sweeps: a grid of experiments, trained and compared over seeds."""

@@ -1,0 +1,119 @@
+"""One client's training, step by step: what the loop in ``training.local`` drives, alone or beside others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+
+from fedmllm.models.encoding import Encoded
+from fedmllm.models.load import VisionLanguageModel
+from fedmllm.randomness import generator
+from fedmllm.training.batches import Step, steps
+from fedmllm.training.rules import LocalResult, LocalRule
+from fedmllm.training.schedule import of_step
+from fedmllm.training.settings import TrainingConfig
+from fedmllm.training.terms import TermStep
+from fedmllm.types import Weights
+
+
+@dataclass(frozen=True)
+class LocalTask:
+    """One client's turn.
+
+    Attributes:
+        client, round_num, seed: name the turn; all its random numbers derive from them.
+        samples: encoded, in an order that is the same wherever the client runs.
+        received: the weights the client was sent.
+        learning_rate: this round's.
+    """
+
+    client: str
+    round_num: int
+    seed: int
+    samples: Sequence[Encoded]
+    received: Weights
+    learning_rate: float
+
+
+Adapters = Callable[[Sequence["ClientTraining"], Sequence[int]], AbstractContextManager[None]]
+"""(clients, rows of each) -> the context in which a batch of so many rows goes through their adapters."""
+
+
+class ClientTraining:
+    """What lives as long as one client's training: its plan, parameters, optimizer, and the sums of its losses and gradients.
+
+    Args:
+        weights: its tensors; those that train require gradients.
+    """
+
+    def __init__(self, vlm: VisionLanguageModel, task: LocalTask, rule: LocalRule, config: TrainingConfig, weights: Weights) -> None:
+        self._vlm, self._task, self._rule, self._config, self.weights = vlm, task, rule, config, weights
+        self.plan = list(_plan(task, config))
+        self.loss, self.halvings = 0.0, 0
+        self._parameters = {name: tensor for name, tensor in weights.items() if tensor.requires_grad}
+        self._received = {name: tensor.to(vlm.device) for name, tensor in task.received.items()}
+        betas = (config.beta1, config.beta2)
+        self._optimizer = torch.optim.AdamW(
+            self._parameters.values(), lr=task.learning_rate, betas=betas, weight_decay=config.weight_decay, fused=True
+        )
+        self._gradient: Weights = {}
+
+    @property
+    def longest(self) -> Encoded | None:
+        """Its longest sample; None if it has none."""
+        return max((sample for step in self.plan for sample in step.samples), key=lambda sample: len(sample.input_ids), default=None)
+
+    def forget(self) -> None:
+        """Take its gradients back."""
+        for parameter in self._parameters.values():
+            parameter.grad = None
+
+    def add_terms(self, position: int, max_tokens: int, adapters: Adapters) -> None:
+        """Add the gradients of the rule's terms that have passes of their own."""
+        for term in self._rule.all_terms:
+            if term.has_passes:
+                rng = generator(self._task.seed, term.name, self._task.round_num, self._task.client, position)
+                with adapters([self], [1]):
+                    term.backward(TermStep(self._vlm, self.plan[position].samples, rng, max_tokens))
+
+    def update(self, position: int) -> None:
+        """The rule's penalty, and the optimizer's step."""
+        penalty = self._rule.penalty(self._parameters, self._received, position / len(self.plan))
+        if penalty is not None:
+            penalty.backward()  # type: ignore[no-untyped-call]
+        self._edit_gradients()
+        if self._config.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(list(self._parameters.values()), self._config.clip_norm)
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._task.learning_rate * of_step(self._config.schedule, position, len(self.plan))
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def _edit_gradients(self) -> None:
+        for name, parameter in self._parameters.items():
+            if parameter.grad is None:
+                continue
+            if self._rule.records_gradient:
+                gradient = parameter.grad.double()
+                self._gradient[name] = self._gradient[name].add_(gradient) if name in self._gradient else gradient
+            if self._rule.edit_gradient is not None:
+                parameter.grad = self._rule.edit_gradient(name, parameter.grad)
+
+    def result(self, weights: Weights) -> LocalResult:
+        """What it came to, with the weights it ended with."""
+        if not self.plan:
+            return LocalResult(weights, self._task.received, {"steps": 0.0})
+        gradient = {name: (total / len(self.plan)).float().cpu() for name, total in self._gradient.items()}
+        metrics = {"loss": self.loss / len(self.plan), "steps": float(len(self.plan))}
+        metrics |= {"halvings": float(self.halvings)} if self.halvings else {}
+        return LocalResult(weights, self._task.received, metrics, gradient)
+
+
+def _plan(task: LocalTask, config: TrainingConfig) -> Iterator[Step]:
+    """The steps of all epochs."""
+    for epoch in range(config.local_epochs):
+        rng = generator(task.seed, "order", task.round_num, task.client, epoch)
+        yield from steps(task.samples, config.batch_size, config.accumulation, rng)

@@ -1,0 +1,45 @@
+"""The committed results: what the tables say is what the cells hold, and the cells are the grid's."""
+
+from __future__ import annotations
+
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from fedmllm.report.sweep_tables import beside_table, overview_table, score_table, to_csv, to_markdown
+from fedmllm.sweep.comparison import Sweep, read_sweep
+from fedmllm.sweep.grid import cells, load_grid
+
+ROOT = Path(__file__).parents[2]
+GRIDS = {"nano-settings": ("settings.yaml", 1296), "nano-medical": ("medical.yaml", 72)}
+
+
+@pytest.fixture(scope="module", params=GRIDS)
+def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Sweep]:
+    folder = tmp_path_factory.mktemp("results")
+    with tarfile.open(ROOT / "docs" / "results" / request.param / "cells.tar.xz") as archive:
+        archive.extractall(folder, filter="data")
+    return request.param, read_sweep(folder)
+
+
+def test_the_tables_are_made_of_the_cells(results: tuple[str, Sweep]) -> None:
+    name, sweep = results
+    folder = ROOT / "docs" / "results" / name
+    assert to_csv(sweep) == (folder / "results.csv").read_text()
+    written = (folder / "tables.md").read_text()
+    for dataset in {column.dataset for column in sweep.columns}:
+        assert to_markdown(score_table(sweep, "nano", dataset)) in written
+        if dataset != "claims" and (beside := beside_table(sweep, "nano", dataset)) is not None:
+            assert to_markdown(beside) in written
+    # Gains and their intervals too.
+    assert to_markdown(overview_table(sweep)) in written
+    assert {cell.code for cell in sweep.cells.values()} == {"97c166288a84"}
+
+
+def test_the_cells_are_all_of_the_grids(results: tuple[str, Sweep]) -> None:
+    name, sweep = results
+    file, count = GRIDS[name]
+    asked = {(c.method, c.dataset, c.scenario, c.seed) for c in cells(load_grid(ROOT / "experiments" / "nano" / file))}
+    assert {(method, column.dataset, column.scenario, seed) for method, column, seed in sweep.cells} == asked
+    assert len(asked) == count

@@ -1,0 +1,385 @@
+"""A sweep's folder in, a page and tables out."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from PIL import Image
+
+from fedmllm.errors import RunError
+from fedmllm.evaluation.predictions import Answered, to_record
+from fedmllm.report import sweep_tables as grid_tables
+from fedmllm.report.drawing import FILLS
+from fedmllm.report.sweep_figures import _levels, _unbeaten, strategy_gains
+from fedmllm.report.sweep_report import write_sweep_report
+from fedmllm.report.sweep_tables import (
+    NOTHING,
+    Entry,
+    Table,
+    beside_table,
+    client_table,
+    hard_table,
+    overview_table,
+    score_table,
+    strategy_table,
+    survivors,
+    to_csv,
+    to_latex,
+    to_markdown,
+)
+from fedmllm.sweep.choosing import ranked
+from fedmllm.sweep.comparison import Gain, read_sweep
+from fedmllm.sweep.pairs import Pair, acting, pairs
+from fedmllm.sweep.statistics import Interval
+from run_folders import Folder, Page, round_line, table_rows
+
+METHODS = {"FedAvg": 0.5, "FedProx_1 & co": 0.6, "<b>ours</b>": 0.7}
+SCENARIOS = ("aligned", "missing-0.4")
+SEEDS = (0, 1)
+
+
+def score_of(method: str, scenario: str, seed: int) -> float:
+    return METHODS[method] + 0.05 * (scenario == "aligned") + 0.02 * seed
+
+
+def answers(score: float, count: int = 100) -> Answered:
+    """Right answers first."""
+    guess = (np.arange(count) < round(score * count)).astype(float)
+    return Answered("accuracy", ("accuracy",), np.zeros(count, int), np.ones(count, int), guess)
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Path:
+    """Three methods, two scenarios, two seeds; baselines beside the first method; one cell is not there, one is not finished."""
+    folder = tmp_path / "study"
+    (folder / "cells").mkdir(parents=True)
+    names = {"methods": list(METHODS), "models": ["nano"], "datasets": ["cats"], "scenarios": list(SCENARIOS), "seeds": list(SEEDS)}
+    names["published"] = {"cats": {"FedAvg": {"aligned": 71.0, "missing-0.4": 60.0}}}  # type: ignore[assignment]
+    (folder / "grid.json").write_text(json.dumps(names))
+    for m, method in enumerate(METHODS):
+        for scenario in SCENARIOS:
+            for seed in SEEDS:
+                if (method, scenario, seed) == ("<b>ours</b>", "aligned", 1):
+                    continue
+                key, score = f"{m}-{scenario}-{seed}", score_of(method, scenario, seed)
+                labels = {"model": "nano", "dataset": "cats", "seed": seed, "scenario": scenario, "method": method, "code": "abc"}
+                (folder / "cells" / f"{key}.json").write_text(json.dumps(labels))
+                run = Folder(folder / "cells" / key)
+                run.lines = [round_line("federated", 1, score / 2), round_line("federated", 2, score)]
+                assert run.result is not None
+                if m:
+                    run.result["scores"] |= dict.fromkeys(("zero_shot", "local_mean", "centralized"))
+                run.result["scores"]["federated"] = score
+                run.result["bytes_up"] = 10 ** (6 + m)
+                if (method, scenario, seed) == ("FedProx_1 & co", "aligned", 1):
+                    run.result = None
+                run.write()
+                (folder / "cells" / key / "predictions.json").write_text(json.dumps(to_record([answers(score)])))
+    return folder
+
+
+def test_scores_ranks_and_baselines(sweep: Path) -> None:
+    table = score_table(read_sweep(sweep), "nano", "cats")
+    assert table.header == ("", "aligned", "missing-0.4", "mean", "rank")
+    found = {row[0].text: [entry.text for entry in row[1:]] for row in table.rows}
+    assert found["zero-shot"] == ["11.1 (0.0)", "11.1 (0.0)", "11.1 (0.0)", ""]
+    assert found["FedAvg"] == ["56.0 (1.0)", "51.0 (1.0)", "53.5 (1.0)", "3.0"]
+    # A seed whose cell is not there counts in the columns where it is.
+    assert found["FedProx_1 & co"] == ["65.0", "61.0 (1.0)", "62.5", "2.0"]
+    best = {row[0].text for row in table.rows if row[1].best and row[2].best and row[3].best and row[4].best}
+    assert best == {"<b>ours</b>"}
+    assert found["FedAvg, published"] == ["71.0", "60.0", "65.5", ""]
+    assert table.rules == (4, 7)
+
+
+def test_an_auc_of_chosen_options_stands_beside_that_of_probabilities(sweep: Path) -> None:
+    """Of 0.2, 0.6 | 0.7, 0.9 the AUC is 1; of the choices 0, 1 | 1, 1 three quarters: two pairs right, two tied."""
+    assert hard_table(read_sweep(sweep), "nano", "cats") is None
+    told = Answered("auc", ("auc",), np.zeros(4, int), np.array([0, 0, 1, 1]), np.array([0.2, 0.6, 0.7, 0.9]))
+    for folder in (path for path in (sweep / "cells").iterdir() if path.is_dir()):
+        for name in ("result.json", "manifest.json"):
+            if (folder / name).exists():
+                written = json.loads((folder / name).read_text()) | {"metric": "auc"}
+                if "details" in written:
+                    written["details"]["zero_shot"]["auc_hard"] = 0.25
+                (folder / name).write_text(json.dumps(written))
+        (folder / "predictions.json").write_text(json.dumps(to_record([told])))
+    table = hard_table(read_sweep(sweep), "nano", "cats")
+    assert table is not None
+    found = {row[0].text: [entry.text for entry in row[1:]] for row in table.rows}
+    assert found["FedAvg"] == ["75.0 (0.0)", "75.0 (0.0)", "75.0 (0.0)", "2.0"]
+    assert found["zero-shot"][0] == "25.0 (0.0)"
+    assert found["FedAvg, published"][0] == "71.0"
+    assert "local" not in found
+    assert "of the chosen options" in Page(write_sweep_report(sweep).read_text()).text
+
+
+def test_gains_are_over_the_cells_that_both_have(sweep: Path) -> None:
+    rows = {row[0].text: [entry.text for entry in row] for row in overview_table(read_sweep(sweep)).rows}
+    assert rows["FedAvg"][3:6] == ["", "", ""]
+    mean, interval, won = rows["<b>ours</b>"][3:6]
+    assert (mean, won) == ("+20.0", "3 of 3")
+    low, high = (float(end) for end in interval.split(" to "))
+    assert low < 20 < high
+    assert [rows[method][6] for method in METHODS] == ["1.00 MB", "10.0 MB", "100 MB"]
+
+
+def test_bold_is_what_survives_the_correction_and_not_what_is_highest(sweep: Path) -> None:
+    """Both seeds agree on +10.0 and +20.0 to the last digit, and the noise of 100 test samples remains, times t(1) = 12.7."""
+    read = read_sweep(sweep)
+    table = overview_table(read)
+    assert [row[0].text for row in table.rows if row[1].best] == ["<b>ours</b>"]
+    assert not any(row[3].sure for row in table.rows)
+    assert "after Holm's correction over the rows of the table" in table.caption
+    assert not any(entry.sure for row in score_table(read, "nano", "cats").rows for entry in row)
+    gains = [Gain(0.1, Interval(0.0, 0.2, p), 1, 1, 3) for p in (0.03, 0.01)]
+    assert survivors([None, *gains]) == [False, True, True]
+    assert survivors([None, *gains, Gain(0.1, Interval(0.0, 0.2, 0.04), 1, 1, 3)]) == [False, False, True, False]
+
+
+def test_a_table_of_one_seed_says_that_it_has_no_interval(sweep: Path) -> None:
+    for path in (sweep / "cells").glob("*-1.json"):
+        path.unlink()
+    table = overview_table(read_sweep(sweep))
+    assert "There is one seed, hence no interval" in table.caption
+    assert [[entry.text for entry in row[3:5]] for row in table.rows] == [["", ""], ["+10.0", NOTHING], ["+20.0", NOTHING]]
+    assert not any(entry.sure for row in table.rows for entry in row)
+
+
+def classified(score: float, extra: float) -> Answered:
+    """Of 80 cats and 20 dogs: so many cats right in 100, and ``extra`` of the dogs; the rest are answered with the other."""
+    truth = np.repeat([0, 1], (80, 20))
+    right = np.concatenate([np.arange(80) < round(80 * score), np.arange(20) < round(20 * extra)])
+    return Answered("macro_f1", ("macro_f1",), np.zeros(100, int), truth, np.where(right, truth, 1 - truth).astype(float))
+
+
+def test_a_gain_in_balanced_accuracy_may_be_a_loss_of_accuracy(sweep: Path) -> None:
+    """FedAvg answers cat to 90 % and dog to 10 %; ``ours`` 80 % of the cats and half of the dogs right: 74 to 74, and 50 to 65."""
+    assert beside_table(read_sweep(sweep), "nano", "cats") is None
+    told = {"FedAvg": classified(0.9, 0.1), "FedProx_1 & co": classified(0.9, 0.1), "<b>ours</b>": classified(0.8, 0.5)}
+    for names in (sweep / "cells").glob("*.json"):
+        method = json.loads(names.read_text())["method"]
+        (names.with_suffix("") / "predictions.json").write_text(json.dumps(to_record([told[method]])))
+    read = read_sweep(sweep)
+    table = beside_table(read, "nano", "cats")
+    assert table is not None
+    assert table.header[1::2] == ("accuracy", "balanced accuracy", "macro F1")
+    rows = {row[0].text: [entry.text for entry in row] for row in table.rows}
+    assert rows["FedAvg"][1::2] == ["74.0 (0.0)", "50.0 (0.0)", f"{100 * macro(72, 8, 2, 18):.1f} (0.0)"]
+    assert rows["<b>ours</b>"][2].startswith("+0.0 (")
+    assert rows["<b>ours</b>"][4].startswith("+15.0 (")
+    lines = list(csv.DictReader(io.StringIO(to_csv(read))))
+    ours = [row for row in lines if row["method"] == "<b>ours</b>"]
+    assert [float(ours[0][name]) for name in ("accuracy", "balanced_accuracy", "macro_f1")] == pytest.approx(
+        [0.74, 0.65, macro(64, 16, 10, 10)]
+    )
+    assert "by the chosen options" in Page(write_sweep_report(sweep).read_text()).text
+
+
+def macro(right_cats: int, missed_cats: int, right_dogs: int, missed_dogs: int) -> float:
+    wrong = missed_cats + missed_dogs
+    return right_cats / (2 * right_cats + wrong) + right_dogs / (2 * right_dogs + wrong)
+
+
+def changed(sweep: Path, method: str, config: str = "", **values: Any) -> None:
+    """Other results, and settings, of a method's cells."""
+    for names in (sweep / "cells").glob("*.json"):
+        folder = names.with_suffix("")
+        if json.loads(names.read_text())["method"] == method and (folder / "result.json").exists():
+            result = json.loads((folder / "result.json").read_text()) | values
+            (folder / "result.json").write_text(json.dumps(result))
+            (folder / "config.yaml").write_text((folder / "config.yaml").read_text() + config)
+
+
+def test_a_strategy_is_compared_with_the_same_without_it(sweep: Path) -> None:
+    published = {"algorithm": "FedMLLM(fedavg)", "strategies": ["agnostic_prompt", "adaptive_regularization"]}
+    changed(sweep, "FedProx_1 & co", "evaluation: {every: 2}\ndata: {prompt: agnostic}\n", **published)
+    changed(sweep, "<b>ours</b>", "training: {batch_size: 2}\n")
+    read = read_sweep(sweep)
+    assert pairs(read) == [Pair(("adaptive_regularization",), "FedProx_1 & co", "FedAvg")]
+    table = strategy_table(read, pairs(read))
+    assert table is not None
+    assert table.header == ("", "gain", "95 %", "won", "aligned", "missing")
+    (row,) = ([entry.text for entry in row] for row in table.rows)
+    assert row[0] == "adaptive_regularization on FedAvg"
+    assert (row[1], row[3]) == ("+10.0", "3 of 3")
+    # One of two seeds is there in aligned settings, of which nothing is known about chance.
+    assert row[4] == "+10.0"
+    assert row[5].startswith("+10.0 (")
+    assert "A difference of one seed has no interval." in table.caption
+    html = write_sweep_report(sweep).read_text()
+    assert "adaptive_regularization on FedAvg" in Page(html).text
+    assert Page(html).tags.count("svg") == 4
+
+
+def test_cells_in_which_a_strategy_could_do_nothing_are_left_out_of_its_average(sweep: Path) -> None:
+    """One scenario in which it is idle: the mean is over the other's cells. Of a pair that adds two strategies one may be idle."""
+    strategies = {"strategies": ["agnostic_prompt", "feature_alignment"]}
+    changed(sweep, "FedProx_1 & co", algorithm="fedavg", **strategies)
+    changed(sweep, "<b>ours</b>", "training: {batch_size: 2}\n")
+    read = read_sweep(sweep)
+    (pair,) = pairs(read)
+    aligned = {key for key in read.cells if key[0] == pair.method and key[1].scenario == "aligned"}
+    for key in aligned:
+        result = read.cells[key].run.result
+        assert result is not None
+        result.idle.append("feature_alignment")
+    assert acting(read, pair).cells.keys() == read.cells.keys() - aligned
+    assert acting(read, pair._replace(added=("feature_alignment", "label_calibration"))).cells == read.cells
+    table = strategy_table(read, [pair])
+    assert table is not None
+    (row,) = ([entry.text for entry in row] for row in table.rows)
+    others = sum(key[0] == pair.method and key not in aligned for key in read.cells)
+    assert row[3] == f"{others} of {others}"
+    assert row[4] == NOTHING
+    assert row[5].startswith("+10.0 (")
+    assert strategy_gains(read, [pair])
+    for key in read.cells:
+        if key[0] == pair.method and key not in aligned:
+            result = read.cells[key].run.result
+            assert result is not None
+            result.idle.append("feature_alignment")
+    table = strategy_table(read, [pair])
+    assert table is not None
+    assert [entry.text for entry in table.rows[0]] == [pair.label, "", "", "", NOTHING, NOTHING]
+    assert strategy_gains(read, [pair])
+
+
+@pytest.mark.parametrize(
+    ("config", "values"),
+    [
+        ("", {"strategies": ["agnostic_prompt"]}),
+        ("", {"strategies": ["adaptive_regularization"]}),
+        ("training: {batch_size: 8}\n", {"strategies": ["agnostic_prompt", "adaptive_regularization"]}),
+        ("", {"strategies": ["agnostic_prompt", "adaptive_regularization"], "algorithm": "fedprox"}),
+    ],
+)
+def test_what_differs_in_more_or_less_is_no_pair(sweep: Path, config: str, values: dict[str, Any]) -> None:
+    changed(sweep, "FedProx_1 & co", config, **values)
+    changed(sweep, "<b>ours</b>", "training: {batch_size: 2}\n")
+    read = read_sweep(sweep)
+    assert pairs(read) == []
+    assert strategy_table(read, []) is None
+
+
+def test_a_baseline_out_of_reach_is_named_at_the_edge() -> None:
+    """Lines at 0.9 and 0.98 beside scores of 0.92 to 0.94 leave these their room; one at 0.3 would not."""
+    axes = Figure().add_subplot()
+    _levels(axes, {"zero_shot": 0.3, "local_mean": 0.9, "ceiling": 0.98}, [0.92, 0.94])
+    assert 0.85 < axes.get_ylim()[0] < 0.9
+    assert 0.98 < axes.get_ylim()[1] < 1
+    assert [text.get_text() for text in axes.texts] == ["not shown: zero-shot 0.3"]
+
+
+def test_the_page_is_whole_escaped_and_the_same_every_time(sweep: Path) -> None:
+    html = write_sweep_report(sweep).read_text()
+    page = Page(html)
+    assert "script" not in page.tags
+    assert not any(name in ("src", "href") and value.startswith("http") for name, value in page.attributes)
+    assert "<b>ours" not in html
+    assert table_rows(html)["FedAvg"][0].startswith("5")
+    assert page.tags.count("svg") == 3
+    assert "2 cells of the full product are not there" in page.text
+    assert write_sweep_report(sweep).read_text() == html
+
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed: apt-get install chromium")
+def test_a_browser_shows_the_page_without_a_network(sweep: Path, tmp_path: Path) -> None:
+    """Everything is laid out, nothing is asked for that is not in the file, and the pictures have the colors of the methods."""
+    page, shot = write_sweep_report(sweep), tmp_path / "page.png"
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--host-resolver-rules=MAP * ~NOTFOUND"]
+    flags += [f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--window-size=1000,3200", f"--screenshot={shot}"]
+    shown = subprocess.run([str(CHROMIUM), *flags, page.as_uri()], capture_output=True, text=True, timeout=120, check=True)
+    assert not re.search(r"CONSOLE|ERR_", shown.stderr), shown.stderr
+    pixels = np.asarray(Image.open(shot).convert("RGB"), dtype=int)
+    assert pixels.shape == (3200, 1000, 3)
+    for color in FILLS[: len(METHODS)]:
+        wanted = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
+        assert (abs(pixels - wanted).max(-1) < 4).sum() > 20, color
+    # The last words stand above the window's end, so that nothing was cut off, and no wider than it.
+    inked = (pixels < 200).any(-1)
+    assert np.flatnonzero(inked.any(1)).max() < 3100
+    assert not inked[:, -20:].any()
+
+
+def test_plain_means_are_over_the_columns_that_all_methods_have(sweep: Path) -> None:
+    """The third method has no cell of one scenario; what the others have there does not enter."""
+    shutil.rmtree(sweep / "cells" / "2-aligned-0")
+    for method, score in METHODS.items():
+        changed(sweep, method, tested={"image": {"score": score - 0.1}}, clients={"federated": {"a": score, "b": score}})
+    found = read_sweep(sweep)
+    where = "averaged over runs of the 1 of 2 columns that all methods have (missing-0.4)."
+    for table, numbers in ((grid_tables.tested_table(found), ["51.0", "40.0"]), (client_table(found), ["50.0", "50.0", "0.0", "2"])):
+        assert table is not None
+        assert table.caption.endswith(where)
+        assert [entry.text for entry in table.rows[0]][1:] == numbers
+
+
+def test_a_line_for_each_cell(sweep: Path) -> None:
+    write_sweep_report(sweep)
+    rows = list(csv.DictReader((sweep / "results.csv").read_text().splitlines()))
+    assert len(rows) == 10
+    for row in rows:
+        assert float(row["score"]) == score_of(row["method"], row["scenario"], int(row["seed"]))
+        assert bool(row["centralized"]) == (row["method"] == "FedAvg")
+        assert row["code"] == "abc"
+
+
+def test_code_that_changed_between_cells_is_told(sweep: Path) -> None:
+    path = sweep / "cells" / "0-aligned-0.json"
+    path.write_text(path.read_text().replace('"abc"', '"def"'))
+    assert "Mixed code" in Page(write_sweep_report(sweep).read_text()).text
+
+
+def test_latex_and_markdown_say_the_same() -> None:
+    """In bold what is sure, in italics what is only the highest."""
+    entries = ((Entry("FedAvg"), Entry("50 %"), Entry("1", True)), (Entry("a_b & c|d"), Entry("60.1", sure=True), Entry("0")))
+    table = Table("x", "A caption: 100 %.", ("", "mean_1", "won"), entries, (1,))
+    tex, markdown = to_latex(table), to_markdown(table)
+    assert r"FedAvg & 50 \% & \textit{1} \\" in tex
+    assert r"a\_b \& c|d & \textbf{60.1} & 0 \\" in tex
+    assert "| FedAvg | 50 % | *1* |" in markdown
+    assert r"\caption{A caption: 100 \%.}" in tex
+    assert tex.count(r"\midrule") == 2
+    assert not re.search(r"(?<!\\)[%_&](?! )", tex.replace(" & ", ""))
+    assert "| a_b & c/d | **60.1** | 0 |" in markdown
+
+
+def test_what_nothing_beats_in_both() -> None:
+    points = {
+        "small": (1.0, 0.2),
+        "middle": (2.0, 0.5),
+        "worse": (2.5, 0.4),
+        "large": (9.0, 0.6),
+        "twin": (9.0, 0.6),
+        "wasteful": (20.0, 0.6),
+    }
+    assert _unbeaten(points) == ["small", "middle", "large", "twin"]
+
+
+def test_what_is_chosen_is_chosen_by_the_validation_part(sweep: Path) -> None:
+    """The order of the test scores is another one. A single cell without a validation score is refused: what is left would be the test split."""
+    with pytest.raises(RunError, match=r"10 cell\(s\) have no score on a validation part, and nothing is chosen on test data"):
+        ranked(read_sweep(sweep))
+    for method, value in (("FedAvg", 0.9), ("FedProx_1 & co", 0.8), ("<b>ours</b>", 0.7)):
+        changed(sweep, method, validation={"score": value})
+    found = ranked(read_sweep(sweep))
+    assert [choice.method for choice in found] == list(METHODS)
+    assert [choice.score for choice in found] == pytest.approx([0.9, 0.8, 0.7])
+    assert [choice.error for choice in found] == pytest.approx([0, 0, 0])
+    changed(sweep, "FedAvg", validation={})
+    with pytest.raises(RunError, match="have no score on a validation part"):
+        ranked(read_sweep(sweep))

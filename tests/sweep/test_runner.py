@@ -1,0 +1,286 @@
+"""Grids, and what becomes of their cells."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from itertools import pairwise
+from multiprocessing import active_children
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+import fedmllm
+from fedmllm.config import Experiment
+from fedmllm.data.fingerprint import content_key
+from fedmllm.errors import ConfigError, RunError
+from fedmllm.sweep import grid as module
+from fedmllm.sweep.grid import Cell, Grid, cells, load_grid
+from fedmllm.sweep.runner import Places, failures, require_sources, run_sweep, share
+from run_folders import SMALL
+
+
+def small(**changes: Any) -> list[Cell]:
+    return cells(Grid.model_validate(SMALL | changes))
+
+
+def scores(output: Path) -> dict[str, float]:
+    """Federated scores by the cells' names."""
+    found = {}
+    for path in (output / "cells").glob("*.json"):
+        labels = json.loads(path.read_text())
+        found["/".join(str(labels[name]) for name in ("method", "scenario", "seed"))] = json.loads(
+            (path.with_suffix("") / "result.json").read_text()
+        )["scores"]["federated"]
+    return found
+
+
+def test_the_product_and_the_rows_beside_it() -> None:
+    grid = Grid.model_validate(
+        SMALL
+        | {
+            "scenarios": ["aligned-0.5", "missing-0.4"],
+            "datasets": ["digits-claims", "digits-triage"],
+            "seeds": [0, 1, 2],
+            "rows": [
+                {"methods": ["flexlora"], "scenarios": ["missing-0.4"], "seeds": [1]},
+                {
+                    "methods": {"mild": {"algorithm": {"name": "fedprox", "parameters": {"proximal_mu": 0.1}}}},
+                    "datasets": ["digits-claims"],
+                },
+            ],
+        }
+    )
+    found = cells(grid)
+    assert len(found) == 2 * 3 * 2 * 2 + 2 + 6
+    assert len({cell.key for cell in found}) == len(found)
+    by_method = {method: [cell for cell in found if cell.method == method] for method in ("fedavg", "fedprox", "flexlora", "mild")}
+    assert {cell.scenario for cell in by_method["flexlora"]} == {"missing-0.4"}
+    assert {cell.dataset for cell in by_method["mild"]} == {"digits-claims"}
+    for cell in found:
+        assert cell.experiment.seed == cell.seed
+        assert cell.experiment.federation.scenario == cell.scenario
+        assert cell.experiment.data.dataset == cell.dataset
+        assert cell.experiment.data.num_train == 24
+        assert cell.experiment.evaluation.baselines == (("zero_shot",) if cell.method == "fedavg" else ())
+    assert by_method["mild"][0].experiment.algorithm.parameters == {"proximal_mu": 0.1}
+    data = [(cell.dataset, cell.seed) for cell in found]
+    assert sum(a != b for a, b in pairwise(data)) == 2 * 3 - 1
+
+
+def test_a_cell_is_another_once_its_data_or_model_are(tmp_path: Path) -> None:
+    """Whatever the settings say: files with rows count by their content, pictures by name and size, and where the folder lies does not matter."""
+    for place in ("here", "there"):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "train.csv").write_text("text,answer\nwords,a\nother,b\n")
+        (tmp_path / place / "1.png").write_bytes(b"12")
+    data = {
+        "dataset": "csv",
+        "root": str(tmp_path / "here"),
+        "options": {"train": "train.csv", "columns": {"text": "text", "answer": "answer"}},
+    }
+    data["options"] |= {"question": "Which?", "choices": ["a", "b"]}
+    grid = Grid.model_validate(SMALL | {"base": {"data": data}, "datasets": {"own": {}}, "seeds": [0]})
+    before = cells(grid)[0]
+    assert cells(grid)[0].key == before.key
+    assert content_key(tmp_path / "there") == content_key(tmp_path / "here") == before.content
+    (tmp_path / "here" / "train.csv").write_text("text,answer\nwords,b\nother,a\n")
+    edited = cells(grid)[0]
+    (tmp_path / "here" / "1.png").write_bytes(b"123")
+    assert len({before.key, edited.key, cells(grid)[0].key}) == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"methods": []}, "methods"),
+        ({"surprise": 1}, "surprise"),
+        ({"rows": [{"methods": ["krum"], "scenarios": ["cross-5:5"]}]}, "scenarios ['cross-5:5'] are not the grid's; it has ['aligned']"),
+        ({"rows": [{"methods": ["fedprox"]}]}, "['fedprox'] are methods of the grid already"),
+        ({"published": {"dogs": {}}}, "'dogs' is no dataset of the grid"),
+        ({"published": {"claims": {"fedavg": [1.0, 2.0]}}}, "claims: fedavg: 2 numbers for 1 scenarios"),
+    ],
+)
+def test_grids_that_break_a_rule(changes: Mapping[str, Any], part: str, tmp_path: Path) -> None:
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(SMALL | dict(changes)))
+    with pytest.raises(ConfigError) as caught:
+        load_grid(tmp_path / "grid.yaml")
+    assert part in str(caught.value)
+    assert "grid.yaml" in str(caught.value)
+
+
+def test_experiments_that_cannot_be_run_are_all_named() -> None:
+    with pytest.raises(ConfigError) as caught:
+        small(methods=["fedavg", "krum", "nonsense"])
+    assert "2 experiment(s)" in str(caught.value)
+    assert "nano / claims / 0 / aligned / krum: " in str(caught.value)
+    assert "nano / claims / 0 / aligned / nonsense: " in str(caught.value)
+
+
+def test_a_key_depends_on_settings_and_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    (first, second), (again, _) = small(), small()
+    assert first.key == again.key != second.key
+    monkeypatch.setattr(module, "code_version", lambda: "other")
+    assert small()[0].key != first.key
+
+
+def test_comments_and_docstrings_are_not_code() -> None:
+    plain = module._meaning("def f(x):\n    return x + 1\n")
+    assert module._meaning('"""A."""\n\ndef f(x):\n    """B."""\n    # C\n    return (x + 1)\n') == plain
+    assert module._meaning("def f(x):\n    return x + 2\n") != plain
+
+
+PACKAGE = Path(fedmllm.__file__).parent
+
+
+def counted() -> set[str]:
+    """Modules that the version of the code is made of."""
+    return {path.relative_to(PACKAGE).with_suffix("").as_posix() for path in module.code_files()}
+
+
+def test_the_version_of_the_code_is_what_computes_and_nothing_else() -> None:
+    """run/train sets the baselines' length; exports, plans and the making of the embedded model decide no score."""
+    decide = {"run/train", "run/summary", "config", "randomness", "data/federated", "data/datasets/mixture", "data/fingerprint"}
+    assert decide <= counted()
+    assert counted().isdisjoint(
+        {"data/export", "models/plan", "models/nano/pretrain", "flower/superlink", "report/figures", "cli/tables", "cli/main"}
+    )
+    assert all(module._module_file(name) is not None for name in module._NO_MATTER)
+
+
+@pytest.mark.slow
+def test_every_module_that_a_cell_loads_is_counted_or_known_not_to_matter(tmp_path: Path) -> None:
+    """Asked of a process that trains one on several data sets."""
+    parts = [{"dataset": "digits-vqa", "num_train": 16, "num_test": 4}, {"dataset": "digits-cards", "num_train": 16, "num_test": 4}]
+    data = {"dataset": "mixture", "num_train": None, "num_test": None, "options": {"parts": parts}}
+    experiment = small(datasets={"mix": {"data": data}})[0].experiment
+    (tmp_path / "e.yaml").write_text(experiment.to_yaml())
+    program = (
+        "import sys; from fedmllm.run.train import train; from fedmllm.config import Experiment; "
+        f"train(Experiment.load({str(tmp_path / 'e.yaml')!r}), {str(tmp_path / 'run')!r}); "
+        "print(*(name for name, m in sys.modules.items() if name.startswith('fedmllm.') and not hasattr(m, '__path__')))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=True)
+    loaded = {name.removeprefix("fedmllm.").replace(".", "/") for name in done.stdout.split()}
+    shown = {name.removeprefix("fedmllm.").replace(".", "/") for name in module._NO_MATTER}
+    assert "training/local" in loaded
+    # What only shows imports others that only show.
+    assert {name for name in loaded - counted() - shown if not name.startswith(("run/", "flower/"))} == set()
+
+
+def test_another_embedded_model_is_another_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = module.code_version()
+    shutil.copytree(module.NANO_FOLDER, tmp_path / "nano")
+    monkeypatch.setattr(module, "NANO_FOLDER", tmp_path / "nano")
+    (tmp_path / "nano" / "README.md").write_text("other words")
+    assert module.code_version.__wrapped__() == before
+    with (tmp_path / "nano" / "model.safetensors").open("ab") as file:
+        file.write(b" ")
+    assert module.code_version.__wrapped__() != before
+
+
+@given(st.integers(0, 40), st.integers(1, 7))
+def test_shares_are_all_of_it_once(count: int, shares: int) -> None:
+    every = [Cell("m", "d", seed, "s", "x", Experiment()) for seed in range(count)]
+    assert [cell for i in range(shares) for cell in share(every, f"{i}/{shares}")] == every
+
+
+@pytest.mark.parametrize("shard", ["2/2", "-1/2", "1", "a/b", "0/0"])
+def test_shares_that_are_none(shard: str) -> None:
+    with pytest.raises(ConfigError, match="is no share"):
+        share([], shard)
+
+
+def test_finished_cells_are_left_alone_and_failed_ones_tried_again(tmp_path: Path) -> None:
+    wild = {"wild": {"algorithm": {"name": "fedavg"}, "training": {"learning_rate": 1e30}}}
+    found = small(rows=[{"methods": wild}])
+    outcomes = run_sweep(found, tmp_path)
+    assert [outcome.score is None for outcome in outcomes] == [False, False, True]
+    assert "no update can be used" in outcomes[2].error
+    (failure,) = failures(tmp_path)
+    assert failure.startswith("nano / claims / 0 / aligned / wild: ")
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result.json")}
+    assert [outcome.cell.method for outcome in run_sweep(found, tmp_path)] == ["wild"]
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result.json")} == before
+    assert not list(tmp_path.rglob("checkpoints/*.safetensors")) or [Places.of(tmp_path, found[2]).folder] == [
+        path.parent for path in tmp_path.rglob("checkpoints")
+    ]
+    assert not list(tmp_path.rglob("*.lock"))
+    labels = json.loads(Places.of(tmp_path, found[0]).names.read_text())
+    assert labels == found[0].labels | {"code": module.code_version()}
+
+
+def test_what_is_not_here_is_told_before_anything_is_trained(tmp_path: Path) -> None:
+    """All of it at once, each folder once."""
+    parts = [{"dataset": "vqa_rad", "root": "gone/vqa"}, {"dataset": "digits-cards"}]
+    found = small(
+        datasets={"mix": {"data": {"dataset": "mixture", "num_train": None, "num_test": None, "options": {"parts": parts}}}, "claims": {}},
+        models={"there": {}, "lost": {"model": {"name": "./gone/model"}}},
+        seeds=[0, 1],
+    )
+    with pytest.raises(RunError) as caught:
+        require_sources(found, tmp_path / "grid.yaml")
+    assert str(caught.value).count("gone/vqa: no such folder of data") == 1
+    assert str(caught.value).count("'./gone/model' is not a folder") == 1
+    assert "the head of" in str(caught.value)
+    require_sources(small(), tmp_path / "grid.yaml")
+
+
+def test_a_cell_that_another_process_works_on_is_left_to_it(tmp_path: Path) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    cell, _ = small()
+    places = Places.of(tmp_path, cell)
+    places.folder.parent.mkdir(parents=True)
+    with places.lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        (outcome,) = run_sweep([cell], tmp_path)
+    assert "another process works on this cell" in outcome.error
+    assert failures(tmp_path) == []
+
+
+@pytest.mark.slow
+def test_processes_and_a_kill_change_nothing(tmp_path: Path) -> None:
+    """Killed after the first round of the first cell, and gone on with in two processes: as in one, without a stop."""
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(SMALL))
+    expected = run_sweep(small(), tmp_path / "one", threads=1)
+    assert scores(tmp_path / "one") == {f"{outcome.cell.method}/aligned/0": outcome.score for outcome in expected}
+    command = [sys.executable, "-m", "fedmllm", "sweep", str(tmp_path / "grid.yaml"), "--threads", "1", "--output"]
+    process = subprocess.Popen([*command, str(tmp_path / "killed")], stdout=subprocess.DEVNULL)
+    while not any("federated" in path.read_text() for path in (tmp_path / "killed").rglob("metrics.jsonl")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    again = subprocess.run([*command, str(tmp_path / "killed"), "--jobs", "2"], capture_output=True, text=True, timeout=300, check=False)
+    assert again.returncode == 0, again.stderr
+    assert "leaked" not in again.stderr
+    assert "2 cells, 0 of them finished" in again.stdout
+    assert scores(tmp_path / "killed") == scores(tmp_path / "one")
+
+
+def test_a_process_that_dies_ends_the_sweep_with_an_error_that_says_so(tmp_path: Path) -> None:
+    """As one that the system kills for lack of memory; the error was a traceback."""
+
+    def kill() -> None:
+        until = time.monotonic() + 60
+        while not (children := active_children()) and time.monotonic() < until:
+            time.sleep(0.05)
+        children[0].kill()
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    with pytest.raises(
+        RunError, match=r"a process of the sweep was ended from outside, perhaps for lack of memory, .*; the same command goes on"
+    ):
+        run_sweep(small(), tmp_path, jobs=2)
+    thread.join(60)
