@@ -13,7 +13,7 @@ import pytest
 import yaml
 from typer.main import get_command
 
-from fedmllm.cli import app
+from fedmllm.cli.main import app
 from fedmllm.config import Experiment
 from fedmllm.data.datasets import DATASETS, DatasetRequest
 from fedmllm.sweep.grid import Grid, cells, load_grid

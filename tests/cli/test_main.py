@@ -18,7 +18,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from fedmllm.cli import main
+from fedmllm.cli.main import main
 from fedmllm.config import Experiment
 from fedmllm.models.load import NANO_FOLDER
 from run_folders import SMALL
@@ -180,7 +180,7 @@ def test_two_runs_of_one_second_have_a_folder_each(quick: Path) -> None:
     ]
     clock = "from types import SimpleNamespace; from fedmllm.run import folders; "
     clock += "folders.time = SimpleNamespace(strftime=lambda form: '20250101-000000'); "
-    code = clock + "import sys; from fedmllm.cli import main; sys.argv[0] = 'fedmllm'; main()"
+    code = clock + "import sys; from fedmllm.cli.main import main; sys.argv[0] = 'fedmllm'; main()"
     command[1:3] = ["-c", code]
     running = [subprocess.Popen([*command, f"seed={seed}"], cwd=quick, stdout=subprocess.PIPE, text=True) for seed in (0, 1)]
     printed = [process.communicate(timeout=120)[0] for process in running]
@@ -261,7 +261,7 @@ def test_a_full_disk_is_one_message_and_the_run_goes_on_once_there_is_room(quick
 
 
 def test_help_and_names_do_not_load_torch() -> None:
-    code = "import sys, fedmllm.cli, fedmllm; print([m for m in ('torch', 'transformers', 'sklearn', 'pydantic') if m in sys.modules])"
+    code = "import sys, fedmllm.cli.main, fedmllm; print([m for m in ('torch', 'transformers', 'sklearn', 'pydantic') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
@@ -385,7 +385,7 @@ def test_resume_without_an_unfinished_run(quick: Path) -> None:
 
 LIGHT = """
 import sys
-from fedmllm.cli import main
+from fedmllm.cli.main import main
 sys.argv = ["fedmllm", *sys.argv[1:]]
 try:
     main()

@@ -6,8 +6,8 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from fedmllm import display
 from fedmllm.algorithms import Remark
+from fedmllm.cli import progress as display
 from fedmllm.cli.progress import Display
 from fedmllm.cli.tables import result_table
 from fedmllm.engine.stages import Stage

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from fedmllm import weights as W
 from fedmllm.algorithms import ALGORITHMS, STRATEGIES
-from fedmllm.cli import main
+from fedmllm.cli.main import main
 from fedmllm.cli.tables import methods_view
 from fedmllm.data.federated import FederatedData
 from fedmllm.engine.base import Split

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fedmllm import api as run
+from fedmllm.run import train as run
 from fedmllm.api import train
 from fedmllm.config import Experiment
 from fedmllm.data.datasets.base import Dataset, hold_out

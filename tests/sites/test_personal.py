@@ -152,7 +152,8 @@ def test_a_site_scores_its_model_on_its_own_test_data_and_writes_down_what_it_te
 def test_a_federation_of_which_no_site_tells_its_score_says_so(over_sites: Any, tmp_path: Path) -> None:
     own = {name: OWN | {"withhold": ["metrics"]} for name in NAMES}
     with pytest.raises(
-        FederationError, match=r"after round 1 no client returned a score for its personalized model:\n  - client-00: it does not tell its scores"
+        FederationError,
+        match=r"after round 1 no client returned a score for its personalized model:\n  - client-00: it does not tell its scores",
     ):
         over_sites(tmp_path / "there", own, algorithm={"name": "ditto"})
 
