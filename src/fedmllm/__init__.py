@@ -18,6 +18,17 @@ if TYPE_CHECKING:
     from fedmllm.api import train
     from fedmllm.config import Experiment
     from fedmllm.errors import FedMLLMError
+    from fedmllm.plugins import (
+        register_corruption,
+        register_dataset,
+        register_family,
+        register_method,
+        register_metric,
+        register_scenario,
+        register_schedule,
+        register_strategy,
+        register_tracker,
+    )
     from fedmllm.report.run_report import write_report
     from fedmllm.run.results import RunResult
 
@@ -27,11 +38,34 @@ _HOMES = {
     "Experiment": "fedmllm.config",
     "FedMLLMError": "fedmllm.errors",
     "RunResult": "fedmllm.run.results",
+    **dict.fromkeys(
+        (
+            *("register_corruption", "register_dataset", "register_family", "register_method", "register_metric"),
+            *("register_scenario", "register_schedule", "register_strategy", "register_tracker"),
+        ),
+        "fedmllm.plugins",
+    ),
     "train": "fedmllm.api",
     "write_report": "fedmllm.report.run_report",
 }
 
-__all__ = ["Experiment", "FedMLLMError", "RunResult", "__version__", "train", "write_report"]
+__all__ = [
+    "Experiment",
+    "FedMLLMError",
+    "RunResult",
+    "__version__",
+    "register_corruption",
+    "register_dataset",
+    "register_family",
+    "register_method",
+    "register_metric",
+    "register_scenario",
+    "register_schedule",
+    "register_strategy",
+    "register_tracker",
+    "train",
+    "write_report",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -22,6 +22,7 @@ from fedmllm.evaluation.evaluate import EvaluationConfig
 from fedmllm.explain import rule
 from fedmllm.models.load import ModelConfig
 from fedmllm.models.parts import LoraConfig
+from fedmllm.registry import load_plugins, resolved
 from fedmllm.settings_file import Path_, read_settings
 from fedmllm.training.settings import TrainingConfig
 
@@ -46,6 +47,17 @@ class Experiment(BaseModel):
     failures: FailureConfig = FailureConfig()
     seed: int = Field(0, ge=0)
     """All random numbers derive from it."""
+    plugins: tuple[str, ...] = ()
+    """Python files and modules of your own that add methods, datasets and more; a file's path is relative to the experiment's file."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_plugins(cls, values: Any) -> Any:
+        """Import plugins first: the other settings may choose what they add."""
+        named = values.get("plugins", ()) if isinstance(values, Mapping) else ()
+        if isinstance(named, (list, tuple)) and all(isinstance(name, str) for name in named):
+            load_plugins(named)
+        return values
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
@@ -55,8 +67,11 @@ class Experiment(BaseModel):
             ConfigError: naming every setting that breaks a rule, with its line or override.
         """
         values, places = read_settings(Path(path))
+        given = dict.get(values, "plugins")
         for override in overrides:
             _apply(override, values, places)
+        if "plugins" in values:
+            values["plugins"] = resolved(values["plugins"], Path(path).parent if values["plugins"] is given else Path())
         return cls.parse(values, places)
 
     @classmethod

@@ -1,20 +1,171 @@
-"""Indexes of what is chosen by name in settings: a class for each name, whose fields are its parameters."""
+"""Indexes of what settings choose by name, and what plugins add to them.
+
+A room makes its index with ``index``; code from outside adds to one with ``register``, before or after the room is imported. A plugin is a
+module, a Python file or an entry point of the group ``fedmllm.plugins`` that registers things when it is imported.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+import importlib
+import importlib.util
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TypeVar
 
 from fedmllm.errors import ConfigError
 from fedmllm.explain import meant
 
+T = TypeVar("T")
 Value = bool | int | float
-"""Of a parameter."""
+"""Of a hyper-parameter."""
+GROUP = "fedmllm.plugins"
+"""The entry points that are imported in every process that reads an experiment."""
+_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]*")
+_INDEXES: dict[str, dict[str, Any]] = {}
+_WAITING: dict[str, dict[str, Any]] = {}
+"""What was registered before its index was made."""
+_ORIGINS: dict[tuple[str, str], str] = {}
+_LOADED: dict[str, ModuleType] = {}
+_LOADING: list[str] = []
+"""Plugins that are being imported."""
+_ALLOWED: list[frozenset[str]] = []
+"""At a site, the plugins that its own settings name; no others are imported there."""
+
+
+def index(kind: str, rows: dict[str, T]) -> dict[str, T]:
+    """Return a room's index of a kind of thing, with what plugins have registered for it."""
+    rows |= _WAITING.pop(kind, {})
+    _INDEXES[kind] = rows
+    return rows
+
+
+def register(kind: str, name: str, thing: T) -> T:
+    """Add a thing to the index of its kind.
+
+    Raises:
+        ConfigError: if the name is taken, or has other characters than lowercase letters, digits, ``_``, ``-`` and ``.``.
+    """
+    rows = _INDEXES.get(kind, _WAITING.setdefault(kind, {}) if kind not in _INDEXES else {})
+    # An instance knows the module of its class only. The same place may register again, as a notebook's cell that runs twice.
+    origin = _LOADING[-1] if _LOADING else getattr(thing, "__module__", "__main__") if callable(thing) else "__main__"
+    if not _NAME.fullmatch(name):
+        raise ConfigError(f"plugins: {name!r} cannot name a {kind}; use lowercase letters, digits, _ - and .")
+    if name in rows and _ORIGINS.get((kind, name)) != origin:
+        raise ConfigError(f"plugins: {kind} {name!r} of {origin} exists already, from {origin_of(kind, name)}; choose another name")
+    rows[name], _ORIGINS[kind, name] = thing, origin
+    return thing
+
+
+def origin_of(kind: str, name: str) -> str:
+    """Return the module that registered a thing; ``fedmllm`` for those of the package."""
+    return _ORIGINS.get((kind, name), "fedmllm")
+
+
+def added(kind: str) -> dict[str, str]:
+    """Return the names that plugins added to an index, with the module each came from."""
+    return {name: origin for (of, name), origin in _ORIGINS.items() if of == kind}
+
+
+def require_hyper_parameters(cls: type[Any], reserved: Sequence[str]) -> None:
+    """Refuse a class whose fields cannot be hyper-parameters in a settings file.
+
+    Args:
+        cls: to be a method, a strategy or a schedule.
+        reserved: class attributes that say what it is, such as ``kind``. With an annotation one becomes a field, and so a setting.
+
+    Raises:
+        ConfigError: if the class is no frozen dataclass, a field has no default, or shadows a reserved attribute.
+    """
+    if not dataclasses.is_dataclass(cls) or not cls.__dataclass_params__.frozen:  # type: ignore[attr-defined]
+        raise ConfigError(f"plugins: {cls.__name__} must be a frozen dataclass, whose fields are its hyper-parameters")
+    for own in dataclasses.fields(cls):
+        if own.name in reserved:
+            raise ConfigError(f"plugins: {cls.__name__}.{own.name} says what the class is; write it without an annotation")
+        if own.default is dataclasses.MISSING:
+            raise ConfigError(f"plugins: {cls.__name__}.{own.name} needs a default, as every hyper-parameter does")
+
+
+def load_plugins(names: Sequence[str] = (), installed: bool = True) -> None:
+    """Import plugins, each once in a process.
+
+    Args:
+        names: importable modules, or paths of Python files, which end in ``.py``.
+        installed: whether to import those of installed packages too.
+
+    Raises:
+        ConfigError: if one does not exist, cannot be imported, or is not allowed at this site.
+    """
+    if _ALLOWED:
+        if foreign := [name for name in names if name not in _ALLOWED[0]]:
+            raise ConfigError(f"plugins: {foreign[0]!r} is not in this site's own settings; nothing else is imported here")
+    elif installed:
+        for point in entry_points(group=GROUP):
+            _load(point.value, lambda point=point: importlib.import_module(point.module))
+    for name in names:
+        _load(name, lambda name=name: _module(name))
+
+
+def restrict(names: Sequence[str]) -> None:
+    """Import these plugins, and refuse all others in this process from now on, installed ones included."""
+    _ALLOWED[:] = [frozenset(names)]
+    load_plugins(names)
+
+
+def resolved(names: object, folder: Path) -> object:
+    """Return plugins with the paths of files made absolute; relative ones are relative to the folder of the settings that name them."""
+    if not isinstance(names, list):
+        return names
+    return [str((folder / name).resolve()) if isinstance(name, str) and name.endswith(".py") else name for name in names]
+
+
+def sources(names: Sequence[str]) -> Iterator[Path]:
+    """Yield the source files of plugins and of installed ones, for whoever must know whether they changed; of a package all its modules."""
+    load_plugins(names)
+    for module in {id(module): module for module in _LOADED.values()}.values():
+        place = Path(module.__file__ or "")
+        yield from sorted(place.parent.rglob("*.py")) if hasattr(module, "__path__") else [place]
+
+
+def _load(name: str, importing: Any) -> None:
+    if name in _LOADED:
+        return
+    _LOADING.append(Path(name).stem if name.endswith(".py") else name)
+    try:
+        _LOADED[name] = importing()
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"plugins: {name} cannot be imported: {type(error).__name__}: {error}") from error
+    finally:
+        _LOADING.pop()
+
+
+def _module(name: str) -> ModuleType:
+    """Import a module by its name, or from a file."""
+    if not name.endswith(".py"):
+        return importlib.import_module(name)
+    path = Path(name).resolve()
+    if not path.is_file():
+        raise ConfigError(f"plugins: {path} is no file; give its path relative to the experiment's file")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None or (path.stem in sys.modules and getattr(sys.modules[path.stem], "__file__", None) != str(path)):
+        raise ConfigError(f"plugins: {path.name}: a module of this name is imported already; rename the file")
+    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[path.stem]
+        raise
+    return module
 
 
 def built(index: Mapping[str, type[Any]], what: str, name: str, parameters: Mapping[str, Value]) -> Any:
-    """An entry of an index with its parameters.
+    """Return an entry of an index with its parameters.
 
     Args:
         index: dataclasses by name.

@@ -35,7 +35,7 @@ from fedmllm.algorithms.transforms import Chain, ClientContext, Codec, Packed, U
 from fedmllm.algorithms.trimmed_mean import TrimmedMean
 from fedmllm.algorithms.yoco import YOCO
 from fedmllm.errors import ConfigError
-from fedmllm.registry import Value, built
+from fedmllm.registry import Value, built, index
 
 __all__ = [
     "ALGORITHMS",
@@ -60,31 +60,34 @@ __all__ = [
     "remarks",
 ]
 
-ALGORITHMS: dict[str, type[Any]] = {
-    "ditto": Ditto,
-    "fedadagrad": FedAdagrad,
-    "fedadam": FedAdam,
-    "fedavg": FedAvg,
-    "fedavgm": FedAvgM,
-    "fedex_lora": FedExLoRA,
-    "fedilora": FediLoRA,
-    "fedit": FedIT,
-    "fedmllm": FedMLLM,
-    "fednova": FedNova,
-    "fedprox": FedProx,
-    "fedsa_lora": FedSALoRA,
-    "fedyogi": FedYogi,
-    "ffa_lora": FFALoRA,
-    "flexlora": FlexLoRA,
-    "flora": FLoRA,
-    "hetlora": HetLoRA,
-    "krum": Krum,
-    "median": Median,
-    "rolora": RoLoRA,
-    "scaffold": Scaffold,
-    "trimmed_mean": TrimmedMean,
-    "yoco": YOCO,
-}
+ALGORITHMS: dict[str, type[Any]] = index(
+    "method",
+    {
+        "ditto": Ditto,
+        "fedadagrad": FedAdagrad,
+        "fedadam": FedAdam,
+        "fedavg": FedAvg,
+        "fedavgm": FedAvgM,
+        "fedex_lora": FedExLoRA,
+        "fedilora": FediLoRA,
+        "fedit": FedIT,
+        "fedmllm": FedMLLM,
+        "fednova": FedNova,
+        "fedprox": FedProx,
+        "fedsa_lora": FedSALoRA,
+        "fedyogi": FedYogi,
+        "ffa_lora": FFALoRA,
+        "flexlora": FlexLoRA,
+        "flora": FLoRA,
+        "hetlora": HetLoRA,
+        "krum": Krum,
+        "median": Median,
+        "rolora": RoLoRA,
+        "scaffold": Scaffold,
+        "trimmed_mean": TrimmedMean,
+        "yoco": YOCO,
+    },
+)
 
 PUBLISHED = ("agnostic_prompt", "adaptive_regularization")
 """The strategies that FedMLLM(method) adds to a method, with their published constants."""

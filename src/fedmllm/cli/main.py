@@ -10,6 +10,7 @@ import io
 import json
 import sys
 from dataclasses import replace
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,6 +21,7 @@ from fedmllm.cli.arguments import AsJson, ExperimentFile, Force, Overrides, load
 from fedmllm.cli.data import data_app
 from fedmllm.cli.models import models_app
 from fedmllm.files import require_new_folder
+from fedmllm.registry import GROUP, load_plugins
 from fedmllm.settings_file import GRID, read_settings
 from fedmllm.sites.commands import server_app, site_app
 
@@ -133,11 +135,19 @@ def choose(folder: Annotated[Path, typer.Argument(help="A sweep's folder.")]) ->
 
 
 @app.command()
-def methods(as_json: AsJson = False) -> None:
+def methods(
+    as_json: AsJson = False,
+    plugin: Annotated[list[str] | None, typer.Option(help="A Python file or module that adds some; once for each.")] = None,
+) -> None:
     """Describe every federated method and strategy: what it does, takes, sends and keeps."""
     from fedmllm.cli.catalog import recorded
 
     rows = {kind: listed for kind, listed in recorded().items() if kind != "models"}
+    if plugin or entry_points(group=GROUP):
+        load_plugins(plugin or [])
+        from fedmllm.report.methods import from_plugins
+
+        rows = {kind: listed | from_plugins()[kind] for kind, listed in rows.items()}
     if as_json:
         typer.echo(json.dumps(rows, indent=1, ensure_ascii=False))
         return

@@ -121,6 +121,7 @@ def methods_view(record: Record) -> Group:
         for name, row in record[group].items():
             parameters = ", ".join(f"{key}: {json.dumps(value)}" for key, value in row["parameters"].items())
             lines = [row["summary"], row["reference"], *([f"parameters  {parameters}"] if parameters else [])]
+            lines += [f"from        {row['origin']}"] if "origin" in row else []
             parts += [Text(name, style="bold"), Padding(Text("\n".join(["; ".join(traits(row)), *lines])), (0, 0, 1, 2))]
     return Group(*parts, *NOTES)
 

@@ -16,6 +16,7 @@ from fedmllm.data import reference
 from fedmllm.errors import ConfigError
 from fedmllm.explain import meant
 from fedmllm.randomness import generator, uniform
+from fedmllm.registry import index
 from fedmllm.types import Modality, Sample
 
 Protocol = Literal["clean", "reference"]
@@ -137,34 +138,37 @@ def _ratio(level: str) -> bool:
     return len(parts) == 2 and min(parts) >= 0 and 0 < max(parts) < inf
 
 
-SCENARIOS: Mapping[str, Scenario] = {
-    "aligned": Scenario(
-        aligned,
-        "all clients have all modalities, labels are skewed",
-        "",
-        "a Dirichlet alpha above 0, 1e9 at most",
-        lambda x: 0 < float(x) <= 1e9,
-    ),
-    "missing": Scenario(missing, "each sample loses each modality at a rate", "0.4", "a rate in [0, 1)", _rate),
-    "cross": Scenario(
-        _by_client(cross),
-        "each client has one modality only",
-        "5:5",
-        "image-only:text-only, e.g. 3:7",
-        _ratio,
-        needs_two=True,
-        holdings=cross,
-    ),
-    "hybrid": Scenario(
-        _by_client(hybrid),
-        "each client has each modality with a probability",
-        "0.7",
-        "a probability in [0, 1]",
-        _probability,
-        needs_two=True,
-        holdings=hybrid,
-    ),
-}
+SCENARIOS: Mapping[str, Scenario] = index(
+    "scenario",
+    {
+        "aligned": Scenario(
+            aligned,
+            "all clients have all modalities, labels are skewed",
+            "",
+            "a Dirichlet alpha above 0, 1e9 at most",
+            lambda x: 0 < float(x) <= 1e9,
+        ),
+        "missing": Scenario(missing, "each sample loses each modality at a rate", "0.4", "a rate in [0, 1)", _rate),
+        "cross": Scenario(
+            _by_client(cross),
+            "each client has one modality only",
+            "5:5",
+            "image-only:text-only, e.g. 3:7",
+            _ratio,
+            needs_two=True,
+            holdings=cross,
+        ),
+        "hybrid": Scenario(
+            _by_client(hybrid),
+            "each client has each modality with a probability",
+            "0.7",
+            "a probability in [0, 1]",
+            _probability,
+            needs_two=True,
+            holdings=hybrid,
+        ),
+    },
+)
 
 
 SETTINGS = (

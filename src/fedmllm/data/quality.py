@@ -18,6 +18,7 @@ import numpy as np
 
 from fedmllm.errors import ConfigError
 from fedmllm.randomness import generator, uniform
+from fedmllm.registry import index
 from fedmllm.types import Content, Edit, EditedImage, Modality, Sample
 
 Rng = np.random.Generator
@@ -92,16 +93,21 @@ class PartEntry:
     bounds: tuple[float, float]
 
 
-PARTS: Mapping[str, PartEntry] = {
-    "blur": PartEntry(_picture("blur"), ("image",), "out of focus; strength: radius in percent of the shorter side", 4, (0, 100)),
-    "noise": PartEntry(_picture("noise"), ("image",), "sensor noise; strength: standard deviation in gray levels of 255", 40, (0, 255)),
-    "occlusion": PartEntry(_picture("occlusion"), ("image",), "a gray box; strength: share of the area hidden", 0.25, (0, 1)),
-    "low_resolution": PartEntry(_picture("low_resolution"), ("image",), "few pixels; strength: how many times fewer a side", 4, (1, 1000)),
-    "typos": PartEntry(typos, ("text",), "mistyped letters; strength: share of the letters", 0.1, (0, 1)),
-    "truncation": PartEntry(truncation, ("text",), "the end is cut off; strength: share of the words", 0.5, (0, 1)),
-    "wrong_language": PartEntry(wrong_language, ("text",), "foreign letters; strength: share of the words", 1, (0, 1)),
-    "misaligned": PartEntry(misaligned, ("image", "text"), "the text of another sample; strength is not used", 1, (1, 1)),
-}
+PARTS: Mapping[str, PartEntry] = index(
+    "heterogeneity",
+    {
+        "blur": PartEntry(_picture("blur"), ("image",), "out of focus; strength: radius in percent of the shorter side", 4, (0, 100)),
+        "noise": PartEntry(_picture("noise"), ("image",), "sensor noise; strength: standard deviation in gray levels of 255", 40, (0, 255)),
+        "occlusion": PartEntry(_picture("occlusion"), ("image",), "a gray box; strength: share of the area hidden", 0.25, (0, 1)),
+        "low_resolution": PartEntry(
+            _picture("low_resolution"), ("image",), "few pixels; strength: how many times fewer a side", 4, (1, 1000)
+        ),
+        "typos": PartEntry(typos, ("text",), "mistyped letters; strength: share of the letters", 0.1, (0, 1)),
+        "truncation": PartEntry(truncation, ("text",), "the end is cut off; strength: share of the words", 0.5, (0, 1)),
+        "wrong_language": PartEntry(wrong_language, ("text",), "foreign letters; strength: share of the words", 1, (0, 1)),
+        "misaligned": PartEntry(misaligned, ("image", "text"), "the text of another sample; strength is not used", 1, (1, 1)),
+    },
+)
 
 _SPEC = re.compile(r"(?P<kind>[a-z_]+)(-(?P<share>[0-9.]+))?(:(?P<strength>[0-9.]+))?(?P<by>@client)?")
 

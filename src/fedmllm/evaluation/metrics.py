@@ -12,9 +12,12 @@ from fedmllm.errors import DataError
 from fedmllm.evaluation.predictions import SIDE_BY_SIDE, Answered, answered, own_metric
 from fedmllm.evaluation.text import free_scores, is_failure, normalize
 from fedmllm.randomness import generator
+from fedmllm.registry import index
 from fedmllm.types import Metrics, Prediction, Sample
 
 BOOTSTRAP_SAMPLES = 200
+METRICS: dict[str, Callable[[Sequence[Prediction]], float | None]] = index("metric", {})
+"""Scores that plugins report beside the headline, by name; None where one is not defined."""
 
 
 def score(metric: str, predictions: Sequence[Prediction]) -> float:
@@ -66,7 +69,8 @@ def all_metrics(metric: str, predictions: Sequence[Prediction], seed: int) -> Me
     for domain, part in _by_domain(predictions).items():
         if domain:
             numbers[f"score_{domain}"] = score(own_metric([p.sample for p in part]), part)
-    return numbers | free_scores(predictions)
+    further = {name: value for name, function in METRICS.items() if (value := function(predictions)) is not None}
+    return further | numbers | free_scores(predictions)
 
 
 def _one_set_of_options(predictions: Sequence[Prediction]) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
@@ -12,6 +12,7 @@ from fedmllm.data.settings import DataConfig
 from fedmllm.errors import ConfigError, listing
 from fedmllm.explain import rule
 from fedmllm.flower.superlink import SuperLink
+from fedmllm.registry import load_plugins, resolved
 from fedmllm.settings_file import SITES, read_settings
 
 NAME = re.compile(r"\w[\w.-]{0,63}", re.ASCII)
@@ -121,6 +122,21 @@ class SiteConfig(_File):
     """What the server is not told: ``metrics`` (training loss and steps, scores of the site's own model), ``profile`` (samples by modality),
     ``num_samples`` (where clients count by samples, the site then weighs as one). A run whose method needs what is withheld is refused; steps that
     a method needs (FedNova) follow from the number of samples, and are told unless that is withheld too."""
+
+    plugins: tuple[str, ...] = ()
+    """Python files (relative to this file) and modules that add methods, datasets and more. Nothing else is imported here, whatever the server
+    asks for, installed plugins included."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_plugins(cls, values: Any) -> Any:
+        """Import them first: ``data`` may choose what they add."""
+        if not isinstance(values, dict) or "plugins" not in values:
+            return values
+        names = resolved(values["plugins"], Path(values.get("folder", "")))
+        if isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names):
+            load_plugins(names, installed=False)
+        return {**values, "plugins": names}
 
     @model_validator(mode="after")
     def _beside_the_file(self) -> SiteConfig:

@@ -21,6 +21,7 @@ from fedmllm.engine.checkpoint import RunStore
 from fedmllm.engine.rounds import Loop, run_stage
 from fedmllm.engine.stages import Stage
 from fedmllm.randomness import generator
+from fedmllm.registry import added
 from fedmllm.training.rules import LocalResult
 from fedmllm.training.settings import TrainingConfig
 from fedmllm.types import ClientUpdate, Metrics, Record, Sample, Weights
@@ -36,6 +37,17 @@ def catalog() -> Record:
     return {
         "methods": {name: {**_described(cls), **_properties(cls()), **costs(cls())} for name, cls in ALGORITHMS.items()},
         "strategies": {name: {**_described(cls), **_changes(name, cls)} for name, cls in STRATEGIES.items()},
+    }
+
+
+def from_plugins() -> Record:
+    """Return the rows of methods and strategies that plugins have added, each with the module it came from as ``origin``."""
+    methods, strategies = added("method"), added("strategy")
+    described = {name: {**_described(cls), **_properties(cls()), **costs(cls())} for name, cls in ALGORITHMS.items() if name in methods}
+    changed = {name: {**_described(cls), **_changes(name, cls)} for name, cls in STRATEGIES.items() if name in strategies}
+    return {
+        "methods": {name: row | {"origin": methods[name]} for name, row in described.items()},
+        "strategies": {name: row | {"origin": strategies[name]} for name, row in changed.items()},
     }
 
 

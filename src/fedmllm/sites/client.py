@@ -14,6 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from fedmllm.algorithms import ServerState, build_algorithm
 from fedmllm.config import Experiment
 from fedmllm.data.settings import DataConfig
@@ -23,6 +25,7 @@ from fedmllm.flower.facts import Presence, Scores
 from fedmllm.flower.installed import require_flower
 from fedmllm.flower.messages import TaskFacts
 from fedmllm.flower.settings import NAME, SiteConfig
+from fedmllm.registry import restrict
 from fedmllm.run.worker import Clients, Worker, client_app
 from fedmllm.sites.supernode import serve
 from fedmllm.types import Answer, ClientFailure, ClientUpdate, Sample
@@ -43,7 +46,8 @@ class SiteWorker(Worker):
 
     def experiment(self, settings: str) -> Experiment:
         """The server's, with model, device and data of this site. Nothing of it leads to a path, a download or code that comes with a model."""
-        told, site = Experiment.from_yaml(settings), self._site
+        site = self._site
+        told = Experiment.parse({**yaml.safe_load(settings), "plugins": list(site.plugins)})
         if site.model is None and told.model.name != "nano":
             raise ConfigError(f"the experiment trains {told.model.name!r}; set model in site.yaml to its folder at this site")
         if site.data is None and not told.data.dataset.startswith("digits-"):
@@ -190,6 +194,7 @@ def main() -> None:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     site = SiteConfig.load(Path(sys.argv[1]))
     require_flower()
+    restrict(site.plugins)
     worker = SiteWorker(site)
     serve(site, client_app(lambda: worker))
 

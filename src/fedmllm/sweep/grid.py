@@ -20,6 +20,7 @@ from fedmllm.errors import ConfigError, listing
 from fedmllm.evaluation.evaluate import EvaluationConfig
 from fedmllm.explain import rule
 from fedmllm.models.load import NANO_FOLDER, model_source
+from fedmllm.registry import resolved, sources
 from fedmllm.settings_file import GRID, read_settings
 
 Sections = dict[str, Any]
@@ -134,7 +135,11 @@ class Cell:
     @cached_property
     def key(self) -> str:
         """Names the cell's folder: a digest of its settings in full, of the code that computes, and of the files of model and data."""
-        return hashlib.sha256(f"{self.experiment.to_yaml()}{code_version()}{self.content}".encode()).hexdigest()[:16]
+        # Plugins count by what is in them, not by where they are.
+        settings = self.experiment.model_copy(update={"plugins": tuple(Path(name).name for name in self.experiment.plugins)})
+        return hashlib.sha256(
+            f"{settings.to_yaml()}{code_version()}{plugin_version(self.experiment.plugins)}{self.content}".encode()
+        ).hexdigest()[:16]
 
 
 def load_grid(path: Path) -> Grid:
@@ -144,6 +149,8 @@ def load_grid(path: Path) -> Grid:
         ConfigError: if it is missing, no YAML, or breaks a rule.
     """
     values, _ = read_settings(path, GRID)
+    if isinstance(base := values.get("base"), dict) and "plugins" in base:
+        base["plugins"] = resolved(base["plugins"], path.parent)
     try:
         return Grid.model_validate(values)
     except ValidationError as error:
@@ -236,6 +243,13 @@ def code_version() -> str:
     for path in sorted(path for path in NANO_FOLDER.iterdir() if path.suffix != ".md"):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
+
+
+@cache
+def plugin_version(plugins: tuple[str, ...]) -> str:
+    """A digest of the plugins' code, installed ones included, as in ``code_version``; empty without any."""
+    meanings = [_meaning(path.read_text(encoding="utf-8")) for path in sources(plugins)]
+    return hashlib.sha256("".join(meanings).encode()).hexdigest()[:12] if meanings else ""
 
 
 def code_files() -> list[Path]:

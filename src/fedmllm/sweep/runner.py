@@ -19,6 +19,7 @@ from pathlib import Path
 from fedmllm.errors import ConfigError, ModelError, RunError, listing
 from fedmllm.files import require_folder, write_atomically, write_json
 from fedmllm.models.load import check_source
+from fedmllm.registry import load_plugins
 from fedmllm.run.resident import Resident
 from fedmllm.run.train import train
 from fedmllm.sweep.grid import Cell, Grid, code_version, names
@@ -208,6 +209,8 @@ def _run_cell(cell: Cell, output: Path) -> Outcome:
             return Outcome(cell, None, 0.0, f"{places.lock}: another process works on this cell")
         write_json(places.names, cell.labels | {"code": code_version()})
         try:
+            # This process may have been handed the cell without having read its settings.
+            load_plugins(cell.experiment.plugins)
             begun = (places.folder / "config.yaml").is_file()
             result = train(cell.experiment, places.folder, name=cell.method, resume=begun, resident=_RESIDENT[0])
         except Exception as error:

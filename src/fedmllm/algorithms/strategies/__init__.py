@@ -10,13 +10,17 @@ from fedmllm.algorithms.strategies.base import Composed, Holdings, Remark, Strat
 from fedmllm.algorithms.strategies.feature_alignment import FeatureAlignment
 from fedmllm.algorithms.strategies.label_calibration import LabelCalibration
 from fedmllm.algorithms.strategies.modality_coverage import ModalityCoverage
+from fedmllm.registry import index
 
 __all__ = ["STRATEGIES", "Composed", "Holdings", "Remark", "Strategy"]
 
-STRATEGIES: dict[str, type[Any]] = {
-    "adaptive_regularization": AdaptiveRegularization,
-    "agnostic_prompt": AgnosticPrompt,
-    "feature_alignment": FeatureAlignment,
-    "label_calibration": LabelCalibration,
-    "modality_coverage": ModalityCoverage,
-}
+STRATEGIES: dict[str, type[Any]] = index(
+    "strategy",
+    {
+        "adaptive_regularization": AdaptiveRegularization,
+        "agnostic_prompt": AgnosticPrompt,
+        "feature_alignment": FeatureAlignment,
+        "label_calibration": LabelCalibration,
+        "modality_coverage": ModalityCoverage,
+    },
+)

@@ -8,6 +8,7 @@ from typing import Any
 from fedmllm.data.datasets import columns, digits, own
 from fedmllm.data.datasets.base import Dataset, DatasetEntry, DatasetOptions, DatasetRequest
 from fedmllm.errors import ConfigError
+from fedmllm.registry import index
 
 
 def _file(module: str, summary: str, needs_root: bool = True) -> DatasetEntry:
@@ -22,25 +23,28 @@ def _file(module: str, summary: str, needs_root: bool = True) -> DatasetEntry:
 __all__ = ["DATASETS", "Dataset", "DatasetRequest", "load_dataset"]
 
 
-DATASETS: dict[str, DatasetEntry] = {
-    "digits-claims": DatasetEntry("embedded: is a message about a picture misleading? 2 classes, AUC", digits.loader("digits-claims")),
-    "digits-triage": DatasetEntry("embedded: which team should go? 8 unbalanced classes, macro-F1", digits.loader("digits-triage")),
-    "digits-vqa": DatasetEntry("embedded: open and closed questions about a picture, accuracy", digits.loader("digits-vqa")),
-    "digits-cards": DatasetEntry("embedded: questions in words, text only, accuracy", digits.loader("digits-cards")),
-    "hateful_memes": _file("hateful_memes", "Hateful Memes: is a meme hateful? 2 classes, AUC"),
-    "crisismmd": _file("crisismmd", "CrisisMMD: what does a tweet from a disaster tell? 8 classes, macro-F1"),
-    "vqa_rad": _file("vqa_rad", "VQA-RAD: questions about radiology images, accuracy"),
-    "slake": _file("slake", "SLAKE: questions about radiology images, English or Chinese, accuracy"),
-    "medical_flashcards": _file("medical_flashcards", "Medical flashcards: questions in words, text only, accuracy"),
-    "nlvr": _file("nlvr", "NLVR: is a sentence about a picture true? 2 classes, AUC"),
-    "emojitwo": _file("emojitwo", "EmojiTwo: which kind of thing is an emoji? 8 classes, macro-F1"),
-    "mixture": _file("mixture", "several of these in one federation: domain skew, task mix", needs_root=False),
-    "jsonl": DatasetEntry("your own JSON lines, columns named in data.options", own.loader("jsonl"), True, lambda: columns.Options),
-    "csv": DatasetEntry("your own CSV or TSV file, columns named in data.options", own.loader("csv"), True, lambda: columns.Options),
-    "huggingface": DatasetEntry(
-        "your own dataset saved by Hugging Face datasets", own.loader("huggingface"), True, lambda: columns.Options
-    ),
-}
+DATASETS: dict[str, DatasetEntry] = index(
+    "dataset",
+    {
+        "digits-claims": DatasetEntry("embedded: is a message about a picture misleading? 2 classes, AUC", digits.loader("digits-claims")),
+        "digits-triage": DatasetEntry("embedded: which team should go? 8 unbalanced classes, macro-F1", digits.loader("digits-triage")),
+        "digits-vqa": DatasetEntry("embedded: open and closed questions about a picture, accuracy", digits.loader("digits-vqa")),
+        "digits-cards": DatasetEntry("embedded: questions in words, text only, accuracy", digits.loader("digits-cards")),
+        "hateful_memes": _file("hateful_memes", "Hateful Memes: is a meme hateful? 2 classes, AUC"),
+        "crisismmd": _file("crisismmd", "CrisisMMD: what does a tweet from a disaster tell? 8 classes, macro-F1"),
+        "vqa_rad": _file("vqa_rad", "VQA-RAD: questions about radiology images, accuracy"),
+        "slake": _file("slake", "SLAKE: questions about radiology images, English or Chinese, accuracy"),
+        "medical_flashcards": _file("medical_flashcards", "Medical flashcards: questions in words, text only, accuracy"),
+        "nlvr": _file("nlvr", "NLVR: is a sentence about a picture true? 2 classes, AUC"),
+        "emojitwo": _file("emojitwo", "EmojiTwo: which kind of thing is an emoji? 8 classes, macro-F1"),
+        "mixture": _file("mixture", "several of these in one federation: domain skew, task mix", needs_root=False),
+        "jsonl": DatasetEntry("your own JSON lines, columns named in data.options", own.loader("jsonl"), True, lambda: columns.Options),
+        "csv": DatasetEntry("your own CSV or TSV file, columns named in data.options", own.loader("csv"), True, lambda: columns.Options),
+        "huggingface": DatasetEntry(
+            "your own dataset saved by Hugging Face datasets", own.loader("huggingface"), True, lambda: columns.Options
+        ),
+    },
+)
 
 
 EMBEDDED = (*(name for name in DATASETS if name.startswith("digits-")), "mixture")

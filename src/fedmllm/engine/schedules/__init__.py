@@ -9,11 +9,11 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from fedmllm.engine.schedules.base import Schedule
 from fedmllm.engine.schedules.buffered import Buffered
 from fedmllm.engine.schedules.synchronous import Synchronous
-from fedmllm.registry import Value, built
+from fedmllm.registry import Value, built, index
 
 __all__ = ["SCHEDULES", "SYNCHRONOUS", "Schedule", "SchedulingConfig", "build_schedule"]
 
-SCHEDULES: dict[str, type[Any]] = {"buffered": Buffered, "synchronous": Synchronous}
+SCHEDULES: dict[str, type[Any]] = index("schedule", {"buffered": Buffered, "synchronous": Synchronous})
 
 SYNCHRONOUS: Schedule = Synchronous()
 """Rounds of a cohort each, the default."""

@@ -11,11 +11,15 @@ from fedmllm.models.families.llava_onevision import LlavaOneVision
 from fedmllm.models.families.minicpmv import MiniCPMV
 from fedmllm.models.families.minicpmv4_6 import MiniCPMV46
 from fedmllm.models.families.paligemma import PaliGemma
+from fedmllm.registry import index
 
-FAMILIES: dict[str, ModelFamily] = {
-    **{"idefics3": Idefics3(), "smolvlm": Idefics3(), "llava_onevision": LlavaOneVision()},
-    **{"minicpmv": MiniCPMV(), "minicpmv4_6": MiniCPMV46(), "paligemma": PaliGemma()},
-}
+FAMILIES: dict[str, ModelFamily] = index(
+    "family",
+    {
+        **{"idefics3": Idefics3(), "smolvlm": Idefics3(), "llava_onevision": LlavaOneVision()},
+        **{"minicpmv": MiniCPMV(), "minicpmv4_6": MiniCPMV46(), "paligemma": PaliGemma()},
+    },
+)
 """Families that need more than the generic path, by ``model_type``."""
 
 GENERIC = ModelFamily()
