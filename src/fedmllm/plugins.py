@@ -1,4 +1,4 @@
-"""Adding to fedmllm from outside: methods, strategies, schedules, datasets and more under names that settings can choose.
+r'''Adding to fedmllm from outside: methods, strategies, schedules, datasets and more under names that settings can choose.
 
     from dataclasses import dataclass
 
@@ -15,7 +15,7 @@
 
 A file with such lines is a plugin: name it in the experiment, ``plugins: [my_methods.py]``, or install it as an entry point of the group
 ``fedmllm.plugins``. Loss terms and update transforms need no name: a method or a strategy hands them over.
-"""
+'''
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""One run: takes an experiment and writes a run folder."""
+"""One run: an experiment in, a folder out."""

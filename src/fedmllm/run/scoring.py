@@ -1,4 +1,4 @@
-"""Uses a trained adapter: ``fedmllm evaluate``, ``fedmllm chat`` and ``fedmllm merge``."""
+"""A trained adapter at work: ``fedmllm evaluate``, ``fedmllm chat`` and ``fedmllm merge``."""
 
 from __future__ import annotations
 
@@ -22,26 +22,23 @@ from fedmllm.training.batches import Encoder
 from fedmllm.types import Metrics, Modality, Prediction, Sample
 
 _TRAINED = ("algorithm={}", "lora.client_ranks=[]")
-"""Overrides that drop the method. The adapter does not depend on it, and a method from a user's script may not be imported here."""
+"""A trained adapter is used the same whatever method made it, and that may be one of a script that is not imported here."""
 
 
 def score_adapter(
     path: Path, experiment_file: Path | None = None, overrides: Sequence[str] = (), force: bool = False
 ) -> tuple[str, Metrics]:
-    """Score an adapter on its experiment's test split.
+    """(name of the headline metric, all metrics) of an adapter on its experiment's test split.
 
     Args:
         path: a run folder, or a PEFT adapter folder.
         experiment_file: names model and data; by default the run's own ``config.yaml``.
-        overrides: settings as ``key.path=value``, e.g. the data's current location.
-        force: accept the model even if it is not the run's.
-
-    Returns:
-        (name of the headline metric, all metrics).
+        overrides: settings as ``key.path=value``, e.g. where the data lie now.
+        force: take the model although it is another than the run's.
 
     Raises:
-        RunError: if no experiment file is given or found.
-        ModelError: if the model is not the run's, or the adapter does not fit it.
+        RunError: if neither the folder nor the arguments say which experiment it is.
+        ModelError: if the model is another than the run's, or the adapter does not fit.
     """
     experiment, adapter = _found(path, experiment_file, overrides, force)
     data = experiment.data
@@ -49,8 +46,8 @@ def score_adapter(
     require_scorable(dataset.metric, dataset.test, "the test split")
     vlm = _loaded(experiment, adapter)
     encoder = Encoder(vlm, data.wording)
-    samples = usable(dataset.test, encoder, data.on_bad_sample)
-    return dataset.metric, evaluate(vlm, samples, encoder, dataset.metric, experiment.evaluation, experiment.seed)
+    asked = usable(dataset.test, encoder, data.on_bad_sample)
+    return dataset.metric, evaluate(vlm, asked, encoder, dataset.metric, experiment.evaluation, experiment.seed)
 
 
 def chat(
@@ -60,18 +57,18 @@ def chat(
     options: Sequence[str] = (),
     force: bool = False,
 ) -> Callable[[str], Prediction]:
-    """Return a function from a question to the trained model's answer. Questions use the wording of training.
+    """A function from a question to the trained model's answer, worded as in training.
 
     Args:
         path: a run folder, or a PEFT adapter folder.
         experiment_file: names model and prompt; by default the run's own ``config.yaml``.
-        content: content that all questions refer to, by modality: an image's path, a text.
-        options: the answers to choose from; empty for free answers.
-        force: accept the model even if it is not the run's.
+        content: what all questions are about: an image's path, a text.
+        options: to choose from; empty for free answers.
+        force: take the model although it is another than the run's.
 
     Raises:
-        RunError: if no experiment file is given or found.
-        ModelError: if the model is not the run's, or the adapter does not fit it.
+        RunError: if neither the folder nor the arguments say which experiment it is.
+        ModelError: if the model is another than the run's, or the adapter does not fit.
         DataError: if the image cannot be read.
     """
     experiment, adapter = _found(path, experiment_file, (), force)
@@ -88,21 +85,22 @@ def chat(
 
 
 def merge(path: Path, output: Path, experiment_file: Path | None = None, overrides: Sequence[str] = (), force: bool = False) -> float:
-    """Write the model with the adapter merged into its weights, as a Transformers folder. A model quantized to 4 bits is written in bfloat16.
+    """Write the model with the adapter merged into its weights as a Transformers folder; of a model in 4 bits, in bfloat16.
 
     Args:
         path: a run folder, or a PEFT adapter folder.
-        output: the folder to write; it must not exist.
+        output: where; it must not exist.
         experiment_file: names the model; by default the run's own ``config.yaml``.
-        overrides: settings as ``key.path=value``, e.g. ``model.name`` for the model's current location.
-        force: accept the model even if it is not the run's.
+        overrides: settings as ``key.path=value``, e.g. ``model.name`` where the model lies now.
+        force: take the model although it is another than the run's.
 
     Returns:
-        The share of the adapter's change that is lost to the number format; see ``save_merged``.
+        how much of the adapter's change is lost to the number format: see ``save_merged``.
 
     Raises:
-        RunError: if no experiment file is given or found, or if ``output`` exists or cannot be created.
-        ModelError: if the model is not the run's, or the adapter does not fit it.
+        RunError: if neither the folder nor the arguments say which experiment it is.
+            Also if there is something at ``output``, or it cannot be made.
+        ModelError: if the model is another than the run's, or the adapter does not fit.
     """
     require_new_folder(output)
     experiment, adapter = _found(path, experiment_file, overrides, force)
@@ -114,7 +112,7 @@ def merge(path: Path, output: Path, experiment_file: Path | None = None, overrid
 
 
 def _found(path: Path, experiment_file: Path | None, overrides: Sequence[str], force: bool) -> tuple[Experiment, Path]:
-    """Return the experiment and the adapter folder. Unless forced, the experiment expects the run's own model."""
+    """The experiment, on the run's own model unless forced, and the adapter's folder."""
     adapter, chosen, own = find_adapter(path, experiment_file)
     experiment = Experiment.load(chosen, [*_TRAINED, *overrides])
     began = None if own is None else Experiment.load(own, _TRAINED).model.fingerprint
