@@ -15,7 +15,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fedmllm.api import train
+    from fedmllm.api import evaluate, load_adapter, predict, report, sweep, train
     from fedmllm.config import Experiment
     from fedmllm.errors import FedMLLMError
     from fedmllm.plugins import (
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
         register_strategy,
         register_tracker,
     )
-    from fedmllm.report.run_report import write_report
     from fedmllm.run.results import RunResult
 
 __version__ = "0.1.0"
@@ -45,8 +44,7 @@ _HOMES = {
         ),
         "fedmllm.plugins",
     ),
-    "train": "fedmllm.api",
-    "write_report": "fedmllm.report.run_report",
+    **dict.fromkeys(("evaluate", "load_adapter", "predict", "report", "sweep", "train"), "fedmllm.api"),
 }
 
 __all__ = [
@@ -54,6 +52,9 @@ __all__ = [
     "FedMLLMError",
     "RunResult",
     "__version__",
+    "evaluate",
+    "load_adapter",
+    "predict",
     "register_corruption",
     "register_dataset",
     "register_family",
@@ -63,8 +64,9 @@ __all__ = [
     "register_schedule",
     "register_strategy",
     "register_tracker",
+    "report",
+    "sweep",
     "train",
-    "write_report",
 ]
 
 

@@ -1,17 +1,26 @@
-"""What a program calls: a run with its report."""
+"""What a program calls: training, sweeps, reports, and trained adapters at work."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+from rich.console import Console
 
 from fedmllm.config import Experiment
 from fedmllm.engine.observer import UNOBSERVED, Observer
+from fedmllm.report.progress import Display, SweepDisplay
 from fedmllm.report.run_report import write_report
+from fedmllm.report.sweep_report import write_sweep_report
 from fedmllm.run.resident import Resident
 from fedmllm.run.results import RunResult
+from fedmllm.run.scoring import Adapter, load_adapter_of
 from fedmllm.run.train import train as run
+from fedmllm.sweep.grid import cells, load_grid
+from fedmllm.sweep.runner import Outcome, open_sweep, require_sources, run_sweep
+from fedmllm.types import Metrics, Prediction
 
 
 def train(
@@ -25,6 +34,7 @@ def train(
     report: bool = True,
     track: Sequence[str] = (),
     force: bool = False,
+    progress: bool | None = None,
 ) -> RunResult:
     """Run an experiment: zero-shot, the federation, the baselines asked for; then adapter, result and report.
 
@@ -35,23 +45,105 @@ def train(
         output: the run folder; by default ``runs/<name>-<time>``, on resuming the newest of those that is unfinished.
         name: names the experiment in the report.
         resume: go on with an interrupted run; the end is bit-identical to that of an uninterrupted one.
-        observer: told about the progress.
+        observer: is told about the progress, in place of the display.
         resident: what earlier runs of this process left to be used again; nothing for None.
-        report: whether to write the report; ``fedmllm report`` writes it any time.
+        report: whether to write the report; ``fedmllm.report`` writes it any time.
         track: where to write the numbers down besides, names of ``run.tracking.TRACKERS``.
         force: go on although the model is another than the run began with.
+        progress: whether to show rounds as they finish; None for in terminals and notebooks.
+
+    Returns:
+        the result, which knows its run folder.
 
     Raises:
         FedMLLMError: see the kinds in ``fedmllm.errors``.
     """
-    told, opened = observer or UNOBSERVED, list[Path]()
+    if observer is None and _shows(progress):
+        with Display(experiment.federation.num_rounds) as display:
+            return _train(
+                experiment, output, display.observer, report, name=name, resume=resume, resident=resident, track=track, force=force
+            )
+    seen = observer or UNOBSERVED
+    return _train(experiment, output, seen, report, name=name, resume=resume, resident=resident, track=track, force=force)
+
+
+def _train(experiment: Experiment, output: str | Path | None, observer: Observer, report: bool, **settings: Any) -> RunResult:
+    opened: list[Path] = []
 
     def note(folder: Path) -> None:
         opened.append(folder)
-        told.opened(folder)
+        observer.opened(folder)
 
-    seen = replace(told, opened=note)
-    result = run(experiment, output, name=name, resume=resume, observer=seen, resident=resident, track=track, force=force)
+    result = run(experiment, output, observer=replace(observer, opened=note), **settings)
     if report:
         write_report(opened[-1])
-    return result
+    return replace(result, folder=opened[-1])
+
+
+def load_adapter(
+    run_or_adapter: str | Path, experiment: str | Path | None = None, overrides: Sequence[str] = (), *, force: bool = False
+) -> Adapter:
+    """Load a trained adapter on its model.
+
+    Args:
+        run_or_adapter: a run folder, or a PEFT adapter folder.
+        experiment: file that names model and data, for an adapter outside a run folder.
+        overrides: settings as ``key.path=value``, e.g. where the data are now.
+        force: take the model although it is another than the run's.
+
+    Raises:
+        RunError: if neither the folder nor the arguments say which experiment it is.
+        ModelError: if the model is another than the run's, or the adapter does not fit.
+    """
+    return load_adapter_of(Path(run_or_adapter), None if experiment is None else Path(experiment), overrides, force)
+
+
+def evaluate(
+    run_or_adapter: str | Path, experiment: str | Path | None = None, overrides: Sequence[str] = (), *, force: bool = False
+) -> Metrics:
+    """Return all metrics of a trained adapter on its experiment's test split; arguments and errors as of ``load_adapter``."""
+    return load_adapter(run_or_adapter, experiment, overrides, force=force).evaluate()
+
+
+def predict(run_or_adapter: str | Path, questions: Sequence[Mapping[str, Any]], experiment: str | Path | None = None) -> list[Prediction]:
+    """Return a trained adapter's answers; ``Adapter.predict`` says what a question is. To ask several times, use ``load_adapter``."""
+    return load_adapter(run_or_adapter, experiment).predict(questions)
+
+
+def sweep(grid: str | Path, output: str | Path, *, jobs: int = 1, progress: bool | None = None) -> list[Outcome]:
+    """Train every experiment of a grid that is not trained yet, then write the sweep's report.
+
+    Args:
+        grid: file of the grid.
+        output: the sweep's folder; the same call goes on where an earlier one stopped.
+        jobs: processes, each with a model of its own.
+        progress: whether to print a line for each experiment that ends; None for in terminals and notebooks.
+
+    Returns:
+        what was trained by this call, in the order in which it ended; one that failed has no score and says why.
+
+    Raises:
+        ConfigError, RunError: if the grid or the folder cannot be used; nothing is trained then.
+    """
+    whole, folder = load_grid(Path(grid)), Path(output)
+    every = cells(whole)
+    require_sources(every, Path(grid))
+    open_sweep(whole, folder)
+    outcomes = run_sweep(every, folder, jobs, told=SweepDisplay(every, folder, jobs).told if _shows(progress) else lambda outcome: None)
+    if all(outcome.score is not None for outcome in outcomes):
+        write_sweep_report(folder)
+    return outcomes
+
+
+def report(folder: str | Path) -> Path:
+    """Write the report of a run or a sweep, and return its page.
+
+    Raises:
+        RunError: if the folder is neither, or its files are damaged.
+    """
+    return write_sweep_report(Path(folder)) if (Path(folder) / "cells").is_dir() else write_report(Path(folder))
+
+
+def _shows(progress: bool | None) -> bool:
+    console = Console()
+    return console.is_terminal or console.is_jupyter if progress is None else progress

@@ -1,4 +1,4 @@
-r'''Adding to fedmllm from outside: methods, strategies, schedules, datasets and more under names that settings can choose.
+"""Adding to fedmllm from outside: methods, strategies, schedules, datasets and more under names that settings can choose.
 
     from dataclasses import dataclass
 
@@ -9,13 +9,13 @@ r'''Adding to fedmllm from outside: methods, strategies, schedules, datasets and
     @fedmllm.register_method("half_step")
     @dataclass(frozen=True)
     class HalfStep(FedAvg):
-        \"""FedAvg that takes half of each step.\"""
+        share: float = 0.5
 
         def server_step(self, state, aggregate): ...
 
 A file with such lines is a plugin: name it in the experiment, ``plugins: [my_methods.py]``, or install it as an entry point of the group
 ``fedmllm.plugins``. Loss terms and update transforms need no name: a method or a strategy hands them over.
-'''
+"""
 
 from __future__ import annotations
 

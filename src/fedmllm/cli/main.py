@@ -58,7 +58,7 @@ def train(
     """Train an experiment; write numbers, adapter and report into a run folder."""
     settings, opened = loaded(experiment, overrides), list[Path]()
     from fedmllm import api
-    from fedmllm.cli.progress import Display
+    from fedmllm.report.progress import Display
 
     _print_plan(settings)
     try:
@@ -87,7 +87,7 @@ def sweep(
 ) -> None:
     """Train every experiment of a grid that is not trained yet; the same command goes on where it was stopped."""
     read_settings(grid, GRID)
-    from fedmllm.cli.progress import SweepDisplay
+    from fedmllm.report.progress import SweepDisplay
     from fedmllm.sweep.grid import cells, load_grid
     from fedmllm.sweep.leaderboard import submit
     from fedmllm.sweep.runner import failures, open_sweep, require_sources, run_sweep, share

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import math
 import platform
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
-from typing import ClassVar
+from pathlib import Path
+from typing import Any, ClassVar
 
 from pydantic import ConfigDict
 
 from fedmllm import __version__
+from fedmllm.errors import RunError
 from fedmllm.evaluation.predictions import SIDE_BY_SIDE
 from fedmllm.types import Metrics, Record
 
@@ -82,6 +85,42 @@ class RunResult:
     idle: list[str] = field(default_factory=list)
     validation: Metrics = field(default_factory=dict)
     question_only: float | None = None
+    folder: Path | None = field(default=None, compare=False, repr=False)
+    """Where the run is, for a result that was returned by this process; not written down."""
+
+    def history(self) -> list[dict[str, Any]]:
+        """Return a flat row for each finished round of each stage, in order, as ``pandas.DataFrame`` takes them.
+
+        Columns: ``stage``, ``round``, ``score``, ``loss``, ``learning_rate``, ``num_samples``, ``bytes_up``, ``bytes_down``, ``num_refused``, and
+        each score on the test split (``test_NAME``) and on the validation part (``validation_NAME``) where the round has it.
+
+        Raises:
+            RunError: if the result does not know its folder.
+        """
+        if self.folder is None:
+            raise RunError("this result was read from a file and does not know its run; take the one that fedmllm.train returns")
+        lines = (self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        return [_row(json.loads(line)) for line in lines]
+
+    def plot(self, stage: str = "federated") -> Any:
+        """Return a matplotlib ``Axes`` with a stage's score by round, on the validation part or, without one, on the test split.
+
+        Raises:
+            RunError: if the result does not know its folder.
+        """
+        from matplotlib.figure import Figure
+
+        rows = [row for row in self.history() if row["stage"] == stage]
+        axes = Figure(figsize=(6, 3.5), layout="constrained").add_subplot(xlabel="round", ylabel=self.metric)
+        for name, label in (("validation_score", "validation part"), ("test_score", "test split")):
+            points = [(row["round"], row[name]) for row in rows if row.get(name) is not None]
+            if points:
+                axes.plot(*zip(*points, strict=True), marker="o", label=label)
+        for name in ("zero_shot", "centralized"):
+            if (score := self.scores.get(name)) is not None:
+                axes.axhline(score, linestyle="--", color="gray", label=f"{name.replace('_', '-')}, test split")
+        axes.legend()
+        return axes
 
     @property
     def below(self) -> list[str]:
@@ -98,7 +137,16 @@ class RunResult:
 
     def to_record(self) -> Record:
         """The JSON object."""
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if name != "folder"}
+
+
+def _row(record: Record) -> dict[str, Any]:
+    """A line of metrics as a flat row."""
+    kept = ("stage", "round", "score", "loss", "learning_rate", "num_samples", "bytes_up", "bytes_down")
+    row = {name: record.get(name) for name in kept} | {"num_refused": len(record.get("refused", []))}
+    for split, scores in (("test", record.get("scores")), ("validation", record.get("validation"))):
+        row |= {f"{split}_{name}": value for name, value in (scores or {}).items()}
+    return row
 
 
 def worst_decile(scores: Iterable[float]) -> float:

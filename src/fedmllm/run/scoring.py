@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fedmllm.config import Experiment
+from fedmllm.data.datasets import Dataset
 from fedmllm.data.federated import load
 from fedmllm.data.images import open_image
+from fedmllm.errors import DataError
 from fedmllm.evaluation.evaluate import evaluate, predict
 from fedmllm.evaluation.metrics import require_scorable
 from fedmllm.files import require_new_folder, write_atomically
@@ -21,6 +24,8 @@ from fedmllm.run.encodable import usable
 from fedmllm.training.batches import Encoder
 from fedmllm.types import Metrics, Modality, Prediction, Sample
 
+CONTENTS: tuple[Modality, ...] = ("image", "text")
+"""What a question can be about."""
 _TRAINED = ("algorithm={}", "lora.client_ranks=[]")
 """A trained adapter is used the same whatever method made it, and that may be one of a script that is not imported here."""
 
@@ -41,13 +46,70 @@ def score_adapter(
         ModelError: if the model is another than the run's, or the adapter does not fit.
     """
     experiment, adapter = _found(path, experiment_file, overrides, force)
-    data = experiment.data
-    dataset = load(data, experiment.seed)
+    dataset = load(experiment.data, experiment.seed)
     require_scorable(dataset.metric, dataset.test, "the test split")
-    vlm = _loaded(experiment, adapter)
-    encoder = Encoder(vlm, data.wording)
-    asked = usable(dataset.test, encoder, data.on_bad_sample)
-    return dataset.metric, evaluate(vlm, asked, encoder, dataset.metric, experiment.evaluation, experiment.seed)
+    return dataset.metric, Adapter(experiment, _loaded(experiment, adapter)).score(dataset)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A trained adapter on its model.
+
+    Attributes:
+        experiment: that it was trained in, for the wording of prompts and the settings of evaluation.
+        vlm: the model with the adapter.
+    """
+
+    experiment: Experiment
+    vlm: VisionLanguageModel
+
+    def evaluate(self) -> Metrics:
+        """Return all metrics on the experiment's test split; the headline is ``score``."""
+        dataset = load(self.experiment.data, self.experiment.seed)
+        require_scorable(dataset.metric, dataset.test, "the test split")
+        return self.score(dataset)
+
+    def score(self, dataset: Dataset) -> Metrics:
+        """Return all metrics on a dataset's test split."""
+        encoder, settings = Encoder(self.vlm, self.experiment.data.wording), self.experiment
+        asked = usable(dataset.test, encoder, settings.data.on_bad_sample)
+        return evaluate(self.vlm, asked, encoder, dataset.metric, settings.evaluation, settings.seed)
+
+    def predict(self, questions: Sequence[Mapping[str, Any]]) -> list[Prediction]:
+        """Return an answer to each question, worded as in training.
+
+        Args:
+            questions: each with ``question``; what it is about, ``image`` (a path or a PIL image) and ``text``, one of them or both; and for a
+                choice ``options``.
+
+        Raises:
+            DataError: if a question has another key, or no text to ask, or an image cannot be read.
+        """
+        encoder = Encoder(self.vlm, self.experiment.data.wording, max_bytes=0)
+        return predict(self.vlm, [_sample(i, row) for i, row in enumerate(questions)], encoder, self.experiment.evaluation)
+
+
+def load_adapter_of(path: Path, experiment_file: Path | None = None, overrides: Sequence[str] = (), force: bool = False) -> Adapter:
+    """Load a trained adapter; arguments and errors as of ``score_adapter``."""
+    experiment, adapter = _found(path, experiment_file, overrides, force)
+    return Adapter(experiment, _loaded(experiment, adapter))
+
+
+def _sample(number: int, row: Mapping[str, Any]) -> Sample:
+    """A question as a sample, which needs an answer to be one."""
+    if unknown := sorted(row.keys() - {"question", "options", *CONTENTS}):
+        raise DataError(f"question {number}: {unknown[0]!r} is no part of one; use question, image, text, options")
+    if not isinstance(row.get("question"), str):
+        raise DataError(f"question {number}: it has no question; give the words to ask")
+    options = tuple(row.get("options", ()))
+    held = {name: _content(name, row[name]) for name in CONTENTS if row.get(name) is not None}
+    return Sample(
+        f"question {number}", row["question"], options[0] if options else "?", held, options, answer_type="choice" if options else "open"
+    )
+
+
+def _content(name: str, value: Any) -> Any:
+    return open_image(Path(value)) if name == "image" and isinstance(value, (str, Path)) else value
 
 
 def chat(
@@ -71,17 +133,9 @@ def chat(
         ModelError: if the model is another than the run's, or the adapter does not fit.
         DataError: if the image cannot be read.
     """
-    experiment, adapter = _found(path, experiment_file, (), force)
-    held = {name: open_image(value) if name == "image" else value for name, value in (content or {}).items()}
-    vlm = _loaded(experiment, adapter)
-    encode, config = Encoder(vlm, experiment.data.wording, max_bytes=0), experiment.evaluation
-
-    def ask(question: str) -> Prediction:
-        answer = options[0] if options else "?"
-        sample = Sample("chat", question, answer, held, tuple(options), answer_type="choice" if options else "open")
-        return predict(vlm, [sample], encode, config)[0]
-
-    return ask
+    adapter = load_adapter_of(path, experiment_file, (), force)
+    held = {name: _content(name, value) for name, value in (content or {}).items()}
+    return lambda question: adapter.predict([{"question": question, "options": options, **held}])[0]
 
 
 def merge(path: Path, output: Path, experiment_file: Path | None = None, overrides: Sequence[str] = (), force: bool = False) -> float:
