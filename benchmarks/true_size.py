@@ -19,7 +19,7 @@ import torch
 from gpu_stages.models import SIZES, tiny_models
 
 from fedmllm import Experiment, train
-from fedmllm.report.models import describe
+from fedmllm.reports.models import describe
 
 TRUE = {size.kind: size for size in (SIZES["3b"], SIZES["minicpm"])}
 """By kind of model."""

@@ -20,9 +20,9 @@ from fedmllm.data.prompts import Wording
 from fedmllm.data.quality import PARTS
 from fedmllm.engine.schedules import SCHEDULES
 from fedmllm.models.families import FAMILIES, GENERIC
-from fedmllm.report import models as models_view
-from fedmllm.report.methods import catalog
-from fedmllm.report.methods import first_paragraph as _text
+from fedmllm.reports import models as models_view
+from fedmllm.reports.methods import catalog
+from fedmllm.reports.methods import first_paragraph as _text
 from fedmllm.training.schedule import ScheduleConfig
 
 SIGNS = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}

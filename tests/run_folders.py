@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-from fedmllm.report.run_report import write_report
+from fedmllm.reports.run_report import write_report
 
 SMALL: dict[str, Any] = {
     "base": {

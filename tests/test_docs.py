@@ -16,7 +16,7 @@ from typer.main import get_command
 from fedmllm.cli.main import app
 from fedmllm.config import Experiment
 from fedmllm.data.datasets import DATASETS, DatasetRequest
-from fedmllm.sweep.grid import Grid, cells, load_grid
+from fedmllm.sweeps.grid import Grid, cells, load_grid
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])

@@ -33,8 +33,8 @@ from fedmllm.run.resident import Resident
 from fedmllm.run.tracking import TRACKERS
 from fedmllm.run.worker import Worker
 from fedmllm.sites.client import SiteWorker
-from fedmllm.sweep.grid import cells, load_grid, plugin_version
-from fedmllm.sweep.runner import open_sweep, run_sweep
+from fedmllm.sweeps.grid import cells, load_grid, plugin_version
+from fedmllm.sweeps.runner import open_sweep, run_sweep
 from tiny_families import folder_of
 
 PLUGIN = '''

@@ -11,15 +11,15 @@ from rich.console import Console
 
 from fedmllm.config import Experiment
 from fedmllm.engine.observer import UNOBSERVED, Observer
-from fedmllm.report.progress import Display, SweepDisplay
-from fedmllm.report.run_report import write_report
-from fedmllm.report.sweep_report import write_sweep_report
+from fedmllm.reports.progress import Display, SweepDisplay
+from fedmllm.reports.run_report import write_report
+from fedmllm.reports.sweep_report import write_sweep_report
 from fedmllm.run.resident import Resident
 from fedmllm.run.results import RunResult
 from fedmllm.run.scoring import Adapter, load_adapter_of
 from fedmllm.run.train import train as run
-from fedmllm.sweep.grid import cells, load_grid
-from fedmllm.sweep.runner import Outcome, open_sweep, require_sources, run_sweep
+from fedmllm.sweeps.grid import cells, load_grid
+from fedmllm.sweeps.runner import Outcome, open_sweep, require_sources, run_sweep
 from fedmllm.types import Metrics, Prediction
 
 

@@ -13,7 +13,7 @@ from fedmllm.config import Experiment
 from fedmllm.data.federated import FederatedData, federate
 from fedmllm.data.images import open_image
 from fedmllm.errors import RunError
-from fedmllm.report.split import export_split
+from fedmllm.reports.split import export_split
 from fedmllm.types import Sample
 
 VQA = {"dataset": "digits-vqa", "num_train": 60, "num_test": 8}

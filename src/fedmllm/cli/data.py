@@ -20,7 +20,7 @@ data_app = group("Look at data before training on them.")
 @data_app.command("list")
 def data_list(as_json: AsJson = False) -> None:
     """Name every dataset, scenario, setting of the benchmark and further kind of heterogeneity."""
-    from fedmllm.report.split import catalog
+    from fedmllm.reports.split import catalog
 
     rows = catalog()
     if as_json:
@@ -40,7 +40,7 @@ def data_show(
     picture: Annotated[Path | None, typer.Option(help="Also draw the clients' samples into this file, e.g. clients.png.")] = None,
 ) -> None:
     """Show a split: each client's samples by label and modality, and one sample as the model sees it."""
-    from fedmllm.report.split import describe, save_picture
+    from fedmllm.reports.split import describe, save_picture
 
     record = describe(loaded(experiment, overrides))
     if picture:
@@ -62,7 +62,7 @@ def data_export(
     overrides: Overrides = None,
 ) -> None:
     """Write a split as JSON lines, pictures and a manifest, with an experiment that trains on them."""
-    from fedmllm.report.split import export_split
+    from fedmllm.reports.split import export_split
 
     require_new_folder(output)
     typer.echo(f"experiment  {export_split(loaded(experiment, overrides), output)}")

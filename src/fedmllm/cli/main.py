@@ -58,7 +58,7 @@ def train(
     """Train an experiment; write numbers, adapter and report into a run folder."""
     settings, opened = loaded(experiment, overrides), list[Path]()
     from fedmllm import api
-    from fedmllm.report.progress import Display
+    from fedmllm.reports.progress import Display
 
     _print_plan(settings)
     try:
@@ -87,10 +87,10 @@ def sweep(
 ) -> None:
     """Train every experiment of a grid that is not trained yet; the same command goes on where it was stopped."""
     read_settings(grid, GRID)
-    from fedmllm.report.progress import SweepDisplay
-    from fedmllm.sweep.grid import cells, load_grid
-    from fedmllm.sweep.leaderboard import submit
-    from fedmllm.sweep.runner import failures, open_sweep, require_sources, run_sweep, share
+    from fedmllm.reports.progress import SweepDisplay
+    from fedmllm.sweeps.grid import cells, load_grid
+    from fedmllm.sweeps.leaderboard import submit
+    from fedmllm.sweeps.runner import failures, open_sweep, require_sources, run_sweep, share
 
     whole, folder = load_grid(grid), output or Path("sweeps") / grid.stem
     every = cells(whole)
@@ -125,8 +125,8 @@ def report(folder: Annotated[Path, typer.Argument(help="A run folder, or a sweep
 @app.command()
 def choose(folder: Annotated[Path, typer.Argument(help="A sweep's folder.")]) -> None:
     """Rank a sweep's methods by their scores on the validation part. The test split is not looked at."""
-    from fedmllm.sweep.choosing import ranked
-    from fedmllm.sweep.comparison import read_sweep
+    from fedmllm.sweeps.choosing import ranked
+    from fedmllm.sweeps.comparison import read_sweep
 
     sweep = read_sweep(folder)
     typer.echo(f"mean score on the validation part over {len(sweep.shared)} column(s) and {len(sweep.seeds)} seed(s)")
@@ -145,7 +145,7 @@ def methods(
     rows = {kind: listed for kind, listed in recorded().items() if kind != "models"}
     if plugin or entry_points(group=GROUP):
         load_plugins(plugin or [])
-        from fedmllm.report.methods import from_plugins
+        from fedmllm.reports.methods import from_plugins
 
         rows = {kind: listed | from_plugins()[kind] for kind, listed in rows.items()}
     if as_json:
@@ -176,10 +176,10 @@ def pretrain_nano(
 def _written(folder: Path) -> Path:
     """The report of a run's folder or a sweep's, written again."""
     if (folder / "cells").is_dir():
-        from fedmllm.report.sweep_report import write_sweep_report
+        from fedmllm.reports.sweep_report import write_sweep_report
 
         return write_sweep_report(folder)
-    from fedmllm.report.run_report import write_report
+    from fedmllm.reports.run_report import write_report
 
     return write_report(folder)
 
@@ -188,7 +188,7 @@ def _print_plan(settings: Experiment) -> None:
     """What training will take, before the model is loaded; nothing for a model that cannot be planned, of which loading will tell more."""
     from fedmllm.cli.tables import plan_line
     from fedmllm.errors import ModelError
-    from fedmllm.report.models import describe
+    from fedmllm.reports.models import describe
 
     try:
         typer.echo(plan_line(describe(settings)))

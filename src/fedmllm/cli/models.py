@@ -42,7 +42,7 @@ def models_plan(
 ) -> None:
     """Tell what training a model takes: parameters, bytes to send, memory."""
     from fedmllm.config import Experiment
-    from fedmllm.report.models import describe
+    from fedmllm.reports.models import describe
 
     settings = {
         "model": {"name": model, "dtype": dtype, "quantization": quantization, "gradient_checkpointing": checkpointing},

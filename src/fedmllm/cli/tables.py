@@ -13,8 +13,8 @@ from rich.text import Text
 
 from fedmllm.evaluation.metrics import error_over_models
 from fedmllm.format import duration, human_bytes
-from fedmllm.report.drawing import LOOKS, MODELS
-from fedmllm.report.run_report import METRICS
+from fedmllm.reports.drawing import LOOKS, MODELS
+from fedmllm.reports.run_report import METRICS
 from fedmllm.run.results import SCORES, RunResult, worst_decile
 from fedmllm.types import Record
 

@@ -12,9 +12,9 @@ import pytest
 import yaml
 
 from fedmllm.errors import RunError
-from fedmllm.sweep.grid import Cell, Grid, cells, code_version
-from fedmllm.sweep.leaderboard import Leaderboard, read_leaderboard, submit
-from fedmllm.sweep.runner import Places, open_sweep, run_sweep
+from fedmllm.sweeps.grid import Cell, Grid, cells, code_version
+from fedmllm.sweeps.leaderboard import Leaderboard, read_leaderboard, submit
+from fedmllm.sweeps.runner import Places, open_sweep, run_sweep
 from run_folders import SMALL
 
 GRID: dict[str, Any] = SMALL | {"methods": ["fedavg", "ditto"], "scenarios": ["missing-0.3"], "baselines": []}
@@ -103,7 +103,7 @@ def test_what_was_spoiled_does_not(kind: str, sweep: Path) -> None:
 
 
 def test_cells_of_other_code_are_not_there(sweep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedmllm.sweep.grid.code_version", lambda: "other")
+    monkeypatch.setattr("fedmllm.sweeps.grid.code_version", lambda: "other")
     fresh = [Cell(c.model, c.dataset, c.seed, c.scenario, c.method, c.experiment) for c in CELLS]
     with pytest.raises(RunError, match="2 thing"):
         submit(fresh, sweep)

@@ -18,9 +18,9 @@ from fedmllm.errors import FedMLLMError, RunError, listing
 from fedmllm.evaluation.predictions import Answered, answered
 from fedmllm.files import write_json
 from fedmllm.run.resident import Resident
-from fedmllm.sweep.comparison import Trained, read_cell
-from fedmllm.sweep.grid import Cell, code_version
-from fedmllm.sweep.runner import Places
+from fedmllm.sweeps.comparison import Trained, read_cell
+from fedmllm.sweeps.grid import Cell, code_version
+from fedmllm.sweeps.runner import Places
 from fedmllm.types import Prediction
 
 _STRICT = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)

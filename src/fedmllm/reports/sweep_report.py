@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from fedmllm.files import write_atomically
-from fedmllm.report import sweep_figures as grid_figures
-from fedmllm.report.run_report import METRICS, page
-from fedmllm.report.sweep_tables import (
+from fedmllm.reports import sweep_figures as grid_figures
+from fedmllm.reports.run_report import METRICS, page
+from fedmllm.reports.sweep_tables import (
     Table,
     beside_table,
     client_table,
@@ -21,8 +21,8 @@ from fedmllm.report.sweep_tables import (
     to_latex,
     to_markdown,
 )
-from fedmllm.sweep.comparison import Sweep, read_sweep
-from fedmllm.sweep.pairs import pairs
+from fedmllm.sweeps.comparison import Sweep, read_sweep
+from fedmllm.sweeps.pairs import pairs
 
 
 def write_sweep_report(folder: Path) -> Path:

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from fedmllm.engine.observer import START, Observer
 from fedmllm.format import duration, human_bytes
-from fedmllm.sweep.runner import Outcome, Places
+from fedmllm.sweeps.runner import Outcome, Places
 from fedmllm.types import Record
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from fedmllm.algorithms import Remark
     from fedmllm.engine.stages import Stage
-    from fedmllm.sweep.grid import Cell
+    from fedmllm.sweeps.grid import Cell
 
 ROWS = 8
 """Rounds listed in the live display."""

@@ -17,7 +17,7 @@ from fedmllm.data.modalities import parse_scenario
 from fedmllm.data.prompts import Wording
 from fedmllm.data.quality import PARTS
 from fedmllm.errors import ConfigError
-from fedmllm.report.split import catalog, describe, export_split, save_picture
+from fedmllm.reports.split import catalog, describe, export_split, save_picture
 from fedmllm.run.reader import read_run
 
 

@@ -24,9 +24,9 @@ import fedmllm
 from fedmllm.config import Experiment
 from fedmllm.data.fingerprint import content_key
 from fedmllm.errors import ConfigError, RunError
-from fedmllm.sweep import grid as module
-from fedmllm.sweep.grid import Cell, Grid, cells, load_grid
-from fedmllm.sweep.runner import Places, failures, require_sources, run_sweep, share
+from fedmllm.sweeps import grid as module
+from fedmllm.sweeps.grid import Cell, Grid, cells, load_grid
+from fedmllm.sweeps.runner import Places, failures, require_sources, run_sweep, share
 from run_folders import SMALL
 
 
@@ -153,7 +153,7 @@ def test_the_version_of_the_code_is_what_computes_and_nothing_else() -> None:
     decide = {"run/train", "run/summary", "config", "randomness", "data/federated", "data/datasets/mixture", "data/fingerprint"}
     assert decide <= counted()
     assert counted().isdisjoint(
-        {"data/export", "models/plan", "models/nano/pretrain", "flower/superlink", "report/figures", "cli/tables", "cli/main"}
+        {"data/export", "models/plan", "models/nano/pretrain", "flower/superlink", "reports/figures", "cli/tables", "cli/main"}
     )
     assert all(module._module_file(name) is not None for name in module._NO_MATTER)
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy.stats import t as student
 from scipy.stats import ttest_1samp
 
-from fedmllm.sweep.statistics import SHARE, holm, paired
+from fedmllm.sweeps.statistics import SHARE, holm, paired
 
 TRIALS = 2000
 """Three standard errors of a share near 0.95 are 0.015."""

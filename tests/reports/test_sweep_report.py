@@ -18,11 +18,11 @@ from PIL import Image
 
 from fedmllm.errors import RunError
 from fedmllm.evaluation.predictions import Answered, to_record
-from fedmllm.report import sweep_tables as grid_tables
-from fedmllm.report.drawing import FILLS
-from fedmllm.report.sweep_figures import _levels, _unbeaten, strategy_gains
-from fedmllm.report.sweep_report import write_sweep_report
-from fedmllm.report.sweep_tables import (
+from fedmllm.reports import sweep_tables as grid_tables
+from fedmllm.reports.drawing import FILLS
+from fedmllm.reports.sweep_figures import _levels, _unbeaten, strategy_gains
+from fedmllm.reports.sweep_report import write_sweep_report
+from fedmllm.reports.sweep_tables import (
     NOTHING,
     Entry,
     Table,
@@ -37,10 +37,10 @@ from fedmllm.report.sweep_tables import (
     to_latex,
     to_markdown,
 )
-from fedmllm.sweep.choosing import ranked
-from fedmllm.sweep.comparison import Gain, read_sweep
-from fedmllm.sweep.pairs import Pair, acting, pairs
-from fedmllm.sweep.statistics import Interval
+from fedmllm.sweeps.choosing import ranked
+from fedmllm.sweeps.comparison import Gain, read_sweep
+from fedmllm.sweeps.pairs import Pair, acting, pairs
+from fedmllm.sweeps.statistics import Interval
 from run_folders import Folder, Page, round_line, table_rows
 
 METHODS = {"FedAvg": 0.5, "FedProx_1 & co": 0.6, "<b>ours</b>": 0.7}

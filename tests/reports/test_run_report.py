@@ -13,10 +13,10 @@ import pytest
 from fedmllm.errors import RunError
 from fedmllm.evaluation.metrics import error_over_models
 from fedmllm.format import duration, human_bytes
-from fedmllm.report.drawing import short
-from fedmllm.report.figures import _groups, _spread, client_samples
-from fedmllm.report.run_report import MAX_REFUSED, write_report
-from fedmllm.report.tables import _majority_row
+from fedmllm.reports.drawing import short
+from fedmllm.reports.figures import _groups, _spread, client_samples
+from fedmllm.reports.run_report import MAX_REFUSED, write_report
+from fedmllm.reports.tables import _majority_row
 from fedmllm.run.reader import Client
 from fedmllm.run.results import worst_decile
 from run_folders import Folder, Page, round_line, table_rows

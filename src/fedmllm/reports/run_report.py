@@ -16,9 +16,9 @@ from fedmllm.errors import RunError
 from fedmllm.evaluation.predictions import SIDE_BY_SIDE
 from fedmllm.files import write_atomically
 from fedmllm.format import duration, human_bytes
-from fedmllm.report import figures
-from fedmllm.report.drawing import LOOKS
-from fedmllm.report.tables import ScoreRow, client_rows, cost_rows, part_rows, score_rows, solo_scores, stage_seconds
+from fedmllm.reports import figures
+from fedmllm.reports.drawing import LOOKS
+from fedmllm.reports.tables import ScoreRow, client_rows, cost_rows, part_rows, score_rows, solo_scores, stage_seconds
 from fedmllm.run.reader import Round, Run, read_run
 
 FREE = {"recall_open": "open, token recall", "f1_open": "open, token F1", "rouge_l_long": "long, ROUGE-L"}
@@ -58,7 +58,7 @@ def render(run: Run) -> str:
 def page(template: str, values: Mapping[str, Any]) -> str:
     """A template with its values, in our words for numbers."""
     environment = Environment(
-        loader=PackageLoader("fedmllm", "report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader("fedmllm", "reports"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters.update({filter_.__name__: _unbroken(filter_) for filter_ in (human_bytes, duration)})
     environment.filters["unbroken"] = _unbroken(str)

@@ -22,7 +22,7 @@ from fedmllm.models.load import check_source
 from fedmllm.registry import load_plugins
 from fedmllm.run.resident import Resident
 from fedmllm.run.train import train
-from fedmllm.sweep.grid import Cell, Grid, code_version, names
+from fedmllm.sweeps.grid import Cell, Grid, code_version, names
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from fedmllm.algorithms import AlgorithmConfig
-from fedmllm.sweep.comparison import Column, Sweep, Trained
+from fedmllm.sweeps.comparison import Column, Sweep, Trained
 
 
 class Pair(NamedTuple):

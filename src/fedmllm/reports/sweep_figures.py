@@ -12,10 +12,10 @@ from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-from fedmllm.report.drawing import BLUE, FILLS, GRAY, GREEN, INK, LOOKS, ORANGE, PURPLE, SKY, VERMILION, WIDTH, panel, rows, short, svg
-from fedmllm.report.sweep_tables import BASELINES, baseline
-from fedmllm.sweep.comparison import Column, Sweep
-from fedmllm.sweep.pairs import Pair, acting
+from fedmllm.reports.drawing import BLUE, FILLS, GRAY, GREEN, INK, LOOKS, ORANGE, PURPLE, SKY, VERMILION, WIDTH, panel, rows, short, svg
+from fedmllm.reports.sweep_tables import BASELINES, baseline
+from fedmllm.sweeps.comparison import Column, Sweep
+from fedmllm.sweeps.pairs import Pair, acting
 
 LINES = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY)
 """Of learning curves: as many methods as are told apart."""

@@ -75,8 +75,8 @@ def save_picture(record: Record, path: Path) -> None:
     Raises:
         ConfigError: if the ending is of no kind of picture, or the folder is missing.
     """
-    from fedmllm.report.drawing import write_picture
-    from fedmllm.report.figures import client_samples
+    from fedmllm.reports.drawing import write_picture
+    from fedmllm.reports.figures import client_samples
     from fedmllm.run.reader import Client
 
     try:

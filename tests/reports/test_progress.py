@@ -9,8 +9,8 @@ from rich.console import Console
 from fedmllm.algorithms import Remark
 from fedmllm.cli.tables import result_table
 from fedmllm.engine.stages import Stage
-from fedmllm.report import progress as display
-from fedmllm.report.progress import Display
+from fedmllm.reports import progress as display
+from fedmllm.reports.progress import Display
 from fedmllm.run.results import SCORES, RunResult
 from fedmllm.types import Record, Sample
 
@@ -66,7 +66,7 @@ def test_a_live_table_in_a_terminal() -> None:
 def test_time_left_counts_from_where_the_run_was_resumed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Six rounds of like size in all; resumed after the third, each takes 10 s."""
     clock = iter([0.0, 0.0, 10.0, 20.0, 30.0])
-    monkeypatch.setattr("fedmllm.report.progress.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("fedmllm.reports.progress.time.monotonic", lambda: next(clock))
     text = shown(False, [record("federated", 4, 4), record("centralized", 1, 2), record("centralized", 2, 2)])
     assert [line.rpartition("left ")[2] for line in text.splitlines()] == ["20.0 s", "10.0 s", "0.00 s"]
 

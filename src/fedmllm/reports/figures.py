@@ -14,7 +14,24 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from fedmllm.format import byte_unit, duration
-from fedmllm.report.drawing import BLUE, FILLS, GRAY, HATCHES, INK, LOOKS, MODELS, ORANGE, PALE, WIDTH, Group, bars, panel, rows, short, svg
+from fedmllm.reports.drawing import (
+    BLUE,
+    FILLS,
+    GRAY,
+    HATCHES,
+    INK,
+    LOOKS,
+    MODELS,
+    ORANGE,
+    PALE,
+    WIDTH,
+    Group,
+    bars,
+    panel,
+    rows,
+    short,
+    svg,
+)
 from fedmllm.run.reader import Client, Round
 from fedmllm.run.results import worst_decile
 

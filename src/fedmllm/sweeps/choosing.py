@@ -6,7 +6,7 @@ from statistics import mean, stdev
 from typing import NamedTuple
 
 from fedmllm.errors import RunError, listing
-from fedmllm.sweep.comparison import Sweep
+from fedmllm.sweeps.comparison import Sweep
 
 
 class Choice(NamedTuple):

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from fedmllm.report.sweep_tables import beside_table, overview_table, score_table, to_csv, to_markdown
-from fedmllm.sweep.comparison import Sweep, read_sweep
-from fedmllm.sweep.grid import cells, load_grid
+from fedmllm.reports.sweep_tables import beside_table, overview_table, score_table, to_csv, to_markdown
+from fedmllm.sweeps.comparison import Sweep, read_sweep
+from fedmllm.sweeps.grid import cells, load_grid
 
 ROOT = Path(__file__).parents[2]
 GRIDS = {"nano-settings": ("settings.yaml", 1296), "nano-medical": ("medical.yaml", 72)}

@@ -21,7 +21,7 @@ from fedmllm.engine.rounds import Loop, run_stage
 from fedmllm.engine.stages import Stage
 from fedmllm.models.load import VisionLanguageModel
 from fedmllm.models.lora import frozen_weights, read_weights
-from fedmllm.report.methods import catalog, costs
+from fedmllm.reports.methods import catalog, costs
 from fedmllm.training.batches import Encoder
 from fedmllm.training.settings import TrainingConfig
 from fedmllm.types import Record

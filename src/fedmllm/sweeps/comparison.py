@@ -20,7 +20,7 @@ from fedmllm.evaluation.predictions import Answered, from_record
 from fedmllm.randomness import generator
 from fedmllm.run.reader import Run, read_run
 from fedmllm.run.results import RunResult
-from fedmllm.sweep.statistics import Interval, paired
+from fedmllm.sweeps.statistics import Interval, paired
 
 RESAMPLES = 200
 """Of the test samples, from which their noise is known to a twentieth."""

@@ -12,12 +12,12 @@ from statistics import mean
 from fedmllm.evaluation.metrics import error_over_models
 from fedmllm.evaluation.predictions import SIDE_BY_SIDE
 from fedmllm.format import duration, human_bytes
-from fedmllm.report.drawing import LOOKS
-from fedmllm.report.run_report import METRICS
+from fedmllm.reports.drawing import LOOKS
+from fedmllm.reports.run_report import METRICS
 from fedmllm.run.results import worst_decile
-from fedmllm.sweep.comparison import Chosen, Column, Gain, Sweep, Trained
-from fedmllm.sweep.pairs import Pair, acting, kinds
-from fedmllm.sweep.statistics import Interval, holm
+from fedmllm.sweeps.comparison import Chosen, Column, Gain, Sweep, Trained
+from fedmllm.sweeps.pairs import Pair, acting, kinds
+from fedmllm.sweeps.statistics import Interval, holm
 
 NOTHING = "\u2013"
 """Where there is no number."""

@@ -8,7 +8,7 @@ from statistics import mean, stdev
 
 from fedmllm.evaluation.metrics import error_over_models, over_models
 from fedmllm.format import duration, human_bytes
-from fedmllm.report.drawing import LOOKS, MODELS
+from fedmllm.reports.drawing import LOOKS, MODELS
 from fedmllm.run.reader import Line, Round, Run
 from fedmllm.run.results import SOLO, worst_decile
 from fedmllm.types import Metrics

@@ -1,0 +1,127 @@
+"""What a program calls, on a run that is trained once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from PIL import Image
+
+import fedmllm
+from fedmllm.config import Experiment
+from fedmllm.reports.progress import Display
+from fedmllm.run.results import RunResult
+
+
+@pytest.fixture(scope="module")
+def result(tiny: Experiment, tmp_path_factory: pytest.TempPathFactory) -> RunResult:
+    return fedmllm.train(tiny, tmp_path_factory.mktemp("api") / "run")
+
+
+def test_every_public_name_is_there_and_documented() -> None:
+    for name in fedmllm.__all__:
+        thing = getattr(fedmllm, name)
+        assert name == "__version__" or (thing.__doc__ or "").strip(), name
+
+
+def test_a_result_knows_its_run(result: RunResult) -> None:
+    assert result.folder is not None
+    assert (result.folder / "report.html").is_file()
+    assert "folder" not in json.loads((result.folder / "result.json").read_text())
+
+
+def test_the_history_is_a_flat_row_for_each_round(result: RunResult) -> None:
+    rows = result.history()
+    assert [(row["stage"], row["round"]) for row in rows] == [("federated", 1), ("federated", 2)]
+    assert rows[-1]["test_score"] == rows[-1]["score"] == result.scores["federated"]
+    assert rows[0]["score"] is None
+    assert "test_score" not in rows[0]
+    assert all(isinstance(value, (int, float, str, type(None))) for row in rows for value in row.values())
+
+
+def test_the_plot_shows_the_score_by_round(result: RunResult) -> None:
+    axes = result.plot()
+    labels = {line.get_label(): list(line.get_ydata()) for line in axes.get_lines()}
+    assert labels["test split"] == [result.scores["federated"]]
+    assert len(labels["validation part"]) == 2
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("round", result.metric)
+
+
+def test_a_result_that_was_read_from_a_file_knows_no_history(result: RunResult) -> None:
+    from dataclasses import replace
+
+    with pytest.raises(fedmllm.FedMLLMError, match=r"take the one that fedmllm\.train returns"):
+        replace(result, folder=None).history()
+
+
+def test_the_adapter_scores_as_in_its_run(result: RunResult) -> None:
+    assert result.folder is not None
+    assert fedmllm.evaluate(result.folder)["score"] == result.scores["federated"]
+
+
+def test_questions_about_pictures_and_texts(result: RunResult, tmp_path: Path) -> None:
+    """A path, a picture, words alone; with options and without."""
+    assert result.folder is not None
+    Image.new("RGB", (16, 16), "white").save(tmp_path / "white.png")
+    asked: list[dict[str, Any]] = [
+        {"question": "Is it misleading?", "image": tmp_path / "white.png", "text": "the total is 5", "options": ["no", "yes"]},
+        {"question": "Is it misleading?", "image": Image.new("RGB", (16, 16), "white"), "options": ["no", "yes"]},
+        {"question": "What is the total?", "text": "the total is 5"},
+    ]
+    adapter = fedmllm.load_adapter(result.folder)
+    first, second, third = adapter.predict(asked)
+    assert {first.answer, second.answer} <= {"no", "yes"}
+    assert sum(first.probabilities) == pytest.approx(1)
+    assert third.probabilities == ()
+    assert fedmllm.predict(result.folder, asked[:1])[0].probabilities == pytest.approx(first.probabilities)
+
+
+@pytest.mark.parametrize(
+    ("question", "part"),
+    [
+        ({"question": "?", "picture": "a.png"}, "question 0: 'picture' is no part of one; use question, image, text, options"),
+        ({"text": "words"}, "question 0: it has no question"),
+        ({"question": "?", "image": "nowhere.png"}, "nowhere.png"),
+    ],
+)
+def test_a_question_that_cannot_be_asked_is_named(result: RunResult, question: dict[str, str], part: str) -> None:
+    assert result.folder is not None
+    with pytest.raises(fedmllm.FedMLLMError, match=part):
+        fedmllm.predict(result.folder, [question])
+
+
+def test_progress_is_shown_in_terminals_or_where_it_is_asked_for(
+    tiny: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fedmllm.train(tiny, tmp_path / "quiet", report=False)
+    assert "federated round" not in capsys.readouterr().out
+    fedmllm.train(tiny, tmp_path / "shown", report=False, progress=True)
+    assert "federated round 2/2" in capsys.readouterr().out
+    monkeypatch.setattr("fedmllm.api._shows", lambda progress: True if progress is None else progress)
+    monkeypatch.setattr(Display, "__enter__", lambda display: pytest.fail("not to be shown"))
+    fedmllm.train(tiny, tmp_path / "silent", report=False, progress=False)
+
+
+def test_a_sweep_goes_on_where_it_stopped_and_has_a_report(tiny: Experiment, tmp_path: Path) -> None:
+    base = yaml.safe_load(tiny.to_yaml())
+    for section in ("model", "seed"):
+        del base[section]
+    base["federation"] = {**base["federation"], "num_rounds": 1}
+    del base["federation"]["scenario"]
+    grid = {"base": base, "methods": ["fedavg", "fedprox"], "scenarios": ["aligned-5.0"], "datasets": {"claims": {}}, "seeds": [0]}
+    grid |= {"models": {"tiny": {"model": {"name": tiny.model.name}}}, "baselines": []}
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(grid))
+    outcomes = fedmllm.sweep(tmp_path / "grid.yaml", tmp_path / "sweep")
+    assert [outcome.cell.method for outcome in outcomes] == ["fedavg", "fedprox"]
+    assert all(outcome.score is not None for outcome in outcomes), outcomes
+    assert fedmllm.sweep(tmp_path / "grid.yaml", tmp_path / "sweep") == []
+    assert fedmllm.report(tmp_path / "sweep") == tmp_path / "sweep" / "report.html"
+
+
+def test_the_report_of_a_run_is_written_any_time(result: RunResult) -> None:
+    assert result.folder is not None
+    (result.folder / "report.html").unlink()
+    assert fedmllm.report(result.folder).read_text().lower().startswith("<!doctype html>")
