@@ -381,7 +381,10 @@ BREAKS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no config": (lambda f: (f / "config.yaml").unlink(), r"config\.yaml: cannot be read \(No such file"),
     "binary config": (lambda f: (f / "config.yaml").write_bytes(b"\xff\xfe"), r"config\.yaml: cannot be read \(not UTF-8 text"),
     "no manifest": (lambda f: (f / "manifest.json").unlink(), r"manifest\.json: cannot be read"),
-    "manifest is no object": (lambda f: (f / "manifest.json").write_text("[]"), r"manifest\.json: not what this version"),
+    "manifest is no object": (
+        lambda f: (f / "manifest.json").write_text("[]"),
+        r"manifest\.json: does not match the format of this version",
+    ),
     "manifest lacks all": (lambda f: (f / "manifest.json").write_text("{}"), r"(?s)manifest\.json.*clients: Field required"),
     "no metrics": (lambda f: (f / "metrics.jsonl").unlink(), r"metrics\.jsonl: cannot be read"),
     "metrics line is no JSON": (lambda f: (f / "metrics.jsonl").write_text("{}}\n"), r"(?s)metrics\.jsonl, line 1: .*Invalid JSON"),
@@ -409,7 +412,7 @@ def test_broken_file_is_named_and_the_old_report_stays(folder: Folder, name: str
 
 
 def test_folder_that_is_none(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="name a folder that fedmllm train wrote"):
+    with pytest.raises(RunError, match="name a complete folder that fedmllm train wrote"):
         write_report(tmp_path / "nowhere")
 
 

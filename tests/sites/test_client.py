@@ -19,7 +19,7 @@ from fedmllm.data.prompts import Wording
 from fedmllm.engine.checkpoint import ClientStates
 from fedmllm.engine.in_process import Assignment
 from fedmllm.errors import RunError
-from fedmllm.flower.facts import Presence, read_word
+from fedmllm.flower.facts import Presence, read_message
 from fedmllm.flower.frozen import Missing
 from fedmllm.flower.messages import expected, read_answer, write_question, write_task
 from fedmllm.flower.settings import SiteConfig
@@ -46,7 +46,7 @@ def worker(folder: Path, **values: Any) -> SiteWorker:
 
 
 def presence(site: SiteWorker, experiment: Experiment, name: str = "client-00") -> Presence | ClientFailure:
-    told = read_word(site.present(write_question(name, {"experiment": settings(experiment), "run": "r"})), name, Presence)
+    told = read_message(site.present(write_question(name, {"experiment": settings(experiment), "run": "r"})), name, Presence)
     site.close()
     return told
 
@@ -88,7 +88,7 @@ def test_a_run_begins_on_the_data_as_they_are_then(experiment: Experiment, tmp_p
     question, counts = write_question("client-00", {"experiment": settings(experiment), "run": "r"}), []
     for number in (8, 12):
         file.write_text(f"{json.dumps(row)}\n" * number)
-        counts.append(read_word(site.present(question), "client-00", Presence).num_samples)
+        counts.append(read_message(site.present(question), "client-00", Presence).num_samples)
     site.close()
     assert counts == [6, 9]
 

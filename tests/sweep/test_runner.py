@@ -206,7 +206,7 @@ def test_finished_cells_are_left_alone_and_failed_ones_tried_again(tmp_path: Pat
     found = small(rows=[{"methods": wild}])
     outcomes = run_sweep(found, tmp_path)
     assert [outcome.score is None for outcome in outcomes] == [False, False, True]
-    assert "no update can be used" in outcomes[2].error
+    assert "no usable update" in outcomes[2].error
     (failure,) = failures(tmp_path)
     assert failure.startswith("nano / claims / 0 / aligned / wild: ")
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result.json")}
