@@ -121,7 +121,7 @@ def raised(reply: Message) -> Message:
         (boastful, "the update claims 1,000,000,000 training samples, the client reported 10"),
         (stale, "the update answers round 8, expected round"),
         (garbage, "the answer cannot be read: no safetensors of ours"),
-        (huge, "it has 5,242,880 bytes, "),
+        (huge, "the answer has 5,242,880 bytes, "),
         (an_error, "Flower: Node Unavailable"),
         (raised, "RuntimeError: CUDA out of memory"),
     ],

@@ -146,7 +146,7 @@ def facts(**changes: Any) -> dict[str, Any]:
         (save({"update/a": torch.zeros(2)}), "no safetensors of ours"),
         (save({}, {"fedmllm": "[1]"}), "the facts are a list, no mapping"),
         (save({}, {"fedmllm": "[" * 100_000}), "no safetensors of ours"),
-        (pack({"update": WEIGHTS}, facts(client="c2")), "it is 'c2''s"),
+        (pack({"update": WEIGHTS}, facts(client="c2")), "the answer came from 'c2', expected 'c1'"),
         (pack({"update": WEIGHTS}, facts(num_samples="7")), "1 invalid value(s), e.g. ('num_samples',)"),
         (pack({"update": WEIGHTS}, facts(num_samples=2**50)), "1 invalid value(s), e.g. ('num_samples',)"),
         (pack({"update": WEIGHTS}, facts(further=1)), "1 invalid value(s), e.g. ('further',)"),

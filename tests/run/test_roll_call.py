@@ -106,7 +106,7 @@ def test_too_few_sites_are_an_error_that_names_the_others(below: str) -> None:
 def test_who_waits_waits_for_more_than_one_deadline_and_not_for_ever() -> None:
     late = {"a": 0, "b": 0, "c": 0.5}
     assert list(called(Sites(late), deadline=0.2, below="wait", attempts=20)[0]()) == list(NAMES)
-    with pytest.raises(FederationError, match="2 sites are there"):
+    with pytest.raises(FederationError, match="2 sites are ready"):
         called(Sites({"a": 0, "b": 0}), deadline=0.2, below="wait", attempts=2)[0]()
 
 

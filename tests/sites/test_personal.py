@@ -153,7 +153,7 @@ def test_a_federation_of_which_no_site_tells_its_score_says_so(over_sites: Any, 
     own = {name: OWN | {"withhold": ["metrics"]} for name in NAMES}
     with pytest.raises(
         FederationError,
-        match=r"after round 1 no client returned a score for its personalized model:\n  - client-00: it does not tell its scores",
+        match=r"after round 1 no client returned a score for its personalized model:\n  - client-00: the site withholds its scores",
     ):
         over_sites(tmp_path / "there", own, algorithm={"name": "ditto"})
 
@@ -170,7 +170,7 @@ def test_a_federation_of_which_no_site_has_a_validation_part_says_so(over_sites:
         "test_share": 0.5,
     }
     own = {name: {"data": {"dataset": "jsonl", "root": str(tmp_path), "options": options}} for name in NAMES}
-    with pytest.raises(FederationError, match=r"client-00: ConfigError; more is in the site's log|the data have no validation split"):
+    with pytest.raises(FederationError, match=r"client-00: ConfigError; see the site's log|the data have no validation split"):
         over_sites(tmp_path / "there", own, algorithm={"name": "ditto"})
 
 
