@@ -11,13 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
-from fedmllm.run import train as run
 from fedmllm.api import train
 from fedmllm.config import Experiment
 from fedmllm.data.datasets.base import Dataset, hold_out
 from fedmllm.data.federated import FederatedData
 from fedmllm.errors import DataError
 from fedmllm.models.load import ModelConfig, load_model
+from fedmllm.run import train as run
 from fedmllm.run.encodable import encodable, usable
 from fedmllm.run.reader import read_run
 from fedmllm.run.scoring import score_adapter
