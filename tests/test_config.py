@@ -71,7 +71,10 @@ def test_a_key_in_the_wrong_section_is_sent_to_the_right_one() -> None:
         ({"algorithm": {"name": "fedavgg"}}, "is no method; did you mean fedavg?"),
         ({"algorithm": {"name": "fedprox", "parameters": {"mu": 1}}}, "takes proximal_mu"),
         ({"training": {"local_epochs": 0}}, "leave one of them out"),
-        ({"engine": {"server": "server.yaml"}}, "server.yaml leads to sites, which name: in_process does not reach; use name: flower"),
+        (
+            {"engine": {"server": "server.yaml"}},
+            "server.yaml names a federation of sites, which name: in_process cannot reach; use name: flower",
+        ),
         ({"seed": -1}, "seed: must be 0 or more, is -1"),
         (
             {"evaluation": {"baselines": ["zeroshot"]}},

@@ -129,7 +129,7 @@ def sweep(grid: str | Path, output: str | Path, *, jobs: int = 1, progress: bool
     every = cells(whole)
     require_sources(every, Path(grid))
     open_sweep(whole, folder)
-    outcomes = run_sweep(every, folder, jobs, told=SweepDisplay(every, folder, jobs).told if _shows(progress) else lambda outcome: None)
+    outcomes = run_sweep(every, folder, jobs, ended=SweepDisplay(every, folder, jobs).ended if _shows(progress) else lambda outcome: None)
     if all(outcome.score is not None for outcome in outcomes):
         write_sweep_report(folder)
     return outcomes

@@ -76,7 +76,11 @@ def quick(tmp_path: Path) -> Path:
 def test_train_evaluate_and_report(quick: Path) -> None:
     trained = run(quick, "train", "quick.yaml", "--output", "out")
     assert trained.returncode == 0, trained.stderr
-    assert re.search(r"^plan  3,953,904 parameters, 73,728 trained: 295 kB to send; memory .* per token of a pass$", trained.stdout, re.M)
+    assert re.search(
+        r"^plan  3,953,904 parameters, 73,728 trained; each client sends 295 kB per round; memory .* per token in a pass$",
+        trained.stdout,
+        re.M,
+    )
     for part in ("federated round 1/2", "loss", "sent", "left", "zero-shot", "ceiling", "out/report.html"):
         assert part in trained.stdout
     assert "\x1b" not in trained.stdout
@@ -250,7 +254,7 @@ def test_a_full_disk_is_one_message_and_the_run_goes_on_once_there_is_room(quick
     with limited_files(200_000):
         full = run(quick, *arguments)
     assert full.returncode == 1
-    remedy = "make room, then give the same command again, fedmllm train with --resume"
+    remedy = "free disk space, then run the same command again (fedmllm train with --resume)"
     assert full.stderr.splitlines()[-1] == f"error: out/checkpoints/federated.safetensors: File too large; {remedy}"
     assert "Traceback" not in full.stderr
     assert run(quick, *arguments, "--resume").returncode == 0
@@ -371,7 +375,7 @@ def test_interrupted_from_the_keyboard_it_says_how_to_go_on(quick: Path) -> None
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert errors == "interrupted; go on with the same command and --resume\n"
+    assert errors == "interrupted; continue with the same command and --resume\n"
     done = run(quick, "train", "quick.yaml", "--resume")
     assert done.returncode == 2
     assert "federation.num_rounds: 500 and 2" in done.stderr

@@ -75,7 +75,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path, keep: int) -> None:
 def test_a_checkpoint_without_word_of_whose_updates_were_accepted_is_refused(tmp_path: Path) -> None:
     """Clients would go on from nothing, or from what the server refused."""
     write_atomically(tmp_path / "checkpoints" / "s.safetensors", pack({"weights": STATE.weights}, {"round_num": 4}))
-    with pytest.raises(RunError, match=r"s\.safetensors: an older version wrote it, .*; delete it to train this stage anew"):
+    with pytest.raises(RunError, match=r"s\.safetensors: written by an older version .*; delete it to train this stage from the start"):
         RunStore(tmp_path).load_state("s")
 
 
@@ -156,5 +156,5 @@ def test_a_damaged_client_state_is_named(tmp_path: Path) -> None:
     states.save("a", 0, kept(1.0), [])
     (path,) = (tmp_path / "checkpoints" / "federated-clients" / "a").iterdir()
     path.write_bytes(path.read_bytes()[:20])
-    with pytest.raises(RunError, match=r"a/0\.safetensors: damaged checkpoint .*start the run anew"):
+    with pytest.raises(RunError, match=r"a/0\.safetensors: damaged checkpoint .*start the run again"):
         states.load("a", [0])

@@ -40,7 +40,7 @@ def test_no_number_stands_for_what_a_method_needs(algorithm: Algorithm, update: 
     taken = intake(algorithm)
     taken.take(update)
     taken.take(replace(UPDATE, client="b"))
-    assert taken.record()["refused"] == [{"client": "a", "reason": f"it does not tell its {fact}, which the method needs"}]
+    assert taken.record()["refused"] == [{"client": "a", "reason": f"the update does not report {fact}, which the method needs"}]
     assert set(taken.accepted) == {"b"}
 
 
@@ -72,18 +72,18 @@ def test_an_update_is_not_measured_by_samples_that_are_not_known() -> None:
     taken.take(replace(far, client="b", num_samples=1), sent)
     taken.take(replace(far, client="c", num_samples=None), sent)
     assert set(taken.accepted) == {"a", "c"}
-    assert "the norm of the update is 5, training could give 1" in taken.record()["refused"][0]["reason"]
+    assert "the norm of the update is 5, the limit is 1" in taken.record()["refused"][0]["reason"]
 
 
 def test_who_withheld_its_samples_at_first_cannot_claim_any_later() -> None:
-    told = {"a": Holding(None), "b": Holding(12, {"image": 12})}
-    stage = Stage("federated", {"a": (), "b": (), "later": ()}, 1, 1, told=told)
+    reported = {"a": Holding(None), "b": Holding(12, {"image": 12})}
+    stage = Stage("federated", {"a": (), "b": (), "later": ()}, 1, 1, reported=reported)
     assert (stage.claim("a"), stage.claim("b"), stage.claim("later"), stage.num_samples) == (0, 12, None, 12)
     taken = intake(method("fedavg"), claim=stage.claim)
     for client, count in (("a", 5), ("b", None), ("later", 5)):
         taken.take(replace(UPDATE, client=client, num_samples=count))
     assert set(taken.accepted) == {"b", "later"}
-    assert taken.record()["refused"][0]["reason"] == "it says that it trained on 5 samples, it has told of 0"
+    assert taken.record()["refused"][0]["reason"] == "the update claims 5 training samples, the client reported 0 before the first round"
 
 
 def test_a_client_that_took_no_step_does_not_count_in_fednova_as_one() -> None:

@@ -109,9 +109,9 @@ def test_a_bad_update_is_refused_named_and_left_out_of_the_mean(tmp_path: Path, 
 
 def test_a_round_without_usable_updates_stops_and_leaves_no_trace(tmp_path: Path) -> None:
     bad = {f"c{i}": ClientUpdate(f"c{i}", {"w": torch.full((2,), float("nan"))}, 1) for i in range(2)}
-    with pytest.raises(FederationError, match="round 1: no update can be used") as caught:
+    with pytest.raises(FederationError, match="round 1: no usable update") as caught:
         run_stage(loop(tmp_path, Numbers(bad)), stage(2, 2), ServerState(START))
-    assert "c0: the update holds NaN" in str(caught.value)
+    assert "c0: the update contains NaN" in str(caught.value)
     assert RunStore(tmp_path).records("federated") == []
 
 

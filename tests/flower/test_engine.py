@@ -116,12 +116,12 @@ def raised(reply: Message) -> Message:
 @pytest.mark.parametrize(
     ("fault", "reason"),
     [
-        (not_a_number, "the update holds NaN or infinity"),
-        (absurd, "training could give"),
-        (boastful, "it says that it trained on 1,000,000,000 samples, it has told of 10"),
-        (stale, "it answers round 8, this is round"),
+        (not_a_number, "the update contains NaN or infinity"),
+        (absurd, "the limit is"),
+        (boastful, "the update claims 1,000,000,000 training samples, the client reported 10"),
+        (stale, "the update answers round 8, expected round"),
         (garbage, "the answer cannot be read: no safetensors of ours"),
-        (huge, "it has 5,242,880 bytes, "),
+        (huge, "the answer has 5,242,880 bytes, "),
         (an_error, "Flower: Node Unavailable"),
         (raised, "RuntimeError: CUDA out of memory"),
     ],
@@ -214,12 +214,12 @@ def test_no_more_messages_are_on_their_way_than_asked_for() -> None:
 
 
 def test_a_federation_without_answers_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(FederationError, match=r"round 1: no update can be used:\n  - client-00: no answer within the deadline"):
+    with pytest.raises(FederationError, match=r"round 1: no usable update:\n  - client-00: no answer within the deadline"):
         trained(tmp_path / "run", monkeypatch, lambda reply: None, deadline=0.1)
 
 
 def test_without_ray_the_engine_is_refused_before_anything_is_written(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"flower needs not_there; pip install 'fedmllm\[flower\]'"):
+    with pytest.raises(ConfigError, match=r"flower needs not_there; run pip install 'fedmllm\[flower\]'"):
         require_flower("not_there")
 
 

@@ -68,7 +68,7 @@ def test_a_client_that_was_there_is_sent_one_step_and_a_new_one_all(tmp_path: Pa
     server.answered("a", broadcast(2))
     assert list(server.missing("a", broadcast(3)).steps) == [3]
     assert list(server.missing("new", broadcast(3)).steps) == [1, 2, 3]
-    assert server.missing("a", Broadcast(3, WEIGHTS)) == Missing(sitting=server.sitting)
+    assert server.missing("a", Broadcast(3, WEIGHTS)) == Missing(session=server.session)
 
 
 @pytest.mark.parametrize("how", ["many steps", "lost history"])
@@ -102,7 +102,7 @@ def test_a_client_that_has_lost_it_says_so_and_is_sent_it_again(tmp_path: Path) 
         path.unlink()
     now = broadcast(3)
     server.note(now)
-    with pytest.raises(RunError, match="by round 2 is not here any more; the server sends it with the next task"):
+    with pytest.raises(RunError, match="up to round 2 is no longer stored here; the server sends it with the next task"):
         kept.brought_up(server.missing("a", now), 3, {})
     server.answered("a", now, failed=True)
     assert same(kept.brought_up(server.missing("a", now), 3, {}), now.base)
@@ -111,11 +111,11 @@ def test_a_client_that_has_lost_it_says_so_and_is_sent_it_again(tmp_path: Path) 
 def test_what_was_kept_in_an_earlier_sitting_is_not_gone_on_from(tmp_path: Path) -> None:
     """The server was killed after a round of which it keeps nothing; trained again, the round comes to something else."""
     kept = KeptBase(tmp_path / "a")
-    kept.brought_up(Missing(0, {1: step_of(77)}, sitting="1" * 8), 1, {})
+    kept.brought_up(Missing(0, {1: step_of(77)}, session="1" * 8), 1, {})
     again = BaseHistory(tmp_path / "server")
     again.note(broadcast(1))
     assert same(kept.brought_up(again.missing("a", broadcast(1)), 1, {}), broadcast(1).base)
-    assert [path.name.split("-")[1] for path in (tmp_path / "a").iterdir()] == [again.sitting]
+    assert [path.name.split("-")[1] for path in (tmp_path / "a").iterdir()] == [again.session]
 
 
 def test_two_rounds_are_kept_for_workers_that_share_a_folder(tmp_path: Path) -> None:

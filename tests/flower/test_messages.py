@@ -17,7 +17,7 @@ from fedmllm.algorithms import AlgorithmConfig, build_algorithm
 from fedmllm.engine.checkpoint import ClientStates
 from fedmllm.engine.compression import CompressionConfig, compression
 from fedmllm.engine.in_process import Assignment
-from fedmllm.flower.facts import Presence, Scores, read_word, write_word
+from fedmllm.flower.facts import Presence, Scores, read_message, write_message
 from fedmllm.flower.frozen import KeptBase, Missing
 from fedmllm.flower.messages import Expected, expected, read_answer, read_task, write_answer, write_task
 from fedmllm.packing import pack, unpack
@@ -90,7 +90,7 @@ def test_what_never_changes_is_not_sent_and_a_lower_rank_is_sent_its_own() -> No
 
 def test_a_server_with_another_model_is_told_so() -> None:
     task = read_task(write_task(assignment(), "s", "c1", {}, Missing()))
-    with pytest.raises(ValueError, match=r"1 tensors that this client's model does not have, e\.g\. embed\.weight"):
+    with pytest.raises(ValueError, match=r"1 tensors that the client's model does not have, e\.g\. embed\.weight"):
         task.broadcast(Broadcast(0, {A: WEIGHTS[A], B: WEIGHTS[B]}), KEPT)
 
 
@@ -109,14 +109,17 @@ def test_a_failure_arrives_with_its_reason() -> None:
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (write_word(ClientFailure("c1", "no data")), "no data"),
-        (write_word(Scores(client="c2", round_num=1, metric="auc", metrics={"score": 0.5})), "it says that it is 'c2'"),
-        (pack({}, {"client": "c1", "round_num": 1, "metric": "auc", "metrics": {"score": "0.5"}}), "its word cannot be read"),
-        (b"\x80garbage", "its word cannot be read: no safetensors of ours"),
+        (write_message(ClientFailure("c1", "no data")), "no data"),
+        (
+            write_message(Scores(client="c2", round_num=1, metric="auc", metrics={"score": 0.5})),
+            "the message came from 'c2', expected 'c1'",
+        ),
+        (pack({}, {"client": "c1", "round_num": 1, "metric": "auc", "metrics": {"score": "0.5"}}), "the message cannot be read"),
+        (b"\x80garbage", "the message cannot be read: no safetensors of ours"),
     ],
 )
 def test_a_word_that_is_none_is_a_failure(content: bytes, reason: str) -> None:
-    told = read_word(content, "c1", Scores)
+    told = read_message(content, "c1", Scores)
     assert isinstance(told, ClientFailure)
     assert told.client == "c1"
     assert told.reason.startswith(reason)
@@ -127,7 +130,7 @@ def test_a_word_arrives_as_it_was_said() -> None:
         Scores(client="c1", round_num=3, metric="auc", metrics={"score": 0.25, "failures": 0.0}),
         Presence(client="c1", num_samples=4, profile={"image": 4}, rank=2, trial=True),
     ):
-        assert read_word(write_word(word), "c1", type(word)) == word
+        assert read_message(write_message(word), "c1", type(word)) == word
 
 
 def facts(**changes: Any) -> dict[str, Any]:
@@ -143,13 +146,13 @@ def facts(**changes: Any) -> dict[str, Any]:
         (save({"update/a": torch.zeros(2)}), "no safetensors of ours"),
         (save({}, {"fedmllm": "[1]"}), "the facts are a list, no mapping"),
         (save({}, {"fedmllm": "[" * 100_000}), "no safetensors of ours"),
-        (pack({"update": WEIGHTS}, facts(client="c2")), "it is 'c2''s"),
-        (pack({"update": WEIGHTS}, facts(num_samples="7")), "1 of its facts are wrong, e.g. ('num_samples',)"),
-        (pack({"update": WEIGHTS}, facts(num_samples=2**50)), "1 of its facts are wrong, e.g. ('num_samples',)"),
-        (pack({"update": WEIGHTS}, facts(further=1)), "1 of its facts are wrong, e.g. ('further',)"),
-        (pack({"update": WEIGHTS, "control": {A: torch.ones(1)}}, facts()), "besides the update it holds ['control']"),
+        (pack({"update": WEIGHTS}, facts(client="c2")), "the answer came from 'c2', expected 'c1'"),
+        (pack({"update": WEIGHTS}, facts(num_samples="7")), "1 invalid value(s), e.g. ('num_samples',)"),
+        (pack({"update": WEIGHTS}, facts(num_samples=2**50)), "1 invalid value(s), e.g. ('num_samples',)"),
+        (pack({"update": WEIGHTS}, facts(further=1)), "1 invalid value(s), e.g. ('further',)"),
+        (pack({"update": WEIGHTS, "control": {A: torch.ones(1)}}, facts()), "the answer has unexpected tensors ['control']"),
         (pack({"update": {name: t.double() for name, t in WEIGHTS.items()}}, facts()), "is [torch.float64], expected [torch.float32]"),
-        (write_answer(UPDATE, 2).replace(b'\\"loss\\": 0.5', b'\\"loss\\": NaN'), "1 of its facts are wrong, e.g. ('metrics', 'loss')"),
+        (write_answer(UPDATE, 2).replace(b'\\"loss\\": 0.5', b'\\"loss\\": NaN'), "1 invalid value(s), e.g. ('metrics', 'loss')"),
     ],
 )
 def test_what_is_no_answer_of_this_client_is_named(content: bytes, why: str) -> None:

@@ -153,7 +153,7 @@ def test_an_answer_whose_site_died_while_it_sent_is_given_up() -> None:
     grid = Grid(link := Link())
     name = sent(grid)
     link.lost = set(link.pieces(name)[:1])
-    with pytest.raises(ValueError, match="a part of its answer is lost"):
+    with pytest.raises(ValueError, match="a piece of the answer is lost"):
         grid.pull_messages([name], MANY)
 
 
@@ -174,7 +174,7 @@ def test_an_answer_that_is_too_large_is_not_fetched_to_its_end() -> None:
     grid = Grid(link := Link())
     name = sent(grid, os.urandom(50 << 20))
     pieces = link.pieces(name)
-    with pytest.raises(ValueError, match="its answer has more bytes than 11,"):
+    with pytest.raises(ValueError, match="the answer has more than 11,"):
         grid.pull_messages([name], 10 << 20)
     assert len(link.asked) <= 3 < len(pieces)
 
@@ -197,11 +197,11 @@ def test_a_run_that_the_superlink_has_forgotten_is_begun_anew_once_and_what_was_
     grid = Grid(link := Link())
     name = sent(grid)
     link.trouble = status(401)
-    with pytest.raises(TurnedDownError, match=r"turns this down: status 401$"):
+    with pytest.raises(TurnedDownError, match=r"refused the call: status 401$"):
         grid.pull_messages([name], MANY)
     link.trouble = None
     for _ in range(3):
-        with pytest.raises(ValueError, match="does not know the run any more"):
+        with pytest.raises(ValueError, match="the task's run no longer exists on the SuperLink"):
             grid.pull_messages([name], MANY)
     assert grid.begun == 2
     assert len(list(grid.pull_messages([sent(grid)], MANY))) == 1
@@ -261,4 +261,4 @@ def test_a_message_that_is_too_large_for_what_stands_before_the_superlink_is_a_f
             return []
 
     found = asked(link := Small(), Grid(link), 1, 5)
-    assert found["c0"] == ClientFailure("c0", "Flower did not take the message", reached=False)
+    assert found["c0"] == ClientFailure("c0", "Flower did not accept the message", reached=False)

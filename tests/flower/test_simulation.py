@@ -71,7 +71,7 @@ def test_a_temporary_folder_whose_name_is_too_long_for_sockets_is_not_used_and_i
     folder.mkdir()
     run = ran(TMPDIR=str(folder))
     assert [line for line in run.stdout.splitlines() if not line.startswith("\x1b")] == ["b'hello'", "ended"], run.stderr
-    assert f"the name of a temporary folder for Ray may have 39 bytes, {folder} has 120; /tmp/ray-" in run.stderr
+    assert f"the name of Ray's temporary folder may have at most 39 bytes, {folder} has 120; /tmp/ray-" in run.stderr
     assert not (folder / "ray").exists()
     (used,) = (line.split("; ")[1].split(" is used")[0] for line in run.stderr.splitlines() if "bytes" in line)
     assert not Path(used).exists()
@@ -106,5 +106,5 @@ def test_a_client_that_does_not_end_is_ended_with_the_simulation() -> None:
     start = time.monotonic()
     run = ran(600, 1.0, "simulation._END = 1.0")
     assert "ClientFailure(client='a', reason='no answer within the deadline of 1 s', reached=True)\n" in run.stdout
-    assert "clients still train after 1 s; their workers are ended" in run.stderr
+    assert "Clients are still training after 1 s; killing their workers" in run.stderr
     assert time.monotonic() - start < 150

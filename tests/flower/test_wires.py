@@ -159,7 +159,7 @@ def test_a_question_to_the_superlink_that_was_not_read_is_asked_again(server: Se
 def test_an_answer_that_was_given_to_a_broken_connection_is_a_failure_that_says_so(fault: Fault, server: Server) -> None:
     server.proxy.fail("pull-messages", fault)
     start = time.monotonic()
-    assert run(server) == ClientFailure("a", "its answer was lost: the connection to the SuperLink broke as it was handed over")
+    assert run(server) == ClientFailure("a", "the answer was lost because the connection to the SuperLink broke during delivery")
     assert time.monotonic() - start < 15
 
 

@@ -35,7 +35,7 @@ def shown(terminal: bool, records: list[Record]) -> str:
 
 
 @pytest.mark.parametrize(
-    ("silence", "lines"), [(-1.0, ["looks at samples: 1,000 of 2,000", "looks at samples: 2,000 of 2,000"]), (600.0, [])]
+    ("silence", "lines"), [(-1.0, ["encoding samples: 1,000 of 2,000", "encoding samples: 2,000 of 2,000"]), (600.0, [])]
 )
 def test_how_many_samples_were_looked_at_is_said_where_it_takes_long(
     silence: float, lines: list[str], monkeypatch: pytest.MonkeyPatch
@@ -78,7 +78,7 @@ def test_strategies_that_do_otherwise_than_described_are_named_at_the_start() ->
             {"feature_alignment": Remark("nothing to align", True), "adaptive_regularization": Remark("holds all", False)}
         )
     assert out.getvalue().splitlines() == [
-        "feature_alignment changes nothing in this run: nothing to align",
+        "feature_alignment has no effect in this run: nothing to align",
         "adaptive_regularization: holds all",
     ]
 
@@ -108,9 +108,9 @@ def table_text(clients: dict[str, dict[str, float]]) -> str:
 def test_the_clients_own_scores_stand_below_the_others() -> None:
     # 0, 0.25, 0.5, 0.75: mean 0.375, standard deviation sqrt(0.3125 / 3) = 0.3227, half of it over four clients.
     text = table_text({"federated": {f"client-0{i}": i / 4 for i in range(4)}, "local": {"client-00": 0.125}})
-    assert "federated, clients' own kind, accuracy │ 0.375 │ 0.161" in text
+    assert "federated, accuracy on clients' own kind of samples │ 0.375 │ 0.161" in text
     assert "federated, worst decile of clients │ 0.000 │" in text
-    assert "local, clients' own kind, accuracy │ 0.125 │ │" in text
+    assert "local, accuracy on clients' own kind of samples │ 0.125 │ │" in text
     assert "fine-tuned" not in text
 
 
@@ -126,8 +126,8 @@ def test_a_run_that_waits_says_for_whom() -> None:
         display.observer.answered({"stage": "federated", "round": 1, "clients": [f"site-{i}" for i in range(6)]})
         display.observer.round_done(record("federated", 1, 4))
         display.observer.waiting({"stage": "federated", "round": 2, "attempt": 2, "clients": ["site-5"]})
-    assert "waits for site-0, 5 more after it" in out.getvalue()
-    assert "federated round 2 waits for site-5, asked for the second time" in out.getvalue()
+    assert "waiting for site-0 (5 more after it)" in out.getvalue()
+    assert "federated round 2: retrying site-5, attempt 2" in out.getvalue()
 
 
 def test_where_there_is_no_terminal_a_long_silence_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,7 +143,7 @@ def test_where_there_is_no_terminal_a_long_silence_is_explained(monkeypatch: pyt
         time.sleep(0.4)
         shown.observer.answered({"stage": "federated", "round": 4, "clients": ["c"]})
     time.sleep(0.3)
-    assert out.getvalue() == "federated round 4 waits for b, 1 more after it\n"
+    assert out.getvalue() == "federated round 4: waiting for b (1 more after it)\n"
 
 
 def test_a_long_silence_before_the_first_round_is_explained_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,7 +153,7 @@ def test_a_long_silence_before_the_first_round_is_explained_too(monkeypatch: pyt
         shown.observer.answered({"stage": "start", "clients": ["b"]})
         time.sleep(0.3)
         shown.observer.answered({"stage": "start", "clients": []})
-    assert out.getvalue() == "waits for b\n"
+    assert out.getvalue() == "waiting for b\n"
 
 
 def test_a_run_says_for_which_sites_it_waits_before_it_begins_and_whom_it_begins_without() -> None:
@@ -161,7 +161,7 @@ def test_a_run_says_for_which_sites_it_waits_before_it_begins_and_whom_it_begins
     tell = Display(3, Console(file=out, width=100)).observer.waiting
     tell({"stage": "start", "clients": ["notes", "both"], "given_up": False})
     tell({"stage": "start", "clients": ["both"], "given_up": True})
-    assert out.getvalue() == "waits for notes, both\nbegins without both\n"
+    assert out.getvalue() == "waiting for notes, both\nstarting without both\n"
 
 
 def test_passes_that_did_not_fit_are_told() -> None:

@@ -74,7 +74,7 @@ def test_rounds_are_the_inputs(html: str) -> None:
 
 def test_summary_tells_settings_and_costs(html: str) -> None:
     text = Page(html).text
-    assert "model nano was fine-tuned with fedavg (strategy: agnostic_prompt) on digits-vqa under the scenario missing-0.4" in text
+    assert "fine-tuned the model nano with fedavg (strategy: agnostic_prompt) on digits-vqa under the scenario missing-0.4" in text
     assert "6 rounds with 2 of 4 clients each, 65,536 trainable parameters, seed 7" in text
     assert "sent 6.00 MB and received 12.0 MB" in text
     assert "took 1 min 15 s" in text
@@ -94,7 +94,7 @@ def test_what_strategies_did_otherwise_than_described_is_told(folder: Folder) ->
         "idle": ["feature_alignment"],
     }
     text = Page(folder.report()).text
-    assert "feature_alignment changed nothing in this run: nothing to <align>. adaptive_regularization: holds all." in text
+    assert "feature_alignment had no effect in this run: nothing to <align>. adaptive_regularization: holds all." in text
 
 
 def test_self_contained(html: str) -> None:
@@ -161,7 +161,7 @@ def test_unfinished_run_shows_what_there_is(folder: Folder) -> None:
     assert rows["federated"] == ["0.520", "0.019", "0.346", "0.789", "3 of 400", "after round 2"]
     assert rows["centralized"][0] == rows["local mean"][0] == rows["ceiling"][0] == "not yet"
     assert "majority answer" not in rows
-    assert "not asked for" not in text
+    assert "not requested" not in text
 
 
 def test_finished_run_is_not_called_unfinished(html: str) -> None:
@@ -194,8 +194,8 @@ def test_null_scores_were_not_asked_for(folder: Folder) -> None:
     folder.lines = [line for line in folder.lines if line["stage"] == "federated"]
     html = folder.report()
     rows = table_rows(html)
-    assert [rows[name][0] for name in ("zero-shot", "local mean", "centralized")] == ["not asked for"] * 3
-    assert rows["ceiling"][0] == rows["majority answer"][0] == "not known"
+    assert [rows[name][0] for name in ("zero-shot", "local mean", "centralized")] == ["not requested"] * 3
+    assert rows["ceiling"][0] == rows["majority answer"][0] == "unknown"
     assert rows["federated"][:2] == ["0.568", "0.034"]
     assert "population optimum" not in html
 
@@ -206,7 +206,7 @@ def test_a_model_that_does_not_beat_what_looks_at_nothing_is_told_so(folder: Fol
     folder.result["question_only"] = 0.95
     html = folder.report()
     assert table_rows(html)["question only"][0] == "0.950"
-    assert "It does not beat the most frequent answer to each question: nothing shows" in Page(html).text
+    assert "It does not beat the most frequent answer to each question, so there is no evidence" in Page(html).text
     folder.result["majority"] = folder.result["scores"]["federated"]
     assert "It does not beat the majority answer or the most frequent answer to each question" in Page(folder.report()).text
 
@@ -242,22 +242,22 @@ def test_costs_are_the_inputs(html: str, folder: Folder) -> None:
     rows = table_rows(html)
     assert rows["sent by the clients (up)"] == ["1.00 MB", "1.00 MB", "6.00 MB"]
     assert rows["received by the clients (down)"] == ["2.00 MB", "2.00 MB", "12.0 MB"]
-    assert rows["the server&#39;s time to take in and aggregate"] == ["0.25 s", "0.25 s", "1.5 s"]
+    assert rows["server time to receive and aggregate"] == ["0.25 s", "0.25 s", "1.5 s"]
     # Lines of an older run do not tell what was held.
-    assert "held by the aggregation" not in rows
+    assert "memory of the aggregation" not in rows
     for line in folder.lines[1:7]:
         line |= {"bytes_held": 1000 * line["round"], "bytes_up": 100 * line["round"]}
     rows = table_rows(folder.report())
     # The mean of 1 ... 6 is 3.5.
-    assert rows["held by the aggregation"] == ["3.50 kB", "6.00 kB", ""]
+    assert rows["memory of the aggregation"] == ["3.50 kB", "6.00 kB", ""]
     assert rows["sent by the clients (up)"] == ["350 B", "600 B", "2.10 kB"]
 
 
 def test_rounds_whose_passes_did_not_fit_are_named(html: str, folder: Folder) -> None:
-    assert "did not fit the memory" not in html
+    assert "ran out of memory" not in html
     for line in folder.lines[2:4]:
         line["halvings"] = {"client-00": 1}
-    assert "passes did not fit the memory and were repeated in halves: 2, 3." in Page(folder.report()).text
+    assert "passes ran out of memory and were repeated in halves: 2, 3." in Page(folder.report()).text
 
 
 def test_scores_by_client(html: str, folder: Folder) -> None:
@@ -270,7 +270,7 @@ def test_scores_by_client(html: str, folder: Folder) -> None:
     assert rows["fine-tuned"] == rows["federated"]
     assert Page(page).tags.count("svg") == 6
     assert "mean 0.375, worst decile 0.000" in Page(page).text
-    assert "Federated: the one model of all." in Page(page).text
+    assert "Federated: the global model." in Page(page).text
     assert "could not be asked" not in page
 
 
@@ -278,7 +278,7 @@ def test_clients_without_samples_of_their_kind_are_counted(folder: Folder) -> No
     assert with_models_per_client(folder).result is not None
     folder.result["clients"] = {"federated": {"client-02": 0.5}}
     page = folder.report()
-    assert "3 clients could not be asked: the test split holds none of their labels." in Page(page).text
+    assert "3 clients could not be scored, because the test split has no samples with their labels." in Page(page).text
     assert table_rows(page[page.index("Each client on its own kind") :])["federated"][:4] == ["1", "0.500", "0.500", NONE]
 
 
@@ -318,7 +318,7 @@ def test_a_personalized_method_is_scored_by_the_clients_own_models(html: str, fo
     text = Page(page).text
     assert table_rows(page[: page.index("Each client on its own kind")])["federated"][-1] == "the mean of the clients&#39; own models"
     assert "own models reached a mean score (accuracy) of 0.568 ± 0.034" in text
-    assert "Federated: the one model of all." not in text
+    assert "Federated: the global model." not in text
     assert "own model" not in Page(html).text
 
 
@@ -360,7 +360,7 @@ def test_sizes(tmp_path: Path, num_clients: int, num_rounds: int, num_labels: in
     html = Folder(tmp_path / "run", num_clients, num_rounds, labels).report()
     text = Page(html).text
     assert ("other (29 labels)" in text) == (num_labels == 40)
-    assert ("200 clients, the largest on top" in text) == (num_clients == 200)
+    assert ("200 clients, largest first" in text) == (num_clients == 200)
     assert len(html) < 1_000_000
 
 
@@ -381,7 +381,10 @@ BREAKS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no config": (lambda f: (f / "config.yaml").unlink(), r"config\.yaml: cannot be read \(No such file"),
     "binary config": (lambda f: (f / "config.yaml").write_bytes(b"\xff\xfe"), r"config\.yaml: cannot be read \(not UTF-8 text"),
     "no manifest": (lambda f: (f / "manifest.json").unlink(), r"manifest\.json: cannot be read"),
-    "manifest is no object": (lambda f: (f / "manifest.json").write_text("[]"), r"manifest\.json: not what this version"),
+    "manifest is no object": (
+        lambda f: (f / "manifest.json").write_text("[]"),
+        r"manifest\.json: does not match the format of this version",
+    ),
     "manifest lacks all": (lambda f: (f / "manifest.json").write_text("{}"), r"(?s)manifest\.json.*clients: Field required"),
     "no metrics": (lambda f: (f / "metrics.jsonl").unlink(), r"metrics\.jsonl: cannot be read"),
     "metrics line is no JSON": (lambda f: (f / "metrics.jsonl").write_text("{}}\n"), r"(?s)metrics\.jsonl, line 1: .*Invalid JSON"),
@@ -409,7 +412,7 @@ def test_broken_file_is_named_and_the_old_report_stays(folder: Folder, name: str
 
 
 def test_folder_that_is_none(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="name a folder that fedmllm train wrote"):
+    with pytest.raises(RunError, match="name a complete folder that fedmllm train wrote"):
         write_report(tmp_path / "nowhere")
 
 
@@ -462,9 +465,9 @@ def test_short_keeps_both_ends() -> None:
 def test_clients_that_tell_neither_labels_nor_modalities_are_drawn_without_a_legend() -> None:
     """Sites withhold them; a legend of nothing is a warning of Matplotlib's, which is an error here."""
     told_nothing = [Client(id=name, num_samples=None, labels={}, modalities={}) for name in ("a", "b")]
-    assert str(client_samples(told_nothing)).count("not known here") == 2
+    assert str(client_samples(told_nothing)).count("unknown") == 2
 
 
 def test_a_majority_that_the_server_cannot_know_says_why() -> None:
-    assert _majority_row("accuracy", None).note == "the sites keep their training answers to themselves"
+    assert _majority_row("accuracy", None).note == "unknown, because sites do not report their training answers"
     assert _majority_row("auc", 0.5).name == "chance"

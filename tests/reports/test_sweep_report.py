@@ -151,7 +151,7 @@ def test_a_table_of_one_seed_says_that_it_has_no_interval(sweep: Path) -> None:
     for path in (sweep / "cells").glob("*-1.json"):
         path.unlink()
     table = overview_table(read_sweep(sweep))
-    assert "There is one seed, hence no interval" in table.caption
+    assert "With a single seed there are no intervals" in table.caption
     assert [[entry.text for entry in row[3:5]] for row in table.rows] == [["", ""], ["+10.0", NOTHING], ["+20.0", NOTHING]]
     assert not any(entry.sure for row in table.rows for entry in row)
 
@@ -183,7 +183,7 @@ def test_a_gain_in_balanced_accuracy_may_be_a_loss_of_accuracy(sweep: Path) -> N
     assert [float(ours[0][name]) for name in ("accuracy", "balanced_accuracy", "macro_f1")] == pytest.approx(
         [0.74, 0.65, macro(64, 16, 10, 10)]
     )
-    assert "by the chosen options" in Page(write_sweep_report(sweep).read_text()).text
+    assert "scores of the chosen options" in Page(write_sweep_report(sweep).read_text()).text
 
 
 def macro(right_cats: int, missed_cats: int, right_dogs: int, missed_dogs: int) -> float:
@@ -216,7 +216,7 @@ def test_a_strategy_is_compared_with_the_same_without_it(sweep: Path) -> None:
     # One of two seeds is there in aligned settings, of which nothing is known about chance.
     assert row[4] == "+10.0"
     assert row[5].startswith("+10.0 (")
-    assert "A difference of one seed has no interval." in table.caption
+    assert "A difference from a single seed has no interval." in table.caption
     html = write_sweep_report(sweep).read_text()
     assert "adaptive_regularization on FedAvg" in Page(html).text
     assert Page(html).tags.count("svg") == 4
@@ -372,7 +372,7 @@ def test_what_nothing_beats_in_both() -> None:
 
 def test_what_is_chosen_is_chosen_by_the_validation_part(sweep: Path) -> None:
     """The order of the test scores is another one. A single cell without a validation score is refused: what is left would be the test split."""
-    with pytest.raises(RunError, match=r"10 cell\(s\) have no score on a validation part, and nothing is chosen on test data"):
+    with pytest.raises(RunError, match=r"10 cell\(s\) have no validation score, and methods are never chosen by test scores"):
         ranked(read_sweep(sweep))
     for method, value in (("FedAvg", 0.9), ("FedProx_1 & co", 0.8), ("<b>ours</b>", 0.7)):
         changed(sweep, method, validation={"score": value})
@@ -381,5 +381,5 @@ def test_what_is_chosen_is_chosen_by_the_validation_part(sweep: Path) -> None:
     assert [choice.score for choice in found] == pytest.approx([0.9, 0.8, 0.7])
     assert [choice.error for choice in found] == pytest.approx([0, 0, 0])
     changed(sweep, "FedAvg", validation={})
-    with pytest.raises(RunError, match="have no score on a validation part"):
+    with pytest.raises(RunError, match="have no validation score"):
         ranked(read_sweep(sweep))

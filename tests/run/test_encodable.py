@@ -56,7 +56,7 @@ def test_a_text_too_long_for_the_model_is_a_bad_row(split: str, tmp_path: Path) 
     """Named with the model's own limit and refused before the folder is made; or left out, counted and told, also when an adapter is scored."""
     write(tmp_path, long=split)
     with pytest.raises(
-        DataError, match=r"1 sample\(s\) that the model does not take; .*\n.*-(11|3): prompt and answer take .* the limit is 512, the"
+        DataError, match=r"the model cannot encode 1 sample\(s\); .*\n.*-(11|3): prompt and answer take .* the limit is 512, the"
     ) as told:
         train(experiment(tmp_path), tmp_path / "run")
     assert "the model's own: shorten the text" in str(told.value)
@@ -64,7 +64,7 @@ def test_a_text_too_long_for_the_model_is_a_bad_row(split: str, tmp_path: Path) 
     train(experiment(tmp_path, data={"on_bad_sample": "skip"}), tmp_path / "run")
     found = read_run(tmp_path / "run").manifest
     assert (found.clients[0].num_samples, found.test.num_samples) == (10, 2)
-    assert "1 sample(s) skipped that the model does not take" in found.notes
+    assert "1 sample(s) skipped that the model cannot encode" in found.notes
     assert score_adapter(tmp_path / "run")[1]["num_samples"] == 2
 
 
@@ -89,9 +89,9 @@ def test_every_picture_that_the_processor_does_not_take_is_listed(tmp_path: Path
         0,
     )
     encoder = Encoder(vlm, "agnostic")
-    with pytest.raises(DataError, match=r"(?s)2 sample\(s\) that the model does not take.*sample thin: .*sample flat: "):
+    with pytest.raises(DataError, match=r"(?s)the model cannot encode 2 sample\(s\).*sample thin: .*sample flat: "):
         encodable(data, encoder, "refuse")
-    with pytest.raises(DataError, match="b: the model takes none of the samples"):
+    with pytest.raises(DataError, match="b: the model cannot encode any of the samples"):
         encodable(data, encoder, "skip")
     assert usable(samples, encoder, "skip") == (samples[0],)
 

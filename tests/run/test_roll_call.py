@@ -17,7 +17,7 @@ from fedmllm.engine.failures import FailureConfig
 from fedmllm.engine.observer import Observer
 from fedmllm.errors import FederationError
 from fedmllm.flower.carrier import enclose, enclosed
-from fedmllm.flower.facts import Presence, write_word
+from fedmllm.flower.facts import Presence, write_message
 from fedmllm.flower.messages import read_task
 from fedmllm.run import roll_call
 from fedmllm.run.roll_call import RollCall
@@ -42,9 +42,9 @@ class Sites(LoopbackGrid):
         def query(message: Message, context: Context) -> Message:
             client = read_task(enclosed(message.content)).facts.client
             if client in wrong:
-                return Message(enclose(write_word(ClientFailure(client, "no data"))), reply_to=message)
+                return Message(enclose(write_message(ClientFailure(client, "no data"))), reply_to=message)
             told = Presence(client=client, num_samples=5, profile={}, rank=None, trial=False)
-            return Message(enclose(write_word(told)), reply_to=message)
+            return Message(enclose(write_message(told)), reply_to=message)
 
         super().__init__(app, tamper)
         self._since, self._begun = since, time.monotonic()
@@ -91,7 +91,7 @@ def test_a_run_begins_without_a_site_that_stays_away_if_a_round_is_complete_with
 def test_sites_that_are_connected_and_silent_are_waited_for_until_the_deadline_only() -> None:
     start = time.monotonic()
     present, _ = called(Sites(dict.fromkeys(NAMES, 0), tamper=lambda reply: None), deadline=0.4)
-    with pytest.raises(FederationError, match=r"0 sites are there, 3 are needed:\n  - a: no answer within the deadline of 0"):
+    with pytest.raises(FederationError, match=r"0 sites are ready, 3 are needed:\n  - a: no answer within the deadline of 0"):
         present()
     assert time.monotonic() - start < 5
 
@@ -99,20 +99,20 @@ def test_sites_that_are_connected_and_silent_are_waited_for_until_the_deadline_o
 @pytest.mark.parametrize("below", ["stop", "skip"])
 def test_too_few_sites_are_an_error_that_names_the_others(below: str) -> None:
     present, _ = called(Sites({"a": 0}), deadline=0.2, below=below)
-    with pytest.raises(FederationError, match=r"1 sites are there, 3 are needed:\n  - b: not connected\n  - c: not connected\nstart them"):
+    with pytest.raises(FederationError, match=r"1 sites are ready, 3 are needed:\n  - b: not connected\n  - c: not connected\nstart them"):
         present()
 
 
 def test_who_waits_waits_for_more_than_one_deadline_and_not_for_ever() -> None:
     late = {"a": 0, "b": 0, "c": 0.5}
     assert list(called(Sites(late), deadline=0.2, below="wait", attempts=20)[0]()) == list(NAMES)
-    with pytest.raises(FederationError, match="2 sites are there"):
+    with pytest.raises(FederationError, match="2 sites are ready"):
         called(Sites({"a": 0, "b": 0}), deadline=0.2, below="wait", attempts=2)[0]()
 
 
 def test_what_is_wrong_with_a_site_is_an_error_at_once() -> None:
     start = time.monotonic()
-    with pytest.raises(FederationError, match="site b cannot take part: no data"):
+    with pytest.raises(FederationError, match="site b cannot participate: no data"):
         called(Sites(dict.fromkeys(NAMES, 0), wrong=["b"]), needed=1, deadline=30)[0]()
     assert time.monotonic() - start < 10
 

@@ -114,10 +114,10 @@ def test_mlflow_in_a_folder(tiny: Experiment, tmp_path: Path, monkeypatch: pytes
 def test_unknown_and_missing_trackers_are_refused_before_anything_is_written(
     tiny: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ConfigError, match="'tensorbord' is no tracker; use tensorboard, wandb, mlflow or none"):
+    with pytest.raises(ConfigError, match="'tensorbord' is not a tracker; use tensorboard, wandb, mlflow or none"):
         train(tiny, tmp_path / "run", track=["tensorbord"])
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     for name in TRACKERS:
-        with pytest.raises(ConfigError, match=f"{name} is not installed; pip install {name}, or choose another or none"):
+        with pytest.raises(ConfigError, match=f"{name} is not installed; run pip install {name}, or choose another tracker or none"):
             require_trackers([name])
     assert not (tmp_path / "run").exists()

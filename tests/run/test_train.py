@@ -349,7 +349,7 @@ def test_a_run_goes_on_with_its_own_base_only(tiny: Experiment, other_base: Path
         train(experiment, tmp_path / "run", observer=Observer(round_done=stop))
     before = (tmp_path / "run" / "config.yaml").read_bytes()
     shutil.copy(other_base / "model.safetensors", base)
-    with pytest.raises(RunError, match="is another model than the run began with"):
+    with pytest.raises(RunError, match="is not the model that the run started with"):
         train(experiment, tmp_path / "run", resume=True)
     assert (tmp_path / "run" / "config.yaml").read_bytes() == before
     train(experiment, tmp_path / "run", resume=True, force=True)

@@ -19,7 +19,7 @@ from fedmllm.data.prompts import Wording
 from fedmllm.engine.checkpoint import ClientStates
 from fedmllm.engine.in_process import Assignment
 from fedmllm.errors import RunError
-from fedmllm.flower.facts import Presence, read_word
+from fedmllm.flower.facts import Presence, read_message
 from fedmllm.flower.frozen import Missing
 from fedmllm.flower.messages import expected, read_answer, write_question, write_task
 from fedmllm.flower.settings import SiteConfig
@@ -46,7 +46,7 @@ def worker(folder: Path, **values: Any) -> SiteWorker:
 
 
 def presence(site: SiteWorker, experiment: Experiment, name: str = "client-00") -> Presence | ClientFailure:
-    told = read_word(site.present(write_question(name, {"experiment": settings(experiment), "run": "r"})), name, Presence)
+    told = read_message(site.present(write_question(name, {"experiment": settings(experiment), "run": "r"})), name, Presence)
     site.close()
     return told
 
@@ -88,7 +88,7 @@ def test_a_run_begins_on_the_data_as_they_are_then(experiment: Experiment, tmp_p
     question, counts = write_question("client-00", {"experiment": settings(experiment), "run": "r"}), []
     for number in (8, 12):
         file.write_text(f"{json.dumps(row)}\n" * number)
-        counts.append(read_word(site.present(question), "client-00", Presence).num_samples)
+        counts.append(read_message(site.present(question), "client-00", Presence).num_samples)
     site.close()
     assert counts == [6, 9]
 
@@ -162,13 +162,13 @@ def test_steps_that_a_method_needs_follow_from_the_number_of_samples(experiment:
         (
             {"name": "fednova"},
             ["metrics", "num_samples"],
-            "(fednova) needs the number of this site's steps, which withholds both metrics and",
+            "(fednova) needs the number of training steps, but this site withholds metrics and",
         ),
-        ({"strategies": ["modality_coverage"]}, ["profile"], "(fedavg, modality_coverage) needs this site's samples by modality"),
+        ({"strategies": ["modality_coverage"]}, ["profile"], "(fedavg, modality_coverage) needs the number of samples by modality"),
         (
             {"strategies": [{"name": "adaptive_regularization", "parameters": {"adaptivity": 2.0}}]},
             ["profile"],
-            "(fedavg, adaptive_regularization) needs this site's samples by modality",
+            "(fedavg, adaptive_regularization) needs the number of samples by modality",
         ),
     ],
 )
@@ -221,7 +221,7 @@ def test_sites_word_their_samples_as_the_server_does(experiment: Experiment, tmp
 def test_a_run_cannot_name_a_folder_elsewhere(experiment: Experiment, tmp_path: Path) -> None:
     found = answer(worker(tmp_path, data=OWN), experiment, run="../../elsewhere")
     assert isinstance(found, ClientFailure)
-    assert "no plain name" in found.reason
+    assert "not a valid name" in found.reason
 
 
 @pytest.mark.parametrize(
@@ -230,10 +230,10 @@ def test_a_run_cannot_name_a_folder_elsewhere(experiment: Experiment, tmp_path: 
         (
             {"data": OWN, "rank": 4},
             False,
-            "ConfigError: rank: this site trains at rank 4, the task is of rank None; the server was not told so",
+            "ConfigError: rank: this site trains at rank 4, the task has rank None; the server did not know that",
         ),
-        ({"data": OWN}, True, "ConfigError: data: this site has data of its own, the server was not told so when the run began"),
-        ({}, False, "ConfigError: data: this site only tries out, the server was not told so when the run began"),
+        ({"data": OWN}, True, "ConfigError: data: this site has data of its own, the server did not know that when the run started"),
+        ({}, False, "ConfigError: data: this site has no data of its own, the server did not know that when the run started"),
     ],
 )
 def test_a_site_that_comes_later_does_not_train_what_it_has_not_told_of(
@@ -251,13 +251,13 @@ def test_an_errors_words_stay_at_the_site_unless_they_are_ours(experiment: Exper
 
     site = Broken(SiteConfig.model_validate({"name": "client-00", "server": "host:1", "folder": tmp_path}))
     told = presence(site, experiment)
-    assert told == ClientFailure("client-00", "OSError; more is in the site's log")
+    assert told == ClientFailure("client-00", "OSError; see the site's log")
 
 
 def test_another_client_is_not_trained_here(experiment: Experiment, tmp_path: Path) -> None:
     told = presence(worker(tmp_path, data=OWN), experiment, "client-01")
     assert isinstance(told, ClientFailure)
-    assert told.reason == "LookupError; more is in the site's log"
+    assert told.reason == "LookupError; see the site's log"
 
 
 def test_the_server_tells_workers_no_path_of_its_own(experiment: Experiment) -> None:

@@ -38,7 +38,7 @@ def test_what_ends_is_started_anew_after_a_delay_and_says_why(tmp_path: Path) ->
     words = "print('Exit Code: 7'); print('the key'); print('was refused.'); import sys; sys.exit(1)"
     kept = Kept("node", script(words), tmp_path / "log", 0.5)
     tended(kept, "ended", told)
-    assert told[-1] == f"node ended with code 1 (the key was refused.); see {tmp_path / 'log'}; started anew in 0.5 s"
+    assert told[-1] == f"node exited with code 1 (the key was refused.); see {tmp_path / 'log'}; restarting in 0.5 s"
     since = time.monotonic()
     while len(told) < 3:
         kept.tend(told.append)
@@ -79,7 +79,7 @@ def test_what_ends_with_another_is_started_anew_at_once_unless_it_had_to_be_forc
     worker.process.kill()
     worker.process.wait()
     tend([node, worker], told.append)
-    assert told[-1] == f"node is ended with worker; started anew in {1.5 if deaf else 0:g} s"
+    assert told[-1] == f"node was stopped because worker exited; restarting in {1.5 if deaf else 0:g} s"
     assert not Path(f"/proc/{first}").exists()
     tend([node, worker], told.append)
     assert (node.process is None) == deaf
@@ -112,7 +112,7 @@ def test_what_does_not_end_when_it_is_killed_is_left_and_it_is_told(tmp_path: Pa
 
     process.wait = never  # type: ignore[method-assign]
     assert not kept.stop(told.append)
-    assert told == ["stuck has not ended 0.2 s after it was killed; it is left"]
+    assert told == ["stuck is still running 0.2 s after it was killed; leaving it"]
     assert end(20) < 0
 
 
@@ -148,7 +148,7 @@ def test_the_last_line_says_why_where_flower_does_not(tmp_path: Path) -> None:
     told: list[str] = []
     kept = Kept("worker", script("raise SystemExit('the port is taken')"), tmp_path / "log", 60)
     tended(kept, "ended", told)
-    assert told[-1].startswith("worker ended with code 1 (the port is taken); see ")
+    assert told[-1].startswith("worker exited with code 1 (the port is taken); see ")
 
 
 def test_nothing_heavy_is_imported_to_keep_processes_up() -> None:

@@ -84,10 +84,10 @@ def test_sites_have_ports_of_their_own(made: Path) -> None:
         ("localhost", ["a"], "'localhost' is not host:port"),
         (":8000", ["a"], "is not host:port"),
         ("host:99999", ["a"], "is not host:port"),
-        ("host:1", ["a b"], "'a b' is no plain name"),
-        ("host:1", ["../a"], "'../a' is no plain name"),
-        ("host:1", ["a", "a"], "name each site once"),
-        ("host:1", [], "name each site once, and at least one"),
+        ("host:1", ["a b"], "'a b' is not a valid name"),
+        ("host:1", ["../a"], "'../a' is not a valid name"),
+        ("host:1", ["a", "a"], "each site only once"),
+        ("host:1", [], "name at least one site, and each site only once"),
     ],
 )
 def test_what_cannot_be_made_is_refused_before_anything_is_written(tmp_path: Path, address: str, sites: list[str], rule: str) -> None:

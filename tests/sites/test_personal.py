@@ -153,7 +153,7 @@ def test_a_federation_of_which_no_site_tells_its_score_says_so(over_sites: Any, 
     own = {name: OWN | {"withhold": ["metrics"]} for name in NAMES}
     with pytest.raises(
         FederationError,
-        match=r"after round 1 no client returned a score for its personalized model:\n  - client-00: it does not tell its scores",
+        match=r"after round 1 no client returned a score for its personalized model:\n  - client-00: the site withholds its scores",
     ):
         over_sites(tmp_path / "there", own, algorithm={"name": "ditto"})
 
@@ -170,7 +170,7 @@ def test_a_federation_of_which_no_site_has_a_validation_part_says_so(over_sites:
         "test_share": 0.5,
     }
     own = {name: {"data": {"dataset": "jsonl", "root": str(tmp_path), "options": options}} for name in NAMES}
-    with pytest.raises(FederationError, match=r"client-00: ConfigError; more is in the site's log|there is no validation part here"):
+    with pytest.raises(FederationError, match=r"client-00: ConfigError; see the site's log|the data have no validation split"):
         over_sites(tmp_path / "there", own, algorithm={"name": "ditto"})
 
 
@@ -178,14 +178,14 @@ def test_a_score_by_another_metric_is_not_averaged_with_the_others(over_sites: A
     triage = {"data": OWN["data"] | {"dataset": "digits-triage"}}
     result = over_sites(tmp_path / "there", {NAMES[0]: triage, NAMES[1]: OWN, NAMES[2]: OWN}, algorithm={"name": "ditto"})
     assert result.details["federated"]["num_samples"] == 12
-    reasons = r"client-00: its score is macro_f1, the experiment's auc"
+    reasons = r"client-00: the client scored macro_f1, the experiment's metric is auc"
     with pytest.raises(FederationError, match=reasons):
         over_sites(tmp_path / "none", dict.fromkeys(NAMES, triage), algorithm={"name": "ditto"})
 
 
 def test_all_clients_answers_are_not_counted_where_sites_keep_theirs(over_sites: Any, tmp_path: Path) -> None:
     strategy = {"name": "label_calibration", "parameters": {"global_prior": True}}
-    with pytest.raises(ConfigError, match="which sites keep to themselves; leave global_prior out"):
+    with pytest.raises(ConfigError, match="which sites do not report; omit global_prior"):
         over_sites(tmp_path / "there", dict.fromkeys(NAMES, OWN), algorithm={"name": "fedavg", "strategies": [strategy]})
     assert not (tmp_path / "there").exists()
 

@@ -92,7 +92,7 @@ def _strangers_are_refused(processes: Processes, folder: Path) -> None:
     # Who holds no secret of the server's serves no runs.
     link = ServerConfig.load(processes.server).link
     stranger = SuperLink(link.address, link.certificate, folder / "others" / "server" / "secret", link.keys, patience=5)
-    with pytest.raises(ConnectionError, match="turns this down: Client error '401 Unauthorized'"):
+    with pytest.raises(ConnectionError, match="refused the call: Client error '401 Unauthorized'"):
         stranger.begin()
 
 
@@ -139,7 +139,7 @@ def test_a_run_whose_superlink_is_gone_for_good_stops_by_its_deadline_and_says_s
         # The rest of a round, or the wait for its begin; not so many seconds for each client.
         assert time.monotonic() - start < 40 + 40 / 2
     assert run.returncode == 1
-    assert "no update can be used" in output
+    assert "no usable update" in output
     assert "the SuperLink at 127.0.0.1" in output
     assert "cannot be reached" in output
 

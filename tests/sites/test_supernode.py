@@ -123,7 +123,7 @@ def test_a_message_whose_run_ended_while_it_was_fetched_gives_way_to_the_next(no
     assert token
     following = sent(2)
     node.fetch(following)
-    with pytest.raises(AbandonedError, match="its run ended before its content was there") as raised:
+    with pytest.raises(AbandonedError, match="its run ended before its content arrived") as raised:
         taken(node, node.acquire, token)
     taken(node, token=raised.value.token)
     (reply,) = node.replies()

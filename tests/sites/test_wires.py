@@ -147,7 +147,7 @@ def test_a_message_that_was_given_to_a_broken_connection_is_answered_with_an_err
     proxy.fail(call, fault)
     reply = answered(node, site)
     assert reply.has_error()
-    assert "a message was lost (the connection broke as it was handed over)" in caplog.text
+    assert "lost a message (the connection broke during delivery)" in caplog.text
 
 
 def test_no_connection_is_used_that_the_supernode_may_have_closed(node: Node, proxy: Proxy, site: SiteConfig) -> None:
@@ -165,7 +165,7 @@ def test_a_reply_that_cannot_be_handed_over_ends_the_worker_and_with_it_the_supe
     """Which would wait for the rest of it for ever, and take no other message."""
     proxy.fail(call, *["unread"] * 100)
     node.fetch(sent(1))
-    with pytest.raises(RunError, match=r"could not be answered to the SuperNode .*; this worker and the SuperNode are started anew"):
+    with pytest.raises(RunError, match=r"cannot hand over a reply to the SuperNode .*; this worker and the SuperNode restart"):
         work(site)
     assert proxy.broken == [call] * 5 or call == "push-object"
 
@@ -202,10 +202,10 @@ def test_a_supernode_that_is_silent_is_waited_for_so_long_and_it_is_told(
     monkeypatch.setattr(supernode, "_GONE", 0.5)
     proxy.fail("acquire-task", *["silent"] * 1000)
     with pytest.raises(
-        RunError, match=rf"no SuperNode answers on port {site.port} of this machine \(timed out\), for 0\.5 s; this worker and"
+        RunError, match=rf"no SuperNode responds on port {site.port} of this machine \(timed out\) for 0\.5 s; this worker and"
     ):
         work(site)
-    assert caplog.text.count("it is waited for, 0.5 s at most") == 1
+    assert caplog.text.count("waiting for it, for at most 0.5 s") == 1
 
 
 def test_a_supernode_that_comes_late_is_waited_for_and_it_is_told(node: Node, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -217,7 +217,7 @@ def test_a_supernode_that_comes_late_is_waited_for_and_it_is_told(node: Node, tm
         late = SiteConfig.model_validate({"name": "a", "server": "host:1", "port": port, "folder": tmp_path})
         waiting = inbox(late)
         assert waiting.next() == ""
-        assert "a: no SuperNode answers on port" in caplog.text
+        assert "a: no SuperNode responds on port" in caplog.text
         waiting._node = connection(late.model_copy(update={"port": upstream}))
         node.fetch(sent(1))
         assert waiting.next()
@@ -239,12 +239,12 @@ def test_content_that_never_comes_ends_the_worker(
     fetching = threading.Thread(target=node.fetch, args=(sent(1), pull))
     fetching.start()
     try:
-        with pytest.raises(RunError, match=r"a message's content has not come within 0\.6 s"):
+        with pytest.raises(RunError, match=r"the content of a message did not arrive within 0\.6 s"):
             work(site)
     finally:
         over.set()
         fetching.join(20)
-    assert "the content of a message is waited for, 0.6 s at most" in caplog.text
+    assert "Waiting for the content of a message, for at most 0.6 s" in caplog.text
 
 
 def test_a_call_that_is_refused_is_not_repeated(node: Node, proxy: Proxy, site: SiteConfig) -> None:

@@ -214,5 +214,5 @@ def test_a_sweep_is_read_back(tmp_path: Path) -> None:
         read_sweep(tmp_path)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").touch()
-    with pytest.raises(RunError, match="not empty, and no sweep"):
+    with pytest.raises(RunError, match="not empty and not a sweep folder"):
         open_sweep(grid, tmp_path / "other")

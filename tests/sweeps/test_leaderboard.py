@@ -70,9 +70,9 @@ def other_answers(folder: Path) -> None:
 SPOILED: dict[str, tuple[Callable[[Path], None], str]] = {
     "a better score": (
         result(lambda r: r["scores"].update(federated=0.999)),
-        "result.json: score is 0.999, its rounds and answers come to",
+        "result.json: score is 0.999, computed from rounds and answers it is",
     ),
-    "fewer bytes": (result(lambda r: r.update(bytes_up=1)), "bytes_up is 1, its rounds and answers come to"),
+    "fewer bytes": (result(lambda r: r.update(bytes_up=1)), "bytes_up is 1, computed from rounds and answers it is"),
     "hidden failures": (result(lambda r: r["details"]["federated"].update(failures=3)), "failures is 3"),
     "other answers": (other_answers, "result.json: score is"),
     "another test": (
@@ -83,7 +83,7 @@ SPOILED: dict[str, tuple[Callable[[Path], None], str]] = {
     "other settings": (other_settings, "training.local_epochs: 2 and 1"),
     "a round less": (
         lambda folder: (folder / "metrics.jsonl").write_text((folder / "metrics.jsonl").read_text().split("\n")[0] + "\n") and None,
-        "has not the rounds 1 to 2",
+        "does not have exactly the rounds 1 to 2",
     ),
     "no result": (lambda folder: (folder / "result.json").unlink(), "not finished by this version of the code"),
     "no answers": (lambda folder: (folder / "predictions.json").unlink(), "the cell cannot be read"),

@@ -1,4 +1,4 @@
-"""What a trained adapter is used for: ``fedmllm evaluate``, ``chat`` and ``merge``.
+"""Commands that use a trained adapter: ``fedmllm evaluate``, ``chat`` and ``merge``.
 
 Heavy imports stay inside the commands.
 """
@@ -20,11 +20,11 @@ def evaluate(
     run_or_adapter: RunOrAdapter,
     overrides: Annotated[list[str] | None, typer.Argument(help="Settings as key.path=value, e.g. data.root=/data/vqa_rad.")] = None,
     experiment: Annotated[
-        Path | None, typer.Option(help="Experiment that names model and data, for an adapter outside a run folder.")
+        Path | None, typer.Option(help="Experiment that names model and data, if the adapter is outside a run folder.")
     ] = None,
     force: Force = False,
 ) -> None:
-    """Score a trained adapter on its experiment's test data."""
+    """Score a trained adapter on its experiment's test split."""
     find_adapter(run_or_adapter, experiment)
     from fedmllm.run.scoring import score_adapter
 
@@ -36,14 +36,14 @@ def evaluate(
 
 def chat(
     run_or_adapter: RunOrAdapter,
-    question: Annotated[str | None, typer.Argument(help="Default: ask what is typed, line by line.")] = None,
-    image: Annotated[Path | None, typer.Option(help="What the questions are about.")] = None,
-    text: Annotated[str | None, typer.Option(help="The same in words.")] = None,
-    option: Annotated[list[str] | None, typer.Option(help="An answer to choose; once for each.")] = None,
+    question: Annotated[str | None, typer.Argument(help="The question. Default: read questions from standard input, one per line.")] = None,
+    image: Annotated[Path | None, typer.Option(help="Image that the questions refer to.")] = None,
+    text: Annotated[str | None, typer.Option(help="Text that the questions refer to.")] = None,
+    option: Annotated[list[str] | None, typer.Option(help="An answer to choose from. Repeat the option for several.")] = None,
     experiment: Annotated[Path | None, typer.Option(help="Experiment that names the model, for an adapter outside a run folder.")] = None,
     force: Force = False,
 ) -> None:
-    """Ask a trained model, in the words it was trained on."""
+    """Ask a trained model questions, phrased as in training."""
     find_adapter(run_or_adapter, experiment)
     from fedmllm.run.scoring import chat as chat_with
 
@@ -64,7 +64,7 @@ def merge(
     experiment: Annotated[Path | None, typer.Option(help="Experiment that names the model, for an adapter outside a run folder.")] = None,
     force: Force = False,
 ) -> None:
-    """Write the whole model with a trained adapter merged into its weights."""
+    """Write the complete model with a trained adapter merged into its weights."""
     require_new_folder(output)
     find_adapter(run_or_adapter, experiment)
     from fedmllm.run.scoring import merge as merge_adapter
@@ -72,4 +72,4 @@ def merge(
     lost = merge_adapter(run_or_adapter, output, experiment, overrides or [], force)
     typer.echo(f"model  {output}")
     if lost > 0.001:
-        typer.echo(f"lost   {lost:.1%} of the adapter's change, to the number format; model.dtype=float32 keeps it, in twice the size")
+        typer.echo(f"lost   {lost:.1%} of the adapter's change, to rounding; model.dtype=float32 keeps it at twice the file size")

@@ -1,4 +1,4 @@
-"""What there is to choose from, as it was recorded: the commands that list it import nothing that trains."""
+"""The recorded catalog of methods, strategies and models, so that commands can list them without heavy imports."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import cast
 from fedmllm.types import Record
 
 FILE = Path(__file__).with_name("catalog.json")
-"""Written by ``docs/generate.py`` from the code it describes; a test compares them."""
+"""``docs/generate.py`` writes this file from the code; a test checks that it is up to date."""
 
 
 def recorded() -> Record:
-    """``methods`` and ``strategies`` as of ``methods_view.catalog``, ``models`` as of ``models_view.catalog``."""
+    """Return ``methods`` and ``strategies`` as in ``report.methods.catalog``, and ``models`` as in ``report.models.catalog``."""
     return cast(Record, json.loads(FILE.read_text(encoding="utf-8")))

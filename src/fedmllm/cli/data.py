@@ -1,4 +1,4 @@
-"""Looking at data: ``fedmllm data``.
+"""Commands that inspect data: ``fedmllm data``.
 
 Heavy imports stay inside the commands.
 """
@@ -14,12 +14,12 @@ import typer
 from fedmllm.cli.arguments import AsJson, ExperimentFile, Overrides, group, loaded
 from fedmllm.files import require_new_folder
 
-data_app = group("Look at data before training on them.")
+data_app = group("Inspect data before training.")
 
 
 @data_app.command("list")
 def data_list(as_json: AsJson = False) -> None:
-    """Name every dataset, scenario, setting of the benchmark and further kind of heterogeneity."""
+    """List all datasets, scenarios, benchmark settings and further kinds of heterogeneity."""
     from fedmllm.reports.split import catalog
 
     rows = catalog()
@@ -37,7 +37,7 @@ def data_show(
     experiment: ExperimentFile,
     overrides: Overrides = None,
     as_json: AsJson = False,
-    picture: Annotated[Path | None, typer.Option(help="Also draw the clients' samples into this file, e.g. clients.png.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="Also draw the clients' samples to this file, e.g. clients.png.")] = None,
 ) -> None:
     """Show a split: each client's samples by label and modality, and one sample as the model sees it."""
     from fedmllm.reports.split import describe, save_picture
@@ -61,7 +61,7 @@ def data_export(
     output: Annotated[Path, typer.Option(help="Folder for the files; it must not exist.")],
     overrides: Overrides = None,
 ) -> None:
-    """Write a split as JSON lines, pictures and a manifest, with an experiment that trains on them."""
+    """Write a split as JSON lines, pictures and a manifest, and an experiment that trains on them."""
     from fedmllm.reports.split import export_split
 
     require_new_folder(output)

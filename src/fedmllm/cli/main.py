@@ -1,6 +1,6 @@
-"""The command line: parse, call, print.
+"""The ``fedmllm`` command.
 
-Heavy imports stay inside the commands, behind what can be refused without them: ``--help``, a listing or a mistyped path answers at once.
+Heavy imports stay inside the commands, after the checks that do not need them, so that ``--help``, listings and mistyped paths answer at once.
 """
 
 from __future__ import annotations
@@ -47,15 +47,13 @@ def train(
     experiment: ExperimentFile,
     overrides: Overrides = None,
     output: Annotated[Path | None, typer.Option(help="Run folder. Default: runs/<experiment>-<time>.")] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with an interrupted run (the newest unfinished one, or --output).")
-    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run (the newest unfinished one, or --output).")] = False,
     track: Annotated[
-        list[str], typer.Option(help="Where to write the numbers down besides: tensorboard, wandb, mlflow, none; once for each.")
+        list[str], typer.Option(help="Tracker for metrics: tensorboard, wandb, mlflow or none. Repeat the option for several.")
     ] = ["tensorboard"],  # noqa: B006
     force: Force = False,
 ) -> None:
-    """Train an experiment; write numbers, adapter and report into a run folder."""
+    """Train an experiment and write metrics, adapter and report to a run folder."""
     settings, opened = loaded(experiment, overrides), list[Path]()
     from fedmllm import api
     from fedmllm.reports.progress import Display
@@ -67,7 +65,7 @@ def train(
             observer = replace(display.observer, opened=opened.append)
             result = api.train(settings, output, name=experiment.stem, resume=resume, observer=observer, track=trackers, force=force)
     except KeyboardInterrupt:
-        typer.echo("interrupted; go on with the same command and --resume", err=True)
+        typer.echo("interrupted; continue with the same command and --resume", err=True)
         raise typer.Exit(130) from None
     _print_result(result)
     (folder,) = opened
@@ -78,14 +76,14 @@ def train(
 def sweep(
     grid: Annotated[Path, typer.Argument(help="Grid in YAML, e.g. experiments/nano/settings.yaml.")],
     output: Annotated[Path | None, typer.Option(help="Sweep folder. Default: sweeps/<grid>.")] = None,
-    shard: Annotated[str, typer.Option(help="Share of the cells, i/n with i from 0: for several machines.")] = "0/1",
-    jobs: Annotated[int, typer.Option(help="Processes, each with a model of its own.", min=1)] = 1,
-    threads: Annotated[int | None, typer.Option(help="Of each process. Default: the cores divided by the jobs.", min=1)] = None,
+    shard: Annotated[str, typer.Option(help="Share of the cells for this machine, i/n with i from 0.")] = "0/1",
+    jobs: Annotated[int, typer.Option(help="Number of processes. Each loads its own model.", min=1)] = 1,
+    threads: Annotated[int | None, typer.Option(help="Threads per process. Default: the CPU cores divided by the jobs.", min=1)] = None,
     submit_check: Annotated[
-        bool, typer.Option("--submit-check", help="Train nothing: check all cells, and write leaderboard.json if they stand.")
+        bool, typer.Option("--submit-check", help="Train nothing: check all cells, and write leaderboard.json if they pass.")
     ] = False,
 ) -> None:
-    """Train every experiment of a grid that is not trained yet; the same command goes on where it was stopped."""
+    """Train all experiments of a grid that are not trained yet. If interrupted, the same command continues."""
     read_settings(grid, GRID)
     from fedmllm.reports.progress import SweepDisplay
     from fedmllm.sweeps.grid import cells, load_grid
@@ -98,18 +96,18 @@ def sweep(
     require_sources(mine, grid)
     if submit_check:
         path = submit(every, folder)
-        typer.echo(f"all {len(every)} cells stand\nleaderboard  {path}")
+        typer.echo(f"all {len(every)} cells passed the checks\nleaderboard  {path}")
         return
     open_sweep(whole, folder)
     try:
-        run_sweep(mine, folder, jobs, threads, SweepDisplay(mine, folder, jobs).told)
+        run_sweep(mine, folder, jobs, threads, SweepDisplay(mine, folder, jobs).ended)
     except KeyboardInterrupt:
-        typer.echo("interrupted; go on with the same command", err=True)
+        typer.echo("interrupted; continue with the same command", err=True)
         raise typer.Exit(130) from None
     if failed := failures(folder):
-        typer.echo(f"{len(failed)} cell(s) failed; the same command tries them again:\n" + "\n".join(failed), err=True)
+        typer.echo(f"{len(failed)} cell(s) failed; run the same command to retry them:\n" + "\n".join(failed), err=True)
         raise typer.Exit(1)
-    typer.echo(f"sweep folder  {folder}\nits report    fedmllm report {folder}")
+    typer.echo(f"sweep folder  {folder}\nwrite report  fedmllm report {folder}")
 
 
 for command in (evaluate, chat, merge):
@@ -117,19 +115,19 @@ for command in (evaluate, chat, merge):
 
 
 @app.command()
-def report(folder: Annotated[Path, typer.Argument(help="A run folder, or a sweep's.")]) -> None:
-    """Write the report.html of a run or a sweep anew; of a sweep also tables.md, tables.tex and results.csv."""
+def report(folder: Annotated[Path, typer.Argument(help="A run folder or a sweep folder.")]) -> None:
+    """Write the report.html of a run or a sweep again; for a sweep also tables.md, tables.tex and results.csv."""
     typer.echo(_written(folder))
 
 
 @app.command()
-def choose(folder: Annotated[Path, typer.Argument(help="A sweep's folder.")]) -> None:
-    """Rank a sweep's methods by their scores on the validation part. The test split is not looked at."""
+def choose(folder: Annotated[Path, typer.Argument(help="A sweep folder.")]) -> None:
+    """Rank a sweep's methods by their scores on the validation split, without using the test split."""
     from fedmllm.sweeps.choosing import ranked
     from fedmllm.sweeps.comparison import read_sweep
 
     sweep = read_sweep(folder)
-    typer.echo(f"mean score on the validation part over {len(sweep.shared)} column(s) and {len(sweep.seeds)} seed(s)")
+    typer.echo(f"mean score on the validation split over {len(sweep.shared)} column(s) and {len(sweep.seeds)} seed(s)")
     for choice in ranked(sweep):
         typer.echo(f"{choice.score:.3f}{'' if choice.error is None else f' ± {choice.error:.3f}'}  {choice.method}")
 
@@ -139,7 +137,7 @@ def methods(
     as_json: AsJson = False,
     plugin: Annotated[list[str] | None, typer.Option(help="A Python file or module that adds some; once for each.")] = None,
 ) -> None:
-    """Describe every federated method and strategy: what it does, takes, sends and keeps."""
+    """Describe every federated method and strategy: what it does, its parameters, what it sends and keeps."""
     from fedmllm.cli.catalog import recorded
 
     rows = {kind: listed for kind, listed in recorded().items() if kind != "models"}
@@ -161,10 +159,10 @@ def methods(
 @app.command()
 def pretrain_nano(
     output: Annotated[Path, typer.Option(help="Folder for the model; it must not exist.")],
-    seed: Annotated[int, typer.Option(help="All random numbers derive from it.")] = 0,
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps. Default: as for the embedded model.", min=1)] = None,
+    seed: Annotated[int, typer.Option(help="Seed of all random numbers.")] = 0,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps. Default: those of the embedded model.", min=1)] = None,
 ) -> None:
-    """Make the embedded model anew, from scratch: about 15 minutes on 2 cores."""
+    """Pretrain the embedded model again from scratch: about 15 minutes on 2 cores."""
     require_new_folder(output)
     from fedmllm.models.nano.pretrain import PretrainConfig, make_nano
 
@@ -174,7 +172,7 @@ def pretrain_nano(
 
 
 def _written(folder: Path) -> Path:
-    """The report of a run's folder or a sweep's, written again."""
+    """Write the report of a run folder or a sweep folder, and return its path."""
     if (folder / "cells").is_dir():
         from fedmllm.reports.sweep_report import write_sweep_report
 
@@ -185,7 +183,7 @@ def _written(folder: Path) -> Path:
 
 
 def _print_plan(settings: Experiment) -> None:
-    """What training will take, before the model is loaded; nothing for a model that cannot be planned, of which loading will tell more."""
+    """Print what training will take, before the model is loaded. Prints nothing if the model has no plan; loading it then reports why."""
     from fedmllm.cli.tables import plan_line
     from fedmllm.errors import ModelError
     from fedmllm.reports.models import describe
@@ -197,7 +195,7 @@ def _print_plan(settings: Experiment) -> None:
 
 
 def _print_result(result: RunResult) -> None:
-    """The final table: each score beside its standard error."""
+    """Print the final table of scores with standard errors."""
     from rich.console import Console
 
     from fedmllm.cli.tables import result_table
@@ -206,17 +204,17 @@ def _print_result(result: RunResult) -> None:
 
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""What the system says of a disk, a quota or a file that is full."""
+"""System errors for a full disk, an exhausted quota or a file that is too large."""
 NO_ENTRY = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
-"""What it says of a path that may not or cannot be written or read."""
+"""System errors for a path that cannot be written or read."""
 
 
 def main() -> None:
-    """Run the command line; an error of ours, or of the disk, becomes one message and its exit code."""
+    """Run the command line. Turn errors of fedmllm and of the disk into one message and an exit code."""
     from fedmllm.errors import FedMLLMError
 
     for stream in (sys.stdout, sys.stderr):
-        # A console may lack letters that data have; what it lacks it shows as question marks.
+        # The console may not support characters in the data; it shows question marks instead.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     try:
@@ -228,6 +226,10 @@ def main() -> None:
         if error.filename is None or error.errno not in (*NO_ROOM, *NO_ENTRY):
             raise
         full = error.errno in NO_ROOM
-        remedy = "make room, then give the same command again, fedmllm train with --resume" if full else "choose another path, or allow it"
+        remedy = (
+            "free disk space, then run the same command again (fedmllm train with --resume)"
+            if full
+            else "choose another path, or change its permissions"
+        )
         typer.echo(f"error: {error.filename}: {error.strerror}; {remedy}", err=True)
         sys.exit(1 if full else 2)

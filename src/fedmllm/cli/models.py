@@ -1,4 +1,4 @@
-"""Looking at models: ``fedmllm models``, and making the embedded one.
+"""Commands that inspect models: ``fedmllm models``.
 
 Heavy imports stay inside the commands.
 """
@@ -12,12 +12,12 @@ import typer
 
 from fedmllm.cli.arguments import AsJson, group
 
-models_app = group("Look at models before training them.")
+models_app = group("Inspect models before training.")
 
 
 @models_app.command("list")
 def models_list(as_json: AsJson = False) -> None:
-    """Name the tested kinds of models. Others work if Transformers has them and their processor has a chat template."""
+    """List the tested kinds of models. Others work if Transformers supports them and their processor has a chat template."""
     from fedmllm.cli.catalog import recorded
 
     rows = recorded()["models"]
@@ -30,17 +30,17 @@ def models_list(as_json: AsJson = False) -> None:
 
 @models_app.command("plan")
 def models_plan(
-    model: Annotated[str, typer.Argument(help="nano, a Transformers folder, or a hub id; its config is all that is read.")],
-    rank: Annotated[int, typer.Option(help="Of LoRA.")] = 8,
+    model: Annotated[str, typer.Argument(help="nano, a Transformers folder, or a hub id; only its config is read.")],
+    rank: Annotated[int, typer.Option(help="LoRA rank.")] = 8,
     targets: Annotated[str, typer.Option(help="Adapted layers: attention or all-linear.")] = "attention",
-    dtype: Annotated[str, typer.Option(help="Of the frozen weights: float32 or bfloat16.")] = "bfloat16",
-    quantization: Annotated[str, typer.Option(help="Of the frozen weights: none or 4bit.")] = "none",
-    connector: Annotated[str, typer.Option(help="Between vision tower and decoder: frozen, lora or full.")] = "frozen",
-    embeddings: Annotated[str, typer.Option(help="Of the tokens: frozen or full.")] = "frozen",
-    checkpointing: Annotated[bool, typer.Option("--checkpointing", help="With model.gradient_checkpointing.")] = False,
+    dtype: Annotated[str, typer.Option(help="Number format of the frozen weights: float32 or bfloat16.")] = "bfloat16",
+    quantization: Annotated[str, typer.Option(help="Quantization of the frozen weights: none or 4bit.")] = "none",
+    connector: Annotated[str, typer.Option(help="Connector of vision tower and decoder: frozen, lora or full.")] = "frozen",
+    embeddings: Annotated[str, typer.Option(help="Token embeddings: frozen or full.")] = "frozen",
+    checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Plan with model.gradient_checkpointing.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Tell what training a model takes: parameters, bytes to send, memory."""
+    """Show what training a model takes: parameters, bytes to send, memory."""
     from fedmllm.config import Experiment
     from fedmllm.reports.models import describe
 

@@ -1,4 +1,4 @@
-"""What the commands print besides the progress of a run: results, splits, methods and plans as tables."""
+"""Tables that the commands print: results, splits, methods and plans."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fedmllm.types import Record
 
 
 def result_table(result: RunResult) -> Table:
-    """The scores, each with its standard error; below them the clients' on samples of their own kind."""
+    """Return a table of scores with standard errors, and below them the clients' accuracy on samples like their own."""
     title = f"{result.experiment}: {result.metric} of {result.algorithm}, {result.num_clients} clients, {result.num_rounds} rounds, seed {result.seed}"
     table = Table("", result.metric, "standard error", *(METRICS[metric] for metric in result.beside), title=title, title_justify="left")
     for name in SCORES:
@@ -28,17 +28,17 @@ def result_table(result: RunResult) -> Table:
         if score is not None:
             others = (_number(result.details.get(name, {}).get(metric)) for metric in result.beside)
             table.add_row(LOOKS[name].name, _number(score), _number(error), *others, style="bold" if name == "federated" else "")
-    table.add_row("majority answer", "not known" if result.majority is None else f"{result.majority:.3f}", "")
+    table.add_row("majority answer", "unknown" if result.majority is None else f"{result.majority:.3f}", "")
     if result.question_only is not None:
         table.add_row("question only", f"{result.question_only:.3f}", "")
     if result.validation:
         numbers = (_number(result.validation.get(key)) for key in ("score", "standard_error", *result.beside))
-        table.add_row("validation part", *numbers)
+        table.add_row("validation split", *numbers)
     for copy, scores in result.tested.items():
         table.add_row(f"federated, tested on {copy}", *(_number(scores.get(key)) for key in ("score", "standard_error", *result.beside)))
     _add_clients(table, result)
     table.caption = (
-        f"{human_bytes(result.bytes_up)} up, {human_bytes(result.bytes_down)} down, {duration(result.seconds)} of training and evaluation"
+        f"{human_bytes(result.bytes_up)} up, {human_bytes(result.bytes_down)} down, training and evaluation took {duration(result.seconds)}"
     )
     if result.below:
         table.caption += f"\nthe federated model does not beat {' or '.join(result.below)}"
@@ -51,22 +51,24 @@ def _number(value: float | None) -> str:
 
 
 def _add_clients(table: Table, result: RunResult) -> None:
-    """What the models are worth to each client by itself."""
+    """Add rows with each model's accuracy on samples like each client's own."""
     if result.clients:
         table.add_section()
     for model, look in MODELS.items():
         if scores := result.clients.get(model, {}).values():
             error = error_over_models(scores)
-            table.add_row(f"{look.name}, clients' own kind, accuracy", f"{mean(scores):.3f}", "" if error is None else f"{error:.3f}")
+            table.add_row(
+                f"{look.name}, accuracy on clients' own kind of samples", f"{mean(scores):.3f}", "" if error is None else f"{error:.3f}"
+            )
             table.add_row(f"{look.name}, worst decile of clients", f"{worst_decile(scores):.3f}", "")
 
 
 MAX_CLIENTS = 50
-"""Clients listed in a split's table; more are only counted."""
+"""Maximum number of clients in a split's table; further clients are only counted."""
 
 
 def split_view(record: Record) -> Group:
-    """A split: where it comes from, each client's samples, and one sample before and after it is worded."""
+    """Return a split as a table of each client's samples, with notes and one sample as stored and in each wording."""
     clients = record["clients"]
     title = f"{record['dataset']}, {record['scenario']}, seed {record['seed']}: {sum(c['num_samples'] for c in clients):,} training samples"
     table = Table("client", "samples", "by label", "by modalities", title=title, title_justify="left")
@@ -86,36 +88,36 @@ def _counted(counts: dict[str, int]) -> str:
 
 
 def _example_lines(example: Record) -> list[str]:
-    """The sample as stored, then as the model is asked in each wording."""
+    """Return a sample as stored, then its prompt in each wording."""
     stored = [f"sample {example['id']}", *(f"  {name}: {value}" for name, value in example["content"].items())]
     stored += [
         f"  question: {example['question']}",
         f"  options: {', '.join(example['options']) or 'none'}",
         f"  answer: {example['answer']}",
     ]
-    asked = [f"\n{name} wording\n{text}\n=> {example['target']}" for name, text in example["wordings"].items()]
-    return [escape(line) for line in (*stored, *asked)]
+    prompts = [f"\n{name} wording\n{text}\n=> {example['target']}" for name, text in example["wordings"].items()]
+    return [escape(line) for line in (*stored, *prompts)]
 
 
 WORDS = {
     "exact": "exact",
     "heterogeneous_ranks": "ranks may differ",
-    "personalized": "a model per client",
+    "personalized": "one model per client",
     "streams": "streams",
     "client": "changes how clients train",
-    "weight": "changes what updates weigh",
-    "prompt": "changes how samples are worded",
+    "weight": "changes the weights of updates",
+    "prompt": "changes the wording of samples",
 }
-"""How the properties of methods, and what strategies change, are put."""
+"""Texts for the properties of methods and for what strategies change."""
 
 NOTES = (
-    "up, down, keeps: LoRA adapters per client and round, with K clients in the round",
-    "streams: no update is needed by itself, so that the server's memory does not grow with the cohort",
+    "up, down, keeps: in units of one LoRA adapter, per client and round, with K clients in the round",
+    "streams: the server does not store individual updates, so its memory does not grow with the cohort",
 )
 
 
 def methods_view(record: Record) -> Group:
-    """Every method, then every strategy: its name and traits, what it does, where it comes from, and its parameters."""
+    """Return every method, then every strategy, with name, traits, summary, reference and parameters."""
     parts: list[RenderableType] = []
     for group, traits in (("methods", _method_traits), ("strategies", _strategy_traits)):
         for name, row in record[group].items():
@@ -127,12 +129,12 @@ def methods_view(record: Record) -> Group:
 
 
 def plan_view(record: Record) -> Group:
-    """A model's plan: what it has and sends, then memory by the size of a pass, then the largest pass by card."""
+    """Return a model's plan: parameters and bytes sent, memory by tokens per pass, largest pass by GPU memory, and trainable parts."""
     table = Table(show_header=False)
     for name, value in (
         ("parameters", f"{record['parameters']:,}"),
         ("trained", f"{record['trainable']:,}"),
-        ("sent by a client in a round, and received", human_bytes(record["sent_per_client_and_round"])),
+        ("sent and received by a client per round, each", human_bytes(record["sent_per_client_and_round"])),
         ("memory of the frozen weights", human_bytes(record["weights"])),
         ("memory of a training pass, per token", human_bytes(record["kept_per_token"])),
         *((f"memory with {tokens:,} tokens in a pass", human_bytes(size)) for tokens, size in record["memory_by_tokens"].items()),
@@ -142,7 +144,7 @@ def plan_view(record: Record) -> Group:
         ),
     ):
         table.add_row(name, Text(value, justify="right"))
-    parts = Table("can train", title="What a client sends of it in a round", title_justify="left")
+    parts = Table("trainable part", title="Bytes that a client sends per round, if the part trains", title_justify="left")
     for column in ("parameters", "float32", "bfloat16"):
         parts.add_column(column, justify="right")
     parts.add_column("planned")
@@ -153,21 +155,22 @@ def plan_view(record: Record) -> Group:
 
 
 def plan_line(record: Record) -> str:
-    """A model's plan in a line, to be told before training."""
+    """Return a model's plan in one line, to print before training."""
     return (
-        f"plan  {record['parameters']:,} parameters, {record['trainable']:,} trained: {human_bytes(record['sent_per_client_and_round'])} to send; "
-        f"memory {human_bytes(record['memory_without_tokens'])} and {human_bytes(record['kept_per_token'])} per token of a pass"
+        f"plan  {record['parameters']:,} parameters, {record['trainable']:,} trained; "
+        f"each client sends {human_bytes(record['sent_per_client_and_round'])} per round; "
+        f"memory {human_bytes(record['memory_without_tokens'])} plus {human_bytes(record['kept_per_token'])} per token in a pass"
     )
 
 
 def _method_traits(row: Record) -> list[str]:
-    """A method's kind and properties, what it sends and keeps, and how many clients it needs."""
+    """Return a method's kind and properties, what it sends and keeps, and how many clients it needs."""
     traits = [row["kind"], *(WORDS[key] for key, value in row.items() if value is True), f"up {row['up']}", f"down {row['down']}"]
     traits += [f"each client keeps {size:g} ({name})" for name, size in row["client_state"].items()]
-    return [*traits, *([f"{row['smallest_cohort']} clients per round or more"] if row["smallest_cohort"] > 1 else [])]
+    return [*traits, *([f"at least {row['smallest_cohort']} clients per round"] if row["smallest_cohort"] > 1 else [])]
 
 
 def _strategy_traits(row: Record) -> list[str]:
-    """What a strategy changes, and whether FedMLLM(method) brings it."""
+    """Return what a strategy changes, and whether FedMLLM(method) includes it."""
     published = ["part of FedMLLM(method)"] if row["published"] else []
     return [row["kind"], *(WORDS[change] for change in row["changes"]), *published]

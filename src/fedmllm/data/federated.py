@@ -34,19 +34,19 @@ class FederatedData:
         dataset: where the samples come from; its validation part and its test split are complete and shared by all.
         clients: training samples by client id.
         dropped: samples that lost every modality and were left out.
-        told: of clients whose samples are elsewhere and not in ``clients``, what they say they hold.
+        reported: self-reported sample counts of remote clients, whose samples are not in ``clients``; by client.
     """
 
     dataset: Dataset
     clients: Mapping[str, tuple[Sample, ...]]
     dropped: int
-    told: Mapping[str, Holding] = field(default_factory=dict)
+    reported: Mapping[str, Holding] = field(default_factory=dict)
 
     @property
     def profiles(self) -> dict[str, Profile]:
         """By client, its samples by modalities; empty for a client that does not say."""
-        elsewhere = {name: held.profile for name, held in self.told.items()}
-        return {name: elsewhere.get(name, {}) if self.told else profile(samples) for name, samples in self.clients.items()}
+        elsewhere = {name: held.profile for name, held in self.reported.items()}
+        return {name: elsewhere.get(name, {}) if self.reported else profile(samples) for name, samples in self.clients.items()}
 
 
 def federate(data: DataConfig, federation: FederationConfig, seed: int) -> FederatedData:
@@ -217,11 +217,11 @@ def _refuse_empty(clients: Mapping[str, Sequence[Sample]], complete: Mapping[str
 def manifest(data: FederatedData, scenario: str, seed: int) -> Record:
     """The split as JSON: who holds which samples with which modalities and content, and the counts."""
     clients = [
-        {"id": name, **_counts(samples), "samples": _listed(samples)} for name, samples in data.clients.items() if name not in data.told
+        {"id": name, **_counts(samples), "samples": _listed(samples)} for name, samples in data.clients.items() if name not in data.reported
     ]
     clients += [
         {"id": name, "num_samples": held.num_samples, "labels": {}, "modalities": dict(held.profile), "samples": []}
-        for name, held in data.told.items()
+        for name, held in data.reported.items()
     ]
     dataset = data.dataset
     return {
@@ -229,7 +229,7 @@ def manifest(data: FederatedData, scenario: str, seed: int) -> Record:
         "scenario": scenario,
         "seed": seed,
         "metric": dataset.metric,
-        "notes": [*dataset.notes, *_withheld(data.told)],
+        "notes": [*dataset.notes, *_withheld(data.reported)],
         "dropped": data.dropped,
         "clients": clients,
         "validation": _counts(dataset.validation) | {"samples": _listed(dataset.validation)},
@@ -237,9 +237,9 @@ def manifest(data: FederatedData, scenario: str, seed: int) -> Record:
     }
 
 
-def _withheld(told: Mapping[str, Holding]) -> list[str]:
+def _withheld(reported: Mapping[str, Holding]) -> list[str]:
     """Which clients do not tell how many samples they have, in words; none if all do."""
-    if not (names := [name for name, held in told.items() if held.num_samples is None]):
+    if not (names := [name for name, held in reported.items() if held.num_samples is None]):
         return []
     return [
         f"{len(names)} client(s) withhold how many samples they have, and count as one sample each in averages by samples: {', '.join(names)}"

@@ -1,1 +1,1 @@
-"""Rounds: the loop, where clients run, and what is kept to go on after an interruption."""
+"""The round loop, the in-process engine, and the checkpoints from which an interrupted run resumes."""

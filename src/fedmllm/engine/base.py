@@ -1,4 +1,4 @@
-"""What an engine is: it runs the method's client rule, wherever the clients are."""
+"""The interface of an engine, which runs a method's client rule in this process or on remote clients."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from fedmllm.types import Accepted, Answer, Broadcast, Metrics, Sample, Slots, W
 
 @dataclass(frozen=True)
 class Assignment:
-    """What clients are asked to do with one state of the server.
+    """The task that clients perform on one server state.
 
     Attributes:
-        broadcast: what they receive.
-        algorithm: the method, for its client rule.
-        learning_rate: this round's.
-        seed: the experiment's.
-        states: what clients keep for themselves.
-        ranks: clients' own LoRA ranks, where they differ from the server's.
-        transforms: what happens to updates besides what the method has done to them.
-        deadline: seconds within which answers count; None for no limit.
-        accepted: of the server's state: from which round a client keeps what it does.
+        broadcast: what clients receive.
+        algorithm: the method, which defines the client rule.
+        learning_rate: the round's learning rate.
+        seed: the experiment's seed.
+        states: what each client keeps between rounds.
+        ranks: LoRA ranks of clients whose rank differs from the server's.
+        transforms: the experiment's update transforms, applied after the method's own.
+        deadline: seconds after which answers no longer count; None for no limit.
+        accepted: the rounds in which the server accepted each client's update; a client reads what it kept from the last of them.
     """
 
     broadcast: Broadcast
@@ -39,37 +39,37 @@ class Assignment:
 
     @property
     def chain(self) -> Chain:
-        """All update transforms: the method's, then the experiment's."""
+        """All update transforms: first the method's, then the experiment's."""
         return Chain((*self.algorithm.transforms, *self.transforms))
 
     def kept(self, client: str) -> Slots:
-        """What a client kept from its last accepted update."""
+        """Return what a client kept from its last accepted update."""
         return self.states.load(client, self.accepted.get(client, ()))
 
     def keep(self, client: str, slots: Slots) -> None:
-        """What it keeps of this one, should its update be accepted."""
+        """Save what a client keeps from this round. It counts only if the server accepts the client's update."""
         self.states.save(client, self.broadcast.round_num, slots, self.accepted.get(client, ()))
 
     def personal(self, client: str) -> Weights:
-        """The weights that a client ends with: the global ones, unless the method gives it its own from what it keeps."""
+        """Return the client's personalized model, or the global weights if the method has no personalized models."""
         broadcast = self.broadcast
         state = ServerState(broadcast.weights, broadcast.round_num, {"base": broadcast.base})
         return self.algorithm.personal(state, self.kept(client))
 
 
 Scorer = Callable[[Weights, Weights], Metrics]
-"""(weights, what was merged into the frozen ones) -> scores."""
+"""(trainable weights, change merged into the frozen weights) -> scores."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """Samples that models are scored on.
+    """A split on which models are scored.
 
     Attributes:
-        score: scores a model on those that are here.
-        name: what remote clients are asked for: empty for the test split, ``flower.facts.VALIDATION``, or a copy of the test split as in
-            ``evaluation.tested``.
-        metric: the score, by which remote clients must score too.
+        score: scores a model on the split's samples on this machine.
+        name: the name by which remote clients know the split: empty for the test split, ``flower.facts.VALIDATION``, or a copy of the test split
+            as in ``evaluation.tested``.
+        metric: the metric of the score; remote clients must use the same one.
     """
 
     score: Scorer
@@ -78,39 +78,46 @@ class Split:
 
 
 class Engine(Protocol):
-    """Trains clients. Work is submitted, and answers are taken as they are wanted; between the two a client is outstanding."""
+    """Trains clients. The caller submits tasks and takes answers when it needs them. In between, a client is outstanding."""
 
     @property
     def remote(self) -> bool:
-        """Whether clients, and the models they keep, are on machines of their own; then answers come when they come."""
+        """Whether clients and their personalized models are on other machines. Answers of remote clients arrive in no fixed order."""
         ...
 
     def submit(self, assignment: Assignment, clients: Mapping[str, Sequence[Sample]]) -> None:
-        """Ask clients, none of which is outstanding, to train. Samples are empty for clients that hold theirs elsewhere."""
+        """Submit a training task to clients, none of which may be outstanding.
+
+        Args:
+            assignment: the task.
+            clients: training samples by client; empty for a remote client, which holds its own.
+        """
         ...
 
     def completed(self, order: Sequence[str] | None = None) -> Iterator[Answer]:
-        """Answers of outstanding clients, exactly one of each.
+        """Yield exactly one answer per outstanding client.
 
         Args:
-            order: whose, and in which order: each is waited for. None for all as they arrive, until no client is outstanding. The iterator may be
-                left at any time; what it has not yielded stays outstanding.
+            order: the clients to take answers from, in this order; the iterator blocks until each answers. None yields all answers as they arrive,
+                until no client is outstanding. The caller may abandon the iterator at any time; clients not yielded yet stay outstanding.
         """
         ...
 
     def cancel(self) -> None:
-        """Forget all outstanding clients."""
+        """Drop all outstanding clients and their answers."""
         ...
 
     def scores(self, assignment: Assignment, clients: Sequence[str], split: Split) -> dict[str, Metrics]:
-        """The scores of the models that clients end with, by client, as if the assignment's round began; remote clients may not tell theirs.
+        """Return the scores of clients' personalized models on a split, by client, given the server state in the assignment.
+
+        Remote clients that do not report a score are missing from the result.
 
         Raises:
-            FederationError: if nobody tells.
+            FederationError: if no client reports a score.
         """
         ...
 
 
 def scores_here(assignment: Assignment, clients: Sequence[str], split: Split) -> dict[str, Metrics]:
-    """``Engine.scores`` where what clients keep is on this machine."""
+    """Score clients' personalized models on this machine, as ``Engine.scores`` does."""
     return {client: split.score(assignment.personal(client), assignment.broadcast.base) for client in clients}

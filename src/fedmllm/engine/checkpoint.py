@@ -1,4 +1,4 @@
-"""What a run folder remembers: server states, replaced atomically, and one line of metrics per round."""
+"""Checkpoints in a run folder: server states, replaced atomically, and one line of metrics per round."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fedmllm.packing import pack, unpack
 from fedmllm.types import Record, Slots, Weights
 
 _EARLIER = "earlier."
-"""Before the round of weights that outstanding clients train from."""
+"""Prefix, before the round number, of weights that outstanding clients train from."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class RunStore:
 
     @property
     def metrics_file(self) -> Path:
-        """One JSON line per finished round of any stage."""
+        """Path of ``metrics.jsonl``, with one JSON line per finished round of any stage."""
         return self.folder / "metrics.jsonl"
 
     def save_state(self, stage: str, state: ServerState) -> None:
@@ -35,7 +35,7 @@ class RunStore:
         left = state.outstanding
         facts = {"round_num": state.round_num, "accepted": accepted, "clock": left.clock, "earlier": list(left.weights)}
         facts |= {"outstanding": [[name, *at] for name, at in left.clients.items()]}
-        # What has not changed since is not written twice.
+        # Tensors that have not changed since an earlier round are written only once.
         earlier = {
             f"{_EARLIER}{number}": {name: t.clone() for name, t in weights.items() if t is not state.weights[name]}
             for number, weights in left.weights.items()
@@ -44,17 +44,17 @@ class RunStore:
         write_atomically(self._state_file(stage), content)
 
     def load_state(self, stage: str) -> ServerState | None:
-        """A stage's last checkpoint; None if it has none.
+        """Return a stage's last checkpoint, or None if it has none.
 
         Raises:
-            RunError: if the file is damaged, or does not say whose updates were accepted.
+            RunError: if the file is damaged, or does not record whose updates were accepted.
         """
-        path, remedy = self._state_file(stage), "delete it to train this stage anew"
+        path, remedy = self._state_file(stage), "delete it to train this stage from the start"
         if not path.is_file():
             return None
         groups, facts = read_checkpoint(path, remedy)
         if "accepted" not in facts:
-            raise RunError(f"{path}: an older version wrote it, which did not note whose updates were accepted; {remedy}")
+            raise RunError(f"{path}: written by an older version that did not record whose updates were accepted; {remedy}")
         weights = groups.pop("weights")
         earlier = {number: {**weights, **groups.pop(f"{_EARLIER}{number}", {})} for number in facts.get("earlier", [])}
         clients = {name: (int(number), float(done)) for name, number, done in facts.get("outstanding", [])}
@@ -62,43 +62,43 @@ class RunStore:
         return ServerState(weights, facts["round_num"], groups, accepted=facts["accepted"], outstanding=left)
 
     def client_states(self, stage: str) -> ClientStates:
-        """What the clients of a stage keep for themselves."""
+        """Return the store of what each client of a stage keeps between rounds."""
         return ClientStates(self.folder / "checkpoints" / f"{stage}-clients")
 
     def append(self, record: Mapping[str, object]) -> None:
-        """Add a round's line to the metrics."""
+        """Append a round's record to ``metrics.jsonl``."""
         with written(self.metrics_file), self.metrics_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record, allow_nan=False) + "\n")
 
     def records(self, stage: str) -> list[Record]:
-        """A stage's lines, in order."""
+        """Return a stage's records in the order of the file."""
         return [record for record in self._read() if record["stage"] == stage]
 
     def rewind(self, stage: str, round_num: int) -> None:
-        """Forget lines of a stage after a round: a crash may come between a round's line and its checkpoint."""
+        """Remove a stage's records after a round. A crash may leave a round's record without its checkpoint."""
         kept = [record for record in self._read() if record["stage"] != stage or record["round"] <= round_num]
         write_atomically(self.metrics_file, "".join(json.dumps(record) + "\n" for record in kept).encode())
 
     def _read(self) -> list[Record]:
-        """All lines; a last one that was cut short is left out."""
+        """Return all records, without a truncated last line."""
         if not self.metrics_file.is_file():
             return []
         lines = self.metrics_file.read_text(encoding="utf-8").splitlines(keepends=True)
         try:
             return [json.loads(line) for line in lines if line.endswith("\n")]
         except json.JSONDecodeError as error:
-            raise RunError(f"{self.metrics_file}: a line is not JSON ({error}); start the run anew in another folder") from error
+            raise RunError(f"{self.metrics_file}: a line is not JSON ({error}); start the run again in another folder") from error
 
     def _state_file(self, stage: str) -> Path:
         return self.folder / "checkpoints" / f"{stage}.safetensors"
 
 
 class BackgroundCheckpoint:
-    """Writes a stage's states while its next round trains, one at a time. Leaving the block waits for the last.
+    """Writes a stage's states in the background while the next round trains, one at a time. Leaving the ``with`` block waits for the last write.
 
     Args:
-        store: of the run.
-        stage: whose states.
+        store: the run's store.
+        stage: the stage's name.
     """
 
     def __init__(self, store: RunStore, stage: str) -> None:
@@ -107,7 +107,7 @@ class BackgroundCheckpoint:
         self._writing.set_result(None)
 
     def save(self, state: ServerState) -> None:
-        """Begin to replace the checkpoint, once the one before is written; an error of that one is raised here."""
+        """Start to replace the checkpoint after the previous write has finished. Raises the previous write's error, if any."""
         self._writing.result()
         self._writing = self._pool.submit(self._store.save_state, self._stage, state)
 
@@ -121,28 +121,28 @@ class BackgroundCheckpoint:
 
 @dataclass(frozen=True)
 class ClientStates:
-    """What clients keep from one turn to the next, on disk, a file for each client and round.
+    """What clients keep between rounds, on disk, in one file per client and round.
 
-    A turn's file is pending until a later task says that its update was accepted, for that is not known where and when it is written: the
-    server may refuse the update, lose it, or not wait for it. Rounds are counted from 0.
+    A file is pending until a later task says that the server accepted the round's update. When the client writes the file, it cannot know: the
+    server may refuse the update, lose it, or stop waiting for it. Rounds are counted from 0.
     """
 
     folder: Path
 
     def load(self, client: str, accepted: Sequence[int]) -> Slots:
-        """What a client kept from the last of its accepted turns; empty before the first, and where it kept nothing.
+        """Return what a client kept from its last accepted round; empty if there is no such round or it kept nothing.
 
         Raises:
             RunError: if the file is damaged.
         """
         if not accepted or not (path := self._file(client, accepted[-1])).is_file():
             return {}
-        return read_checkpoint(path, "start the run anew in another folder")[0]
+        return read_checkpoint(path, "start the run again in another folder")[0]
 
     def save(self, client: str, round_num: int, slots: Slots, accepted: Sequence[int]) -> None:
-        """Keep what a client's turn in a round came to, beside what it kept from the accepted ones.
+        """Save what a client keeps from a round, and delete older files except those of accepted rounds.
 
-        Two of these are needed: after a crash the last two rounds may be trained again, the one that it cut short and the one whose
+        Files of two accepted rounds are needed. After a crash the last two rounds may be trained again: the interrupted one, and the one whose
         checkpoint was still being written.
         """
         write_atomically(self._file(client, round_num), pack(slots, {"round_num": round_num}))
@@ -158,10 +158,13 @@ class ClientStates:
 
 
 def read_checkpoint(path: Path, remedy: str) -> tuple[dict[str, Weights], Record]:
-    """The groups of a file, and what is noted beside them: its round at least.
+    """Read a checkpoint.
+
+    Returns:
+        The tensors by group, and the file's metadata with at least ``round_num``.
 
     Raises:
-        RunError: if it is damaged.
+        RunError: if the file is damaged.
     """
     try:
         groups, facts = unpack(path.read_bytes())

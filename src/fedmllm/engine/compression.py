@@ -1,4 +1,4 @@
-"""Updates in fewer bytes: other number formats, blocks of small integers, the largest entries only; with error feedback."""
+"""Update compression with error feedback: bfloat16, blocks of 8- or 4-bit integers, or the largest entries only."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ from fedmllm.types import ClientUpdate, Slots, Weights
 
 
 class CompressionConfig(BaseModel):
-    """How clients' updates are written for the way up."""
+    """How clients compress their updates."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: Literal["none", "bfloat16", "int8", "int4", "top_k"] = "none"
-    """``none`` (float32), ``bfloat16``, blocks of 8 or 4 bit integers with a scale each, or the largest entries only."""
+    """``none`` (float32), ``bfloat16``, ``int8`` or ``int4`` (blocks of integers that share a scale), or ``top_k`` (the largest entries only)."""
     block: int = Field(128, ge=2)
-    """Entries that share a scale, of ``int8`` and ``int4``."""
+    """With ``int8`` and ``int4``, the number of entries that share a scale."""
     fraction: float = Field(0.05, gt=0, le=1)
-    """Which part of the entries ``top_k`` sends."""
+    """With ``top_k``, the fraction of the entries that clients send."""
     error_feedback: bool = True
-    """Clients keep what was lost on the way and add it to their next update (Seide et al., Interspeech 2014; Karimireddy et al., ICML 2019); under
-    FlexLoRA and fedmllm it is carried over to the new factors."""
+    """Clients keep the compression error and add it to their next update (Seide et al., Interspeech 2014; Karimireddy et al., ICML 2019). With
+    FlexLoRA and fedmllm, the error is projected onto the new factors."""
 
 
 class BFloat16:
     """Half the bytes: 8 bits of precision, the range of float32."""
 
     def pack(self, tensor: Tensor) -> Packed:
-        """Rounded to the nearest."""
+        """Round each entry to the nearest bfloat16."""
         return (tensor.to(torch.bfloat16),)
 
     def unpack(self, packed: Packed, shape: torch.Size) -> Tensor:
-        """Exactly what was sent."""
+        """Return the rounded entries in float32."""
         return packed[0].float().reshape(shape)
 
 
@@ -50,8 +50,8 @@ class Blocks:
 
         q_i = round(x_i / s),   s = max_i |x_i| / (2^(bits - 1) - 1) in bfloat16,   x_i ~ s q_i
 
-    bits + 16 / block bits per entry. The error of an entry is at most s / 2 and, where rounding made s smaller, what was cut off at
-    the largest integer.
+    bits + 16 / block bits per entry. The error of an entry is at most s / 2, plus what is clipped at the largest integer if rounding to bfloat16
+    made s smaller.
 
     Args:
         bits: 8 or 4.
@@ -62,7 +62,7 @@ class Blocks:
         self._bits, self._block, self._largest = bits, block, 2 ** (bits - 1) - 1
 
     def pack(self, tensor: Tensor) -> Packed:
-        """The integers, two to a byte where they have 4 bits, and the scales."""
+        """Return the integers (two per byte if they have 4 bits) and the scales."""
         flat = tensor.reshape(-1)
         padded = torch.nn.functional.pad(flat, (0, -len(flat) % self._block)).reshape(-1, self._block)
         scales = (padded.abs().amax(1) / self._largest).to(torch.bfloat16)
@@ -71,7 +71,7 @@ class Blocks:
         return (_paired(whole) if self._bits == 4 else whole), scales
 
     def unpack(self, packed: Packed, shape: torch.Size) -> Tensor:
-        """Integers times scales."""
+        """Return integers times scales."""
         whole, scales = packed
         count = math.prod(shape)
         flat = (_unpaired(whole)[:count] if self._bits == 4 else whole).float()
@@ -79,30 +79,30 @@ class Blocks:
 
 
 class TopK:
-    """The entries of largest size, each as its position (32 bits) and its value in bfloat16; the others count as 0.
+    """Keeps the entries of largest magnitude, each as its position (32 bits) and its value in bfloat16. The others become 0.
 
     Args:
-        fraction: which part of the entries, at least one.
+        fraction: the fraction of entries to keep, at least one entry.
     """
 
     def __init__(self, fraction: float) -> None:
         self._fraction = fraction
 
     def pack(self, tensor: Tensor) -> Packed:
-        """Positions and values."""
+        """Return positions and values of the largest entries."""
         flat = tensor.reshape(-1)
         count = min(len(flat), max(1, math.ceil(self._fraction * len(flat))))
         places = flat.abs().nan_to_num(math.inf).topk(count).indices.sort().values
         return places.to(torch.int32), flat[places].to(torch.bfloat16)
 
     def unpack(self, packed: Packed, shape: torch.Size) -> Tensor:
-        """Zeros but for what was sent."""
+        """Return the kept entries at their positions, and 0 at all others."""
         places, values = packed
         return torch.zeros(math.prod(shape)).index_put((places.long(),), values.float()).reshape(shape)
 
 
 def _paired(whole: Tensor) -> Tensor:
-    """Two integers of 4 bits to a byte, the first in the lower half."""
+    """Pack pairs of 4-bit integers into bytes, the first in the lower half."""
     shifted = torch.nn.functional.pad(whole, (0, len(whole) % 2)).to(torch.uint8) & 0xF
     return shifted[::2] | shifted[1::2] << 4
 
@@ -113,12 +113,12 @@ def _unpaired(pairs: Tensor) -> Tensor:
 
 
 class Sent(NamedTuple):
-    """Tensors on their way.
+    """Compressed tensors.
 
     Attributes:
-        received: as they arrive.
-        lost: what was to be sent less that.
-        packed: as they are sent.
+        received: the tensors that the receiver decompresses.
+        lost: the compression error, original minus received.
+        packed: the compressed tensors that travel.
     """
 
     received: Weights
@@ -127,17 +127,17 @@ class Sent(NamedTuple):
 
     @property
     def num_bytes(self) -> int:
-        """On the way."""
+        """Size of the compressed tensors in bytes."""
         return sum(part.nbytes for parts in self.packed.values() for part in parts)
 
 
 def sent_through(codec: Codec, tensors: Weights, kept: Mapping[str, Tensor]) -> Sent:
-    """Send ``tensors_i + kept_i``.
+    """Compress and decompress ``tensors_i + kept_i``.
 
     Args:
-        codec: how they are written.
-        tensors: what is to be sent.
-        kept: what was lost the last time, added to what is named alike; empty for no feedback.
+        codec: the compressor.
+        tensors: the tensors to send.
+        kept: residuals from the last time, added to the tensors of the same names; empty without error feedback.
     """
     whole = {name: tensor + kept[name] if name in kept else tensor for name, tensor in tensors.items()}
     packed = {name: codec.pack(tensor) for name, tensor in whole.items()}
@@ -147,16 +147,16 @@ def sent_through(codec: Codec, tensors: Weights, kept: Mapping[str, Tensor]) -> 
 
 @dataclass(frozen=True)
 class Compression(UpdateTransform):
-    """Updates in fewer bytes; with error feedback, what was lost is added to the client's next update.
+    """Compresses updates. With error feedback, a client adds the compression error to its next update.
 
         sent_k = Q(update_k + residual_k),   residual_k <- update_k + residual_k - sent_k
 
-    for the update and for each of the method's further tensors. Where the method's factors have other directions in each round
-    (``splits_anew``), the residual of the update is carried over to the new ones. An update that is not finite is sent as it is, for the server to
-    refuse, and leaves no residual, which would spoil all of the client's later updates.
+    This applies to the update and to each of the method's extra tensors. If the method's factors change their directions every round
+    (``splits_anew``), the residual of the update is projected onto the new factors. An update that is not finite leaves no residual, which would
+    spoil all of the client's later updates. It is sent regardless, for the server to refuse.
 
     Attributes:
-        writer: Q.
+        writer: the compressor Q.
         error_feedback: whether clients keep residuals.
     """
 
@@ -166,11 +166,16 @@ class Compression(UpdateTransform):
 
     @property
     def codec(self) -> Codec:
-        """The writer."""
+        """The compressor, by which the transport writes updates."""
         return self.writer
 
     def client(self, update: ClientUpdate, context: ClientContext) -> tuple[ClientUpdate, Slots]:
-        """The rule above. Slots: ``update`` and the further tensors' names hold residuals, ``ended`` the factors they belong to."""
+        """Compress a client's update.
+
+        Returns:
+            The update, and the slots that the client keeps: ``update`` and the names of the extra tensors hold residuals, ``ended`` holds the
+            factors that the residual of the update belongs to.
+        """
         ended = context.ended if context.algorithm.splits_anew else {}
         kept = _carried(context.kept, ended)
         groups = {"update": update.update, **update.extras}
@@ -182,21 +187,21 @@ class Compression(UpdateTransform):
         return written, self._residuals(sent, kept, ended)
 
     def _residuals(self, sent: Mapping[str, Sent], kept: Slots, ended: Weights) -> Slots:
-        """What the client keeps of what was lost; tensors that a round does not send keep what they had."""
+        """Return the residuals that the client keeps. Tensors that the client did not send in this round keep their old residuals."""
         lost = {kind: through.lost for kind, through in sent.items() if self.error_feedback and W.is_finite(through.lost)}
         slots: Slots = {kind: {**kept.get(kind, {}), **tensors} for kind, tensors in lost.items()}
         return {**slots, "ended": factors.named(dict(factors.pairs(ended)))} if ended and "update" in slots else slots
 
 
 def _carried(kept: Slots, ended: Weights) -> Slots:
-    """Residuals, that of the update in the directions of the new factors. What is not finite has no directions."""
+    """Return the residuals, with that of the update projected onto the new factors. Non-finite factors have no directions to project onto."""
     if not ended or "ended" not in kept or not W.is_finite(ended):
         return kept
     return {**kept, "update": factors.carried(kept["update"], kept["ended"], ended)}
 
 
 def compression(config: CompressionConfig) -> tuple[Compression, ...]:
-    """The transform a configuration names; none where updates go as they are."""
+    """Return the compression transform that a configuration names, or an empty tuple if updates are not compressed."""
     writers: dict[str, Codec] = {
         "bfloat16": BFloat16(),
         "int8": Blocks(8, config.block),

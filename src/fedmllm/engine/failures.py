@@ -1,4 +1,4 @@
-"""What to do about clients that fail, the same for every engine."""
+"""The policy for clients that fail, the same for every engine."""
 
 from __future__ import annotations
 
@@ -8,33 +8,38 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class FailureConfig(BaseModel):
-    """What to do about clients that raise, die, are late or send what cannot be used.
+    """The policy for clients that crash, miss the deadline or send an unusable update.
 
-    They are named in metrics and report; the average is over the others.
+    Metrics and the report name these clients. The aggregate averages over the others.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     deadline: float | None = Field(None, gt=0)
-    """Seconds within which a round's updates must be there; null for no limit. In one process a client that has begun is let finish."""
+    """Seconds within which a round's updates must arrive; null for no limit. The in-process engine lets a client that has started finish."""
     min_updates: int = Field(1, gt=0)
-    """Updates without which a round is not complete. A method may need more (Krum)."""
+    """Minimum number of usable updates per round. A method may need more (Krum)."""
     below: Literal["stop", "wait", "skip"] = "stop"
-    """If there are fewer: ``stop`` with an error, to go on with --resume; ``wait``, asking those again whose updates are missing; or
-    ``skip`` the round, which leaves the weights as they are."""
+    """What to do with fewer updates: ``stop`` with an error, after which --resume continues the run; ``wait`` and retry the clients whose updates
+    are missing; or ``skip`` the round, which leaves the weights unchanged."""
     attempts: int = Field(5, gt=1)
-    """How often a client is asked at most, if ``below`` is ``wait``; then the run stops."""
+    """Maximum number of attempts per round if ``below`` is ``wait``; then the run stops."""
     pause: float = Field(10.0, ge=0)
-    """Seconds before clients are asked again; what died may need them to come back."""
+    """Seconds before a retry, which give a crashed client time to restart."""
     norm_limit: float | None = Field(10.0, ge=1)
-    """An update is refused whose norm is more than so many times what training could give (``training.settings.reach``), or with controls (SCAFFOLD)
-    that are more than this in each entry, as a root mean square; null to take any. What a client could reach that withholds how many samples it
-    has is not known: its updates are not measured."""
+    """Refuse an update whose norm exceeds this factor times the sum of what training can reach (``training.settings.reach``) and the norm of the
+    received weights. Control variates (SCAFFOLD) are refused if the root mean square of their entries exceeds this factor. Null accepts any norm.
+    Updates of clients that withhold their number of samples are not checked, because their reach is unknown."""
 
     def needed(self, smallest_cohort: int, cohort: int) -> int:
-        """Updates that make a round complete, of a method that needs so many, in rounds of so many clients; baselines are federations of one."""
+        """Return the number of updates that complete a round.
+
+        Args:
+            smallest_cohort: the number of updates that the method needs.
+            cohort: the number of clients in a round; 1 in a baseline, which is a federation with one client.
+        """
         return min(max(self.min_updates, smallest_cohort), cohort)
 
 
 NONE_EXPECTED = FailureConfig()
-"""The defaults."""
+"""The default policy."""

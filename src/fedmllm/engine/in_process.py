@@ -1,4 +1,4 @@
-"""Clients run here, on one resident base model: side by side through stacked adapters, or one after another."""
+"""The in-process engine: clients train on one resident base model, in parallel through stacked adapters or one after another."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ _LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class _Turn:
-    """A client's part of a round."""
+class _Job:
+    """One client's training in a round."""
 
     client: Client
     samples: Sequence[Sample]
@@ -41,12 +41,12 @@ class _Turn:
 
 @dataclass(frozen=True)
 class _Problem:
-    """Why clients could not be trained. Words only: an error would keep the tensors of the pass alive in which it was raised.
+    """Why training failed, as text. The exception itself would keep the tensors of the failed pass alive.
 
     Attributes:
-        reason: for the round's record.
+        reason: the text for the round's record.
         where: the traceback.
-        memory: whether an allocation failed.
+        memory: whether a memory allocation failed.
     """
 
     reason: str
@@ -56,12 +56,12 @@ class _Problem:
 
 @dataclass
 class _Work:
-    """Clients that were submitted with one assignment and have not begun.
+    """Clients that were submitted with one assignment and have not started training.
 
     Attributes:
-        assignment: what to do.
-        clients: samples by client.
-        begun: when they were submitted.
+        assignment: the task.
+        clients: training samples by client.
+        begun: time of submission on the monotonic clock, in seconds.
     """
 
     assignment: Assignment
@@ -70,12 +70,12 @@ class _Work:
 
     @property
     def late(self) -> bool:
-        """Whether its deadline is over."""
+        """Whether the deadline has passed."""
         deadline = self.assignment.deadline
         return deadline is not None and time.monotonic() - self.begun > deadline
 
     def wave(self, first: str, size: int) -> dict[str, Sequence[Sample]]:
-        """Take out a client and those after it, as many as train side by side."""
+        """Remove and return up to ``size`` clients, beginning with ``first``."""
         names = list(self.clients)
         place = names.index(first)
         return {name: self.clients.pop(name) for name in names[place : place + size]}
@@ -83,51 +83,51 @@ class _Work:
 
 @dataclass
 class InProcessEngine:
-    """Trains clients here, side by side in waves, when their answers are asked for.
+    """Trains clients in this process when the caller takes their answers. Clients of a wave train in parallel.
 
-    A client whose training raises is a failure; what is wrong with settings or data (``FedMLLMError``) is raised.
+    If a client's training raises an exception, its answer is a failure. Errors in settings or data (``FedMLLMError``) propagate.
 
     Attributes:
-        vlm: the one model, adapters attached.
-        encoder: turns samples into tensors and keeps them.
-        training: how each client trains.
-        together: clients of a wave at most; 1 for one after another. A GPU's free memory may allow fewer.
+        vlm: the model, with adapters attached.
+        encoder: turns samples into tensors and caches them.
+        training: training settings of all clients.
+        together: maximum number of clients in a wave; 1 trains one after another. A GPU's free memory may allow fewer.
     """
 
     vlm: VisionLanguageModel
     encoder: Encoder
     training: TrainingConfig
     together: int = 1
-    _waiting: list[_Work] = field(default_factory=list, init=False)
+    _pending: list[_Work] = field(default_factory=list, init=False)
     _running: Iterator[Answer] = field(default_factory=lambda: iter(()), init=False)
     _done: dict[str, Answer] = field(default_factory=dict, init=False)
 
     @property
     def remote(self) -> bool:
-        """No."""
+        """False: clients and their personalized models are in this process."""
         return False
 
     def submit(self, assignment: Assignment, clients: Mapping[str, Sequence[Sample]]) -> None:
-        """Note what to do; nothing is trained yet."""
-        self._waiting.append(_Work(assignment, dict(clients)))
+        """Queue a task. Training starts when the caller takes an answer."""
+        self._pending.append(_Work(assignment, dict(clients)))
 
     def completed(self, order: Sequence[str] | None = None) -> Iterator[Answer]:
-        """Answers in the order asked for, or in that of submission."""
-        for name in [*self._done, *(name for work in self._waiting for name in work.clients)] if order is None else order:
+        """Yield answers in the given order. The default is answers already computed, then the order of submission."""
+        for name in [*self._done, *(name for work in self._pending for name in work.clients)] if order is None else order:
             yield self._answer(name)
 
     def cancel(self) -> None:
-        """Forget what was not trained yet, and what was not asked for."""
-        self._waiting.clear()
+        """Drop queued tasks and answers that the caller has not taken."""
+        self._pending.clear()
         self._done.clear()
         self._running = iter(())
 
     def scores(self, assignment: Assignment, clients: Sequence[str], split: Split) -> dict[str, Metrics]:
-        """One after another."""
+        """Score the clients' personalized models one after another."""
         return scores_here(assignment, clients, split)
 
     def _answer(self, name: str) -> Answer:
-        """A client's answer: that of the wave that runs, or of its own, which begins now."""
+        """Return a client's answer. If the client is not in the running wave, start its own."""
         try:
             while name not in self._done:
                 answer = next(self._running, None)
@@ -141,109 +141,112 @@ class InProcessEngine:
         return self._done.pop(name)
 
     def _begun(self, name: str) -> Iterator[Answer]:
-        """The wave in which a client trains: it and those after it that were submitted with it.
+        """Start the wave of a client: the client and the next ones that were submitted with it.
 
         Raises:
             LookupError: if the client is not outstanding.
         """
-        work = next((work for work in self._waiting if name in work.clients), None)
+        work = next((work for work in self._pending if name in work.clients), None)
         if work is None:
             raise LookupError(f"{name!r} is not outstanding")
         assignment, wave = work.assignment, work.wave(name, self._size)
         if not work.clients:
-            self._waiting.remove(work)
+            self._pending.remove(work)
         if work.late:
-            return iter([ClientFailure(client, f"not begun within the deadline of {assignment.deadline:g} s") for client in wave])
+            return iter([ClientFailure(client, f"did not start within the deadline of {assignment.deadline:g} s") for client in wave])
         write_base(self.vlm, assignment.broadcast.base)
-        return self._wave(assignment, [self._turn(assignment, client, samples) for client, samples in wave.items()])
+        return self._wave(assignment, [self._job(assignment, client, samples) for client, samples in wave.items()])
 
     @property
     def _size(self) -> int:
-        return min(self.together, clients_at_once(self.vlm) or self.together) if self._side_by_side else 1
+        return min(self.together, clients_at_once(self.vlm) or self.together) if self._parallel else 1
 
     @cached_property
-    def _side_by_side(self) -> bool:
-        """Whether the model lets clients train in the same passes; to find that out takes a walk over all its modules."""
+    def _parallel(self) -> bool:
+        """Whether the model can train clients in parallel. Cached, because finding out needs a walk over all modules."""
         return stackable(self.vlm.model) and not has_dropout(self.vlm.model)
 
     @cached_property
     def _budget(self) -> TokenBudget:
-        """Of all waves."""
+        """The token budget, shared by all waves."""
         return TokenBudget(self.training.max_batch_tokens)
 
-    def _turn(self, assignment: Assignment, name: str, samples: Sequence[Sample]) -> _Turn:
+    def _job(self, assignment: Assignment, name: str, samples: Sequence[Sample]) -> _Job:
         broadcast = assignment.broadcast
         client = Client(name, assignment.kept(name), profile(samples))
-        return _Turn(client, samples, assignment.algorithm.local_rule(broadcast, client), assignment.ranks.get(name))
+        return _Job(client, samples, assignment.algorithm.local_rule(broadcast, client), assignment.ranks.get(name))
 
-    def _wave(self, assignment: Assignment, turns: Sequence[_Turn]) -> Iterator[Answer]:
-        """Train and send. If side by side something breaks, one after another, so that no client takes others with it; fewer at once if it is
-        the memory."""
-        outcome = self._attempt(assignment, turns)
+    def _wave(self, assignment: Assignment, jobs: Sequence[_Job]) -> Iterator[Answer]:
+        """Train clients and yield their answers.
+
+        If a parallel wave fails, its clients are retried: half as many at once if memory ran out, otherwise one after another, so that one
+        client's failure does not affect the others.
+        """
+        outcome = self._attempt(assignment, jobs)
         if not isinstance(outcome, _Problem):
-            for turn, result, personal in outcome:
-                yield self._sent(assignment, turn, result, personal)
+            for job, result, personal in outcome:
+                yield self._sent(assignment, job, result, personal)
             return
         release(self.vlm.device)
-        if len(turns) == 1:
-            _LOG.warning("%s failed\n%s", turns[0].client.name, outcome.where)
-            yield ClientFailure(turns[0].client.name, outcome.reason)
+        if len(jobs) == 1:
+            _LOG.warning("Client %s failed\n%s", jobs[0].client.name, outcome.where)
+            yield ClientFailure(jobs[0].client.name, outcome.reason)
             return
-        size = len(turns) // 2 if outcome.memory else 1
-        _LOG.warning("%d clients side by side failed (%s); they train again, %d at once", len(turns), outcome.reason, size)
-        for first in range(0, len(turns), size):
-            yield from self._wave(assignment, turns[first : first + size])
+        size = len(jobs) // 2 if outcome.memory else 1
+        _LOG.warning("Training %d clients in parallel failed (%s); retrying with %d at a time", len(jobs), outcome.reason, size)
+        for first in range(0, len(jobs), size):
+            yield from self._wave(assignment, jobs[first : first + size])
 
-    def _attempt(self, assignment: Assignment, turns: Sequence[_Turn]) -> list[tuple[_Turn, LocalResult, Slots]] | _Problem:
-        """What each came to, or why nothing did."""
+    def _attempt(self, assignment: Assignment, jobs: Sequence[_Job]) -> list[tuple[_Job, LocalResult, Slots]] | _Problem:
+        """Return each client's result, or the problem that stopped them all."""
         try:
-            return self._trained(assignment, turns)
+            return self._trained(assignment, jobs)
         except FedMLLMError:
             raise
         except Exception as error:
             return _Problem(f"{type(error).__name__}: {error}", traceback.format_exc(), out_of_memory(error))
 
-    def _trained(self, assignment: Assignment, turns: Sequence[_Turn]) -> list[tuple[_Turn, LocalResult, Slots]]:
-        """What each came to, and the model of its own that it keeps, if its rule has one."""
-        results = self._train(assignment, [(turn, turn.rule) for turn in turns])
-        # What a strategy adds is for the federation's sake: the client's own model trains on its samples as they are.
-        alone = [(turn, turn.rule.personal) for turn in turns if turn.rule.personal is not None]
-        weights = {turn.client.name: result.weights for (turn, _), result in zip(alone, self._train(assignment, alone), strict=True)}
-        personal: list[Slots] = [{"personal": weights[turn.client.name]} if turn.client.name in weights else {} for turn in turns]
-        return list(zip(turns, results, personal, strict=True))
+    def _trained(self, assignment: Assignment, jobs: Sequence[_Job]) -> list[tuple[_Job, LocalResult, Slots]]:
+        """Return each client's result, with its personalized model if its rule trains one."""
+        results = self._train(assignment, [(job, job.rule) for job in jobs])
+        # A strategy's loss terms serve the global model. The personalized model trains on the client's samples without them.
+        alone = [(job, job.rule.personal) for job in jobs if job.rule.personal is not None]
+        weights = {job.client.name: result.weights for (job, _), result in zip(alone, self._train(assignment, alone), strict=True)}
+        personal: list[Slots] = [{"personal": weights[job.client.name]} if job.client.name in weights else {} for job in jobs]
+        return list(zip(jobs, results, personal, strict=True))
 
-    def _sent(self, assignment: Assignment, turn: _Turn, result: LocalResult, personal: Slots) -> ClientUpdate:
-        """Keep what is the client's own, send the rest."""
-        upload, client = turn.rule.finish(result), turn.client
-        ended = factors.cut(upload.weights, turn.rank)
+    def _sent(self, assignment: Assignment, job: _Job, result: LocalResult, personal: Slots) -> ClientUpdate:
+        """Save what the client keeps and return its update."""
+        upload, client = job.rule.finish(result), job.client
+        ended = factors.cut(upload.weights, job.rank)
         context = ClientContext(client.name, assignment.algorithm, assignment.broadcast, assignment.seed, ended, client.state)
-        update, kept = assignment.chain.client(_update(assignment, turn, result, upload), context)
-        # A turn that leaves nothing new leaves what there was.
+        update, kept = assignment.chain.client(_update(assignment, job, result, upload), context)
+        # If this round gives the client nothing new to keep, save what it already had.
         if keeps := {**upload.keeps, **personal, **kept} or client.state:
             assignment.keep(client.name, keeps)
         return update
 
-    def _train(self, assignment: Assignment, turns: Sequence[tuple[_Turn, LocalRule]]) -> list[LocalResult]:
-        tasks = [(self._task(assignment, turn, rule), rule) for turn, rule in turns]
+    def _train(self, assignment: Assignment, jobs: Sequence[tuple[_Job, LocalRule]]) -> list[LocalResult]:
+        tasks = [(self._task(assignment, job, rule), rule) for job, rule in jobs]
         if len(tasks) > 1:
             return train_together(self.vlm, tasks, self.training, self._budget)
         return [train_locally(self.vlm, task, rule, self.training, self._budget) for task, rule in tasks]
 
-    def _task(self, assignment: Assignment, turn: _Turn, rule: LocalRule) -> LocalTask:
-        """What a client works on. Ranks beyond its own are zeros, in A and in B, which no gradient ever moves."""
+    def _task(self, assignment: Assignment, job: _Job, rule: LocalRule) -> LocalTask:
+        """Build a client's training task. Ranks beyond the client's own are zero in A and in B, so their gradients are zero."""
         weights, broadcast = assignment.broadcast.weights, assignment.broadcast
-        received = weights if turn.rank is None else factors.padded(factors.cut(weights, turn.rank), weights)
-        encoded = [self.encoder(sample) for sample in turn.samples]
+        received = weights if job.rank is None else factors.padded(factors.cut(weights, job.rank), weights)
+        encoded = [self.encoder(sample) for sample in job.samples]
         for term in rule.all_terms:
-            encoded = term.prepare(self.vlm, self.encoder, turn.samples, encoded)
-        return LocalTask(turn.client.name, broadcast.round_num, assignment.seed, encoded, received, assignment.learning_rate)
+            encoded = term.prepare(self.vlm, self.encoder, job.samples, encoded)
+        return LocalTask(job.client.name, broadcast.round_num, assignment.seed, encoded, received, assignment.learning_rate)
 
 
-def _update(assignment: Assignment, turn: _Turn, result: LocalResult, upload: Upload) -> ClientUpdate:
-    """What a client sends, at its own rank."""
+def _update(assignment: Assignment, job: _Job, result: LocalResult, upload: Upload) -> ClientUpdate:
+    """Return a client's update at the client's own rank."""
     round_num = assignment.broadcast.round_num
     sent = {name: tensor for name, tensor in upload.weights.items() if assignment.algorithm.uploads(round_num, name)}
-    update = factors.cut(W.subtract(sent, result.received), turn.rank)
-    extras = {kind: factors.cut(tensors, turn.rank) for kind, tensors in upload.extras.items()}
-    count, profile_ = len(turn.samples), turn.client.profile
-    return ClientUpdate(turn.client.name, update, count, result.metrics, extras, profile_, turn.rank, round_num=round_num)
+    update = factors.cut(W.subtract(sent, result.received), job.rank)
+    extras = {kind: factors.cut(tensors, job.rank) for kind, tensors in upload.extras.items()}
+    count, profile_ = len(job.samples), job.client.profile
+    return ClientUpdate(job.client.name, update, count, result.metrics, extras, profile_, job.rank, round_num=round_num)

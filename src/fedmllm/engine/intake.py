@@ -1,4 +1,4 @@
-"""The one taker of updates: it checks each answer of a round, folds what can be used into the aggregate, and counts the rest."""
+"""Checks each answer of a round, folds usable updates into the aggregate, and records the others as refused."""
 
 from __future__ import annotations
 
@@ -15,13 +15,12 @@ from fedmllm.types import Answer, ClientFailure, ClientUpdate, Record, Slots, We
 
 @dataclass(frozen=True)
 class Origin:
-    """What clients were sent, by which their answers are judged.
+    """The server state that clients trained from, and the limits for their answers.
 
     Attributes:
-        state: the server's when it was sent.
-        largest: what it is of (``update``, or what the method sends besides) and number of samples -> the largest norm that is accepted; None for
-            any.
-        scale: what accepted updates are multiplied by.
+        state: the server state that the clients received.
+        largest: (``update`` or the name of a group of extra tensors, number of samples) -> the largest accepted norm; None for no limit.
+        scale: factor that multiplies accepted updates.
     """
 
     state: ServerState
@@ -30,14 +29,15 @@ class Origin:
 
 
 class Intake:
-    """The answers of a round so far.
+    """A round's answers so far.
 
     Args:
-        algorithm: how updates are aggregated.
-        state: the server's, at the start of the round.
-        ranks: clients' own LoRA ranks.
-        chain: what happens to updates at the server; what the method alone asks for by default.
-        claim: client -> the number of samples it reported before the first round, 0 if it withholds that; None where that is not known.
+        algorithm: the method, which defines the aggregation.
+        state: the server state at the start of the round.
+        ranks: LoRA ranks of clients whose rank differs from the server's.
+        chain: update transforms; by default the method's own only.
+        claim: client -> the largest number of samples that it may claim: the number it reported before the first round, 0 if it withholds the
+            number, None if it did not report.
     """
 
     def __init__(
@@ -51,11 +51,11 @@ class Intake:
         self._algorithm, self._state, self._ranks, self._claim = algorithm, state, ranks or {}, claim
         self._chain = Chain(algorithm.transforms) if chain is None else chain
         self.accepted: dict[str, int] = {}
-        """Clients whose updates are in the aggregate, and the round of the weights that each trained from."""
+        """Clients whose updates are in the aggregate, with the round of the weights that each trained from."""
         self.reached: list[str] = []
-        """Clients that were sent a task, one as often as it was."""
+        """Clients that received a task, once per task."""
         self.num_clients = 0
-        """How many updates are in the aggregate."""
+        """Number of updates in the aggregate."""
         self._means: dict[str, W.WeightedMean] = {}
         self._members: list[tuple[Slots, float]] = []
         self._num_samples = self._bytes_up = 0
@@ -65,7 +65,12 @@ class Intake:
         self._refused: list[Record] = []
 
     def take(self, answer: Answer, origin: Origin | None = None) -> None:
-        """Add an update to the aggregate, or refuse it; note a failure. Answers to the state at the start of the round need no origin."""
+        """Add an update to the aggregate or refuse it; record a failure.
+
+        Args:
+            answer: the client's answer.
+            origin: the state that the client trained from; by default the state at the start of the round, without a norm limit.
+        """
         sent = origin or Origin(self._state)
         if not isinstance(answer, ClientFailure) or answer.reached:
             self.reached.append(answer.client)
@@ -79,7 +84,12 @@ class Intake:
             self._note(answer, sent.state.round_num)
 
     def fold(self, update: ClientUpdate, state: ServerState | None = None) -> None:
-        """Add an update that is known to be good to the aggregate; ``state`` is what its client was sent, this round's by default."""
+        """Add a checked update to the aggregate.
+
+        Args:
+            update: the update.
+            state: the state that the client trained from; by default the state at the start of the round.
+        """
         slots, weight = self._algorithm.fold(state or self._state, update)
         weight = self._chain.weigh(weight, update, self._state)
         if self._algorithm.needs_individual_updates:
@@ -92,12 +102,12 @@ class Intake:
 
     @property
     def num_bytes(self) -> int:
-        """Memory held for the updates so far: flat in their number, unless the method needs each."""
+        """Bytes of memory held for the updates so far. Constant in their number, unless the method needs individual updates."""
         members = sum(W.num_bytes(*slots.values()) for slots, _ in self._members)
         return members + sum(mean.num_bytes for mean in self._means.values())
 
     def aggregate(self) -> Aggregate:
-        """What the updates come to.
+        """Return the aggregate of the accepted updates.
 
         Raises:
             FederationError: if no update has a positive weight.
@@ -110,7 +120,7 @@ class Intake:
         return self._chain.aggregate(Aggregate(means, self.num_clients, members), self._state)
 
     def _note(self, update: ClientUpdate, round_num: int) -> None:
-        """Count what an accepted update says of itself."""
+        """Record the numbers that an accepted update reports."""
         self._num_samples += update.num_samples or 0
         if update.num_samples is None:
             self._withheld.append(update.client)
@@ -122,29 +132,29 @@ class Intake:
     def _refusal(self, update: ClientUpdate, origin: Origin) -> str | None:
         round_num = origin.state.round_num
         if update.client in self.accepted:
-            return "this client's update is there already"
+            return "the client already sent an update in this round"
         if update.round_num not in (None, round_num):
-            return f"it answers round {(update.round_num or 0) + 1}, this is round {round_num + 1}"
+            return f"the update answers round {(update.round_num or 0) + 1}, expected round {round_num + 1}"
         rank = self._ranks.get(update.client)
         if update.rank != rank:
             return f"the update is of rank {update.rank}, the client's rank is {rank}"
         if (claim := self._claim(update.client)) is not None and (update.num_samples or 0) > claim:
-            return f"it says that it trained on {update.num_samples:,} samples, it has told of {claim:,}"
-        told = {"steps": "steps" in update.metrics, "profile": bool(update.profile)}
-        if lacking := sorted(fact for fact in self._algorithm.needs if not told[fact]):
-            return f"it does not tell its {lacking[0]}, which the method needs"
+            return f"the update claims {update.num_samples:,} training samples, the client reported {claim:,} before the first round"
+        reported = {"steps": "steps" in update.metrics, "profile": bool(update.profile)}
+        if lacking := sorted(fact for fact in self._algorithm.needs if not reported[fact]):
+            return f"the update does not report {lacking[0]}, which the method needs"
         sent = {n: tensor for n, tensor in origin.state.weights.items() if self._algorithm.uploads(round_num, n)}
         return refusal(update, factors.cut(sent, rank), self._algorithm.client_sends) or _too_large(update, origin)
 
     def missing(self, stage: str, needed: int) -> str:
-        """What to say where too few updates can be used."""
+        """Return the error message for a round with too few usable updates."""
         count, reasons = len(self.accepted), listing(f"{row['client']}: {row['reason']}" for row in self._refused)
-        what = f"{count} updates can be used, {needed} are needed" if count else "no update can be used"
+        what = f"{count} usable updates, {needed} needed" if count else "no usable update"
         where = f"stage {stage}, round {self._state.round_num + 1}"
-        return f"{where}: {what}:\n{reasons}\nlook into the reasons and go on with --resume, or have failures.below wait or skip"
+        return f"{where}: {what}:\n{reasons}\nfix the causes and rerun with --resume, or set failures.below to wait or skip"
 
     def record(self) -> Record:
-        """The round's numbers about its clients; the loss is None where none of them took a step."""
+        """Return the round's statistics over its clients. The loss is None if no client took a step."""
         weight = sum(count for count, _ in self._losses.values())
         return {
             "num_samples": self._num_samples,
@@ -159,7 +169,7 @@ class Intake:
 
 
 def _scaled(update: ClientUpdate, scale: float) -> ClientUpdate:
-    """An update times a number, its further tensors included; itself for 1."""
+    """Multiply an update and its extra tensors by a number. Returns the update itself if the number is 1."""
     if scale == 1:
         return update
     groups = {
@@ -173,19 +183,27 @@ def _too_large(update: ClientUpdate, origin: Origin) -> str | None:
         return None
     for kind, tensors in {"update": update.update, **update.extras}.items():
         if (size := W.norm(tensors)) > (limit := origin.largest(kind, update.num_samples)):
-            return f"the norm of the {kind} is {size:.3g}, training could give {limit:.3g} at most (failures.norm_limit)"
+            return f"the norm of the {kind} is {size:.3g}, the limit is {limit:.3g} (failures.norm_limit)"
     return None
 
 
 def refusal(update: ClientUpdate, expected: Weights, extras: Sequence[str] = ()) -> str | None:
-    """Why an update cannot be used: wrong names or shapes, NaN or infinity, no samples. None if it can."""
+    """Return why an update cannot be used, or None if it can.
+
+    An update is refused for wrong names or shapes, NaN or infinity, or a number of samples that is not positive.
+
+    Args:
+        update: the update.
+        expected: tensors with the names and shapes that the update must have.
+        extras: names of the groups of extra tensors that the method's clients send.
+    """
     if sorted(update.extras) != sorted(extras):
-        return f"besides the update it holds {sorted(update.extras) or 'nothing'}, expected {sorted(extras) or 'nothing'}"
+        return f"the answer has extra tensors {sorted(update.extras) or 'none'}, expected {sorted(extras) or 'none'}"
     for kind, tensors in {"update": update.update, **update.extras}.items():
         if mismatch := describe_mismatch(tensors, expected):
             return mismatch if kind == "update" else f"{kind}: {mismatch}"
         if not W.is_finite(tensors):
-            return f"the {kind} holds NaN or infinity"
+            return f"the {kind} contains NaN or infinity"
     if update.num_samples is not None and update.num_samples <= 0:
-        return f"num_samples is {update.num_samples}"
+        return f"num_samples is {update.num_samples}, it must be positive"
     return None

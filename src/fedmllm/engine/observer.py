@@ -1,4 +1,4 @@
-"""Whom a run tells about its progress."""
+"""Callbacks that report a run's progress."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from fedmllm.engine.stages import Stage
 from fedmllm.types import Record
 
 START = "start"
-"""Stands for the stage before the first round, in which sites are asked whether they are there."""
+"""Stage name before the first round, while the run waits for sites to report."""
 
 
 @dataclass(frozen=True)
 class Observer:
-    """Whom a run tells about its progress.
+    """Callbacks that report a run's progress. The default callbacks do nothing.
 
     Attributes:
-        started: told the stages to come, before the first.
-        round_done: told each round's record, as in ``metrics.jsonl``, with the stage's ``num_rounds``.
-        waiting: told ``stage``, ``round``, ``attempt`` and ``clients`` when clients are asked again; before the first round ``stage``, which is
-            ``start``, and ``clients`` when sites are waited for, with ``given_up`` when the run begins without them.
-        answered: told ``stage``, ``round`` (but at the start) and ``clients``, those whose answers are still to come, in the order in which they are
-            taken, when clients are asked and at each answer.
-        remarked: told, before the first round, what a strategy does otherwise than its description has it, by strategy.
-        opened: told the run folder, once it is made.
-        encoded: told how many samples, of how many, have been made into what the model takes, before the first round.
-        resumed: told, before the first round, the bytes that were sent before the run was interrupted; 0 for a new run.
+        started: called once before the first stage with all stages.
+        round_done: called after each round with its record, as in ``metrics.jsonl``, plus the stage's ``num_rounds``.
+        waiting: called when clients are retried, with ``stage``, ``round``, ``attempt`` and ``clients``. Before the first round it is called when the
+            run waits for sites, with ``stage`` (``start``) and ``clients``, and with ``given_up`` if the run starts without them.
+        answered: called when clients receive a task and after each answer, with ``stage``, ``round`` (absent at the start) and ``clients``: the
+            outstanding clients, in the order in which the run takes their answers.
+        remarked: called before the first round with how a strategy deviates from its description, by strategy.
+        opened: called with the run folder once it exists.
+        encoded: called before the first round with the number of encoded samples and the total.
+        resumed: called before the first round with the bytes that were sent before the run was interrupted; 0 for a new run.
     """
 
     started: Callable[[Sequence[Stage]], None] = lambda stages: None
@@ -40,15 +40,15 @@ class Observer:
     resumed: Callable[[int], None] = lambda sent: None
     encoded: Callable[[int, int], None] = lambda done, total: None
 
-    def beside(self, tell: Callable[[Record], None]) -> Observer:
-        """The same, and another that is told each round's record."""
+    def beside(self, report: Callable[[Record], None]) -> Observer:
+        """Return a copy that also passes each round's record to ``report``."""
 
         def both(record: Record) -> None:
             self.round_done(record)
-            tell(record)
+            report(record)
 
         return replace(self, round_done=both)
 
 
 UNOBSERVED = Observer()
-"""Nobody."""
+"""An observer that ignores everything."""

@@ -1,4 +1,4 @@
-"""The one round loop: ask clients, check and aggregate what they send, step, evaluate, checkpoint."""
+"""The round loop: submit tasks to clients, check and aggregate their updates, step the server, evaluate, checkpoint."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ from fedmllm.types import Answer, Broadcast, Record
 
 @dataclass(frozen=True)
 class Loop:
-    """What the loop works with, the same for all stages of a run.
+    """The parts of the round loop that all stages of a run share.
 
     Attributes:
         algorithm: the method.
         engine: trains clients.
-        training: for the schedule of the learning rate.
-        test: the split that the end is scored on.
-        store: where rounds are kept.
-        seed: the experiment's.
-        transforms: what happens to updates besides what the method has done to them.
-        failures: what to do about clients that fail.
-        observer: told about the progress.
-        validation: the split that rounds are scored on; None where there is none.
-        schedule: who is asked when, and when the server steps.
+        training: training settings, which define the learning-rate schedule.
+        test: the split on which the run scores the final model.
+        store: holds checkpoints and metrics.
+        seed: the experiment's seed.
+        transforms: the experiment's update transforms, applied after the method's own.
+        failures: the policy for clients that fail.
+        observer: receives progress.
+        validation: the split on which the run scores models during training; None for none.
+        schedule: decides when clients receive tasks and when the server steps.
     """
 
     algorithm: Algorithm
@@ -54,7 +54,7 @@ class Loop:
     schedule: Schedule = SYNCHRONOUS
 
     def assignment(self, stage: Stage, state: ServerState) -> Assignment:
-        """What clients are asked to do with a state of the server."""
+        """Return the task for clients that train from a server state."""
         learning_rate = round_learning_rate(self.training, state.round_num, stage.num_rounds)
         return Assignment(
             self.algorithm.broadcast(state),
@@ -70,13 +70,13 @@ class Loop:
 
 
 class Round:
-    """A round while it runs: a schedule asks clients and takes their answers through it.
+    """A round in progress, through which a schedule submits tasks and takes answers.
 
     Args:
-        loop: what to work with.
-        stage: whom to train.
-        state: the server's, at the start of the round.
-        watch: books the time.
+        loop: what all stages share.
+        stage: the federation to train.
+        state: the server state at the start of the round.
+        watch: measures the time by activity.
     """
 
     def __init__(self, loop: Loop, stage: Stage, state: ServerState, watch: Watch) -> None:
@@ -84,27 +84,33 @@ class Round:
         self.assignment = loop.assignment(stage, state)
         self.intake = Intake(loop.algorithm, state, stage.ranks, self.assignment.chain, stage.claim)
         self.clients: list[str] = []
-        """Whose answers were taken."""
+        """Clients whose answers the round took."""
         self.facts: Record = {}
-        """What the schedule adds to the round's record."""
+        """Fields that the schedule adds to the round's record."""
         self._origins: dict[int, Origin] = {}
 
     @property
     def needed(self) -> int:
-        """Updates that make the round complete."""
+        """Number of accepted updates that complete the round."""
         return self.loop.failures.needed(self.loop.algorithm.smallest_cohort, self.loop.schedule.updates(self.stage))
 
     @property
     def complete(self) -> bool:
-        """Whether there are as many."""
+        """Whether the round has accepted enough updates."""
         return len(self.intake.accepted) >= self.needed
 
     def tell(self, outstanding: Sequence[str]) -> None:
-        """Tell who has not answered yet."""
+        """Report the outstanding clients to the observer."""
         self.loop.observer.answered({"stage": self.stage.name, "round": self.state.round_num + 1, "clients": list(outstanding)})
 
     def take(self, answer: Answer, sent: ServerState | None = None, scale: float = 1.0) -> None:
-        """Take an answer to a state that clients were sent, this round's by default."""
+        """Check an answer and add it to the round.
+
+        Args:
+            answer: the client's answer.
+            sent: the server state that the client trained from; by default the state at the start of this round.
+            scale: factor that multiplies the update.
+        """
         self._watch.lap("train")
         self.intake.take(answer, replace(self._origin(sent or self.state), scale=scale))
         if answer.client not in self.clients:
@@ -112,38 +118,41 @@ class Round:
         self._watch.lap("aggregate")
 
     def _origin(self, sent: ServerState) -> Origin:
-        """By round, for a bound on norms takes a pass over all weights."""
+        """Return the origin of answers to a state. Origins are cached by round because the norm limit needs a pass over all weights."""
         if sent.round_num not in self._origins:
             assignment = self.assignment if sent is self.state else self.loop.assignment(self.stage, sent)
             self._origins[sent.round_num] = Origin(sent, largest_norm(self.loop, assignment))
         return self._origins[sent.round_num]
 
     def again(self, attempt: int, clients: Sequence[str]) -> None:
-        """Wait, and tell why, before clients are asked again."""
-        told = {"stage": self.stage.name, "round": self.state.round_num + 1, "attempt": attempt, "clients": list(clients)}
-        self.loop.observer.waiting(told)
+        """Report to the observer that clients will be retried, then wait ``failures.pause`` seconds."""
+        record = {"stage": self.stage.name, "round": self.state.round_num + 1, "attempt": attempt, "clients": list(clients)}
+        self.loop.observer.waiting(record)
         time.sleep(self.loop.failures.pause)
 
     def too_few(self) -> None:
-        """Leave the round incomplete, if the run is to go on without.
+        """Accept an incomplete round if ``failures.below`` is ``skip``.
 
         Raises:
-            FederationError: if it is not.
+            FederationError: if it is not ``skip``.
         """
         if self.loop.failures.below != "skip":
             raise FederationError(self.intake.missing(self.stage.name, self.needed))
 
 
 def run_stage(loop: Loop, stage: Stage, initial: ServerState) -> ServerState:
-    """Train a stage to its last round, from its checkpoint if it has one.
+    """Train a stage to its last round, starting from its checkpoint if there is one.
 
     Args:
-        loop: what to work with.
-        stage: whom to train.
-        initial: the method's state before the first round.
+        loop: what all stages share.
+        stage: the federation to train.
+        initial: the server state before the first round.
+
+    Returns:
+        The server state after the last round.
 
     Raises:
-        FederationError: if in some round too few clients' updates can be used, and the run is not to go on without.
+        FederationError: if a round has too few usable updates and ``failures.below`` is not ``skip``.
     """
     population = stage.population if loop.algorithm.needs_labels else replace(stage.population, labels={})
     state = replace(loop.store.load_state(stage.name) or initial, population=population)
@@ -160,7 +169,7 @@ def run_stage(loop: Loop, stage: Stage, initial: ServerState) -> ServerState:
 
 
 def _round(this: Round, watch: Watch, checkpoint: BackgroundCheckpoint) -> ServerState:
-    """One round, from the first client asked to the checkpoint."""
+    """Run one round, from the first task to the checkpoint."""
     loop, stage, before, intake = this.loop, this.stage, this.state, this.intake
     left = loop.schedule.collect(this)
     state = _stepped(loop.algorithm, before, intake) if this.complete else _skipped(before)
@@ -183,7 +192,7 @@ def _round(this: Round, watch: Watch, checkpoint: BackgroundCheckpoint) -> Serve
         "bytes_down": _bytes_down(loop.algorithm, stage, before, this.assignment.broadcast, intake.reached),
     }
     record["seconds"] = watch.reset()
-    # The line first, then the state: a line whose state is missing is rewound, a state whose line is missing would stay a gap.
+    # Write the metrics line before the state. A resumed run removes a line without a state, but could not restore a missing line.
     loop.store.append(record)
     checkpoint.save(state)
     watch.lap("checkpoint")
@@ -192,10 +201,10 @@ def _round(this: Round, watch: Watch, checkpoint: BackgroundCheckpoint) -> Serve
 
 
 def largest_norm(loop: Loop, assignment: Assignment) -> Callable[[str, int], float] | None:
-    """The largest norm that is accepted, of an update or of what the method sends besides; None for any.
+    """Return a function that gives the largest accepted norm of an update or of a method's extra tensors; None for no limit.
 
-    What was received counts in: a method may make parts of it zero. Besides, methods send gradients, which have no such bound; those of a mean
-    negative log-likelihood are far below one in each entry.
+    The limit of an update includes the norm of the received weights, because a method may set some of them to zero. Extra tensors are gradients, to
+    which that limit does not apply. Gradients of a mean negative log-likelihood are far below one in each entry.
     """
     factor, weights = loop.failures.norm_limit, assignment.broadcast.weights
     if factor is None:
@@ -209,18 +218,18 @@ def largest_norm(loop: Loop, assignment: Assignment) -> Callable[[str, int], flo
 
 
 def _stepped(algorithm: Algorithm, state: ServerState, intake: Intake) -> ServerState:
-    """The state after a round, which says whose updates are in it: these clients keep what they kept of it."""
+    """Return the state after a round. Its ``accepted`` names the clients whose updates are in it, so that they commit what they kept."""
     accepted = {client: [*state.accepted.get(client, ()), trained_from][-2:] for client, trained_from in intake.accepted.items()}
     return replace(algorithm.server_step(state, intake.aggregate()), accepted=dict(sorted({**state.accepted, **accepted}.items())))
 
 
 def _skipped(state: ServerState) -> ServerState:
-    """One round later, with nothing changed, and so with nothing new to be sent of the frozen weights' change; no client's update counts."""
+    """Return the same state one round later. No update counts, and no change to the frozen weights is sent."""
     return replace(state, round_num=state.round_num + 1, slots={kind: slot for kind, slot in state.slots.items() if kind != "base_step"})
 
 
 def _bytes_down(algorithm: Algorithm, stage: Stage, state: ServerState, broadcast: Broadcast, cohort: Sequence[str]) -> int:
-    """What the cohort is sent, and what all clients must be sent of the last round's change to the frozen weights."""
+    """Return the bytes sent to the cohort plus the last round's change to the frozen weights, which every client receives."""
     sent = {name: tensor for name, tensor in broadcast.weights.items() if algorithm.downloads(name)}
     extras = {f"{kind}/{n}": tensor for kind, tensors in broadcast.extras.items() for n, tensor in tensors.items()}
     further = {name: tensor for name, tensor in extras.items() if algorithm.downloads(name)}
@@ -229,19 +238,19 @@ def _bytes_down(algorithm: Algorithm, stage: Stage, state: ServerState, broadcas
 
 
 class Watch:
-    """Seconds by activity, from lap to lap. A round's checkpoint comes after its line and is booked on the next one."""
+    """Measures seconds by activity. A round writes its checkpoint after its metrics line, so the next round's line includes that time."""
 
     def __init__(self) -> None:
         self._last = time.perf_counter()
         self.seconds = dict.fromkeys(("train", "aggregate", "evaluate", "checkpoint"), 0.0)
 
     def reset(self) -> dict[str, float]:
-        """The seconds so far; counting starts again at zero."""
+        """Return the seconds by activity and restart them at zero."""
         before, self.seconds = self.seconds, dict.fromkeys(self.seconds, 0.0)
         return before
 
     def lap(self, name: str) -> None:
-        """Book the time since the last lap under a name."""
+        """Add the time since the last lap to an activity."""
         now = time.perf_counter()
         self.seconds[name] += now - self._last
         self._last = now

@@ -1,4 +1,4 @@
-"""What a stage's models score: the global one, or those that a personalized method leaves with its clients."""
+"""Scores of a stage's models: the global model, or the personalized models of a method that has them."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ if TYPE_CHECKING:
 
 
 def personal_models(loop: Loop, stage: Stage, state: ServerState) -> dict[str, Weights]:
-    """The weights each client ends with, by client: the global ones, unless the method gives it its own. None where those are at remote
-    clients."""
+    """Return each client's final weights, by client.
+
+    These are the global weights if the method has no personalized models. The result is empty if personalized models are on remote clients.
+    """
     if not loop.algorithm.personalized:
         return dict.fromkeys(sorted(stage.clients), state.weights)
     if loop.engine.remote:
@@ -26,18 +28,24 @@ def personal_models(loop: Loop, stage: Stage, state: ServerState) -> dict[str, W
 
 
 def evaluate_state(loop: Loop, stage: Stage, state: ServerState, split: Split | None = None) -> Metrics:
-    """The scores of the global model on a split, the test split by default; of a personalized method, those of the clients' own models, averaged.
+    """Return the scores of the global model on a split or, for a personalized method, the mean scores of the clients' personalized models.
 
-    The standard error of an average over several clients is that over the clients.
+    The standard error of a mean over several clients is computed over the clients.
+
+    Args:
+        loop: what all stages share.
+        stage: the stage.
+        state: the server state to score.
+        split: the split; the test split by default.
     """
-    asked = split or loop.test
+    target = split or loop.test
     if not loop.algorithm.personalized:
-        return asked.score(state.weights, state.base)
-    rows = list(loop.engine.scores(loop.assignment(stage, state), sorted(stage.clients), asked).values())
+        return target.score(state.weights, state.base)
+    rows = list(loop.engine.scores(loop.assignment(stage, state), sorted(stage.clients), target).values())
     error = error_over_models([row["score"] for row in rows])
     return over_models(rows) | ({} if error is None else {"standard_error": error})
 
 
 def validate_state(loop: Loop, stage: Stage, state: ServerState) -> Metrics | None:
-    """The same on the validation part; None where there is none."""
+    """Return the same scores on the validation split, or None if the run has none."""
     return None if loop.validation is None else evaluate_state(loop, stage, state, loop.validation)

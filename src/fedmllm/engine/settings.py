@@ -1,4 +1,4 @@
-"""The section ``engine`` of an experiment."""
+"""The ``engine`` section of an experiment."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ class EngineConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: Literal["in_process", "flower"] = "in_process"
-    """``in_process``: all clients in this process. ``flower``: the federation's clients elsewhere, through Flower: in worker processes on Ray, or at
+    """``in_process`` trains all clients in this process. ``flower`` trains the federation's clients through Flower, in worker processes on Ray or at
     the sites of ``server``."""
     server: Path | None = None
-    """``server.yaml`` of a federation of sites, of ``flower``; left out for worker processes on this machine."""
+    """With ``flower``, the ``server.yaml`` of a federation of sites; leave it out for worker processes on this machine."""
     worker_cpus: float = Field(1.0, gt=0)
-    """Cores of one worker, of ``flower``; as many workers are started as there is room for."""
+    """With ``flower``, CPU cores per worker; the run starts as many workers as fit on the machine."""
     worker_gpus: float = Field(0.0, ge=0)
-    """GPUs of one worker, of ``flower``; a part, such as 0.25, lets workers share one."""
+    """With ``flower``, GPUs per worker; a fraction such as 0.25 lets workers share a GPU."""
     device: str = "auto"
     """``auto`` (a GPU if there is one), ``cpu``, ``cuda``, ``cuda:1``, ..."""
     together: int = Field(16, gt=0)
-    """Clients of a cohort that train side by side in the same passes of the model; 1 for one after another. With dropout, or
-    where more than adapters of the decoder trains, always 1; a GPU's free memory may allow fewer."""
+    """Maximum number of clients that train in parallel, in the same passes of the model; 1 trains one after another. Always 1 with dropout, or if
+    anything but adapters of the decoder trains. A GPU's free memory may allow fewer."""
     answers_only: bool = True
-    """Compute the last decoder layer where answers are, as far as it is known how."""
+    """Compute the last decoder layer only at the positions of answers, for model families that support it."""
     feature_bytes: int = Field(4 << 30, ge=0)
-    """Room on disk for what the frozen vision part makes of pictures, each once; 0 to compute it anew in every pass."""
+    """Disk space in bytes to cache the frozen vision model's features of each picture; 0 recomputes them in every pass."""
 
     @model_validator(mode="after")
     def _sites_over_flower(self) -> EngineConfig:
         if self.server is not None and self.name != "flower":
             raise ValueError(
-                f"server: {self.server} leads to sites, which name: {self.name} does not reach; use name: flower, or leave server out"
+                f"server: {self.server} names a federation of sites, which name: {self.name} cannot reach; use name: flower, or leave server out"
             )
         return self

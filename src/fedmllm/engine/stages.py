@@ -1,4 +1,4 @@
-"""Who trains, and for how long: the federation, and the baselines beside it."""
+"""The stages of a run: the federation, and the centralized and local baselines."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from fedmllm.types import Holding, Population, Sample
 
 @dataclass(frozen=True)
 class Stage:
-    """A federation to train. Centralized and local training are federations of one.
+    """A federation to train. Centralized and local training are federations with one client.
 
     Attributes:
-        name: names its checkpoint and its lines of metrics.
-        clients: samples by client.
+        name: the name in checkpoints and in ``metrics.jsonl``.
+        clients: training samples by client; empty for a remote client.
         num_rounds: rounds to train.
         clients_per_round: size of a cohort.
-        validate_every: rounds between scores on the validation part; 0 for none.
-        ranks: clients' own LoRA ranks, where they differ from the server's.
-        told: of clients whose samples are elsewhere, what they say they hold.
+        validate_every: rounds between scores on the validation split; 0 for none.
+        ranks: LoRA ranks of clients whose rank differs from the server's.
+        reported: remote clients' self-reported sample counts, by client.
     """
 
     name: str
@@ -32,40 +32,44 @@ class Stage:
     clients_per_round: int
     validate_every: int = 0
     ranks: Mapping[str, int] = field(default_factory=dict)
-    told: Mapping[str, Holding] = field(default_factory=dict)
+    reported: Mapping[str, Holding] = field(default_factory=dict)
 
     @property
     def population(self) -> Population:
-        """What the server knows of all clients: each has told how many samples it holds of which modalities. Answers are known of clients that are
-        simulated here."""
+        """What the server knows about all clients together: sample counts by modality, and label counts of simulated clients only."""
         counts = Counter(profile(sample for samples in self.clients.values() for sample in samples))
-        for held in self.told.values():
+        for held in self.reported.values():
             counts.update(held.profile)
         return Population(len(self.clients), dict(counts), answer_counts(sample for held in self.clients.values() for sample in held))
 
     @property
     def num_samples(self) -> int:
-        """Of all clients that tell how many they have."""
-        return sum(map(len, self.clients.values())) + sum(held.num_samples or 0 for held in self.told.values())
+        """Number of training samples of all clients, except remote clients that withhold theirs."""
+        return sum(map(len, self.clients.values())) + sum(held.num_samples or 0 for held in self.reported.values())
 
     def claim(self, client: str) -> int | None:
-        """How many samples a client has told of: 0 if it withholds that; None of one that was not there before the first round."""
-        return self.told[client].num_samples or 0 if client in self.told else len(self.clients[client]) or None
+        """Return the largest number of samples that a client may claim in an update.
+
+        Returns:
+            The number of samples that the client holds or, for a remote client, reported before the first round; 0 if it withholds the number; None if
+            it did not report before the first round.
+        """
+        return self.reported[client].num_samples or 0 if client in self.reported else len(self.clients[client]) or None
 
     def cohort(self, seed: int, round_num: int) -> list[str]:
-        """The clients of a round, drawn without replacement, sorted."""
+        """Return a round's clients, drawn without replacement and sorted."""
         return drawn(sorted(self.clients), self.clients_per_round, seed, round_num)
 
     def ends(self, round_num: int) -> bool:
-        """Whether this round (counted from 1) is the last, after which the test split is asked."""
+        """Return whether this round, counted from 1, is the last, after which the run scores the test split."""
         return round_num == self.num_rounds
 
     def validates(self, round_num: int) -> bool:
-        """Whether the global model is scored on the validation part after this round."""
+        """Return whether the run scores the validation split after this round, counted from 1."""
         return self.validate_every > 0 and (self.ends(round_num) or round_num % self.validate_every == 0)
 
 
 def drawn(names: Sequence[str], count: int, seed: int, round_num: int, *again: int) -> list[str]:
-    """Clients drawn without replacement, in the order of ``names``; ``again`` numbers further draws of a round."""
+    """Return clients drawn without replacement, in the order of ``names``. ``again`` numbers additional draws in the same round."""
     chosen = generator(seed, "cohort", round_num, *again).choice(len(names), size=count, replace=False)
     return [names[i] for i in sorted(chosen)]

@@ -1,1 +1,1 @@
-"""Training over Flower: messages, workers on this machine, SuperLink and SuperNodes."""
+"""Training over Flower: messages, worker processes on this machine, SuperLink and SuperNodes."""

@@ -1,4 +1,4 @@
-"""Messages to nodes and their answers, through whatever carries them: sent until they are taken, looked for until a deadline."""
+"""Sends messages to nodes and receives their answers, retrying until a deadline."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ if TYPE_CHECKING:
     from flwr.serverapp import Grid
 
 POLL = (0.02, 0.5)
-"""Seconds between two looks for an answer, at first and at most."""
+"""Seconds between two checks for an answer: at first, and at most."""
 POLL_SHARE = 0.05
-"""Of the time that it has been waited for, which the next look comes later."""
+"""Seconds between checks grow by this share of the time waited so far."""
 _GRACE = 30.0
-"""Seconds that a message outlives its round's deadline: then the answer of one that is late is dropped on the way."""
+"""Seconds that a message lives beyond its round's deadline. After that, Flower drops the answer of a late client."""
 _NEVER = 30 * 24 * 3600.0
-"""Seconds that a message lives without a deadline."""
+"""Lifetime in seconds of a message without a deadline."""
 
 
 def enclose(content: bytes) -> RecordDict:
-    """Bytes as a record of Flower, which sends arrays in pieces and without a limit of size."""
+    """Wrap bytes in a Flower record. Flower sends arrays in pieces, without a size limit."""
     from flwr.app import Array, ArrayRecord, RecordDict
 
     array = Array(dtype="uint8", shape=(len(content),), stype="fedmllm.safetensors", data=content)
@@ -35,72 +35,77 @@ def enclose(content: bytes) -> RecordDict:
 
 
 def enclosed(record: RecordDict, largest: int | None = None) -> bytes:
-    """The opposite.
+    """Return the bytes in a record that ``enclose`` made.
 
     Raises:
-        ValueError: if it is something else, or more bytes than ``largest``.
+        ValueError: if the record is not one of these, or holds more bytes than ``largest``.
     """
     try:
         content = bytes(record.array_records["content"]["bytes"].data)
     except (KeyError, AttributeError, TypeError) as error:
-        raise ValueError("the message holds no record of ours") from error
+        raise ValueError("the message does not hold a fedmllm record") from error
     if largest is not None and len(content) > largest:
-        raise ValueError(f"it has {len(content):,} bytes, {largest:,} are expected at most")
+        raise ValueError(f"the answer has {len(content):,} bytes, expected at most {largest:,}")
     return content
 
 
 def of_words(client: str) -> int:
-    """Bytes at most of an answer without tensors."""
+    """Return the maximum size in bytes of an answer without tensors."""
     return SLACK
 
 
 class Carrier(Protocol):
-    """Brings messages to nodes, and their replies."""
+    """Carries messages to nodes, and their replies back."""
 
     def push_messages(self, messages: list[Message]) -> Iterable[str]:
-        """Send; the messages' ids."""
+        """Send messages and return their ids."""
         ...
 
     def pull_messages(self, message_ids: list[str], largest: int) -> Iterable[Message]:
-        """The replies that are there. One whose content has more bytes than ``largest`` may be refused, with a ``ValueError``, before it is held here."""
+        """Return the replies that have arrived.
+
+        Args:
+            message_ids: ids of the messages that the replies answer.
+            largest: maximum size of a reply in bytes. A larger one may raise a ``ValueError`` before it is held in memory.
+        """
         ...
 
     def forget(self, message_ids: Sequence[str]) -> None:
-        """Keep nothing of replies that are not looked for any more."""
+        """Drop replies that the caller no longer needs."""
         ...
 
 
 @dataclass(frozen=True)
 class FlowerCarrier:
-    """A Grid of Flower's as a carrier, whose messages are in this process anyway.
+    """Flower's Grid as a carrier, for a simulation, whose messages are in this process anyway.
 
     Attributes:
-        grid: Flower's.
+        grid: Flower's Grid.
     """
 
     grid: Grid
 
     def push_messages(self, messages: list[Message]) -> Iterable[str]:
-        """Send."""
+        """Send messages and return their ids."""
         return self.grid.push_messages(messages)
 
     def pull_messages(self, message_ids: list[str], largest: int) -> Iterable[Message]:
-        """Of any size."""
+        """Return the replies that have arrived, of any size."""
         return self.grid.pull_messages(message_ids)
 
     def forget(self, message_ids: Sequence[str]) -> None:
-        """Nothing is kept."""
+        """Do nothing: this carrier keeps no replies."""
 
 
 class TimeLeft:
-    """Until a deadline, counted from now; None for none."""
+    """Tracks a deadline in seconds from now; None for no deadline."""
 
     def __init__(self, deadline: float | None) -> None:
         self.deadline, self._begun = deadline, time.monotonic()
 
     @property
     def late(self) -> bool:
-        """Whether it is over."""
+        """Whether the deadline has passed."""
         return self.deadline is not None and time.monotonic() - self._begun > self.deadline
 
 
@@ -113,37 +118,40 @@ def ask(
     largest: Callable[[str], int] = of_words,
     ahead: int | None = None,
 ) -> Iterator[tuple[str, bytes | ClientFailure]]:
-    """Send every client its message, one at a time, so that no more than one is held here; then take the answers in the same order.
+    """Send every client its message, then yield the answers in the same order. Only one message at a time is held in memory.
 
     Args:
-        grid: Flower's. Where what it leads to is gone it raises a ``ConnectionError``, and is asked again until the deadline.
-        kind: of message.
-        contents: what to send, by client.
-        nodes: where clients are reached.
-        deadline: seconds until which answers are waited for; None for ever.
-        largest: bytes of a client's answer at most.
-        ahead: messages that are on their way at once; None for all. The next is sent when the first of them is answered.
+        grid: carries the messages. If it raises a ``ConnectionError``, calls are retried until the deadline.
+        kind: Flower's type of the messages.
+        contents: (client, message content) pairs.
+        nodes: node ids by client.
+        deadline: seconds to wait for answers; None for no limit.
+        largest: client -> maximum size of its answer in bytes.
+        ahead: maximum number of messages under way at the same time; None for all. The next is sent when the first of them is answered.
+
+    Yields:
+        (client, content of its answer or a failure).
     """
     time_left = TimeLeft(deadline)
     sent = ((client, send(grid, kind, client, content, nodes.get(client), time_left)) for client, content in contents)
-    waiting = deque(islice(sent, ahead))
-    while waiting:
-        client, message_id = waiting.popleft()
+    outstanding = deque(islice(sent, ahead))
+    while outstanding:
+        client, message_id = outstanding.popleft()
         if isinstance(message_id, ClientFailure):
             yield client, message_id
         else:
             yield client, receive(grid, client, message_id, largest(client), time_left)
-        waiting.extend(islice(sent, 1))
+        outstanding.extend(islice(sent, 1))
 
 
 def send(grid: Carrier, kind: str, client: str, content: bytes, node: int | None, time_left: TimeLeft) -> str | ClientFailure:
-    """Try until it is sent, or it is too late."""
+    """Send a client a message, retrying until the deadline. Returns the message id or a failure."""
     from flwr.app import Message
 
     if node is None:
         return ClientFailure(client, "not connected", reached=False)
     life = _NEVER if time_left.deadline is None else time_left.deadline + _GRACE
-    # The same in every try: what it leads to knows it again, and the client is not asked twice.
+    # Every attempt sends the same message, so that the SuperLink recognizes it and the client does not get the task twice.
     message = Message(enclose(content), dst_node_id=node, message_type=kind, ttl=life)
     while True:
         late = time_left.late
@@ -154,21 +162,21 @@ def send(grid: Carrier, kind: str, client: str, content: bytes, node: int | None
                 return ClientFailure(client, str(error))
             time.sleep(POLL[1])
             continue
-        return taken[0] if taken and taken[0] else ClientFailure(client, "Flower did not take the message", reached=False)
+        return taken[0] if taken and taken[0] else ClientFailure(client, "Flower did not accept the message", reached=False)
 
 
 def receive(grid: Carrier, client: str, message_id: str, largest: int, time_left: TimeLeft) -> bytes | ClientFailure:
-    """Look until the answer is there, or it is too late."""
+    """Wait for a client's answer until the deadline."""
     begun = time.monotonic()
     while (found := look(grid, client, message_id, largest, time_left)) is None:
-        # A look costs the SuperLink work, which sends and receives meanwhile.
+        # Each check costs work at the SuperLink, which transfers messages at the same time.
         time.sleep(min(max(POLL[0], POLL_SHARE * (time.monotonic() - begun)), POLL[1]))
     return found
 
 
 def look(grid: Carrier, client: str, message_id: str, largest: int, time_left: TimeLeft) -> bytes | ClientFailure | None:
-    """The answer, if it is there; why there will be none, if it is too late; None for neither."""
-    # Asked before the clock: what is there when time is up still counts, however long the ones before it took.
+    """Return the answer if it has arrived, a failure if the deadline has passed, and None otherwise."""
+    # Read the clock before the check: an answer that has arrived by the deadline counts, even if taking earlier answers took long.
     late, trouble = time_left.late, ""
     try:
         for reply in grid.pull_messages([message_id], largest):

@@ -1,4 +1,4 @@
-"""The same loop over Flower: its Grid carries messages to workers that hold the model and the data."""
+"""The Flower engine: Flower's Grid carries tasks to workers that hold the model and the data."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from fedmllm.engine.base import Assignment, Split, scores_here
 from fedmllm.errors import FederationError, listing
 from fedmllm.flower.carrier import POLL, POLL_SHARE, Carrier, TimeLeft, ask, look, receive, send
-from fedmllm.flower.facts import Scores, read_word
+from fedmllm.flower.facts import Scores, read_message
 from fedmllm.flower.frozen import BaseHistory
 from fedmllm.flower.messages import expected, read_answer, write_task
 from fedmllm.types import Answer, ClientFailure, Metrics, Sample
@@ -18,7 +18,7 @@ from fedmllm.types import Answer, ClientFailure, Metrics, Sample
 
 @dataclass(frozen=True)
 class _Submitted:
-    """A client that was submitted and whose task is not on its way yet."""
+    """A submitted client whose task has not been sent yet."""
 
     assignment: Assignment
     node: int | None
@@ -28,7 +28,7 @@ class _Submitted:
 
 @dataclass(frozen=True)
 class _Sent:
-    """A client whose task is on its way: the message's id, or why there is none."""
+    """A client whose task was sent, with the message's id or the failure to send it."""
 
     assignment: Assignment
     message_id: str | ClientFailure
@@ -37,18 +37,18 @@ class _Sent:
 
 @dataclass
 class FlowerEngine:
-    """Sends clients' tasks to nodes, and takes their answers one at a time.
+    """Sends clients' tasks to nodes and takes their answers one at a time.
 
-    Answers that come before they are asked for wait outside of this process where Flower has a server of its own.
+    With a SuperLink, answers that the caller has not taken yet stay at the SuperLink and not in this process.
 
     Attributes:
-        grid: Flower's.
-        stage: what the rounds belong to.
-        about: what workers are told beside.
-        nodes: where clients can be reached now, by name; those that cannot are left out. It raises a ``ConnectionError`` where what leads to them is gone.
-        history: of the change to the frozen weights.
-        ahead: tasks that are on their way at once; None for all. Where messages are held in this process, this bounds their memory.
-        remote: whether clients are at sites, with the models that they keep.
+        grid: carries the messages.
+        stage: the stage's name.
+        about: further values for the workers, e.g. the experiment's settings.
+        nodes: client names -> node ids of those that can be reached now. Raises a ``ConnectionError`` if the connection to the nodes is lost.
+        history: the change to the frozen weights over the rounds.
+        ahead: maximum number of tasks under way at the same time; None for all. It limits memory if this process holds the messages.
+        remote: whether clients and their personalized models are at sites.
     """
 
     grid: Carrier
@@ -62,7 +62,7 @@ class FlowerEngine:
     _sent: dict[str, _Sent] = field(default_factory=dict, init=False)
 
     def submit(self, assignment: Assignment, clients: Mapping[str, Sequence[Sample]]) -> None:
-        """Send the tasks, as many as may be on their way; the others follow as answers are taken."""
+        """Send up to ``ahead`` tasks. The others follow as the caller takes answers."""
         self.history.note(assignment.broadcast)
         time_left, unreachable, nodes = TimeLeft(assignment.deadline), "not connected", dict[str, int]()
         try:
@@ -73,7 +73,7 @@ class FlowerEngine:
         self._send_ahead()
 
     def completed(self, order: Sequence[str] | None = None) -> Iterator[Answer]:
-        """Answers in the order asked for, or as they arrive."""
+        """Yield answers in the given order, or as they arrive."""
         if order is None:
             yield from self._as_they_arrive()
             return
@@ -85,32 +85,32 @@ class FlowerEngine:
             yield self._answer(name, content)
 
     def cancel(self) -> None:
-        """Forget clients; answers that still come are not looked for."""
+        """Drop all outstanding clients and ignore their answers."""
         self.grid.forget([sent.message_id for sent in self._sent.values() if isinstance(sent.message_id, str)])
         self._submitted.clear()
         self._sent.clear()
 
     def scores(self, assignment: Assignment, clients: Sequence[str], split: Split) -> dict[str, Metrics]:
-        """What clients' own models score where they are, by client; those that do not tell are left out.
+        """Return the scores of clients' personalized models, by client. Remote clients compute them; those that report none are omitted.
 
         Raises:
-            FederationError: if nobody tells.
+            FederationError: if no client reports a score.
         """
         if not self.remote:
             return scores_here(assignment, clients, split)
         round_num = assignment.broadcast.round_num
-        told: list[Scores | ClientFailure] = []
-        for name, content in self._asked(assignment, clients, {**self.about, "tested": split.name}):
-            told.append(content if isinstance(content, ClientFailure) else _scores(content, name, split.metric, round_num))
-        if found := {word.client: word.metrics for word in told if isinstance(word, Scores)}:
+        messages: list[Scores | ClientFailure] = []
+        for name, content in self._requested(assignment, clients, {**self.about, "tested": split.name}):
+            messages.append(content if isinstance(content, ClientFailure) else _scores(content, name, split.metric, round_num))
+        if found := {message.client: message.metrics for message in messages if isinstance(message, Scores)}:
             return found
-        reasons = listing(f"{word.client}: {word.reason}" for word in told if isinstance(word, ClientFailure))
+        reasons = listing(f"{message.client}: {message.reason}" for message in messages if isinstance(message, ClientFailure))
         raise FederationError(f"after round {round_num} no client returned a score for its personalized model:\n{reasons}")
 
-    def _asked(
+    def _requested(
         self, assignment: Assignment, clients: Sequence[str], about: Mapping[str, Any]
     ) -> Iterator[tuple[str, bytes | ClientFailure]]:
-        """Clients' answers to the question for their scores."""
+        """Request scores from clients and return their answers."""
         self.history.note(assignment.broadcast)
         try:
             nodes = self.nodes(clients)
@@ -142,7 +142,7 @@ class FlowerEngine:
         self._sent[name] = _Sent(work.assignment, message_id, work.time_left)
 
     def _as_they_arrive(self) -> Iterator[Answer]:
-        """Look at all clients that are on their way, again and again. Whoever is late is a failure, so that it ends where there is a deadline."""
+        """Poll all clients whose task was sent, and yield answers as they arrive. With a deadline this ends, because a late client is a failure."""
         pause = POLL[0]
         while self._sent:
             found = False
@@ -159,7 +159,7 @@ class FlowerEngine:
         return expected(self._sent[name].assignment, name).largest
 
     def _answer(self, name: str, content: bytes | ClientFailure) -> Answer:
-        """What a client sent; it is outstanding no longer, and the next task is sent."""
+        """Return a client's answer, mark it as no longer outstanding, and send the next task."""
         assignment = self._sent.pop(name).assignment
         self._send_ahead()
         if isinstance(content, ClientFailure):
@@ -170,23 +170,23 @@ class FlowerEngine:
 
 
 def _scores(content: bytes, client: str, metric: str, round_num: int) -> Scores | ClientFailure:
-    told = read_word(content, client, Scores)
-    if isinstance(told, Scores) and told.metric != metric:
-        return ClientFailure(client, f"its score is {told.metric}, the experiment's {metric}")
-    if isinstance(told, Scores) and (told.round_num != round_num or "score" not in told.metrics):
-        return ClientFailure(client, "its scores are of another round, or without the score itself")
-    return told
+    message = read_message(content, client, Scores)
+    if isinstance(message, Scores) and message.metric != metric:
+        return ClientFailure(client, f"the client scored {message.metric}, the experiment's metric is {metric}")
+    if isinstance(message, Scores) and (message.round_num != round_num or "score" not in message.metrics):
+        return ClientFailure(client, "the scores belong to another round, or lack the field score")
+    return message
 
 
 def _received(grid: Carrier, client: str, sent: _Sent, largest: int) -> bytes | ClientFailure:
-    """As ``_receive``; at once where nothing was sent."""
+    """Wait for a client's answer as ``receive`` does. If the task could not be sent, return that failure."""
     if isinstance(sent.message_id, ClientFailure):
         return sent.message_id
     return receive(grid, client, sent.message_id, largest, sent.time_left)
 
 
 def _looked(grid: Carrier, client: str, sent: _Sent, largest: int) -> bytes | ClientFailure | None:
-    """As ``_look``; at once where nothing was sent."""
+    """Check for a client's answer as ``look`` does. If the task could not be sent, return that failure."""
     if isinstance(sent.message_id, ClientFailure):
         return sent.message_id
     return look(grid, client, sent.message_id, largest, sent.time_left)

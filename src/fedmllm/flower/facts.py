@@ -1,4 +1,4 @@
-"""What clients tell in plain values: that they are there, how their own models score, and why there is no update."""
+"""Messages of clients without tensors: presence, scores of personalized models, and failures."""
 
 from __future__ import annotations
 
@@ -11,61 +11,67 @@ from fedmllm.types import ClientFailure
 
 
 class Facts(BaseModel):
-    """Values of a message: of these names and types, finite, and no others."""
+    """The plain values of a message. Unknown names, wrong types, NaN and infinity are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class Presence(Facts):
-    """What a client says of itself before the first round."""
+    """A client's report about itself before the first round."""
 
     client: str
     num_samples: int | None = Field(gt=0, lt=2**40)
-    """None if it withholds that; so is an empty profile."""
+    """Number of training samples; None if the client withholds it."""
     profile: dict[str, int]
+    """Number of samples by modalities; empty if the client withholds it."""
     rank: int | None
+    """The client's LoRA rank; None for the experiment's."""
     trial: bool
-    """Whether it trains its part of the experiment's own split, as a simulated client does, and no data of its own."""
+    """Whether the client trains on its share of the experiment's own split, like a simulated client, and not on data of its own."""
 
 
 VALIDATION = "validation"
-"""What a client's own model is asked in place of a copy of the test split."""
+"""The name of the validation split in requests for scores, in place of a copy of the test split."""
 
 
 class Scores(Facts):
-    """How a client's own model scores where it is."""
+    """Scores of a client's personalized model, computed at the client."""
 
     client: str
     round_num: int = Field(ge=0)
     metric: str
-    """That of ``score``."""
+    """Name of the metric behind ``score``."""
     metrics: dict[str, float]
 
 
 class Failed(Facts):
-    """Instead of anything else."""
+    """A failure message, which a client may send in place of any other."""
 
     client: str
     round_num: int = Field(ge=0)
     failure: str = Field(max_length=2000)
 
 
-Word = TypeVar("Word", Presence, Scores)
+Kind = TypeVar("Kind", Presence, Scores)
 
 
-def write_word(word: Presence | Scores | ClientFailure, round_num: int = 0) -> bytes:
-    """As a message; a failure's reason up to 2,000 characters."""
-    told = Failed(client=word.client, round_num=round_num, failure=word.reason[:2000]) if isinstance(word, ClientFailure) else word
-    return pack({}, told.model_dump())
+def write_message(message: Presence | Scores | ClientFailure, round_num: int = 0) -> bytes:
+    """Return a message as bytes. Failure reasons longer than 2,000 characters are truncated."""
+    facts = (
+        Failed(client=message.client, round_num=round_num, failure=message.reason[:2000]) if isinstance(message, ClientFailure) else message
+    )
+    return pack({}, facts.model_dump())
 
 
-def read_word(content: bytes, client: str, kind: type[Word]) -> Word | ClientFailure:
-    """A client's word; what cannot be read is a failure."""
+def read_message(content: bytes, client: str, kind: type[Kind]) -> Kind | ClientFailure:
+    """Read a client's message. A message that cannot be read, or that another client sent, becomes a failure."""
     try:
         _, facts = unpack(content)
         if "failure" in facts:
             return ClientFailure(client, Failed.model_validate(facts).failure)
-        told = kind.model_validate(facts)
-        return told if told.client == client else ClientFailure(client, f"it says that it is {told.client!r}")
+        message = kind.model_validate(facts)
+        return (
+            message if message.client == client else ClientFailure(client, f"the message came from {message.client!r}, expected {client!r}")
+        )
     except ValueError as error:
-        return ClientFailure(client, f"its word cannot be read: {error}")
+        return ClientFailure(client, f"the message cannot be read: {error}")

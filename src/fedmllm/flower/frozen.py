@@ -1,6 +1,7 @@
-"""How workers elsewhere keep up with what a method merges into the frozen weights: by the factors of each round's part, as far as they lack them.
+"""Keeps remote workers up to date with the change that a method merges into the frozen weights.
 
-Matrices of full size are sent only where they are smaller than all the factors that are missing, or where those are not known any more.
+A worker receives the factors of each round's change that it does not have. It receives full-size matrices only if they are smaller than all the
+missing factors, or if the factors are no longer available.
 """
 
 from __future__ import annotations
@@ -22,54 +23,54 @@ from fedmllm.types import Broadcast, Weights
 
 @dataclass(frozen=True)
 class Missing:
-    """What a client is sent of the change to the frozen weights.
+    """The part of the change to the frozen weights that a client does not have.
 
     Attributes:
-        since: the round at whose start it has the rest; None if it is sent all of it.
-        steps: factors of what was merged after that, by the round at whose start it is there.
-        whole: by module, of full size; empty unless all of it is sent.
-        sitting: of the server. What was merged in an earlier one may have come to something else.
+        since: the client has the change up to the start of this round; None if the server sends the complete change.
+        steps: factors of the change in each later round, by the round at whose start they are merged.
+        whole: the complete change by module, as full-size matrices; empty if the server sends factors.
+        session: the server's session. A resumed run may repeat rounds, whose change may then differ from an earlier session's.
     """
 
     since: int | None = 0
     steps: Mapping[int, Weights] = field(default_factory=dict)
     whole: Weights = field(default_factory=dict)
-    sitting: str = "0" * 8
+    session: str = "0" * 8
 
 
 @dataclass(frozen=True)
 class BaseHistory:
-    """The server's side.
+    """The server's record of the change to the frozen weights.
 
     Attributes:
-        folder: of the run, for the factors of every round.
-        last: the round that each client is known to have been brought up to in this sitting.
-        sitting: a name for it.
+        folder: holds the factors of every round, in the run folder.
+        last: the last round whose change each client is known to have, in this session.
+        session: a random id of this session.
     """
 
     folder: Path
     last: dict[str, int] = field(default_factory=dict)
-    sitting: str = field(default_factory=lambda: secrets.token_hex(4))
+    session: str = field(default_factory=lambda: secrets.token_hex(4))
 
     def note(self, broadcast: Broadcast) -> None:
-        """Keep the factors of the last round's part; of a round that was skipped there are none, which is kept too."""
+        """Store the factors of the last round's change. A skipped round has none, and the file records that."""
         if broadcast.base:
             write_atomically(self._file(broadcast.round_num), pack({"step": broadcast.base_step}, {"round_num": broadcast.round_num}))
 
     def missing(self, client: str, broadcast: Broadcast) -> Missing:
-        """What a client lacks. One that has not answered yet has what every run begins with."""
+        """Return what a client does not have. A client that has not answered yet has only what every run starts with."""
         if not broadcast.base:
-            return Missing(sitting=self.sitting)
+            return Missing(session=self.session)
         since = self.last.get(client, 0)
         files = {number: self._file(number) for number in range(since + 1, broadcast.round_num + 1)}
         if all(file.is_file() for file in files.values()):
             steps = {number: _read(file).get("step", {}) for number, file in files.items()}
             if W.num_bytes(*steps.values()) <= W.num_bytes(broadcast.base):
-                return Missing(since, steps, sitting=self.sitting)
-        return Missing(None, whole=broadcast.base, sitting=self.sitting)
+                return Missing(since, steps, session=self.session)
+        return Missing(None, whole=broadcast.base, session=self.session)
 
     def answered(self, client: str, broadcast: Broadcast, failed: bool = False) -> None:
-        """A client has what it was sent, unless it says that something failed there: then it may have lost what it had."""
+        """Record that a client has what it received. A client that failed may have lost it, so it starts from the beginning again."""
         self.last[client] = broadcast.round_num if broadcast.base and not failed else 0
 
     def _file(self, number: int) -> Path:
@@ -78,23 +79,23 @@ class BaseHistory:
 
 @dataclass(frozen=True)
 class KeptBase:
-    """The worker's side: what the frozen weights have gained, on disk, so that a worker that is started anew need not be sent all of it.
+    """The worker's copy of the change to the frozen weights, on disk, so that a restarted worker does not need all of it again.
 
-    Several workers of one machine may share it.
+    Several workers on one machine may share it.
     """
 
     folder: Path
 
     def brought_up(self, missing: Missing, round_num: int, first: Weights) -> Weights:
-        """What the frozen weights have gained at the start of a round, bit for bit as at the server.
+        """Return the change to the frozen weights at the start of a round, bit-identical to the server's.
 
         Args:
-            missing: what was sent of it.
+            missing: what the server sent.
             round_num: the round.
-            first: what every run begins with.
+            first: the change that every run starts with.
 
         Raises:
-            RunError: if what it goes on from is not here; the server then sends all.
+            RunError: if the stored change that ``missing`` continues is gone; the server then sends the complete change.
         """
         if missing.since is None:
             base = missing.whole
@@ -104,32 +105,34 @@ class KeptBase:
                 if step := missing.steps.get(number):
                     base = factors.accumulated(base, step)
         if base and round_num:
-            self._keep(base, round_num, missing.sitting)
+            self._keep(base, round_num, missing.session)
         return base
 
     def _newest(self, missing: Missing, last: int, first: Weights) -> tuple[int, Weights]:
-        """What is here, and of which round."""
-        since, files = missing.since or 0, self._files(missing.sitting)
+        """Return the newest usable round and its stored change."""
+        since, files = missing.since or 0, self._files(missing.session)
         if (found := max((number for number in files if since <= number <= last), default=None)) is not None:
             return found, _read(files[found])["base"]
         if since == 0:
             return 0, first
-        raise RunError(f"what the frozen weights had gained by round {since} is not here any more; the server sends it with the next task")
+        raise RunError(
+            f"the change to the frozen weights up to round {since} is no longer stored here; the server sends it with the next task"
+        )
 
-    def _keep(self, base: Weights, round_num: int, sitting: str) -> None:
-        """In a file of this process's own; that of the round before stays for workers that are not there yet."""
-        files = self._files(sitting)
+    def _keep(self, base: Weights, round_num: int, session: str) -> None:
+        """Store a round's change in a file of this process. The file of the previous round stays for workers that have not reached this round."""
+        files = self._files(session)
         if round_num not in files:
-            path = self.folder / f"{round_num}-{sitting}-{os.getpid()}.safetensors"
+            path = self.folder / f"{round_num}-{session}-{os.getpid()}.safetensors"
             write_atomically(path, pack({"base": base}, {"round_num": round_num}))
         needed = {path for number, path in files.items() if number >= round_num - 1}
         for path in self.folder.glob("*.safetensors"):
-            if path not in needed and not path.name.startswith(f"{round_num}-{sitting}-"):
+            if path not in needed and not path.name.startswith(f"{round_num}-{session}-"):
                 path.unlink(missing_ok=True)
 
-    def _files(self, sitting: str) -> dict[int, Path]:
-        return {int(path.name.partition("-")[0]): path for path in self.folder.glob(f"*-{sitting}-*.safetensors")}
+    def _files(self, session: str) -> dict[int, Path]:
+        return {int(path.name.partition("-")[0]): path for path in self.folder.glob(f"*-{session}-*.safetensors")}
 
 
 def _read(path: Path) -> dict[str, Weights]:
-    return read_checkpoint(path, "delete it, and what it held is sent anew")[0]
+    return read_checkpoint(path, "delete it, and the server sends its content again")[0]

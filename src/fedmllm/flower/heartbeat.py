@@ -1,4 +1,4 @@
-"""The sign of life that whoever has taken over a task of Flower's gives."""
+"""Heartbeats of a process that has taken over a Flower task."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from typing import Any
 
 
 class Heartbeat:
-    """Given from now on, in a thread, until it is stopped or turned down. Where it is turned down the task's owner finds out by itself, at its next call.
+    """Sends heartbeats in a thread until it is stopped or refused. If it is refused, the task's owner notices at its next call.
 
-    Flower's own sign of life interrupts the process where its task has ended meanwhile; this one just stops.
+    Flower's own heartbeat interrupts the process if its task has ended in the meantime. This one only stops.
 
     Args:
         client: the task's connection.
@@ -22,7 +22,7 @@ class Heartbeat:
         self._sender.start()
 
     def _given(self) -> bool:
-        """Whether it arrived, or there is no use in trying again; else Flower's thread soon does."""
+        """Send a heartbeat. Returns False if Flower's thread should retry soon, True if it arrived or a retry is useless."""
         import httpx
         from flwr.proto.runtime_pb2 import SendTaskHeartbeatRequest
 
@@ -33,13 +33,13 @@ class Heartbeat:
         except httpx.HTTPStatusError as error:
             if error.response.is_server_error:
                 return False
-            # What Flower's thread does not catch it would print on the console.
+            # Flower's thread would print an uncaught exception on the console.
             alive = False
         if not alive:
             self._sender._stop_event.set()
         return True
 
     def stop(self) -> None:
-        """Give none any more. One that is just being given is waited for, as long as its call may last."""
+        """Stop sending heartbeats, and wait for a heartbeat that is under way."""
         self._sender._stop_event.set()
         self._sender._thread.join()

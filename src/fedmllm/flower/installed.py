@@ -1,4 +1,4 @@
-"""Whether Flower is installed, asked without importing it."""
+"""Checks that Flower is installed, without importing it."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ QUIET = {
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
-"""Neither Flower nor Ray calls home or installs anything."""
+"""Environment variables that stop Flower and Ray from sending telemetry, checking for updates and installing packages."""
 
 
 def require_flower(*modules: str) -> None:
-    """Refuse the engine where Flower, or one of these modules, is not installed.
+    """Check that Flower and further modules are installed, and set the ``QUIET`` environment variables.
 
     Raises:
-        ConfigError: naming what to install.
+        ConfigError: naming the missing modules and how to install them.
     """
     if missing := [name for name in ("flwr", *modules) if importlib.util.find_spec(name) is None]:
-        raise ConfigError(f"engine.name: flower needs {' and '.join(missing)}; pip install 'fedmllm[flower]', or use in_process")
+        raise ConfigError(f"engine.name: flower needs {' and '.join(missing)}; run pip install 'fedmllm[flower]', or use in_process")
     os.environ |= QUIET

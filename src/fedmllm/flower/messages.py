@@ -1,4 +1,4 @@
-"""What server and clients write to each other where they do not share a process: safetensors and plain facts, checked before use."""
+"""Messages between the server and remote clients: safetensors and plain values, checked before use."""
 
 from __future__ import annotations
 
@@ -13,22 +13,23 @@ from fedmllm import factors
 from fedmllm import weights as W
 from fedmllm.algorithms import Algorithm, Codec
 from fedmllm.engine.base import Assignment
-from fedmllm.flower.facts import Facts, Failed, write_word
+from fedmllm.flower.facts import Facts, Failed, write_message
 from fedmllm.flower.frozen import KeptBase, Missing
 from fedmllm.packing import pack, unpack
 from fedmllm.types import Broadcast, ClientFailure, ClientUpdate, Population, Record, Slots, Weights
 
 SLACK = 1 << 20
-"""Bytes that a message may have beside its tensors' data: their names, and the facts."""
+"""Bytes that a message may have in addition to its tensors' data, for tensor names and plain values."""
 
 
 class TaskFacts(Facts):
-    """What a client is told beside tensors.
+    """The plain values of a task.
 
     Attributes:
-        accepted: the last two rounds in which the client's update was accepted: what it keeps is what it kept in the last.
-        base_since, sitting: as in ``Missing``.
-        about: what the worker needs beside, e.g. the experiment's settings; the engine does not look at it.
+        accepted: the last two rounds in which the server accepted the client's update. The client uses what it kept in the last of them.
+        base_since: ``Missing.since``.
+        sitting: the server's session, ``Missing.session``.
+        about: further values for the worker, e.g. the experiment's settings. The engine does not read them.
     """
 
     stage: str
@@ -47,7 +48,7 @@ class TaskFacts(Facts):
 
 
 class AnswerFacts(Facts):
-    """What the server is told beside tensors."""
+    """The plain values of a client's answer."""
 
     client: str
     round_num: int = Field(ge=0)
@@ -59,12 +60,12 @@ class AnswerFacts(Facts):
 
 @dataclass(frozen=True)
 class Task:
-    """A client's turn as it arrives.
+    """A client's task as it arrives.
 
     Attributes:
-        facts: plain values.
-        weights, extras: as far as they were sent, at the client's own rank.
-        missing: what the client lacked of the change to the frozen weights.
+        facts: the plain values.
+        weights, extras: the tensors that the server sent, at the client's own rank.
+        missing: the part of the change to the frozen weights that the client did not have.
     """
 
     facts: TaskFacts
@@ -73,15 +74,19 @@ class Task:
     missing: Missing = field(default_factory=Missing)
 
     def broadcast(self, own: Broadcast, kept: KeptBase) -> Broadcast:
-        """What the server broadcast: what was sent, in the place of what the client has from the beginning.
+        """Rebuild the server's broadcast: the client's initial values, replaced by what the server sent.
 
         Args:
-            own: of the method's state before the first round, which server and client make alike.
-            kept: what the client has of the change to the frozen weights.
+            own: the broadcast of the method's state before the first round, which is the same at server and client.
+            kept: the change to the frozen weights that the client has stored.
+
+        Raises:
+            ValueError: if the server sent tensors that the client's model does not have.
+            RunError: if the stored change to the frozen weights is missing.
         """
         weights = {**own.weights, **factors.padded({n: t for n, t in self.weights.items() if n in own.weights}, own.weights)}
         if unknown := sorted(self.weights.keys() - own.weights.keys()):
-            raise ValueError(f"the server sent {len(unknown)} tensors that this client's model does not have, e.g. {unknown[0]}")
+            raise ValueError(f"the server sent {len(unknown)} tensors that the client's model does not have, e.g. {unknown[0]}")
         extras = {kind: {**own.extras.get(kind, {}), **self.extras.get(kind, {})} for kind in {**own.extras, **self.extras}}
         population = Population(self.facts.num_clients, self.facts.profile, self.facts.labels)
         base = kept.brought_up(self.missing, self.facts.round_num, own.base)
@@ -89,7 +94,7 @@ class Task:
 
 
 def write_task(assignment: Assignment, stage: str, client: str, about: Mapping[str, Any], missing: Missing) -> bytes:
-    """What a client is sent: what it does not have yet of the broadcast, at its own rank."""
+    """Return a client's task as bytes. It holds the tensors that the client does not have yet, at its own rank."""
     broadcast, method, rank = assignment.broadcast, assignment.algorithm, assignment.ranks.get(client)
     weights = factors.cut({name: tensor for name, tensor in broadcast.weights.items() if method.downloads(name)}, rank)
     extras = {
@@ -108,7 +113,7 @@ def write_task(assignment: Assignment, stage: str, client: str, about: Mapping[s
         accepted=list(assignment.accepted.get(client, ())),
         labels={options: dict(counts) for options, counts in broadcast.population.labels.items()},
         base_since=missing.since,
-        sitting=missing.sitting,
+        sitting=missing.session,
         about=dict(about),
     )
     steps = {f"step.{number}": step for number, step in missing.steps.items()}
@@ -116,10 +121,10 @@ def write_task(assignment: Assignment, stage: str, client: str, about: Mapping[s
 
 
 def read_task(content: bytes) -> Task:
-    """The opposite.
+    """Read a task from bytes.
 
     Raises:
-        ValueError: if it is no task.
+        ValueError: if the content is not a task.
     """
     groups, values = unpack(content)
     facts = TaskFacts.model_validate(values)
@@ -130,9 +135,9 @@ def read_task(content: bytes) -> Task:
 
 
 def write_answer(answer: ClientUpdate | ClientFailure, round_num: int) -> bytes:
-    """What a client sends: its update, packed if it is compressed, or why there is none."""
+    """Return a client's answer as bytes: its update, with packed tensors if they are compressed, or its failure."""
     if isinstance(answer, ClientFailure):
-        return write_word(answer, round_num)
+        return write_message(answer, round_num)
     groups: dict[str, Weights] = {}
     for kind, tensors in {"update": answer.update, **answer.extras}.items():
         if kind not in answer.packed:
@@ -152,7 +157,7 @@ def write_answer(answer: ClientUpdate | ClientFailure, round_num: int) -> bytes:
 
 
 def write_question(client: str, about: Mapping[str, Any]) -> bytes:
-    """What a client is asked before the first round: a task of nothing."""
+    """Return the request for a client's presence message, as bytes. It has the format of a task without tensors."""
     facts = TaskFacts(
         stage="presence",
         client=client,
@@ -164,7 +169,7 @@ def write_question(client: str, about: Mapping[str, Any]) -> bytes:
         profile={},
         accepted=[],
         base_since=0,
-        sitting=Missing().sitting,
+        sitting=Missing().session,
         about=dict(about),
     )
     return pack({}, facts.model_dump())
@@ -172,12 +177,12 @@ def write_question(client: str, about: Mapping[str, Any]) -> bytes:
 
 @dataclass(frozen=True)
 class Expected:
-    """What a client's answer must look like.
+    """The expected format of a client's answer.
 
     Attributes:
-        tensors: of an update, at the client's rank; only their names, shapes and dtypes count.
-        kinds: ``update`` and the method's further tensors.
-        codec: how they are written; None for float32 as they are.
+        tensors: tensors of an update at the client's rank; only their names, shapes and dtypes count.
+        kinds: ``update`` and the names of the method's extra tensors.
+        codec: the compressor of the tensors; None for plain float32.
     """
 
     tensors: Weights
@@ -186,48 +191,54 @@ class Expected:
 
     @property
     def largest(self) -> int:
-        """Bytes of an answer at most. No codec writes more than three halves of float32's."""
+        """Maximum size of an answer in bytes. No codec needs more than 1.5 times the bytes of float32."""
         return SLACK + 2 * len(self.kinds) * W.num_bytes(self.tensors)
 
 
 def expected(assignment: Assignment, client: str) -> Expected:
-    """Of a client."""
+    """Return the expected format of a client's answer."""
     method: Algorithm = assignment.algorithm
     sent = {name: t for name, t in assignment.broadcast.weights.items() if method.uploads(assignment.broadcast.round_num, name)}
     return Expected(factors.cut(sent, assignment.ranks.get(client)), ("update", *method.client_sends), assignment.chain.codec)
 
 
 def read_answer(content: bytes, client: str, wanted: Expected) -> ClientUpdate | ClientFailure:
-    """A client's answer. One that cannot be read is a failure; whether an update can be used is the intake's to say."""
+    """Read a client's answer. An answer that cannot be read becomes a failure; ``Intake`` decides whether an update is usable."""
     try:
         groups, facts = unpack(content)
         if "failure" in facts:
             return ClientFailure(client, Failed.model_validate(facts).failure)
         return _update(groups, facts, client, wanted)
     except ValidationError as error:
-        return ClientFailure(
-            client, f"the answer cannot be read: {error.error_count()} of its facts are wrong, e.g. {error.errors()[0]['loc']}"
-        )
+        return ClientFailure(client, f"the answer cannot be read: {error.error_count()} invalid value(s), e.g. {error.errors()[0]['loc']}")
     except (ValueError, RuntimeError, LookupError, TypeError) as error:
         return ClientFailure(client, f"the answer cannot be read: {error}")
 
 
 def _update(groups: Mapping[str, Weights], facts: Record, client: str, wanted: Expected) -> ClientUpdate:
-    told = AnswerFacts.model_validate(facts)
-    if told.client != client:
-        raise ValueError(f"it is {told.client!r}'s")
+    answer = AnswerFacts.model_validate(facts)
+    if answer.client != client:
+        raise ValueError(f"the answer came from {answer.client!r}, expected {client!r}")
     size = sum(W.num_bytes(tensors) for tensors in groups.values())
     slots = {kind: _unpacked(groups, kind, wanted) for kind in wanted.kinds}
     known = {f"{kind}{part}" for kind in wanted.kinds for part in ("", ".0", ".1")}
     if unknown := sorted(groups.keys() - known):
-        raise ValueError(f"besides the update it holds {unknown}")
+        raise ValueError(f"the answer has unexpected tensors {unknown}")
     return ClientUpdate(
-        client, slots.pop("update"), told.num_samples, told.metrics, slots, told.profile, told.rank, size, round_num=told.round_num
+        client,
+        slots.pop("update"),
+        answer.num_samples,
+        answer.metrics,
+        slots,
+        answer.profile,
+        answer.rank,
+        size,
+        round_num=answer.round_num,
     )
 
 
 def _unpacked(groups: Mapping[str, Weights], kind: str, wanted: Expected) -> Weights:
-    """One kind of tensors. Dtypes, and of packed ones shapes too, are checked here; the rest is the intake's to check."""
+    """Return the tensors of one kind. Checks dtypes, and shapes of packed tensors; ``Intake`` checks the rest."""
     codec = wanted.codec
     if codec is None:
         tensors = groups.get(kind, {})
@@ -236,7 +247,7 @@ def _unpacked(groups: Mapping[str, Weights], kind: str, wanted: Expected) -> Wei
         return tensors
     found = {}
     for name, like in wanted.tensors.items():
-        # What this tensor is packed into, without computing it.
+        # Tensors on the meta device give the packed shapes without computing anything.
         shapes = [(part.dtype, part.shape) for part in codec.pack(torch.empty(like.shape, device="meta"))]
         parts = [groups[group][name] for i in range(2) if name in groups.get(group := f"{kind}.{i}", {})]
         _require_alike(f"{kind}: {name}", [(part.dtype, part.shape) for part in parts], shapes)

@@ -1,4 +1,4 @@
-"""Answers that lie on a SuperLink, or are on their way to it."""
+"""Answers that a SuperLink holds or is receiving."""
 
 from __future__ import annotations
 
@@ -8,50 +8,51 @@ if TYPE_CHECKING:
     from flwr.app import Message
 
 ENVELOPE = 1 << 20
-"""Bytes that Flower's message may have beside what is enclosed in it."""
+"""Bytes that Flower's message may have in addition to its content."""
 
 
 class Reply:
-    """An answer, whose pieces are fetched as they come.
+    """An answer whose pieces are fetched as they arrive.
 
-    A SuperLink tells of an answer when its site begins to send it. Flower's own Grid then waits for the pieces, for as long as a slow site takes and for
-    minutes where one dies while it sends, whatever the deadline, and looks for them ever more rarely. This looks once, and keeps what it finds.
+    A SuperLink announces an answer when its site starts to send it. Flower's own Grid then blocks until all pieces arrive, regardless of the deadline:
+    as long as a slow site takes, and for minutes if a site dies while it sends. It also checks less and less often. This class checks once per call and
+    keeps the pieces that it finds.
 
     Args:
         client: the connection to the SuperLink.
-        message: what it tells of the answer.
+        message: the SuperLink's announcement of the answer.
         tree: names of the pieces.
-        largest: bytes of its content at most.
+        largest: maximum size of the content in bytes.
     """
 
     def __init__(self, client: Any, message: Any, tree: Any, largest: int) -> None:
         from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
 
         self._client, self._run, self._name = client, message.metadata.run_id, tree.object_id
-        # Last the one that is sent first.
+        # The piece that is sent first comes last, because pieces are popped from the end.
         self._missing = [piece.object_id for piece in iterate_object_tree(tree)][::-1]
         self._there: dict[str, bytes] = {}
         self._largest, self._size = largest + ENVELOPE, 0
 
     def complete(self) -> bool:
-        """Whether all is there.
+        """Fetch the pieces that have arrived, and return whether the answer is complete.
 
         Raises:
-            ValueError: if a piece will not come, or it is too large.
+            ValueError: if a piece is lost, or the answer is too large.
         """
         from flwr.proto.message_pb2 import PullObjectRequest
 
         while self._missing:
             name = self._missing[-1]
-            told = self._client.PullObject(PullObjectRequest(node=self._node, run_id=self._run, object_id=name))
-            if not told.object_found:
-                raise ValueError("a part of its answer is lost; it may have ended while it sent")
-            if not told.object_available:
+            response = self._client.PullObject(PullObjectRequest(node=self._node, run_id=self._run, object_id=name))
+            if not response.object_found:
+                raise ValueError("a piece of the answer is lost; the site may have stopped while it sent")
+            if not response.object_available:
                 return False
-            self._there[self._missing.pop()] = told.object_content
-            self._size += len(told.object_content)
+            self._there[self._missing.pop()] = response.object_content
+            self._size += len(response.object_content)
             if self._size > self._largest:
-                raise ValueError(f"its answer has more bytes than {self._largest:,}")
+                raise ValueError(f"the answer has more than {self._largest:,} bytes")
         return True
 
     @property
@@ -62,19 +63,19 @@ class Reply:
         return Node(node_id=SUPERLINK_NODE_ID)
 
     def message(self) -> Message:
-        """The answer, of which nothing is kept here."""
+        """Return the answer and drop its pieces."""
         from flwr.app import Message
         from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 
         pieces, self._there = self._there, {}
         found = inflate_object_from_contents(self._name, pieces)
         if not isinstance(found, Message):
-            raise ValueError("its answer is no message")
+            raise ValueError("the answer is not a Flower message")
         return found
 
     def forget(self) -> None:
-        """Have it deleted from the SuperLink, whose database lets nobody write meanwhile, for seconds where it is large."""
+        """Delete the answer from the SuperLink. This blocks writes to its database, for seconds if the answer is large."""
         from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest
 
-        told = ConfirmMessageReceivedRequest(node=self._node, run_id=self._run, message_object_id=self._name)
-        self._client.ConfirmMessageReceived(told)
+        request = ConfirmMessageReceivedRequest(node=self._node, run_id=self._run, message_object_id=self._name)
+        self._client.ConfirmMessageReceived(request)

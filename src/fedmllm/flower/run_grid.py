@@ -1,4 +1,4 @@
-"""This process as the server of a run on Flower's SuperLink."""
+"""Makes this process the server of a run on Flower's SuperLink."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _BEGUN = 3
-"""How many runs are begun, at most, until the SuperLink's answer about one arrives."""
+"""Maximum number of runs to start until the SuperLink's answer about one arrives."""
 
 
 class RunGrid:
-    """Flower's Grid of a run that this process serves, begun anew where the SuperLink does not know it any more.
+    """Flower's Grid for a run that this process serves. If the SuperLink no longer knows the run, a new one starts.
 
-    What was on its way then is lost, which the round's failure policy deals with. Messages are sent and looked for without waiting for a SuperLink
-    that cannot be reached: how long that may take is known to who asks.
+    Messages under way are lost then, and the round's failure policy handles that. Sending and checking for messages do not wait for an unreachable
+    SuperLink, because only the caller knows its deadline.
     """
 
     def __init__(self, link: SuperLink) -> None:
@@ -39,7 +39,7 @@ class RunGrid:
         self._open()
 
     def _open(self, patience: float | None = None) -> None:
-        """Begin a run, and another where the connection broke just as the first was told about, which then is left."""
+        """Start a run. If the connection breaks while the SuperLink describes the run, abandon it and start another."""
         from flwr.proto.runtime_pb2 import PullTaskInputRequest
 
         for _ in range(_BEGUN):
@@ -47,33 +47,35 @@ class RunGrid:
             with ExitStack() as left:
                 client = self._link.server(token)
                 left.callback(client.close)
-                told = self._link.reached(partial(client.PullTaskInput, PullTaskInputRequest()), patience)
-                if told is not None:
+                task = self._link.reached(partial(client.PullTaskInput, PullTaskInputRequest()), patience)
+                if task is not None:
                     left.pop_all()
-                    self._serve(client, token, told)
+                    self._serve(client, token, task)
                     return
         raise ConnectionError(
-            f"the SuperLink at {self._link.address} cannot be reached: the connection broke as each of {_BEGUN} runs began"
+            f"the SuperLink at {self._link.address} cannot be reached: the connection broke at the start of each of {_BEGUN} runs"
         )
 
-    def _serve(self, client: Wire, token: str, told: Any) -> None:
-        """Be the server of a run that has been begun."""
+    def _serve(self, client: Wire, token: str, task: Any) -> None:
+        """Become the server of a run that has started."""
         from flwr.common.serde import run_from_proto
         from flwr.supercore.task_identity import TaskIdentity
         from flwr.superlink.grid import HttpGrid
 
-        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = told.task_id, told.run.run_id, told.context.node_id
+        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = task.task_id, task.run.run_id, task.context.node_id
         grid: Any = HttpGrid(self._link.address, token=token)
-        # In the place of Flower's own, which is repeated without an end and ends the process where it is turned down.
+        # This replaces Flower's own client, which retries forever and exits the process if a call is refused.
         grid._client = client
-        grid.set_run(run_from_proto(told.run))
+        grid.set_run(run_from_proto(task.run))
         self._grid, self._heartbeat = grid, Heartbeat(client)
 
     def push_messages(self, messages: list[Message]) -> Iterable[str]:
-        """Send. One that could not be sent may be given again, as it is: what of it is there already is not sent, or kept, twice.
+        """Send messages and return their ids.
+
+        The caller may retry the same message after an error. Pieces that the SuperLink has already are neither sent nor stored twice.
 
         Raises:
-            ConnectionError: if the SuperLink cannot be reached, or does not know the run any more.
+            ConnectionError: if the SuperLink cannot be reached, or no longer knows the run.
         """
         names = [str(name) for name in self._alive(lambda: self._push(messages)) if name]
         self._sent |= set(names)
@@ -84,41 +86,41 @@ class RunGrid:
         from flwr.supercore.task_identity import TaskIdentity
 
         for message in messages:
-            # One that was made for a run that is lost goes with the one that was begun since.
+            # A message that was created for a lost run goes to the run that replaced it.
             message.metadata.__dict__.update(_run_id=TaskIdentity.run_id, _src_task_id=TaskIdentity.task_id)
         try:
             return list(self._grid.push_messages(messages))
         except ObjectPushError as error:
-            raise ConnectionError(f"the SuperLink at {self._link.address} does not take a part of a message any more") from error
+            raise ConnectionError(f"the SuperLink at {self._link.address} no longer accepts a piece of a message") from error
 
     def pull_messages(self, message_ids: list[str], largest: int) -> Iterable[Message]:
-        """Answers of which all is there. What is there of the others is kept, for it is told of once.
+        """Return the answers that have arrived completely. Pieces of the others are kept, because the SuperLink announces an answer only once.
 
         Raises:
-            ConnectionError: if the SuperLink cannot be reached, or does not know the run any more.
-            ValueError: if an answer is larger, or will not come, or a part of it.
+            ConnectionError: if the SuperLink cannot be reached, or no longer knows the run.
+            ValueError: if an answer is larger than ``largest`` bytes, or if it or a piece of it is lost.
         """
         return self._alive(lambda: self._answers(message_ids, largest))
 
     def forget(self, message_ids: Sequence[str]) -> None:
-        """Keep nothing of these answers."""
+        """Drop the pieces of these answers."""
         for name in message_ids:
             self._coming.pop(name, None)
 
     def _answers(self, names: Sequence[str], largest: int) -> list[Message]:
         if not self._sent.issuperset(names):
-            raise ValueError("the SuperLink does not know the run any more in which it was asked")
+            raise ValueError("the task's run no longer exists on the SuperLink")
         client = self._grid._runtime_client
         if others := [name for name in names if name not in self._coming]:
-            told = self._told(client, others)
-            for message, tree in zip(told.messages_list, told.message_object_trees, strict=True):
+            found = self._announced(client, others)
+            for message, tree in zip(found.messages_list, found.message_object_trees, strict=True):
                 self._coming[message.metadata.reply_to_message_id] = Reply(client, message, tree, largest)
         complete = [self._coming.pop(name) for name in names if name in self._coming and self._coming[name].complete()]
         self._taken += complete
         return [self._certain(reply.message()) for reply in complete]
 
-    def _told(self, client: Any, names: list[str]) -> Any:
-        """What has come in answer to messages. It is told once; where the connection breaks, it may have been."""
+    def _announced(self, client: Any, names: list[str]) -> Any:
+        """Ask the SuperLink which answers exist. It announces each only once, so an announcement may be lost if the connection breaks."""
         import httpx
         from flwr.proto.runtime_pb2 import PullAppMessagesRequest
 
@@ -132,21 +134,21 @@ class RunGrid:
         from flwr.common.constant import ErrorCode
 
         if reply.has_error() and reply.error.code == ErrorCode.MESSAGE_UNAVAILABLE and reply.metadata.reply_to_message_id in self._doubtful:
-            raise ValueError("its answer was lost: the connection to the SuperLink broke as it was handed over")
+            raise ValueError("the answer was lost because the connection to the SuperLink broke during delivery")
         return reply
 
     def _nodes(self) -> list[Any]:
-        """Flower's. What has been taken is forgotten first: now nobody sends, whom that would keep from writing until it gives up."""
+        """Return Flower's nodes. First delete the answers that were taken: deletion blocks the SuperLink's database, and no site is sending now."""
         while self._taken:
             self._taken[-1].forget()
             self._taken.pop()
         return list(self._grid.get_nodes())
 
     def online(self, names: Sequence[str]) -> dict[str, int]:
-        """Sites that are connected, known by their keys. A SuperLink that cannot be reached is waited for.
+        """Return the node ids of connected sites, identified by their keys. Waits for a SuperLink that cannot be reached.
 
         Raises:
-            ConnectionError: if that takes too long.
+            ConnectionError: if the wait exceeds the link's patience.
         """
         try:
             nodes = self._alive(self._nodes, self._link.patience)
@@ -171,11 +173,11 @@ class RunGrid:
         self._grid, self._sent, self._coming, self._taken, self._doubtful = None, set(), {}, [], set()
 
     def close(self) -> None:
-        """Say that the run has ended."""
+        """Tell the SuperLink that the run has ended."""
         import httpx
         from flwr.proto.runtime_pb2 import PushTaskOutputRequest
 
-        # Where it cannot be told, it finds out by itself when the heartbeat stays away.
+        # If the SuperLink cannot be reached, it notices by itself that heartbeats have stopped.
         if self._grid is not None:
             with suppress(httpx.HTTPError):
                 self._grid._runtime_client.PushTaskOutput(PushTaskOutputRequest(sub_status="completed"))
@@ -184,7 +186,7 @@ class RunGrid:
 
 @contextmanager
 def serving(link: SuperLink) -> Iterator[RunGrid]:
-    """A run of Flower for the time of a block.
+    """Serve a Flower run for the duration of a ``with`` block.
 
     Raises:
         FederationError: if the SuperLink cannot be reached.

@@ -1,4 +1,4 @@
-"""The files ``server.yaml`` and ``site.yaml``."""
+"""Settings of the files ``server.yaml`` and ``site.yaml``."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from fedmllm.registry import load_plugins, resolved
 from fedmllm.settings_file import SITES, read_settings
 
 NAME = re.compile(r"\w[\w.-]{0,63}", re.ASCII)
-"""Files are named after sites."""
+"""Valid site names. Files are named after sites."""
 
 
 class _File(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     folder: Path = Field(exclude=True)
-    """Where the file is, and what belongs to it."""
+    """The folder of the file, with the keys and certificates that belong to it."""
 
     @classmethod
     def load(cls, path: Path) -> Self:
         """Read the file.
 
         Raises:
-            ConfigError: naming every setting that breaks a rule.
+            ConfigError: naming every invalid setting.
         """
         values, _ = read_settings(path, SITES)
         try:
@@ -41,23 +41,23 @@ class _File(BaseModel):
 
 
 class ServerConfig(_File):
-    """``server.yaml``: the SuperLink, and who may connect to it. Keys and certificates are beside it."""
+    """``server.yaml``: the SuperLink, and the sites that may connect to it. Keys and certificates are in the same folder."""
 
     address: str
-    """``host:port`` under which sites reach it; the host is in the certificate."""
+    """``host:port`` at which sites reach the SuperLink. The certificate contains the host."""
     listen: str = "127.0.0.1"
-    """Address of this machine on which it listens: 0.0.0.0 for all. With a port, such as 127.0.0.1:8001, it listens there and not on the port of
-    ``address``, at which then a proxy passes on what sites send."""
+    """Local address on which the SuperLink listens; 0.0.0.0 for all interfaces. With a port, such as 127.0.0.1:8001, it listens on that port, and a
+    proxy must forward connections from the port of ``address``."""
     sites: tuple[str, ...] = Field(min_length=1)
-    """Their names; ``NAME.pub`` beside the file is a site's public key."""
+    """Names of the sites. ``NAME.pub`` in the same folder is a site's public key."""
 
     @field_validator("sites")
     @classmethod
     def _plain(cls, sites: tuple[str, ...]) -> tuple[str, ...]:
         if wrong := [name for name in sites if not NAME.fullmatch(name)]:
-            raise ValueError(f"{wrong[0]!r} is no plain name: letters, digits, _ . - only, 64 at most")
+            raise ValueError(f"{wrong[0]!r} is not a valid name; use at most 64 letters, digits, _ . -")
         if len(set(sites)) < len(sites):
-            raise ValueError("a name is there twice")
+            raise ValueError("a name occurs twice; name each site once")
         return tuple(sorted(sites))
 
     @field_validator("address", "listen")
@@ -71,25 +71,27 @@ class ServerConfig(_File):
 
     @property
     def listening(self) -> tuple[str, int]:
-        """Host and port of this machine."""
+        """Local host and port on which the SuperLink listens."""
         host, colon, port = self.listen.rpartition(":")
         return (host, int(port)) if colon else (self.listen, int(self.address.rpartition(":")[2]))
 
     @property
     def link(self) -> SuperLink:
-        """How a server of runs reaches it: past the proxy, where there is one."""
+        """The connection of a run's server to the SuperLink, which bypasses the proxy if there is one."""
         host, colon, port = self.listen.rpartition(":")
         nearest = self.address if not colon else f"{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
         return SuperLink(nearest, self.folder / "ca.crt", self.folder / "secret", self.keys())
 
     def keys(self) -> dict[str, bytes]:
-        """Public keys by site.
+        """Return the sites' public keys by name.
 
         Raises:
-            ConfigError: if one is not there.
+            ConfigError: if a key is missing.
         """
         if missing := [name for name in self.sites if not (self.folder / f"{name}.pub").is_file()]:
-            raise ConfigError(f"{self.folder / missing[0]}.pub: no public key of site {missing[0]}; put it there, or take the site out")
+            raise ConfigError(
+                f"{self.folder / missing[0]}.pub: no public key of site {missing[0]}; add the file, or remove the site from server.yaml"
+            )
         return {name: (self.folder / f"{name}.pub").read_bytes() for name in self.sites}
 
 
@@ -97,31 +99,31 @@ Withheld = Literal["metrics", "profile", "num_samples"]
 
 
 class SiteConfig(_File):
-    """``site.yaml``: what this site trains on, and what of it the server is told. Only the site reads it."""
+    """``site.yaml``: the data that this site trains on, and what it reports to the server. Only the site reads this file."""
 
     name: str = Field(pattern=rf"^{NAME.pattern}$")
-    """Under which the server admits it."""
+    """Name by which the server knows the site."""
     server: str
     """``host:port`` of the server."""
     port: int = Field(9094, gt=0, lt=65536)
-    """Of this machine, on 127.0.0.1, between the site's own processes."""
+    """Local port on 127.0.0.1 between the site's own processes."""
     data: DataConfig | None = None
-    """The site's own data: a dataset's name, folder (relative to this file) and options. Left out for a trial, in which the site trains its part
-    of the experiment's own split of embedded data."""
+    """The site's own data: a dataset's name, folder (relative to this file) and options. Without it, the site takes part in a trial run, on its
+    share of the experiment's own split of embedded data."""
     modalities: tuple[str, ...] = ()
-    """Which of its samples' modalities are used; left out for all."""
+    """Modalities of the samples to use; leave it out for all."""
     model: str | None = None
-    """Folder of the model at this site; left out for the embedded one. The experiment's own name for it is not followed."""
+    """Folder of the model at this site; leave it out for the embedded model. The site ignores the experiment's model name."""
     rank: int | None = Field(None, gt=0)
-    """LoRA rank of this site, where the method lets ranks differ; left out for the experiment's."""
+    """LoRA rank of this site, if the method supports different ranks; leave it out for the experiment's."""
     device: str = "auto"
     """``auto``, ``cpu``, ``cuda``, ..."""
     cpus: int = Field(1, gt=0)
-    """Cores to compute with."""
+    """CPU cores to use."""
     withhold: tuple[Withheld, ...] = ()
-    """What the server is not told: ``metrics`` (training loss and steps, scores of the site's own model), ``profile`` (samples by modality),
-    ``num_samples`` (where clients count by samples, the site then weighs as one). A run whose method needs what is withheld is refused; steps that
-    a method needs (FedNova) follow from the number of samples, and are told unless that is withheld too."""
+    """What the site does not report to the server: ``metrics`` (training loss and steps, scores of its personalized model), ``profile`` (samples by
+    modality), ``num_samples`` (the site then counts as one sample in averages by samples). The site refuses a run whose method needs a withheld
+    value. Steps that a method needs (FedNova) follow from the number of samples; the site reports them unless it withholds both."""
 
     plugins: tuple[str, ...] = ()
     """Python files (relative to this file) and modules that add methods, datasets and more. Nothing else is imported here, whatever the server

@@ -1,8 +1,8 @@
-"""Flower's SuperLink: admitting sites, and beginning runs.
+"""Flower's SuperLink: admits sites and starts runs.
 
-A run of Flower is begun for each training, and its server's part is taken over by this process, which needs the SuperLink's secret. Code is not
-sent: what Flower calls the app is empty here, and sites run what they have installed. All that is not Flower's public interface is in this file, in
-``wire``, ``run_grid``, ``replies`` and ``heartbeat`` beside it and in ``fedmllm.sites.supernode`` and ``incoming``; they are written for flwr 1.41.
+Each training starts a Flower run, and this process takes over the run's server, for which it needs the SuperLink's secret. No code travels: the Flower
+app of the run is empty, and sites run the code that they have installed. All uses of Flower's private interfaces are in this file, in ``wire``,
+``run_grid``, ``replies`` and ``heartbeat`` in this folder, and in ``fedmllm.sites.supernode`` and ``incoming``. They are written for flwr 1.41.
 """
 
 from __future__ import annotations
@@ -32,27 +32,27 @@ serverapp = "installed:app"
 clientapp = "installed:app"
 """
 _POLL = 0.1
-"""Seconds between two tries."""
+"""Seconds between two attempts."""
 _HANDOVER = 60.0
-"""Seconds within which a SuperLink hands over a run that has been begun; one that was handed over to a connection that broke is there again after 30."""
+"""Seconds within which a SuperLink must hand over a started run. If the connection breaks during the handover, the run is available again after 30."""
 _PATIENCE = 10.0
-"""Seconds after its first try at which a call is not repeated any more at once; whoever asks does so again, as long as there is patience or time."""
+"""Seconds after its first attempt during which a call is retried immediately. After that, the caller decides whether to call again."""
 
 
 class TurnedDownError(ConnectionError):
-    """The SuperLink is there and says no: it does not know the run any more, or who asks."""
+    """The SuperLink refused a call, because it no longer knows the run or does not know the caller."""
 
 
 @dataclass(frozen=True)
 class SuperLink:
-    """Where a SuperLink is, and what opens it.
+    """The address of a SuperLink and the credentials for it.
 
     Attributes:
         address: ``host:port``.
-        certificate: file of the authority that its certificate is checked against.
-        secret: file of the secret that lets one be the server of runs.
-        keys: sites' public keys by name, in OpenSSH's format.
-        patience: seconds for which it is waited for where it cannot be reached, unless another time is given.
+        certificate: file with the certificate of the authority that signed the SuperLink's certificate.
+        secret: file with the secret that lets a process become the server of runs.
+        keys: sites' public keys by name, in OpenSSH format.
+        patience: default number of seconds to retry calls while the SuperLink cannot be reached.
     """
 
     address: str
@@ -62,11 +62,11 @@ class SuperLink:
     patience: float = 60.0
 
     def register(self) -> None:
-        """Admit the sites by their keys; those that are admitted already stay so.
+        """Admit the sites by their public keys. Sites that are admitted already stay admitted.
 
         Raises:
-            RunError: if a key is none, or another site has it.
-            ConnectionError: if the SuperLink cannot be reached.
+            RunError: if a key is invalid.
+            ConnectionError: if the SuperLink cannot be reached, or refuses a key because another site has it.
         """
         from flwr.proto.control_pb2 import ListNodesRequest, RegisterNodeRequest
 
@@ -78,17 +78,21 @@ class SuperLink:
                     self.reached(partial(control.RegisterNode, request))
 
     def sites_of(self, nodes: Iterable[Any]) -> dict[str, Any]:
-        """Those of Flower's nodes that have a site's key, by the site. Names are no proof: Flower lets anybody admit a node under any."""
+        """Return the Flower nodes that have a site's key, by site. Node names prove nothing, because Flower lets anybody choose any name."""
         keys = {_public_key(name, key): name for name, key in self.keys.items()}
         found = ((keys.get(node.public_key if isinstance(node.public_key, bytes) else node.public_key.encode()), node) for node in nodes)
         return {name: node for name, node in found if name is not None}
 
     def reached(self, call: Callable[[], T], patience: float | None = None) -> T:
-        """The result of a call; where there is no connection, tried again for as long as there is patience.
+        """Return the result of a call, retried while there is no connection and patience is left.
+
+        Args:
+            call: makes the call.
+            patience: seconds to retry; by default those of the link.
 
         Raises:
-            TurnedDownError: if it turns the call down.
-            ConnectionError: if it cannot be reached.
+            TurnedDownError: if the SuperLink refuses the call.
+            ConnectionError: if the SuperLink cannot be reached.
         """
         import httpx
         from flwr.supercore.run import RunNotRunningException
@@ -98,11 +102,11 @@ class SuperLink:
             try:
                 return call()
             except (httpx.HTTPError, RunNotRunningException) as error:
-                # Codes from 500 on are of a SuperLink, or what is before it, that is not well; it may be in a moment.
+                # Status codes from 500 mean that the SuperLink, or a proxy before it, has a problem, which may be temporary.
                 if isinstance(error, RunNotRunningException) or (
                     isinstance(error, httpx.HTTPStatusError) and error.response.is_client_error
                 ):
-                    raise TurnedDownError(f"the SuperLink at {self.address} turns this down: {_first_line(error)}") from error
+                    raise TurnedDownError(f"the SuperLink at {self.address} refused the call: {_first_line(error)}") from error
                 if time.monotonic() >= until:
                     raise ConnectionError(f"the SuperLink at {self.address} cannot be reached: {_first_line(error)}") from error
                 time.sleep(5 * _POLL)
@@ -114,7 +118,7 @@ class SuperLink:
         return self._client(ControlHttpClient, "flwr CLI", CliClientHttpInterceptor())
 
     def server(self, token: str) -> Wire:
-        """The connection of a run's server."""
+        """Return the connection of a run's server."""
         from flwr.supercore.interceptors import RuntimeTokenHttpInterceptor
         from flwr.supercore.runtime import RuntimeHttpClient
 
@@ -124,10 +128,13 @@ class SuperLink:
         return connected(kind, self.address, self.certificate.read_bytes(), component, interceptors, _PATIENCE)
 
     def begin(self, patience: float | None = None) -> tuple[int, str]:
-        """Begin a run and become its server: its number, and the token that shows it.
+        """Start a run and become its server.
+
+        Returns:
+            The run's number, and the token of its server.
 
         Raises:
-            ConnectionError: if the SuperLink cannot be reached, or the secret is not its own.
+            ConnectionError: if the SuperLink cannot be reached, or the secret is wrong.
         """
         from flwr.proto.control_pb2 import StartRunRequest
         from flwr.proto.fab_pb2 import Fab
@@ -139,7 +146,7 @@ class SuperLink:
         return run, self._take_over(run, patience)
 
     def _take_over(self, run: int, patience: float | None) -> str:
-        """The token of a run's server. Those of runs whose server is gone are taken too, and left to end."""
+        """Return the token of a run's server. This also takes runs whose server is gone, and lets them end."""
         from flwr.proto.runtime_pb2 import AcquireTaskRequest
         from flwr.supercore.interceptors import SuperExecAuthHttpInterceptor
         from flwr.supercore.runtime import RuntimeHttpClient
@@ -162,21 +169,21 @@ def _first_line(error: BaseException) -> str:
 
 @cache
 def empty_app() -> bytes:
-    """What Flower wants of a run, with no code in it."""
+    """Return the app bundle that Flower requires for a run, without any code."""
     from flwr.cli.build import build_fab_from_files
 
     with warnings.catch_warnings():
-        # Of a library that Flower uses.
+        # A library that Flower uses raises this warning.
         warnings.simplefilter("ignore", DeprecationWarning)
         return build_fab_from_files({"pyproject.toml": _PROJECT.encode(), "installed.py": b""})[0]
 
 
 def _public_key(name: str, content: bytes) -> bytes:
-    """As Flower writes it."""
+    """Return a public key in Flower's format."""
     from cryptography.hazmat.primitives.serialization import load_ssh_public_key
     from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
     try:
         return public_key_to_bytes(load_ssh_public_key(content))  # type: ignore[arg-type]
     except ValueError as error:
-        raise RunError(f"{name}: no public key of OpenSSH ({error}); fedmllm site init makes them") from error
+        raise RunError(f"{name}: not an OpenSSH public key ({error}); create one with fedmllm site init") from error

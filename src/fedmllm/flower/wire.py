@@ -1,22 +1,22 @@
-"""Calls to Flower's SuperLink and SuperNode: each on a connection of its own, and repeated on a new one where the transport fails.
+"""Calls to Flower's SuperLink and SuperNode, each on its own connection and retried on a new one if the transport fails.
 
-Why a call may be repeated although the other side may have carried it out, by what Flower 1.41 does there:
+A retried call may already have been carried out. The table says why that is safe, given what Flower 1.41 does:
 
 ==========================  ==========================================================================================================
-call                        repeated after it was carried out
+call                        effect of a retry after the call was carried out
 ==========================  ==========================================================================================================
-AcquireTask                 the task that was handed over is pending again after 30 s without a sign of life, and is then given once more
-PullTaskInput               the task runs already, which is refused: it has begun, as asked; what else the answer told is lost
-PullMessages                not repeated here: a message is handed over once. Who asks looks again, knowing that it may have been lost
-PullObject, ListNodes,      only read
+AcquireTask                 without heartbeats, the task becomes available again after 30 s, and the retry returns it
+PullTaskInput               Flower refuses, because the task has started, as requested; the rest of the first answer is lost
+PullMessages                not retried here: Flower delivers a message only once. The caller asks again and knows that it may be lost
+PullObject, ListNodes,      no effect, these calls only read
 GetNodes
-ConfirmMessageReceived      what is deleted already is not there to be deleted
-PushMessages                a message is known by its content: it is kept once, and the pieces that are missing are asked for again
-PushObject                  a piece that is there is not taken a second time: it is looked for, and counts as sent where it is there or sent on
-PushTaskOutput              the task has ended, and its token with it, which is refused: it has ended, as asked
-SendTaskHeartbeat           not repeated here: Flower's thread gives the next sign of life itself
-StartRun                    another run is begun; the first, which nobody serves, is left
-RegisterNode                the key is known already, which is refused: it is admitted, as asked
+ConfirmMessageReceived      no effect, the message is deleted already
+PushMessages                Flower identifies a message by its content, stores it once, and asks again for the pieces that are missing
+PushObject                  Flower does not store a piece twice; we check for it, and it counts as sent if it is there or was sent on
+PushTaskOutput              Flower refuses, because the task and its token have ended, as requested
+SendTaskHeartbeat           not retried here: Flower's thread sends the next heartbeat itself
+StartRun                    another run starts; the first is abandoned, because no process serves it
+RegisterNode                Flower refuses, because it knows the key; the site is admitted, as requested
 ==========================  ==========================================================================================================
 """
 
@@ -27,23 +27,26 @@ from collections.abc import Callable
 from typing import Any
 
 PAUSES = (0.1, 0.2, 0.4, 0.8)
-"""Seconds before a call is repeated, once for each."""
+"""Seconds to wait before each retry of a call."""
 TIMEOUT = 30.0
-"""Seconds within which the other side must take a connection, and go on with what it takes or sends."""
+"""Seconds of silence after which a connection or a transfer fails."""
 _ONCE = ("PullMessages", "SendTaskHeartbeat")
 _DONE = {
     "PullTaskInput": "RUNTIME_TASK_START_FAILED",
     "PushTaskOutput": "RUNTIME_AUTHENTICATION_FAILED",
     "RegisterNode": "PUBLIC_KEY_ALREADY_IN_USE",
 }
-"""With which of Flower's errors a repeated call is refused that was carried out before."""
+"""The error by which Flower refuses a retry because the call was carried out before."""
 
 
 class OneCall:
-    """Ends a connection with its call: one that was idle may be closed by the other side just when it is used again. Bounds the call's waits."""
+    """Closes a connection after its call and sets the call's timeout.
+
+    The other side might close an idle connection just when it is used again.
+    """
 
     def intercept(self, context: Any, call_next: Callable[[Any], Any]) -> Any:
-        """Called by Flower's client for every request."""
+        """Adjust a request. Flower's client calls this for every request."""
         import httpx
 
         context.request.headers["connection"] = "close"
@@ -52,15 +55,15 @@ class OneCall:
 
 
 def connected(kind: Any, address: str, certificate: bytes | None, component: str, interceptors: tuple[Any, ...], patience: float) -> Wire:
-    """A client of Flower's, of some kind.
+    """Return a Flower client that retries calls.
 
     Args:
-        kind: its class.
+        kind: the client's class.
         address: ``host:port``.
-        certificate: of the authority that the other side's is checked against; None for a connection without TLS.
-        component: what Flower is told to be spoken to by.
-        interceptors: what shows who calls.
-        patience: seconds after its first try at which a call is not repeated any more.
+        certificate: certificate of the authority that signed the other side's; None for a connection without TLS.
+        component: the name of the Flower component that the client presents itself as.
+        interceptors: interceptors that authenticate the caller.
+        patience: seconds after its first attempt during which a call is retried.
     """
     from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 
@@ -69,14 +72,14 @@ def connected(kind: Any, address: str, certificate: bytes | None, component: str
 
 
 class Wire:
-    """Has the calls of a client of Flower's, and repeats them where the transport fails, as said above.
+    """Wraps a Flower client and retries its calls if the transport fails, as the module docstring describes.
 
-    A call is tried once more than there are ``PAUSES``; each try ends when the other side is silent for ``TIMEOUT``. What a call raises then is
-    the client's ``httpx.TransportError``.
+    A call has one attempt more than there are ``PAUSES``. Each attempt ends after ``TIMEOUT`` seconds of silence. After the last attempt the call
+    raises the client's ``httpx.TransportError``.
 
     Args:
-        client: Flower's.
-        patience: seconds after its first try at which a call is not repeated any more.
+        client: Flower's client.
+        patience: seconds after its first attempt during which a call is retried.
     """
 
     def __init__(self, client: Any, patience: float) -> None:
@@ -86,7 +89,7 @@ class Wire:
         return lambda request: self._called(name, request)[0]
 
     def _called(self, name: str, request: Any) -> tuple[Any, bool]:
-        """A call's answer, None where a repeated one had been carried out before; and whether it was repeated."""
+        """Return a call's answer, or None if a retry found that the call was carried out before; and whether it was retried."""
         import httpx
 
         call, begun, tried = getattr(self._client, name), time.monotonic(), 0
@@ -104,23 +107,23 @@ class Wire:
             tried += 1
 
     def PushObject(self, request: Any) -> Any:  # noqa: N802 (as Flower names it)
-        """Send a piece of a message, whose answer says whether it is there."""
+        """Send a piece of a message. The answer says whether the other side has it."""
         from flwr.proto.message_pb2 import PullObjectRequest, PushObjectResponse
 
-        told, repeated = self._called("PushObject", request)
-        if told.stored or not repeated:
-            return told
+        response, retried = self._called("PushObject", request)
+        if response.stored or not retried:
+            return response
         there = self.PullObject(PullObjectRequest(node=request.node, run_id=request.run_id, object_id=request.object_id))
-        # What the other side does not know any more it has had complete, and sent on: it forgets what does not come after minutes only.
+        # An unknown piece was received completely and sent on. The other side forgets an incomplete piece only after minutes.
         return PushObjectResponse(stored=there.object_available or not there.object_found)
 
     def close(self) -> None:
-        """Let go of what the client holds."""
+        """Release the client's resources."""
         self._client.close()
 
 
 def _done(name: str, refusal: str) -> bool:
-    """Whether a repeated call is refused because it has been carried out."""
+    """Return whether a retry was refused because the call had been carried out."""
     from flwr.supercore.error import ApiErrorCode, FlowerError
 
     found = FlowerError.from_json(refusal)

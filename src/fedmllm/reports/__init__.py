@@ -1,1 +1,1 @@
-"""What is read: pages, figures and tables of runs and sweeps, and what there is to choose from."""
+"""Reports: pages, figures and tables of runs and sweeps, and catalogs of datasets, methods and models."""

@@ -1,7 +1,7 @@
-"""How the report's figures are drawn: style, panels and bars, and SVG to be placed inside an HTML page.
+"""Drawing of the reports' figures: style, panels, bars, and SVG for an HTML page.
 
-Colors are those of Okabe and Ito (2008), told apart by color-blind readers; markers, dashes and hatches tell the same
-story in gray. The same numbers give the same bytes: no date, no random ids.
+Colors are those of Okabe and Ito (2008), which color-blind readers can distinguish. Markers, dashes and hatches make figures readable in gray.
+The same numbers give the same bytes: there is no date and no random id.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ Arguments = ParamSpec("Arguments")
 
 
 class Look(NamedTuple):
-    """How one way of training is drawn, in every figure."""
+    """The name and style of a stage, the same in every figure."""
 
     name: str
     color: str
@@ -65,11 +65,11 @@ MODELS = {
     "federated": LOOKS["federated"],
     "fine_tuned": LOOKS["fine_tuned_mean"]._replace(name="fine-tuned"),
 }
-"""The models that each client is scored by on its own kind of samples, by the keys of ``RunResult.clients``."""
+"""Kinds of models that are scored on each client's own kind of samples, by the keys of ``RunResult.clients``."""
 
 
 class Group(NamedTuple):
-    """Counts per client of one label, or of the rarest labels together."""
+    """Counts per client of one label, or of all rare labels together."""
 
     name: str
     counts: list[int]
@@ -78,18 +78,18 @@ class Group(NamedTuple):
 
 
 def short(label: str, width: int = 20) -> str:
-    """One line of at most ``width`` characters; what is cut out is the middle, for labels often differ at their ends."""
+    """Return a label in one line of at most ``width`` characters. The middle is cut out, because labels often differ at their ends."""
     line = " ".join(label.split()) or "(none)"
     return line if len(line) <= width else f"{line[: width // 2].rstrip()}…{line[len(line) - (width - 1) // 2 :].lstrip()}"
 
 
 def svg(draw: Callable[Arguments, Figure]) -> Callable[Arguments, Markup]:
-    """Run a drawing function under our style, whatever the user's matplotlib settings, and take its SVG."""
+    """Decorate a drawing function to use the reports' style instead of the user's matplotlib settings, and to return SVG."""
 
     @wraps(draw)
     def drawn(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Markup:
         with context(["default", STYLE]), warnings.catch_warnings():
-            # The browser draws the letters, so it does not matter which ones matplotlib's font lacks.
+            # The browser draws the text, so missing glyphs in matplotlib's font do not matter.
             warnings.filterwarnings("ignore", message=r"(?s)Glyph .* missing from font")
             buffer = StringIO()
             draw(*args, **kwargs).savefig(buffer, format="svg", metadata={"Date": None})
@@ -99,39 +99,39 @@ def svg(draw: Callable[Arguments, Figure]) -> Callable[Arguments, Markup]:
 
 
 def write_picture(path: Path, drawn: Callable[Arguments, Markup], *args: Arguments.args, **kwargs: Arguments.kwargs) -> None:
-    """What a function under ``svg`` draws as a file of its own, on white: PNG or whatever the name's ending says."""
+    """Write the figure of a function decorated with ``svg`` to a file, on white. The file's extension sets the format, e.g. PNG."""
     with context(["default", STYLE]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"(?s)Glyph .* missing from font")
         unwrap(drawn)(*args, **kwargs).savefig(path, dpi=150, facecolor="white")
 
 
 def _inline(document: str, name: str) -> Markup:
-    """Only the ``<svg>`` element, with ids of its own, for several figures share one page; text is left as it is."""
+    """Return only the ``<svg>`` element, with unique ids, because several figures share a page. Text stays unchanged."""
     body = re.sub(r"<metadata>.*?</metadata>", "", document[document.index("<svg") :], flags=re.DOTALL)
     body = re.sub(r"<[^>]*>", lambda tag: re.sub(r'(\sid="|url\(#|href="#)', rf"\1{name}-", tag[0]), body)
     return Markup(body.strip().replace("<svg ", f'<svg role="img" aria-labelledby="{name}-caption" ', 1))
 
 
 def panel(figure: Figure, left: float, bottom: float, right: float, top: float, title: str = "") -> Axes:
-    """Axes with margins in inches, so that panels line up from figure to figure."""
+    """Add axes with margins in inches, so that panels of different figures line up."""
     width, height = figure.get_size_inches()
     return figure.add_axes((left / width, bottom / height, 1 - (left + right) / width, 1 - (bottom + top) / height), title=title)
 
 
 def rows(axes: Axes, labels: Sequence[str]) -> None:
-    """One row per label, first on top."""
+    """Set up one row per label, the first on top."""
     axes.set_yticks(range(len(labels)), [short(label) for label in labels])
     axes.set_ylim(max(len(labels), 1) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0)
 
 
 def bars(axes: Axes, at: ArrayLike, low: ArrayLike, high: ArrayLike, group: Group, thickness: float, upright: bool = False) -> None:
-    """Bars from low to high as one shape: hundreds of clients still make a small file."""
+    """Draw bars from low to high as one shape, so that hundreds of clients still make a small file."""
     ends = np.stack(np.broadcast_arrays(low, high, high, low, low))
     sides = np.asarray(at) + np.array([[-1], [-1], [1], [1], [-1]]) * thickness / 2
     corners = np.stack((sides, ends) if upright else (ends, sides), axis=-1).swapaxes(0, 1).reshape(-1, 2)
     codes = np.tile([Outline.MOVETO, *[Outline.LINETO] * 3, Outline.CLOSEPOLY], ends.shape[1])
     lines = "#ffffff" if group.color in (BLUE, VERMILION, GREEN) else "#555555"
-    # A legend passes over names that start with an underscore.
+    # A legend skips names that start with an underscore.
     name = f" {group.name}" if group.name.startswith("_") else group.name
     axes.add_patch(PathPatch(Outline(corners, codes), facecolor=group.color, edgecolor=lines, linewidth=0, hatch=group.hatch, label=name))

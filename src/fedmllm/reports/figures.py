@@ -1,4 +1,4 @@
-"""The report's figures, each a function from the run's numbers to SVG."""
+"""Figures of a run report. Each function takes a run's numbers and returns SVG."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ from fedmllm.run.reader import Client, Round
 from fedmllm.run.results import worst_decile
 
 MAX_GROUPS = 12
-"""Labels told apart in one figure; the rarest beyond share 'other'."""
+"""Maximum number of labels in one figure; rarer ones are grouped as 'other'."""
 DOT, LARGEST_DOT = 36.0, 420.0
-"""Areas in square points: of one client's dot, and of the largest that fits its row."""
+"""Areas in square points of one client's dot and of the largest dot that fits its row."""
 LONGEST_NAME = 15
-"""Characters of a way of training's name for which the usual margin has room."""
+"""Maximum number of characters in a name that fits the default margin."""
 MAX_NAMED = 40
-"""Clients whose names still fit beside their bars; more go without, the largest first."""
+"""Maximum number of clients with names next to their bars. With more, bars are sorted by size and have no names."""
 
 
 @svg
@@ -53,7 +53,7 @@ def final_scores(
     baseline: tuple[str, float] | None,
     metric: str,
 ) -> Figure:
-    """One marker per way of training, whiskers of one standard error, and a tick per client where each has a model."""
+    """Draw a marker per stage, whiskers of one standard error, and a tick per client for stages with one model per client."""
     shown = {stage: score for stage in LOOKS if (score := scores.get(stage)) is not None}
     figure = Figure((WIDTH, 0.85 + 0.34 * len(shown)))
     names = [LOOKS[stage].name for stage in shown]
@@ -75,7 +75,7 @@ def final_scores(
 
 @svg
 def client_scores(scores: Mapping[str, Mapping[str, float]]) -> Figure:
-    """A row per kind of model: dots at the clients' scores, larger where several share one; lines at the mean and the worst decile."""
+    """Draw a row per kind of model, with dots at the clients' scores and lines at the mean and the worst decile. Equal scores make larger dots."""
     shown = {model: list(scores[model].values()) for model in MODELS if scores.get(model)}
     dots = {model: Counter(values) for model, values in shown.items()}
     area = min(DOT, LARGEST_DOT / max(max(count.values()) for count in dots.values()))
@@ -97,7 +97,7 @@ def client_scores(scores: Mapping[str, Mapping[str, float]]) -> Figure:
 
 @svg
 def learning_curve(rounds: Sequence[Round], scores: Mapping[str, float | None], metric: str) -> Figure:
-    """Scores on the validation part, and the last one on the test split, against the other ways of training; below it, each round's training loss."""
+    """Draw validation scores by round, the final test score and the other stages' scores; below them, each round's training loss."""
     curve = {row.round: row.watched for row in rounds if row.watched is not None}
     tested = {row.round: row.score for row in rounds if row.score is not None and row.validation is not None}
     levels = {stage: score for stage in LOOKS if stage != "federated" and (score := scores.get(stage)) is not None}
@@ -132,7 +132,7 @@ def learning_curve(rounds: Sequence[Round], scores: Mapping[str, float | None], 
 
 
 def _name_lines(axes: Axes, levels: Mapping[str, float]) -> None:
-    """Name each line at the right edge, moved apart where they would overlap."""
+    """Write each line's name at the right edge, with enough space between names."""
     axes.margins(y=0.08)
     low, high = axes.get_ylim()
     names = sorted(levels, key=levels.__getitem__)
@@ -143,7 +143,7 @@ def _name_lines(axes: Axes, levels: Mapping[str, float]) -> None:
 
 
 def _spread(heights: Sequence[float], gap: float) -> list[float]:
-    """Ascending heights at least ``gap`` apart: the mean of pushing up from below and pushing down from above."""
+    """Return ascending heights at least ``gap`` apart: the mean of pushing up from below and pushing down from above."""
     up = accumulate(heights, lambda last, height: max(height, last + gap))
     down = list(accumulate(reversed(heights), lambda last, height: min(height, last - gap)))
     return [(a + b) / 2 for a, b in zip(up, reversed(down), strict=True)]
@@ -151,7 +151,7 @@ def _spread(heights: Sequence[float], gap: float) -> list[float]:
 
 @svg
 def client_samples(clients: Sequence[Client]) -> Figure:
-    """Two stacked bars per client: its samples by label, and by the modalities they hold."""
+    """Draw two stacked bars per client: its samples by label, and by modalities."""
     named = len(clients) <= MAX_NAMED
     clients = clients if named else sorted(clients, key=lambda client: (-(client.num_samples or 0), client.id))
     labels = _groups([client.labels for client in clients], FILLS)
@@ -169,14 +169,14 @@ def client_samples(clients: Sequence[Client]) -> Figure:
         if groups:
             axes.legend(loc="upper left", bbox_to_anchor=(0, -0.3 / height), ncols=2, frameon=False, borderaxespad=0, borderpad=0)
         else:
-            axes.text(0.5, 0.5, "not known here", transform=axes.transAxes, ha="center", va="center")
+            axes.text(0.5, 0.5, "unknown", transform=axes.transAxes, ha="center", va="center")
     if not named:
-        first.set_ylabel(f"{len(clients)} clients, the largest on top", labelpad=12, rotation_mode="anchor")
+        first.set_ylabel(f"{len(clients)} clients, largest first", labelpad=12, rotation_mode="anchor")
     return figure
 
 
 def _groups(clients: Sequence[Mapping[str, int]], fills: Sequence[str]) -> list[Group]:
-    """Counts per client by label, in the labels' order; the rarest beyond ``MAX_GROUPS`` are summed up as 'other'."""
+    """Return counts per client by label, in the labels' order. Rare labels beyond ``MAX_GROUPS`` are summed as 'other'."""
     total: Counter[str] = Counter()
     for counts in clients:
         total.update(counts)
@@ -190,7 +190,7 @@ def _groups(clients: Sequence[Mapping[str, int]], fills: Sequence[str]) -> list[
 
 
 def _stack(axes: Axes, groups: Sequence[Group], thickness: float) -> None:
-    """Lay the groups' bars end to end."""
+    """Stack the groups' bars end to end."""
     ends = np.cumsum([group.counts for group in groups] or [[0]], axis=0)
     for group, end in zip(groups, ends, strict=False):
         bars(axes, np.arange(len(end)), end - group.counts, end, group, thickness)
@@ -200,7 +200,7 @@ def _stack(axes: Axes, groups: Sequence[Group], thickness: float) -> None:
 
 @svg
 def traffic(rounds: Sequence[Round]) -> Figure:
-    """Bytes of every round, up from the clients and down to them, and the running total beside it."""
+    """Draw the bytes of every round, up from the clients and down to them, and next to them the running total."""
     figure, numbers = Figure((WIDTH, 2.6)), [row.round for row in rounds]
     up, down = np.array([[row.bytes_up, row.bytes_down] for row in rounds], dtype=float).T
     reach, sent = max(up.max(), down.max(), 1), max((up + down).sum(), 1)
@@ -228,7 +228,7 @@ def traffic(rounds: Sequence[Round]) -> Figure:
 
 @svg
 def times(steps: Mapping[str, float], stages: Mapping[str, float]) -> Figure:
-    """Seconds of the federated run by step, and of the whole experiment by stage."""
+    """Draw the seconds of the federated stage by step, and of the whole run by stage."""
     figure = Figure((WIDTH, 0.8 + 0.27 * max(len(steps), len(stages))))
     panels = (("federated run, by step", steps, 0.95, 5.1, ORANGE, "////"), ("whole run, by stage", stages, 5.55, 0.8, BLUE, ""))
     for title, seconds, left, right, color, hatch in panels:

@@ -1,4 +1,4 @@
-"""What a run shows while it goes: a live display in a terminal, one plain line per round elsewhere."""
+"""Shows a run's progress: a live display in a terminal, otherwise one plain line per round."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ if TYPE_CHECKING:
     from fedmllm.sweeps.grid import Cell
 
 ROWS = 8
-"""Rounds listed in the live display."""
+"""Number of rounds that the live display lists."""
 SILENCE = 60.0
-"""Seconds without an answer after which it is said elsewhere too."""
+"""Seconds of silence after which output that is not a terminal gets a line too."""
 
 
 class Display:
-    """Shows round, cohort, loss, score, bytes sent and time left. Use as a context; pass ``observer`` to the run."""
+    """Shows round, cohort, loss, score, bytes sent and time left. Use it as a context manager and pass ``observer`` to the run."""
 
     def __init__(self, num_rounds: int, console: Console | None = None) -> None:
         self._console = console or Console()
@@ -49,15 +49,15 @@ class Display:
         self._rows: list[Record] = []
         self._clock = _Clock()
         self._bytes = 0
-        self._said: float | None = None
+        self._last_line: float | None = None
         self._silence = Timer(SILENCE, lambda: None)
         self._live = Live(self._bar, console=self._console, refresh_per_second=4) if self._console.is_terminal else None
 
     @property
     def observer(self) -> Observer:
-        """To be told about the run."""
-        told = Observer(self._clock.start, self._round_done, self._waiting, self._answered, self._remarked)
-        return replace(told, resumed=self._resumed, encoded=self._encoded)
+        """The observer that feeds this display."""
+        observer = Observer(self._clock.start, self._round_done, self._waiting, self._answered, self._remarked)
+        return replace(observer, resumed=self._resumed, encoded=self._encoded)
 
     def __enter__(self) -> Display:
         if self._live:
@@ -70,44 +70,46 @@ class Display:
             self._live.__exit__(kind, error, trace)
 
     def _waiting(self, record: Record) -> None:
-        """Say for whom."""
+        """Print which clients are retried, or which sites the run waits for or starts without."""
         names = ", ".join(record["clients"])
         if record["stage"] == START:
-            words = f"begins without {names}" if record["given_up"] else f"waits for {names}"
+            line = f"starting without {names}" if record["given_up"] else f"waiting for {names}"
         else:
-            words = f"{record['stage']} round {record['round']} waits for {names}, asked for the {_nth(record['attempt'])} time"
-        self._console.print(words, highlight=False, soft_wrap=True)
+            line = f"{record['stage']} round {record['round']}: retrying {names}, attempt {record['attempt']}"
+        self._console.print(line, highlight=False, soft_wrap=True)
 
     def _remarked(self, remarks: Mapping[str, Remark]) -> None:
         for name, remark in remarks.items():
-            words = f"{name} changes nothing in this run: {remark.text}" if remark.idle else f"{name}: {remark.text}"
-            self._console.print(words, highlight=False, soft_wrap=True)
+            line = f"{name} has no effect in this run: {remark.text}" if remark.idle else f"{name}: {remark.text}"
+            self._console.print(line, highlight=False, soft_wrap=True)
 
     def _answered(self, record: Record) -> None:
-        """For whom is waited now: at once in a terminal, elsewhere if it is for long. Answers are taken in order; whether those after it are there
-        is not known."""
+        """Show outstanding clients: at once in a terminal, otherwise after a long wait.
+
+        The run takes answers in order, so it is unknown whether clients after the first have answered.
+        """
         names = record["clients"]
-        words = f"waits for {names[0]}" + (f", {len(names) - 1} more after it" if names[1:] else "") if names else ""
-        self._bar.update(self._task, waiting=words)
+        line = f"waiting for {names[0]}" + (f" ({len(names) - 1} more after it)" if names[1:] else "") if names else ""
+        self._bar.update(self._task, waiting=line)
         self._silence.cancel()
         if names and self._live is None:
-            when = "" if record["stage"] == START else f"{record['stage']} round {record['round']} "
-            self._silence = Timer(SILENCE, partial(self._console.print, when + words, highlight=False, soft_wrap=True))
+            when = "" if record["stage"] == START else f"{record['stage']} round {record['round']}: "
+            self._silence = Timer(SILENCE, partial(self._console.print, when + line, highlight=False, soft_wrap=True))
             self._silence.daemon = True
             self._silence.start()
 
     def _encoded(self, done: int, total: int) -> None:
-        """How many samples have been looked at: in a terminal each time, elsewhere once it is long since anything was said."""
-        words = f"looks at samples: {done:,} of {total:,}"
-        self._bar.update(self._task, waiting="" if done == total else words)
+        """Show how many samples are encoded: every time in a terminal, otherwise after a long silence."""
+        line = f"encoding samples: {done:,} of {total:,}"
+        self._bar.update(self._task, waiting="" if done == total else line)
         now = time.monotonic()
-        self._said = now if self._said is None else self._said
-        if self._live is None and now - self._said > SILENCE:
-            self._said = now
-            self._console.print(words, highlight=False, soft_wrap=True)
+        self._last_line = now if self._last_line is None else self._last_line
+        if self._live is None and now - self._last_line > SILENCE:
+            self._last_line = now
+            self._console.print(line, highlight=False, soft_wrap=True)
 
     def _resumed(self, sent: int) -> None:
-        """Count on from what was sent before the run was interrupted."""
+        """Start the count at the bytes that were sent before the run was interrupted."""
         self._bytes = sent
 
     def _round_done(self, record: Record) -> None:
@@ -127,12 +129,8 @@ class Display:
         self._live.update(Group(_rounds_table(self._rows, self._bytes), self._bar))
 
 
-def _nth(number: int) -> str:
-    return {2: "second", 3: "third"}.get(number, f"{number}th")
-
-
 class _Clock:
-    """Guesses the time left from where the run stands, in samples to train on; a resumed run starts in the middle."""
+    """Estimates the time left from the share of samples trained so far. A resumed run starts in the middle."""
 
     def __init__(self) -> None:
         self._ends: dict[str, float] = {}
@@ -142,7 +140,7 @@ class _Clock:
         self._begin = time.monotonic()
 
     def start(self, stages: Sequence[Stage]) -> None:
-        """Lay the stages end to end: rounds x cohort x mean client size."""
+        """Compute where each stage ends, in samples: the sum of rounds x cohort x mean client size."""
         for stage in stages:
             mean_size = max(1, stage.num_samples) / len(stage.clients)
             self._costs[stage.name] = stage.num_rounds * stage.clients_per_round * mean_size
@@ -150,7 +148,7 @@ class _Clock:
         self._begin = time.monotonic()
 
     def advance(self, record: Record) -> None:
-        """Move to the end of a round."""
+        """Move the position to the end of a round."""
         if record["num_rounds"] == 0:
             return
         cost = self._costs[record["stage"]]
@@ -159,7 +157,7 @@ class _Clock:
             self._origin = self._position - cost / record["num_rounds"]
 
     def left(self) -> str:
-        """In words, or ``?`` before the first round."""
+        """Return the time left as text, or ``?`` before the first round."""
         if self._origin is None:
             return "?"
         total = max(self._ends.values())
@@ -167,11 +165,11 @@ class _Clock:
 
 
 def _line(record: Record, sent: int, left: str) -> str:
-    """One round in plain text."""
+    """Return a round as one line of plain text."""
     cells = _cells(record)
-    told = [name for name in ("cohort", "loss", "validation", "score") if cells[name] != "-" or name in ("cohort", "loss")]
-    parts = [f"{record['stage']} round {cells['round']}", *(f"{name} {cells[name]}" for name in told)]
-    return "  ".join([*parts, f"sent {human_bytes(sent)}", f"left {left}"])
+    known = [name for name in ("cohort", "loss", "validation", "score") if cells[name] != "-" or name in ("cohort", "loss")]
+    columns = [f"{record['stage']} round {cells['round']}", *(f"{name} {cells[name]}" for name in known)]
+    return "  ".join([*columns, f"sent {human_bytes(sent)}", f"left {left}"])
 
 
 def _cells(record: Record) -> dict[str, str]:
@@ -199,22 +197,22 @@ def _rounds_table(records: Sequence[Record], sent: int) -> Table:
 
 
 class SweepDisplay:
-    """A line for each cell that ends, and how much is left.
+    """Prints a line for each finished cell, with the time left.
 
     Args:
-        cells: of this sitting's share, finished ones included.
-        folder: the sweep's.
-        jobs: processes at work.
-        console: where to print.
+        cells: the cells of this machine's share, including finished ones.
+        folder: the sweep folder.
+        jobs: number of processes.
+        console: the console to print to.
     """
 
     def __init__(self, cells: Sequence[Cell], folder: Path, jobs: int, console: Console | None = None) -> None:
         self._console, self._jobs, self._total = console or Console(), jobs, len(cells)
         self._done = sum(Places.of(folder, cell).finished for cell in cells)
         self._seconds: list[float] = []
-        self._console.print(f"{self._total} cells, {self._done} of them finished", highlight=False)
+        self._console.print(f"{self._total} cells, {self._done} finished", highlight=False)
 
-    def told(self, outcome: Outcome) -> None:
+    def ended(self, outcome: Outcome) -> None:
         """Print a cell's line."""
         self._done += 1
         self._seconds.append(outcome.seconds)

@@ -1,4 +1,4 @@
-"""A run folder as one HTML page that needs nothing else: no network, no scripts, no second file."""
+"""Writes a run's report as one self-contained HTML page, without network access, scripts or further files."""
 
 from __future__ import annotations
 
@@ -22,41 +22,41 @@ from fedmllm.reports.tables import ScoreRow, client_rows, cost_rows, part_rows, 
 from fedmllm.run.reader import Round, Run, read_run
 
 FREE = {"recall_open": "open, token recall", "f1_open": "open, token F1", "rouge_l_long": "long, ROUGE-L"}
-"""Scores of free answers beside exact match, by key of ``ScoreRow.details``."""
+"""Names of the scores of free answers other than exact match, by key of ``ScoreRow.details``."""
 METRICS = {"auc": "AUC", "macro_f1": "macro F1", "accuracy": "accuracy", "balanced_accuracy": "balanced accuracy", "mixed": "mean score"}
 STEPS = ("train", "aggregate", "evaluate", "checkpoint")
 MAX_REFUSED = 50
-"""Refused updates listed; more are only counted."""
+"""Maximum number of refused updates in the list; further ones are only counted."""
 
 
 def write_report(run: Path) -> Path:
-    """Write a run's ``report.html``, replacing an older one at once. The same files give the same bytes.
+    """Write a run's ``report.html``, atomically replacing an older one. The same files give the same bytes.
 
     Args:
-        run: a run folder. Without a ``result.json`` the report shows what there is so far.
+        run: a run folder. Without a ``result.json`` the report shows the run so far.
 
     Returns:
-        Where the report is.
+        The path of the report.
 
     Raises:
-        RunError: if a file is missing or broken, or the report cannot be written; an older report stays as it was.
+        RunError: if a file is missing or broken, or the report cannot be written. An older report then stays unchanged.
     """
     path = Path(run) / "report.html"
     page = render(read_run(Path(run)))
     try:
         write_atomically(path, page.encode("utf-8", errors="replace"))
     except OSError as error:
-        raise RunError(f"{path}: cannot be written ({error.strerror}); make room, or allow writing there") from error
+        raise RunError(f"{path}: cannot be written ({error.strerror}); free disk space, or make the folder writable") from error
     return path
 
 
 def render(run: Run) -> str:
-    """The page's HTML."""
+    """Return the report's HTML."""
     return page("report.html.j2", _context(run))
 
 
 def page(template: str, values: Mapping[str, Any]) -> str:
-    """A template with its values, in our words for numbers."""
+    """Render a template with its values, with filters that format numbers."""
     environment = Environment(
         loader=PackageLoader("fedmllm", "reports"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -66,12 +66,12 @@ def page(template: str, values: Mapping[str, Any]) -> str:
 
 
 def _unbroken(wording: Callable[[Any], str]) -> Callable[[Any], str]:
-    """Numbers stay on one line with their units."""
+    """Return a formatter whose spaces do not break, so that numbers stay on one line with their units."""
     return lambda value: wording(value).replace(" ", "\u00a0")
 
 
 def _context(run: Run) -> dict[str, Any]:
-    """Everything the template shows."""
+    """Return all values that the template shows."""
     rows, rounds, clients = score_rows(run), run.rounds, run.manifest.clients
     refused = [(line.stage, line.round, refusal) for line in run.lines if isinstance(line, Round) for refusal in line.refused]
     return {
@@ -103,12 +103,12 @@ def _context(run: Run) -> dict[str, Any]:
 
 
 def _beside(run: Run, rows: Sequence[ScoreRow]) -> list[tuple[str, str]]:
-    """What stands beside the headline, by key and as printed."""
+    """Return (key, name) of the metrics to show next to the headline metric."""
     return [(key, METRICS[key]) for key in SIDE_BY_SIDE if key != run.manifest.metric and any(key in row.details for row in rows)]
 
 
 def _partial_scores(rows: Sequence[ScoreRow]) -> list[str]:
-    """Keys of scores over a part of the test split: by kind of answer, or by dataset of a mixture; those of open answers first."""
+    """Return the keys of scores by answer type or by dataset of a mixture. Scores of open answers come first."""
     keys = {key for row in rows for key in row.details if key.startswith(("accuracy_", "score_")) or key in FREE}
     return sorted(keys, key=lambda key: (key != "accuracy_open", key not in FREE, key))
 
@@ -118,7 +118,7 @@ def _metric(run: Run) -> str:
 
 
 def _figures(run: Run, rows: Mapping[str, ScoreRow]) -> dict[str, Markup | None]:
-    """The figures by name; None for those without anything to show yet."""
+    """Return the figures by name; None for a figure without data."""
     rounds, clients, metric = run.rounds, run.manifest.clients, _metric(run)
     scores, errors = {stage: row.score for stage, row in rows.items()}, {stage: row.error for stage, row in rows.items()}
     solo = {key: list(by_client.values()) for key, by_client in solo_scores(run).items()}
@@ -138,7 +138,7 @@ def _figures(run: Run, rows: Mapping[str, ScoreRow]) -> dict[str, Markup | None]
 
 
 def _modalities(run: Run) -> list[tuple[str, int, int]]:
-    """(modalities, training samples, test samples) for every set of modalities that occurs."""
+    """Return (modalities, number of training samples, number of test samples) for every set of modalities that occurs."""
     train: Counter[str] = Counter()
     for client in run.manifest.clients:
         train.update(client.modalities)

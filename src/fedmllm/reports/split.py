@@ -1,4 +1,4 @@
-"""What a split looks like before anything is trained: ``fedmllm data list``, ``show`` and ``export``."""
+"""Shows a split before training: ``fedmllm data list``, ``show`` and ``export``."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def catalog() -> dict[str, dict[str, str]]:
-    """One line for every dataset, scenario, setting of the benchmark and further kind of heterogeneity."""
+    """Return a one-line summary of every dataset, scenario, benchmark setting and further kind of heterogeneity."""
     return {
         "datasets": {name: entry.summary for name, entry in DATASETS.items()},
         "scenarios": {name: row.summary for name, row in SCENARIOS.items()},
@@ -32,7 +32,7 @@ def catalog() -> dict[str, dict[str, str]]:
 
 
 def describe(experiment: Experiment) -> Record:
-    """A split as JSON: its manifest without the samples, and one example in every wording."""
+    """Return a split as JSON: its manifest without the samples, and one example in every wording."""
     data = federate(experiment.data, experiment.federation, experiment.seed)
     record = _manifest(data, experiment)
     holders = (*record["clients"], record["validation"], record["test"])
@@ -43,7 +43,7 @@ def describe(experiment: Experiment) -> Record:
 
 
 def example(sample: Sample, wordings: Mapping[str, Wording]) -> Record:
-    """A sample before and after it is worded, in each wording."""
+    """Return a sample as stored, and its prompt in each wording."""
     content = {name: value if isinstance(value, (str, Path)) else type(value).__name__ for name, value in sample.content.items()}
     return {
         "id": sample.id,
@@ -70,10 +70,10 @@ def export_split(experiment: Experiment, folder: Path) -> Path:
 
 
 def save_picture(record: Record, path: Path) -> None:
-    """Stacked bars of each client's samples by label and by modalities, as PNG or whatever the name's ending says.
+    """Draw stacked bars of each client's samples by label and by modalities. The file's extension sets the format, e.g. PNG.
 
     Raises:
-        ConfigError: if the ending is of no kind of picture, or the folder is missing.
+        ConfigError: if the extension is not a picture format, or the folder does not exist.
     """
     from fedmllm.reports.drawing import write_picture
     from fedmllm.reports.figures import client_samples

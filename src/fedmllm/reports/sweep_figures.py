@@ -1,4 +1,4 @@
-"""The pictures of a sweep."""
+"""Figures of a sweep report."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from fedmllm.sweeps.comparison import Column, Sweep
 from fedmllm.sweeps.pairs import Pair, acting
 
 LINES = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY)
-"""Of learning curves: as many methods as are told apart."""
+"""Colors of learning curves; this limits the number of methods in a figure."""
 MARKERS = "osD^vP*X"
 DIVERGING = LinearSegmentedColormap.from_list("gain", [VERMILION, "#ffffff", BLUE])
 
 
 @svg
 def gains(sweep: Sweep) -> Figure:
-    """Each method above the first one; below them the baselines."""
+    """Draw each method's gain over the first method, and below them the baselines' gains."""
     compared = {method: (method, sweep.reference) for method in sweep.methods if method != sweep.reference}
     return _heat_map(
         sweep, {**{name: _points(sweep, *names) for name, names in compared.items()}, **_baseline_points(sweep)}, len(compared)
@@ -34,12 +34,12 @@ def gains(sweep: Sweep) -> Figure:
 
 @svg
 def strategy_gains(sweep: Sweep, found: Sequence[Pair]) -> Figure:
-    """Each method above the same without some of its strategies."""
+    """Draw each method's gain over the same method without some of its strategies."""
     return _heat_map(sweep, {pair.label: _points(acting(sweep, pair), pair.method, pair.over) for pair in found}, len(found), 3.6)
 
 
 def _heat_map(sweep: Sweep, points: Mapping[str, Sequence[float]], count: int, left: float = 2.1) -> Figure:
-    """A field for each label and column. The first ``count`` rows set the scale; further ones stand apart."""
+    """Draw a field for each label and column. The first ``count`` rows set the color scale; a line separates the others."""
     found = np.array(list(points.values()))
     figure = Figure((WIDTH, 1.6 + 0.24 * len(points)))
     axes = panel(figure, left, 1.15, 0.1, 0.35)
@@ -64,14 +64,14 @@ def _heat_map(sweep: Sweep, points: Mapping[str, Sequence[float]], count: int, l
 
 
 def _points(sweep: Sweep, method: str, over: str) -> list[float]:
-    """By column, the mean over the seeds that both have, in percentage points; NaN for none."""
+    """Return the gain by column in percentage points, as the mean over the seeds that both methods have; NaN for none."""
     found = [(sweep.scores(method, [column]), sweep.scores(over, [column])) for column in sweep.columns]
     both = [[ours[seed] - theirs[seed] for seed in ours if seed in theirs] for ours, theirs in found]
     return [100 * mean(differences) if differences else float("nan") for differences in both]
 
 
 def _baseline_points(sweep: Sweep) -> dict[str, list[float]]:
-    """By baseline and column, above the first method."""
+    """Return each baseline's gain over the first method, by baseline and column."""
     points = {}
     for key in BASELINES:
         levels = [(baseline(sweep, key, [column]), sweep.mean_and_error(sweep.reference, [column])) for column in sweep.columns]
@@ -82,7 +82,7 @@ def _baseline_points(sweep: Sweep) -> dict[str, list[float]]:
 
 
 def _groups(columns: Sequence[Column]) -> list[tuple[int, str]]:
-    """Where a dataset, or model, begins."""
+    """Return the first column of each dataset (and model, if there are several), with its name."""
     single = len({column.model for column in columns}) == 1
     names = [column.dataset if single else f"{column.dataset}, {column.model}" for column in columns]
     return [(i, name) for i, name in enumerate(names) if i == 0 or name != names[i - 1]]
@@ -90,7 +90,7 @@ def _groups(columns: Sequence[Column]) -> list[tuple[int, str]]:
 
 @svg
 def curves(sweep: Sweep, metric: Mapping[str, str]) -> Figure:
-    """A panel for each dataset: scores by round, over scenarios and seeds, of the methods that end highest and the first one."""
+    """Draw a panel per dataset with scores by round, averaged over scenarios and seeds, of the first method and the best-ranked others."""
     parts = list(dict.fromkeys((column.model, column.dataset) for column in sweep.columns))
     lines, width = (len(parts) + 1) // 2, (WIDTH - 0.9) / 2
     height = 2.6 * lines + 0.6
@@ -116,7 +116,7 @@ def curves(sweep: Sweep, metric: Mapping[str, str]) -> Figure:
 
 
 def _levels(axes: Axes, levels: Mapping[str, float], drawn: Sequence[float]) -> None:
-    """Lines at the baselines' scores. Those so far from what is drawn that it would shrink to a line are written at the edge instead."""
+    """Draw lines at the baselines' scores. Scores so far away that the curves would shrink to a line are written at the edge instead."""
     low, high = min(drawn, default=0.0), max(drawn, default=1.0)
     room = 4 * max(high - low, 0.02 * high)
     near = {key: level for key, level in levels.items() if low - room <= level <= high + room}
@@ -133,14 +133,14 @@ def _levels(axes: Axes, levels: Mapping[str, float], drawn: Sequence[float]) -> 
 
 
 def _leading(sweep: Sweep) -> list[str]:
-    """The first method, and those of the lowest mean rank."""
+    """Return the first method, and the others with the lowest mean rank."""
     ranks = sweep.ranks()
     others = sorted((method for method in ranks if method != sweep.reference), key=lambda method: (ranks[method], method))
     return [sweep.reference, *others[: len(LINES) - 1]]
 
 
 def _curve(sweep: Sweep, method: str, columns: Sequence[Column]) -> dict[int, float]:
-    """By round, the mean over the cells, of the rounds after which all were scored."""
+    """Return the mean score over the cells by round, for the rounds in which all cells were scored."""
     cells = [cell for cell in sweep.of(method) if cell.column in columns]
     scores = [{line.round: line.watched for line in cell.run.rounds if line.watched is not None} for cell in cells]
     shared = sorted(set.intersection(*map(set, scores))) if scores else []
@@ -149,8 +149,10 @@ def _curve(sweep: Sweep, method: str, columns: Sequence[Column]) -> dict[int, fl
 
 @svg
 def pareto(sweep: Sweep) -> Figure:
-    """Mean score against the bytes that all clients of a run send and receive, over the columns that all methods have; a line along the methods
-    that none beats in both."""
+    """Draw mean score against the bytes that all clients of a run send and receive, over the columns that all methods have.
+
+    A dashed line connects the Pareto front: methods that no other beats in both.
+    """
     points = {}
     for method in sweep.methods:
         own = [cell.result for cell in sweep.of(method, sweep.shared)]
@@ -177,7 +179,7 @@ def pareto(sweep: Sweep) -> Figure:
 
 
 def _unbeaten(points: Mapping[str, tuple[float, float]]) -> list[str]:
-    """By size: those for which no other is as small and as good, and better in one."""
+    """Return the points on the Pareto front, ordered by size: no other point is at least as small and as good, and better in one."""
     return sorted(
         (name for name, (x, y) in points.items() if not any(a <= x and b >= y and (a, b) != (x, y) for a, b in points.values())),
         key=lambda name: points[name],

@@ -1,4 +1,4 @@
-"""The report of a sweep: a page, and its tables as Markdown, LaTeX and CSV."""
+"""Writes the report of a sweep: an HTML page, and the tables as Markdown, LaTeX and CSV."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from fedmllm.sweeps.pairs import pairs
 
 
 def write_sweep_report(folder: Path) -> Path:
-    """Write ``report.html``, ``tables.md``, ``tables.tex`` and ``results.csv`` of a sweep.
+    """Write ``report.html``, ``tables.md``, ``tables.tex`` and ``results.csv`` to a sweep folder.
 
     Returns:
-        Where the page is.
+        The path of ``report.html``.
 
     Raises:
         RunError: if no cell is finished, or one cannot be read.
@@ -44,7 +44,7 @@ def write_sweep_report(folder: Path) -> Path:
 
 
 def _tables(sweep: Sweep) -> list[Table]:
-    """The overview, scores by model and dataset, and what else was asked for."""
+    """Return the overview, the scores by model and dataset, and the further tables that have data."""
     parts = dict.fromkeys((column.model, column.dataset) for column in sweep.columns)
     scores = [score_table(sweep, model, dataset) for model, dataset in parts]
     others = [
@@ -57,7 +57,7 @@ def _tables(sweep: Sweep) -> list[Table]:
 
 
 def _context(sweep: Sweep, tables: list[Table]) -> dict[str, Any]:
-    """Everything the template shows."""
+    """Return all values that the template shows."""
     by_name, cells = {table.name: table for table in tables}, sweep.cells.values()
     metric = {cell.column.dataset: METRICS.get(cell.run.manifest.metric, cell.run.manifest.metric) for cell in cells}
     added = pairs(sweep)

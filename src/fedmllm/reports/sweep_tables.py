@@ -1,4 +1,4 @@
-"""The tables of a sweep, for HTML, Markdown, CSV and LaTeX alike."""
+"""Tables of a sweep report, for HTML, Markdown, CSV and LaTeX."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fedmllm.sweeps.pairs import Pair, acting, kinds
 from fedmllm.sweeps.statistics import Interval, holm
 
 NOTHING = "\u2013"
-"""Where there is no number."""
+"""Text of an entry without a number."""
 BASELINES = ("zero_shot", "local_mean", "calibrated_local_mean", "centralized", "calibrated_centralized", "ceiling")
 
 
@@ -29,9 +29,9 @@ class Entry:
     """A cell of a table.
 
     Attributes:
-        text: as printed.
-        best: whether it is the highest of its column, which says nothing about chance; in italics.
-        sure: whether it is a difference that survives Holm's correction; in bold.
+        text: the text of the entry.
+        best: whether the number is the highest of its column, printed in italics. That does not mean that it is significant.
+        sure: whether the number is a difference that remains significant after Holm's correction, printed in bold.
     """
 
     text: str
@@ -44,11 +44,11 @@ class Table:
     """A table.
 
     Attributes:
-        name: of its file.
-        caption: what it shows.
-        header: of all columns, the first being the rows' names.
-        rows: as many entries as the header has.
-        rules: before which rows a line is drawn.
+        name: the name in labels and in the page's code.
+        caption: the caption.
+        header: names of the columns; the first column holds the rows' names.
+        rows: the rows, with as many entries as the header.
+        rules: indices of rows above which a line is drawn.
     """
 
     name: str
@@ -59,7 +59,7 @@ class Table:
 
 
 def percent(found: tuple[float, float | None] | None) -> str:
-    """``81.2 (0.9)``: mean and standard error over seeds; a dash for nothing."""
+    """Return mean and standard error in percent, such as ``81.2 (0.9)``; a dash for None."""
     if found is None:
         return NOTHING
     value, error = found
@@ -67,7 +67,7 @@ def percent(found: tuple[float, float | None] | None) -> str:
 
 
 def score_table(sweep: Sweep, model: str, dataset: str) -> Table:
-    """Methods and baselines by scenario, their mean, and the methods' mean rank."""
+    """Return the scores of methods and baselines by scenario, their mean, and the methods' mean rank."""
     columns = [column for column in sweep.columns if (column.model, column.dataset) == (model, dataset)]
     groups: list[Sequence[Column]] = [*([column] for column in columns), columns]
     best = [_best(sweep, group) for group in groups]
@@ -93,14 +93,14 @@ def score_table(sweep: Sweep, model: str, dataset: str) -> Table:
         rows.append((Entry(f"{method}, published"), *map(Entry, texts), Entry("")))
     metric = next(cell.run.manifest.metric for cell in sweep.cells.values() if cell.column in columns)
     caption = (
-        f"{dataset}, {model}: {METRICS.get(metric, metric)} in percent, mean over seeds and in parentheses its standard error; "
-        "the highest of a column in italics, whatever chance has to do with it. Rank: mean over the scenarios of a method's place, 1 for the best."
+        f"{dataset}, {model}: {METRICS.get(metric, metric)} in percent, mean over seeds with its standard error in parentheses. "
+        "Italics: the highest value of a column, which may be due to chance. Rank: a method's mean place over the scenarios, 1 for the best."
     )
     return Table(f"scores-{model}-{dataset}", caption, ("", *(column.scenario for column in columns), "mean", "rank"), tuple(rows), rules)
 
 
 def hard_table(sweep: Sweep, model: str, dataset: str) -> Table | None:
-    """The same of chosen options, to be read beside numbers published so; None for other metrics than the AUC."""
+    """Return the score table with the AUC of chosen options, for comparison with results published that way; None for other metrics."""
     chosen = {key: cell for key, cell in sweep.cells.items() if key[1][:2] == (model, dataset) and cell.result.metric == "auc"}
     if not chosen:
         return None
@@ -109,8 +109,8 @@ def hard_table(sweep: Sweep, model: str, dataset: str) -> Table | None:
     }
     table = score_table(replace(sweep, cells=hard), model, dataset)
     caption = (
-        f"{dataset}, {model}: AUC in percent of the chosen options, 0 or 1, instead of their probabilities, as it is computed in the FedMLLM paper; "
-        "an answer that could not be read counts against it. Mean and standard error as above."
+        f"{dataset}, {model}: AUC in percent, computed from the chosen options (0 or 1) instead of their probabilities, as in the FedMLLM paper. "
+        "An answer that could not be parsed counts as wrong. Mean and standard error as above."
     )
     return replace(table, name=f"hard-{model}-{dataset}", caption=caption)
 
@@ -121,7 +121,7 @@ def _best(sweep: Sweep, columns: Sequence[Column]) -> float | None:
 
 
 def baseline(sweep: Sweep, key: str, columns: Sequence[Column]) -> tuple[float, float | None] | None:
-    """Over seeds, the mean over columns of a baseline, which was trained beside any of the methods."""
+    """Return mean and standard error over seeds of a baseline's mean over columns. It may have been trained in the run of any method."""
     by_seed = []
     for seed in sweep.seeds:
         found = [
@@ -137,7 +137,7 @@ def baseline(sweep: Sweep, key: str, columns: Sequence[Column]) -> tuple[float, 
 
 
 def overview_table(sweep: Sweep) -> Table:
-    """Every method over all columns: mean, rank, gain over the first, and what a run costs."""
+    """Return every method over all columns: mean, rank, gain over the first method, and the costs of a run."""
     ranks, best = sweep.ranks(), _best(sweep, ())
     gains = [None if method == sweep.reference else sweep.gain(method) for method in sweep.methods]
     rows = []
@@ -155,28 +155,28 @@ def overview_table(sweep: Sweep) -> Table:
         ]
         rows.append((Entry(method), *entries))
     caption = (
-        f"All methods over all columns that each has. Above {sweep.reference}: mean difference in percentage points over the cells that both have. "
-        f"{_doubt(gains)} Won: cells in which a method scored higher. Sent and received by all clients, and time of training and evaluation: of a "
-        "run. Failures: answers that could not be read, over all runs."
+        f"Each method over all columns that it has. Above {sweep.reference}: mean difference in percentage points over the cells that both have. "
+        f"{_doubt(gains)} Won: cells in which a method scored higher. Per run: bytes sent and received by all clients, and time of training and "
+        "evaluation. Failures: answers that could not be parsed, over all runs."
     )
     header = ("", "mean", "rank", f"above {sweep.reference}", "95 %", "won", "sent", "received", "time", "failures")
     return Table("overview", caption, header, tuple(rows))
 
 
 def survivors(gains: Sequence[Gain | None]) -> list[bool]:
-    """Which differences of a table survive Holm's correction over all of them."""
+    """Return which differences of a table remain significant after Holm's correction over all of them."""
     return holm([gain.interval.p if gain and gain.interval else None for gain in gains])
 
 
 def _doubt(gains: Sequence[Gain | None], over: str = "the rows of the table") -> str:
-    """Words for how sure differences are."""
+    """Return the sentences of a caption that explain the uncertainty of differences."""
     seeds = {gain.seeds for gain in gains if gain}
     if seeds <= {1}:
-        return "There is one seed, hence no interval: nothing here can be told from chance."
-    alone = " A difference of one seed has no interval." if 1 in seeds else ""
+        return "With a single seed there are no intervals: any difference here may be due to chance."
+    alone = " A difference from a single seed has no interval." if 1 in seeds else ""
     return (
-        f"In parentheses or under 95 %: the paired t interval over seeds, the noise of the test samples in it.{alone} In bold, in either direction: "
-        f"what differs from nothing after Holm's correction over {over}, at 5 %."
+        f"In parentheses or under 95 %: the paired t interval over seeds, which includes the noise of the test samples.{alone} Bold: differences in "
+        f"either direction that are significant at the 5 % level after Holm's correction over {over}."
     )
 
 
@@ -191,7 +191,7 @@ def _gain_entries(gain: Gain | None, sure: bool) -> list[Entry]:
 
 
 def strategy_table(sweep: Sweep, found: Sequence[Pair]) -> Table | None:
-    """Each method above the same without some of its strategies: everywhere, and by kind of scenario; None where there is no such pair."""
+    """Return each method's gain over the same method without some of its strategies, in total and by kind of scenario; None without such a pair."""
     groups = kinds(sweep)
     owns = [acting(sweep, pair) for pair in found]
     everywhere = [own.gain(pair.method, pair.over) for own, pair in zip(owns, found, strict=True)]
@@ -201,15 +201,15 @@ def strategy_table(sweep: Sweep, found: Sequence[Pair]) -> Table | None:
     for pair, gain, sure, gains in zip(found, everywhere, survivors(everywhere), by_kind, strict=True):
         rows.append((Entry(pair.label), *_gain_entries(gain, sure), *(_gain_entry(gain, next(marks)) for gain in gains)))
     caption = (
-        "What strategies add to a method: mean difference in percentage points over the cells that have both; then the same by kind of scenario. "
-        f"{_doubt([*everywhere, *chain(*by_kind)], 'the rows of the table; of the kinds, over the rows and kinds')}"
-        " Cells in which a strategy could do nothing are left out."
+        "Gain of a method from strategies: mean difference in percentage points over the cells that have both; then the same by kind of scenario. "
+        f"{_doubt([*everywhere, *chain(*by_kind)], 'the rows of the table (for kinds of scenario, over rows and kinds)')}"
+        " Cells in which a strategy could have no effect are excluded."
     )
     return Table("strategies", caption, ("", "gain", "95 %", "won", *groups), tuple(rows)) if rows else None
 
 
 def beside_table(sweep: Sweep, model: str, dataset: str) -> Table | None:
-    """Accuracy, balanced accuracy and macro-F1 of a dataset, and what each method gains in them; None where answers do not say a class."""
+    """Return accuracy, balanced accuracy and macro-F1 on a dataset, and each method's gains in them; None if the answers have no classes."""
     columns = [column for column in sweep.columns if (column.model, column.dataset) == (model, dataset)]
     metrics = {metric: sweep.by(metric) for metric in SIDE_BY_SIDE}
     metrics = {metric: scored for metric, scored in metrics.items() if any(scored.of(method, columns) for method in sweep.methods)}
@@ -229,8 +229,8 @@ def beside_table(sweep: Sweep, model: str, dataset: str) -> Table | None:
             entries += [Entry(percent(level)), _gain_entry(gain, marks[metric][place]) if gain else Entry("")]
         rows.append((Entry(method), *entries))
     caption = (
-        f"{dataset}, {model}: by the chosen options, in percent over the scenarios that a method has all of, and above {sweep.reference} in percentage "
-        "points over the cells that both have; a gain in one of the three alone may be a prior removed rather than a better model. "
+        f"{dataset}, {model}: scores of the chosen options in percent, for methods that have all scenarios, and the difference to {sweep.reference} in "
+        "percentage points over the cells that both have. A gain in only one of the three may come from a corrected prior instead of a better model. "
         f"{_doubt(list(gains['accuracy'].values()))}"
     )
     header = ("", *(name for metric in metrics for name in (METRICS[metric], f"above {sweep.reference}")))
@@ -238,7 +238,7 @@ def beside_table(sweep: Sweep, model: str, dataset: str) -> Table | None:
 
 
 def _gains(sweep: Sweep, columns: Sequence[Column]) -> dict[str, Gain | None]:
-    """By method that has any of the columns, over the first one."""
+    """Return the gain over the first method, by method that has any of the columns."""
     own = [method for method in sweep.methods if sweep.of(method, columns)]
     return {method: None if method == sweep.reference else sweep.gain(method, columns=columns) for method in own}
 
@@ -255,12 +255,12 @@ def _ends(interval: Interval) -> str:
 
 
 def _spread(cells: Sequence[Trained], of: Callable[[Trained], float], wording: Callable[[float], str]) -> str:
-    """The mean over runs."""
+    """Return the mean over runs as text."""
     return wording(mean(map(of, cells)))
 
 
 def client_table(sweep: Sweep) -> Table | None:
-    """Accuracy on samples of each client's own kind by method; None where no run asked for it."""
+    """Return the accuracy on samples of each client's own kind, by method; None if no run measured it."""
     rows = []
     for method in sweep.methods:
         own = [
@@ -270,21 +270,21 @@ def client_table(sweep: Sweep) -> Table | None:
             numbers = (mean(map(mean, own)), mean(map(worst_decile, own)), mean(max(scores) - min(scores) for scores in own))
             rows.append((Entry(method), *(Entry(f"{100 * number:.1f}") for number in numbers), Entry(str(len(own)))))
     caption = (
-        "Accuracy in percent on test samples of each client's own kind: mean and worst decile over the clients, and the range, averaged over runs"
+        "Accuracy in percent on test samples of each client's own kind: mean, worst decile and range over the clients, averaged over runs"
         f"{_where(sweep)}."
     )
     return Table("clients", caption, ("", "mean", "worst decile", "range", "runs"), tuple(rows)) if rows else None
 
 
 def _where(sweep: Sweep) -> str:
-    """Words for the columns that all methods have, where they are not all."""
+    """Return the part of a caption that names the columns that all methods have; empty if these are all columns."""
     count, shared = len(sweep.columns), sweep.shared
     kept = list(dict.fromkeys(column.scenario for column in shared))
     return "" if len(shared) == count else f" of the {len(shared)} of {count} columns that all methods have ({', '.join(kept)})"
 
 
 def tested_table(sweep: Sweep) -> Table | None:
-    """The final models where a modality is missing, or worse, when they are used; None where no run asked for it."""
+    """Return the final models' scores on copies of the test split with missing or corrupted modalities; None if no run measured them."""
     copies = list(dict.fromkeys(copy for cell in sweep.cells.values() for copy in cell.result.tested))
     rows = []
     for method in sweep.methods:
@@ -294,14 +294,15 @@ def tested_table(sweep: Sweep) -> Table | None:
             whole = mean(cell.score for cell in own)
             rows.append((Entry(method), Entry(f"{100 * whole:.1f}"), *(Entry(f"{100 * mean(n):.1f}" if n else NOTHING) for n in numbers)))
     caption = (
-        "Scores in percent of the final models on copies of the test split with only these modalities, or altered, averaged over runs"
+        "Scores in percent of the final models on copies of the test split with only the named modalities or with the named corruption, averaged over "
+        "runs"
         f"{_where(sweep)}."
     )
     return Table("tested", caption, ("", "complete", *copies), tuple(rows)) if rows else None
 
 
 def to_markdown(table: Table) -> str:
-    """A table of GitHub's Markdown."""
+    """Return a table in GitHub's Markdown."""
     lines = [f"| {' | '.join(table.header)} |", "|---" + "|---:" * (len(table.header) - 1) + "|"]
     lines += [f"| {' | '.join(_marked(e) for e in row)} |" for row in table.rows]
     return "\n".join(lines) + f"\n\n{table.caption}\n"
@@ -331,7 +332,7 @@ def _marked_in_latex(entry: Entry) -> str:
 
 
 def to_latex(table: Table) -> str:
-    """A ``table`` with the rules of the package booktabs."""
+    """Return a LaTeX ``table`` with the rules of the package booktabs."""
     lines = [r"\begin{table}", r"\centering", rf"\caption{{{_latex(table.caption)}}}", rf"\label{{tab:{table.name}}}"]
     lines += [
         rf"\begin{{tabular}}{{l{'r' * (len(table.header) - 1)}}}",
@@ -346,7 +347,7 @@ def to_latex(table: Table) -> str:
 
 
 def to_csv(sweep: Sweep) -> str:
-    """A line for each cell, its numbers in full."""
+    """Return CSV with a line per cell and all digits of its numbers."""
     text = StringIO()
     writer = csv.writer(text, lineterminator="\n")
     names = ("model", "dataset", "scenario", "method", "seed", "metric", "score", "standard_error", *SIDE_BY_SIDE, *BASELINES)

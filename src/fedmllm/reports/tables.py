@@ -1,4 +1,4 @@
-"""The report's tables as rows of numbers: scores, clients, costs and times."""
+"""Rows of a run report's tables: scores, clients, costs and times."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from fedmllm.run.results import SOLO, worst_decile
 from fedmllm.types import Metrics
 
 ALWAYS = ("zero_shot", "local_mean", "federated", "centralized", "ceiling")
-"""Rows of the table of scores that are there even without a number."""
+"""Rows that the table of scores shows even without a number."""
 SOLO_TIMES = {"local-": "local, all clients", "calibrated_local-": "calibrated local, all clients", "fine_tuned-": "fine-tuned clients"}
-"""Under which name their times are summed up."""
+"""Names under which the times of stages with these prefixes are summed."""
 
 
 @dataclass(frozen=True)
 class ScoreRow:
-    """A line of the table of scores. None is a number that was not asked for, or does not exist.
+    """A row of the table of scores. None stands for a number that was not requested or does not exist.
 
     Attributes:
         stage: key of ``LOOKS``, ``majority`` or ``question_only``.
-        name: as printed.
+        name: the name in the table.
         score, error: the score and its standard error.
-        details: failures, samples asked and partial scores.
-        note: what else there is to say.
+        details: failures, number of samples, and scores by part of the test split.
+        note: a remark next to the score.
     """
 
     stage: str
@@ -41,16 +41,16 @@ class ScoreRow:
 
 @dataclass(frozen=True)
 class ClientRow:
-    """A kind of model as each client finds it, on test samples of the client's own kind.
+    """Accuracy of one kind of model over the clients, on test samples of each client's own kind.
 
     Attributes:
         model: key of ``MODELS``.
-        name: as printed.
-        num_clients: clients that were asked.
-        mean, worst_decile: over them.
-        spread: their standard deviation; None for a single client.
-        lowest, highest: the ends.
-        lowest_at: the client at the lower end.
+        name: the name in the table.
+        num_clients: number of clients scored.
+        mean, worst_decile: mean over the clients and over the worst tenth of them.
+        spread: standard deviation over the clients; None for a single client.
+        lowest, highest: the lowest and the highest accuracy.
+        lowest_at: the client with the lowest accuracy.
     """
 
     model: str
@@ -66,7 +66,7 @@ class ClientRow:
 
 @dataclass(frozen=True)
 class CostRow:
-    """A cost of the federated rounds, in words. ``total`` is empty where a sum means nothing."""
+    """A cost of the federated rounds, as text. ``total`` is empty if a sum would be meaningless."""
 
     name: str
     per_round: str
@@ -75,7 +75,7 @@ class CostRow:
 
 
 def score_rows(run: Run) -> list[ScoreRow]:
-    """The scores, from the result or, while there is none, from the last evaluations."""
+    """Return the rows of the table of scores, from the result or, in an unfinished run, from the last evaluations."""
     last = {line.stage: line for line in run.lines if line.score is not None}
     details: dict[str, Metrics] = {stage: line.scores or {} for stage, line in last.items()}
     details |= {key: over_models([row for stage, row in details.items() if stage.startswith(prefix)]) for key, prefix in SOLO.items()} | (
@@ -95,13 +95,13 @@ def score_rows(run: Run) -> list[ScoreRow]:
         return rows
     rows.append(_majority_row(run.manifest.metric, run.result.majority))
     if run.result.question_only is not None:
-        note = "the most frequent training answer to the same question, whatever is shown"
+        note = "the most frequent training answer to the same question, regardless of the content"
         rows.append(ScoreRow("question_only", "question only", run.result.question_only, None, {}, note))
     return rows
 
 
 def solo_scores(run: Run) -> dict[str, dict[str, float]]:
-    """Scores on the test split of the models that one client trained each, by key of ``SOLO`` and client; none while a run is unfinished."""
+    """Return test scores of the models that a single client trained, by key of ``SOLO`` and client; empty for an unfinished run."""
     if run.result is None:
         return {key: {} for key in SOLO}
     last = {line.stage: line.score for line in run.lines if line.score is not None}
@@ -115,18 +115,18 @@ def _majority_row(metric: str, score: float | None) -> ScoreRow:
     note = (
         "the most frequent training answer of the same kind (open, closed)"
         if score is not None
-        else "the sites keep their training answers to themselves"
+        else "unknown, because sites do not report their training answers"
     )
     return ScoreRow("majority", "majority answer", score, None, {}, note)
 
 
 def _notes(run: Run, last: dict[str, Line]) -> dict[str, str]:
-    """What the table says beside a score."""
+    """Return the notes of the table of scores, by stage."""
     notes = {"ceiling": "population optimum"} if run.result and run.result.scores.get("ceiling") is not None else {}
     if run.result is None and "federated" in last:
         notes["federated"] = f"after round {last['federated'].round}"
     if run.result and run.result.personalized:
-        notes["federated"] = "the mean of the clients' own models"
+        notes["federated"] = "mean of the clients' personalized models"
     for key, scores in solo_scores(run).items():
         if len(scores) > 1:
             worst = _lowest(scores)
@@ -135,12 +135,12 @@ def _notes(run: Run, last: dict[str, Line]) -> dict[str, str]:
 
 
 def _lowest(scores: dict[str, float]) -> str:
-    """The client with the lowest score, the first by name of several."""
+    """Return the client with the lowest score; of several, the first by name."""
     return min(scores, key=lambda client: (scores[client], client))
 
 
 def client_rows(run: Run) -> list[ClientRow]:
-    """The kinds of models that clients were asked with; none where ``evaluation.client_samples`` asked for none."""
+    """Return a row per kind of model scored at clients; empty without ``evaluation.client_samples``."""
     clients = run.result.clients if run.result else {}
     return [_client_row(model, clients[model]) for model in MODELS if clients.get(model)]
 
@@ -153,7 +153,7 @@ def _client_row(model: str, scores: dict[str, float]) -> ClientRow:
 
 
 def cost_rows(rounds: Sequence[Round]) -> list[CostRow]:
-    """What the rounds cost the network and the server. Runs whose lines do not tell the bytes held have no row for them."""
+    """Return what the rounds cost the network and the server. Rows without data, such as staleness in synchronous runs, are omitted."""
     if not rounds:
         return []
     held = [float(line.bytes_held) for line in rounds]
@@ -161,9 +161,9 @@ def cost_rows(rounds: Sequence[Round]) -> list[CostRow]:
     return [
         _cost_row("sent by the clients (up)", [line.bytes_up for line in rounds], human_bytes),
         _cost_row("received by the clients (down)", [line.bytes_down for line in rounds], human_bytes),
-        _cost_row("the server's time to take in and aggregate", [line.seconds.get("aggregate", 0.0) for line in rounds], duration),
-        *([_cost_row("held by the aggregation", held, human_bytes, summed=False)] if any(held) else []),
-        *([_cost_row("staleness of an update, in steps of the server", stale, "{:.2g}".format, summed=False)] if stale else []),
+        _cost_row("server time to receive and aggregate", [line.seconds.get("aggregate", 0.0) for line in rounds], duration),
+        *([_cost_row("memory of the aggregation", held, human_bytes, summed=False)] if any(held) else []),
+        *([_cost_row("staleness of an update, in server steps", stale, "{:.2g}".format, summed=False)] if stale else []),
     ]
 
 
@@ -173,13 +173,13 @@ def _cost_row(name: str, values: Sequence[float], wording: Callable[[float], str
 
 @dataclass(frozen=True)
 class PartRow:
-    """Something of the model that can train, and what a client would send of it in a round.
+    """A trainable part of the model, and the bytes that a client sends per round if it trains.
 
     Attributes:
-        name: as printed.
-        parameters: how many.
-        float32, bfloat16: their bytes.
-        trained: whether this run trained it.
+        name: the name in the table.
+        parameters: number of parameters.
+        float32, bfloat16: their size in these formats, as text.
+        trained: whether this run trained the part.
     """
 
     name: str
@@ -190,13 +190,13 @@ class PartRow:
 
 
 def part_rows(run: Run) -> list[PartRow]:
-    """What training each part costs to send; none while a run is unfinished."""
+    """Return a row per trainable part of the model; empty for an unfinished run."""
     parts, trained = (run.result.parts, run.result.trained) if run.result else ({}, [])
     return [PartRow(name, count, human_bytes(4 * count), human_bytes(2 * count), name in trained) for name, count in parts.items() if count]
 
 
 def stage_seconds(run: Run) -> dict[str, float]:
-    """Wall time by stage, the stages of one client each taken together."""
+    """Return wall time in seconds by stage, with stages of single clients summed."""
     seconds: dict[str, float] = {}
     parts = [(line.stage, sum(line.seconds.values())) for line in run.lines]
     for stage, part in run.result.seconds_by_stage.items() if run.result else parts:

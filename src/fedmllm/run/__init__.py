@@ -1,1 +1,1 @@
-"""One run: an experiment in, a folder out."""
+"""One run: takes an experiment and writes a run folder."""

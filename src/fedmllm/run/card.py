@@ -1,4 +1,4 @@
-"""The model card that lies with an adapter: what it is, what it was trained on and how, what it scores, what was private."""
+"""Model cards of adapters and merged models: data, training, scores, privacy, and how to load them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ A LoRA adapter of `{model}`, fine-tuned across clients with fedmllm {version}.
 |---|---|
 | data | {dataset}, {clients} clients, partition {partition}, scenario {scenario} |
 | method | {method} |
-| training | rounds: {rounds}, clients in each: {cohort}, local epochs: {epochs}, seed: {seed} |
+| training | rounds: {rounds}, clients per round: {cohort}, local epochs: {epochs}, seed: {seed} |
 | adapter | rank {rank}; {trained}: {trainable:,} trained parameters |
 | exchanged | {up} sent by the clients, {down} received |
 
@@ -37,8 +37,8 @@ A LoRA adapter of `{model}`, fine-tuned across clients with fedmllm {version}.
 
 ## Privacy
 
-Clients' samples stayed with them; what they sent were updates of the adapter{compressed}. Updates can tell something about the samples that
-they were made from: no differential privacy and no secure aggregation was used. In this run all clients were simulated in one process.
+Clients kept their samples and sent updates of the adapter{compressed}. Updates can reveal information about the samples that they were trained on:
+this run used neither differential privacy nor secure aggregation. In this run all clients were simulated in one process.
 
 ## Use
 
@@ -51,18 +51,18 @@ base = AutoModelForImageTextToText.from_pretrained({base})
 model = PeftModel.from_pretrained(base, "this folder")
 ```
 {needs}
-`fedmllm chat RUN --image FILE` words questions as in training ({prompt} prompt).
+`fedmllm chat RUN --image FILE` phrases questions as in training ({prompt} prompt).
 """
 
 
 NEEDS = """
-Transformers loads this model's processor, which takes videos too, only where torchvision is installed: `pip install torchvision`. With fedmllm
-installed, `fedmllm.models.processors.load_processor` does without, for pictures and texts.
+Transformers loads this model's processor, which also supports video, only if torchvision is installed: `pip install torchvision`. With fedmllm
+installed, `fedmllm.models.processors.load_processor` loads it without torchvision, for images and text.
 """
 
 MERGED = """# {model}, fine-tuned with fedmllm
 
-The whole model with a trained LoRA adapter merged into its weights, as a Transformers folder.
+The complete model with a trained LoRA adapter merged into its weights, as a Transformers folder.
 
 ```python
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -74,23 +74,23 @@ model = AutoModelForImageTextToText.from_pretrained("this folder")
 
 
 def merged_card(model: str, torchvision: bool) -> str:
-    """What lies with a merged model: what it is, how it is loaded, and what that needs.
+    """Return the model card of a merged model, in Markdown.
 
     Args:
-        model: as the experiment names it.
-        torchvision: whether Transformers loads its processor with torchvision only.
+        model: the model's name in the experiment.
+        torchvision: whether Transformers needs torchvision to load the model's processor.
     """
     return MERGED.format(model=model, needs=NEEDS if torchvision else "")
 
 
 def adapter_card(result: RunResult, experiment: Experiment, client: str = "", torchvision: bool = False) -> str:
-    """A card in Markdown with the fields that hubs read.
+    """Return the model card of an adapter, in Markdown with the metadata that model hubs read.
 
     Args:
-        result: of the run.
-        experiment: its settings.
-        client: whose own adapter it is; empty for the global one.
-        torchvision: whether Transformers loads the model's processor with torchvision only.
+        result: the run's result.
+        experiment: the run's settings.
+        client: the client whose personalized adapter this is; empty for the global adapter.
+        torchvision: whether Transformers needs torchvision to load the model's processor.
     """
     federation, lora, compression = experiment.federation, experiment.lora, experiment.compression.name
     rows = [
@@ -103,7 +103,7 @@ def adapter_card(result: RunResult, experiment: Experiment, client: str = "", to
         model=result.model,
         imports="from fedmllm.models.load import model_source\n" if result.model == "nano" else "",
         base='model_source("nano")' if result.model == "nano" else f'"{result.model}"',
-        title=f"{result.experiment}: {client}'s own" if client else result.experiment,
+        title=f"{result.experiment}: personalized for {client}" if client else result.experiment,
         version=result.versions["fedmllm"],
         dataset=experiment.data.dataset,
         clients=result.num_clients,
@@ -130,6 +130,6 @@ def adapter_card(result: RunResult, experiment: Experiment, client: str = "", to
 
 
 def _beside(result: RunResult, stage: str) -> str:
-    """What stands beside a stage's headline, as cells."""
+    """Return table cells with the metrics next to a stage's headline metric."""
     values = (result.details.get(stage, {}).get(metric) for metric in result.beside)
     return "".join(" |" if value is None else f" {value:.3f} |" for value in values)

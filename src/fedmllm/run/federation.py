@@ -1,4 +1,4 @@
-"""Who the clients of a run are, and where: in this process, in workers on this machine, or at sites."""
+"""The clients of a run, in this process, in workers on this machine, or at sites."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ class Federation:
     """The clients of a run.
 
     Attributes:
-        experiment: of the run.
-        data: their samples, or what they say of them, and the test split, which is here.
-        ranks: LoRA ranks that sites ask for.
-        grid: what leads to sites; None where there are none.
-        trial: whether sites try out the experiment's own split.
+        experiment: the experiment of the run.
+        data: the clients' samples, or what sites report about theirs, and the test split, which is on this machine.
+        ranks: LoRA ranks that sites set for themselves.
+        grid: the connection to the sites; None without sites.
+        trial: whether sites train on the experiment's own split in a trial run, without data of their own.
     """
 
     experiment: Experiment
@@ -56,17 +56,17 @@ class Federation:
 
     @property
     def at_sites(self) -> bool:
-        """Whether clients, and what they keep, are elsewhere."""
+        """Whether clients, and what they keep, are at remote sites."""
         return self.grid is not None
 
     @contextmanager
     def engine(self, stage: Stage, folder: Path, here: Engine) -> Iterator[Engine]:
-        """Trains the clients where they are.
+        """Yield the engine that trains the federation's clients, local or remote.
 
         Args:
-            stage: theirs. Baselines are not of the federation and train here.
-            folder: of the run.
-            here: trains clients in this process.
+            stage: the federation's stage. Baselines do not use this engine; they train in this process.
+            folder: the run folder.
+            here: the engine that trains clients in this process.
         """
         e, about = self.experiment.engine, dict[str, Any](experiment=settings(self.experiment))
         history = BaseHistory(folder / "checkpoints" / f"{stage.name}-base")
@@ -77,10 +77,10 @@ class Federation:
             states = folder.resolve() / "checkpoints" / f"{stage.name}-clients"
             at_once = build_schedule(self.experiment.schedule).concurrency_of(stage)
             with simulation(client_app(resident_worker), at_once, e.worker_cpus, e.worker_gpus) as (grid, nodes):
-                # Each node runs any client; in turn, so that those at work together are at different ones.
-                turns = cycle(nodes)
-                reached = lambda names: {name: next(turns) for name in names}  # noqa: E731
-                # Flower's simulation holds messages in this process. Twice as many as there are workers keep all of them at work.
+                # Every node can run any client. Round-robin assignment puts clients that train in parallel on different nodes.
+                round_robin = cycle(nodes)
+                reached = lambda names: {name: next(round_robin) for name in names}  # noqa: E731
+                # Flower's simulation holds messages in this process. Twice as many messages as workers keep all workers busy.
                 ahead = 2 * math.ceil((os.cpu_count() or 1) / e.worker_cpus)
                 yield FlowerEngine(FlowerCarrier(grid), stage.name, about | {"states": str(states)}, reached, history, ahead)
         else:
@@ -89,16 +89,16 @@ class Federation:
 
 @contextmanager
 def federation(experiment: Experiment, held: Resident, observer: Observer = UNOBSERVED) -> Iterator[Federation]:
-    """The clients of an experiment, for the time of a block.
+    """Yield the clients of an experiment. Connections to sites stay open inside the ``with`` block.
 
     Args:
-        experiment: whose.
-        held: what earlier runs of this process left.
-        observer: told for which sites the run waits.
+        experiment: the experiment.
+        held: models and data cached from earlier runs of this process.
+        observer: receives the sites that the run waits for.
 
     Raises:
-        ConfigError: if settings and sites do not fit each other, or Flower is not installed.
-        FederationError: if sites cannot be reached, or one says what is wrong there.
+        ConfigError: if settings and sites contradict each other, or Flower is not installed.
+        FederationError: if sites cannot be reached, or one reports a problem.
     """
     if experiment.engine.server is not None:
         with _sites(experiment, held, ServerConfig.load(experiment.engine.server), observer) as found:
@@ -117,65 +117,67 @@ def _sites(experiment: Experiment, held: Resident, server: ServerConfig, observe
     with serving(_within(server.link, policy)) as grid:
         needed = policy.needed(method.smallest_cohort, experiment.federation.clients_per_round)
         present = RollCall(server.sites, grid, settings(experiment), policy, needed, observer).present()
-        trial = {told.trial for told in present.values()}
+        trial = {presence.trial for presence in present.values()}
         if len(trial) > 1:
-            own = [name for name, told in present.items() if not told.trial]
-            raise FederationError(f"of the sites only {', '.join(own)} have data of their own; set data in every site.yaml, or in none")
-        ranks = {name: told.rank for name, told in present.items() if told.rank is not None}
+            own = [name for name, presence in present.items() if not presence.trial]
+            raise FederationError(f"only some sites have data of their own: {', '.join(own)}; set data in every site.yaml or in none")
+        ranks = {name: presence.rank for name, presence in present.items() if presence.rank is not None}
         _require_ranks(experiment, ranks)
         dataset = held.dataset(experiment)
         if trial == {True}:
             data = spread(dataset, experiment.federation, experiment.seed)
         else:
             _require_own(experiment)
-            holdings = {name: Holding(told.num_samples, told.profile) for name, told in present.items()}
+            holdings = {name: Holding(presence.num_samples, presence.profile) for name, presence in present.items()}
             data = FederatedData(dataset, dict.fromkeys(server.sites, ()), 0, holdings)
         yield Federation(experiment, data, ranks, grid, trial == {True})
 
 
 def _within(link: SuperLink, policy: FailureConfig) -> SuperLink:
-    """With no more patience than a round has."""
+    """Limit the link's patience to the deadline of a round."""
     return replace(link, patience=min(link.patience, policy.deadline or link.patience))
 
 
 def _require_fit(experiment: Experiment, server: ServerConfig) -> None:
     count, sites = experiment.federation.num_clients, len(server.sites)
     if count != sites:
-        raise ConfigError(f"federation.num_clients: {count}, but {server.folder / 'server.yaml'} names {sites} sites; make them the same")
+        raise ConfigError(
+            f"federation.num_clients: {count}, but {server.folder / 'server.yaml'} names {sites} sites; make the numbers equal"
+        )
     if experiment.failures.deadline is None:
-        raise ConfigError("failures.deadline: with sites a round needs one, e.g. failures.deadline=600; nothing waits for ever")
+        raise ConfigError("failures.deadline: null, but a run with sites needs a limit in seconds; set e.g. failures.deadline=600")
     evaluation = experiment.evaluation
     if build_algorithm(experiment.algorithm).personalized and ("fine_tuned" in evaluation.baselines or evaluation.client_samples):
         raise ConfigError(
-            f"evaluation: {experiment.algorithm.name}'s models of the clients stay at their sites, where evaluation.client_samples and the baseline "
-            "fine_tuned cannot use them; leave both out"
+            f"evaluation: personalized models of {experiment.algorithm.name} stay at the sites, so evaluation.client_samples and the baseline "
+            "fine_tuned cannot use them; omit both"
         )
 
 
 def _require_ranks(experiment: Experiment, ranks: Mapping[str, int]) -> None:
     if ranks and not build_algorithm(experiment.algorithm).heterogeneous_ranks:
         raise ConfigError(
-            f"algorithm.name: {experiment.algorithm.name} needs one rank everywhere, but {', '.join(ranks)} ask for their own"
+            f"algorithm.name: {experiment.algorithm.name} needs the same rank at all clients, but these sites set their own: {', '.join(ranks)}"
         )
     if too_large := {name: rank for name, rank in ranks.items() if rank > experiment.lora.r}:
-        raise ConfigError(f"lora.r: {experiment.lora.r} is the largest rank, but sites ask for more: {too_large}")
+        raise ConfigError(f"lora.r: {experiment.lora.r} is the largest possible rank, but sites set larger ones: {too_large}")
 
 
 def _require_own(experiment: Experiment) -> None:
-    """What needs the clients' samples here."""
+    """Refuse settings that need the clients' samples on the server."""
     if needs := [name for name in experiment.evaluation.baselines if name != "zero_shot"]:
-        raise ConfigError(f"evaluation.baselines: {', '.join(needs)} need the sites' samples, which stay there; leave zero_shot only")
+        raise ConfigError(f"evaluation.baselines: {', '.join(needs)} need the sites' samples, which stay at the sites; keep only zero_shot")
     if build_algorithm(experiment.algorithm).needs_labels:
         raise ConfigError(
-            "algorithm.strategies: label_calibration with global_prior counts the answers of all clients, which sites keep to themselves; "
-            "leave global_prior out"
+            "algorithm.strategies: label_calibration with global_prior needs the label counts of all clients, which sites do not report; "
+            "omit global_prior"
         )
     if experiment.evaluation.client_samples:
-        raise ConfigError("evaluation.client_samples: needs to know the sites' samples, which stay there; leave it out")
+        raise ConfigError("evaluation.client_samples: needs the sites' samples, which stay at the sites; omit it")
 
 
 def settings(experiment: Experiment) -> str:
-    """The experiment as workers are told it: without paths of this machine."""
+    """Return the experiment as YAML for workers, without paths on this machine."""
     engine = experiment.engine.model_copy(update={"server": None})
     # A site imports what its own settings name, and nothing that the server asks for.
     plugins = experiment.plugins if experiment.engine.server is None else ()
@@ -184,7 +186,7 @@ def settings(experiment: Experiment) -> str:
 
 
 def _run_id(folder: Path) -> str:
-    """Names the run at its sites, so that what they keep of it is not taken for another's; the same when it is resumed."""
+    """Return the run's id, by which sites separate what they keep for different runs. A resumed run keeps its id."""
     path = folder / "checkpoints" / "run"
     if not path.is_file():
         write_atomically(path, secrets.token_hex(8).encode())

@@ -1,4 +1,4 @@
-"""Run folders: their names, and what is in them before training."""
+"""Run folders: their names, and the files that they hold before training."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from fedmllm.models.load import fingerprint_of
 from fedmllm.types import Record
 
 RUNS = Path("runs")
-"""Where runs are whose folder is not named."""
+"""The folder of runs without ``--output``."""
 
 
 def default_folder(name: str) -> Path:
-    """``runs/<name>-<time>``, made here, with a number behind it where a run that began in the same second has it."""
+    """Create and return ``runs/<name>-<time>``. If another run of the same second has that name, append a number."""
     RUNS.mkdir(exist_ok=True)
     stem = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     for number in count(1):
@@ -34,7 +34,7 @@ def default_folder(name: str) -> Path:
 
 
 def unfinished_folder(name: str) -> Path:
-    """The newest run of that name in ``runs/`` without a result.
+    """Return the folder of the newest unfinished run of that name in ``runs/``.
 
     Raises:
         RunError: if there is none.
@@ -52,32 +52,41 @@ def unfinished_folder(name: str) -> Path:
 
 
 def check_folder(folder: Path | None, experiment: Experiment, resume: bool) -> None:
-    """Refuse to mix two runs in one folder, and a folder that cannot be made; None stands for one that is still to be named."""
+    """Check that a run may write to a folder.
+
+    Args:
+        folder: the run folder; None if it has no name yet.
+        experiment: the settings of the run.
+        resume: whether to resume the run in the folder.
+
+    Raises:
+        RunError: if the folder holds another run, holds none to resume, or cannot be created.
+    """
     require_folder(folder or RUNS)
     if folder is None:
         return
     config = folder / "config.yaml"
     if not resume:
-        # What begins with a dot is a draft that a crash left, or the system's own.
+        # Names that begin with a dot are drafts that a crash left, or files of the operating system.
         if folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
-            raise RunError(f"{folder}: the run folder is not empty; choose another --output, or go on with --resume")
+            raise RunError(f"{folder}: the run folder is not empty; choose another --output, or continue the run with --resume")
     elif not config.is_file():
-        raise RunError(f"{folder}: no config.yaml, so there is no run to resume; leave --resume out")
+        raise RunError(f"{folder}: no config.yaml, so there is no run to resume; omit --resume")
     elif changed := differences(Experiment.load(config), experiment):
-        raise RunError(f"{folder}: cannot resume with other settings than the run began with (there and now):\n{listing(changed)}")
+        raise RunError(f"{folder}: cannot resume with different settings (the run's and the current ones):\n{listing(changed)}")
 
 
 def known_model(began_in: Path | None, experiment: Experiment, force: bool) -> Experiment:
-    """The experiment with the fingerprint of its model, by which the run, and who uses its adapter later, tells it from another.
+    """Return the experiment with its model's fingerprint, which identifies the model when the run resumes or its adapter is used.
 
     Args:
-        began_in: the folder of the run that is resumed; None for a new one.
-        experiment: with or without a fingerprint.
-        force: take the model as it is.
+        began_in: the folder of the run to resume; None for a new run.
+        experiment: the experiment, with or without a fingerprint.
+        force: accept the model even if it is not the one that the run started with.
 
     Raises:
         ModelError: if there is no such model.
-        RunError: if a run is resumed that began with another.
+        RunError: if the resumed run started with another model.
     """
     if force:
         return experiment.with_fingerprint(fingerprint_of(experiment.model))
@@ -85,24 +94,29 @@ def known_model(began_in: Path | None, experiment: Experiment, force: bool) -> E
     began = Experiment.load(began_in / "config.yaml").model.fingerprint if began_in else None
     if began not in (None, found):
         raise RunError(
-            f"{began_in}: model.name: {experiment.model.name!r} is another model than the run began with (there {began}, now {found}); "
-            "give that one, or go on with --force"
+            f"{began_in}: model.name: {experiment.model.name!r} is not the model that the run started with (fingerprint then {began}, now {found}); "
+            "use that model, or pass --force"
         )
     return experiment.with_fingerprint(found)
 
 
 def open_folder(folder: Path | None, name: str, experiment: Experiment, data: FederatedData, resume: bool) -> Path:
-    """The folder with what is known before training. Both files are functions of the experiment: a resume rewrites them alike.
+    """Create the run folder and write ``config.yaml`` and ``manifest.json``.
+
+    Both files depend on the experiment alone, so a resumed run writes the same content again.
 
     Args:
-        folder: None for that of ``default_folder``.
-        name: of the experiment.
-        experiment: as it is run.
-        data: of its clients.
-        resume: whether the run began before.
+        folder: the run folder; None for ``default_folder``.
+        name: the experiment's name.
+        experiment: the settings of the run.
+        data: the clients' data.
+        resume: whether this resumes an earlier run.
+
+    Returns:
+        The run folder.
 
     Raises:
-        RunError: if another run began in the folder meanwhile, or a resumed one with other samples.
+        RunError: if another run has started in the folder in the meantime, or the resumed run started with other samples.
     """
     opened, record = folder or default_folder(name), manifest(data, experiment.federation.scenario, experiment.seed)
     if resume:
@@ -110,24 +124,27 @@ def open_folder(folder: Path | None, name: str, experiment: Experiment, data: Fe
     try:
         write_atomically(opened / "config.yaml", experiment.to_yaml().encode(), new=not resume)
     except FileExistsError:
-        raise RunError(f"{opened}: another run began there a moment ago; choose another --output") from None
+        raise RunError(f"{opened}: another run has just started there; choose another --output") from None
     write_json(opened / "manifest.json", record)
     return opened
 
 
 def _require_same_data(path: Path, record: Record) -> None:
-    """Refuse to go on with other samples than the run began with."""
+    """Refuse to resume with other samples than the run started with."""
     began, now = _samples(json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}), _samples(record)
     problems = [f"{name}: {change}" for name in now if name in began for change in changed(began[name], now[name])]
     if problems:
         raise RunError(
-            f"{path}: the data are not those that the run began with, {len(problems):,} sample(s) differ; restore them, or start a new run in "
+            f"{path}: the data have changed since the run started, {len(problems):,} sample(s) differ; restore them, or start a new run in "
             f"another folder:\n{listing(problems)}"
         )
 
 
 def _samples(record: Record) -> dict[str, dict[str, str]]:
-    """Ids and digests of the samples of each client, of the validation part and of the test split; none where a crash or an older version left no digests."""
+    """Return ids and digests of the samples of each client, the validation split and the test split.
+
+    The result is empty if a crash or an older version left no digests.
+    """
     if "samples" not in record.get("test", {}):
         return {}
     holders = [*((client["id"], client["samples"]) for client in record["clients"]), ("test", record["test"]["samples"])]

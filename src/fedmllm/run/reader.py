@@ -1,4 +1,4 @@
-"""Reading a run folder back, every file checked against what a run writes."""
+"""Reads a run folder and validates every file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class _Checked(BaseModel):
 
 
 class Counts(_Checked):
-    """How many samples somebody holds: in all, by label, and by the modalities they have (``image+text``)."""
+    """Sample counts: total, by label, and by modalities (``image+text``)."""
 
     num_samples: int
     labels: dict[str, int]
@@ -27,7 +27,7 @@ class Counts(_Checked):
 
 
 class Client(_Checked):
-    """One client of the manifest; one elsewhere may withhold how many samples it has."""
+    """One client of the manifest. A remote client may withhold its number of samples."""
 
     id: str
     num_samples: int | None
@@ -36,7 +36,7 @@ class Client(_Checked):
 
 
 class Manifest(_Checked):
-    """``manifest.json``, as far as a report needs it."""
+    """The fields of ``manifest.json`` that a report needs."""
 
     dataset: str
     scenario: str
@@ -50,7 +50,7 @@ class Manifest(_Checked):
 
 
 class Line(_Checked):
-    """A line of ``metrics.jsonl``: scores on the test split and on the validation part, and what it took. Zero-shot is a round 0 and has no more."""
+    """A line of ``metrics.jsonl``: scores on the test and validation splits, and seconds. Zero-shot is round 0 and has only these fields."""
 
     stage: str
     round: int
@@ -61,19 +61,19 @@ class Line(_Checked):
 
     @property
     def watched(self) -> float | None:
-        """What a learning curve shows: the score on the validation part. Runs of earlier versions were scored on the test split all along."""
+        """The score for learning curves, from the validation split. Runs of earlier versions scored every round on the test split instead."""
         return self.score if self.validation is None else self.validation["score"]
 
 
 class Refusal(_Checked):
-    """An update that was left out of the average."""
+    """A client's update that the server refused, or its failure."""
 
     client: str
     reason: str
 
 
 class Round(Line):
-    """A line of a round in which clients trained."""
+    """A line of ``metrics.jsonl`` for a round with training."""
 
     clients: list[str]
     num_samples: int
@@ -91,14 +91,14 @@ class Round(Line):
 
 @dataclass(frozen=True)
 class Run:
-    """What a run folder says.
+    """The content of a run folder.
 
     Attributes:
         name: the folder's name.
         config: the experiment's settings, as text.
-        manifest: who holds which data.
+        manifest: the samples of each client.
         lines: finished rounds of all stages, in the order in which they ended.
-        result: the outcome; None while the run is unfinished.
+        result: the result; None while the run is unfinished.
     """
 
     name: str
@@ -109,15 +109,15 @@ class Run:
 
     @property
     def rounds(self) -> list[Round]:
-        """The federated rounds."""
+        """The rounds of the federated stage."""
         return [line for line in self.lines if isinstance(line, Round) and line.stage == "federated"]
 
 
 def read_run(folder: Path) -> Run:
-    """All files of a run folder; only ``result.json`` may be missing.
+    """Read all files of a run folder. Only ``result.json`` may be missing.
 
     Raises:
-        RunError: naming the file, what is wrong with it and the remedy.
+        RunError: naming the file, its problem and the remedy.
     """
     config, manifest = _text(folder / "config.yaml"), _parse(folder / "manifest.json", _text(folder / "manifest.json"), Manifest)
     lines, path = tuple(_lines(folder / "metrics.jsonl")), folder / "result.json"
@@ -129,11 +129,11 @@ def _text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise RunError(f"{path}: cannot be read ({reason}); name a folder that fedmllm train wrote, with all its files") from error
+        raise RunError(f"{path}: cannot be read ({reason}); name a complete folder that fedmllm train wrote") from error
 
 
 def _lines(path: Path) -> Iterator[Line]:
-    """The lines of metrics. A last one without its end was cut short by a crash: it is left out, as it is on resuming."""
+    """Yield the lines of the metrics file. A last line without a line break is the result of a crash and is ignored, as when a run resumes."""
     for number, text in enumerate(_text(path).split("\n")[:-1], start=1):
         where = f"{path}, line {number}"
         line = _parse(where, text, Line)
@@ -147,6 +147,6 @@ def _parse(where: object, text: str, shape: type[Shape]) -> Shape:
     try:
         return TypeAdapter(shape).validate_json(text)
     except ValidationError as error:
-        rows = [f"{'.'.join(map(str, row['loc'])) or 'the whole'}: {row['msg']}" for row in error.errors(include_url=False)]
-        remedy = "finish the run with fedmllm train ... --resume, or run the experiment anew"
-        raise RunError(f"{where}: not what this version of fedmllm writes:\n{listing(rows)}\n{remedy}") from error
+        rows = [f"{'.'.join(map(str, row['loc'])) or 'the content'}: {row['msg']}" for row in error.errors(include_url=False)]
+        remedy = "finish the run with fedmllm train ... --resume, or run the experiment again"
+        raise RunError(f"{where}: does not match the format of this version of fedmllm:\n{listing(rows)}\n{remedy}") from error

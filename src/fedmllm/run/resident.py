@@ -1,4 +1,4 @@
-"""What runs of one process have in common and need only once: model, features of pictures, data and encoded samples."""
+"""Caches what several runs in one process share: model, picture features, data and encoded samples."""
 
 from __future__ import annotations
 
@@ -24,11 +24,14 @@ from fedmllm.training.batches import Encoder
 _LOG = logging.getLogger(__name__)
 T = TypeVar("T")
 _KEPT = 4
-"""Data sets, and encoders of as many wordings. Of models one is kept."""
+"""Maximum number of cached datasets, and of cached encoders. Only one model is cached."""
 
 
 class Resident:
-    """Holds on to what was used last. A run in it ends bit for bit as it does alone; several one after another are faster."""
+    """Caches recently used models, datasets and encoders.
+
+    A run with these caches gives bit-identical results, and several runs in a row are faster.
+    """
 
     def __init__(self) -> None:
         self._models: OrderedDict[str, VisionLanguageModel] = OrderedDict()
@@ -36,18 +39,18 @@ class Resident:
         self._encoders: OrderedDict[str, Encoder] = OrderedDict()
 
     def dataset(self, experiment: Experiment) -> Dataset:
-        """The samples before they are spread, as their files are now."""
+        """Return the samples before they are spread over clients. Changed files are loaded again."""
         key = _key(experiment, "data") + folder_key(*experiment.data.sources)
         return _held(self._datasets, _KEPT, key, lambda: load(experiment.data, experiment.seed))
 
     def encoder(self, experiment: Experiment) -> Encoder:
-        """Encoded samples of whatever data and split: an encoder tells samples apart by what they hold."""
+        """Return the encoder of a model and wording. It serves all datasets and splits, because it identifies samples by their content."""
         plain, wording = self._plain(experiment), experiment.data.wording
         return _held(self._encoders, _KEPT, f"{wording} {plain.features is None}", lambda: Encoder(plain, wording))
 
     @contextmanager
     def model(self, experiment: Experiment) -> Iterator[tuple[VisionLanguageModel, list[Part]]]:
-        """In this block the model with fresh adapters, and what of it could train."""
+        """Yield the model with fresh adapters, and its trainable parts. The adapters are detached at the end of the ``with`` block."""
         plain = self._plain(experiment)
         trainable = parts(plain.model, plain.family, experiment.lora)
         vlm = attach_lora(plain, experiment.lora, experiment.seed)
@@ -60,34 +63,34 @@ class Resident:
             detach_lora(vlm)
 
     def _plain(self, experiment: Experiment) -> VisionLanguageModel:
-        """The model without adapters, as its files are now; without features where what makes them trains."""
+        """Return the model without adapters. It has no feature cache if the parts that compute the features train."""
         source = folder_key(Path(model_source(experiment.model.name)))
         key = _key(experiment, "model") + f"{experiment.engine.device} {experiment.engine.feature_bytes} {source}"
         if key not in self._models:
-            # They hold on to the model that they encode for, and to features that would go with it.
+            # Encoders hold references to their model and to its features, which would keep both in memory.
             self._encoders.clear()
         vlm = _held(self._models, 1, key, lambda: _loaded(experiment))
         return vlm if experiment.lora.connector == "frozen" else replace(vlm, features=None)
 
 
 def _loaded(experiment: Experiment) -> VisionLanguageModel:
-    """The model without adapters."""
+    """Load the model without adapters."""
     vlm = load_model(experiment.model, choose_device(experiment.engine.device))
     if not experiment.engine.feature_bytes:
         return vlm
     if serves(vlm):
         return replace(vlm, features=VisionFeatures(vlm, experiment.engine.feature_bytes))
-    _LOG.warning("model.name: %r reads no features in place of pictures, so that its vision part computes in every pass", vlm.name)
+    _LOG.warning("model.name: %r does not support cached picture features; its vision model runs in every pass", vlm.name)
     return vlm
 
 
 def _key(experiment: Experiment, *sections: str) -> str:
-    """The settings on which something depends, the seed among them."""
+    """Return the settings in some sections as a cache key; the data also depend on the seed."""
     return experiment.model_dump_json(include={*sections, "seed"} if "data" in sections else set(sections))
 
 
 def _held(kept: OrderedDict[str, T], count: int, key: str, make: Callable[[], T]) -> T:
-    """What is kept under a key, made if it is not there; the least recently used leaves first, before anything new is made."""
+    """Return the cached value of a key, or create it. The least recently used values are dropped before the new one is created."""
     if key not in kept:
         while len(kept) >= count:
             kept.popitem(last=False)

@@ -1,4 +1,4 @@
-"""What a finished run says: ``result.json``."""
+"""The result of a finished run, ``result.json``."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from fedmllm.evaluation.predictions import SIDE_BY_SIDE
 from fedmllm.types import Metrics, Record
 
 CHECKED = ConfigDict(frozen=True, strict=True, allow_inf_nan=False)
-"""How strictly a run's files are read back: no number for a text, no NaN."""
+"""Validation of a run's files on reading: strict types, no NaN."""
 
 SCORES = ("zero_shot", "local_mean", "calibrated_local_mean", "federated", "centralized", "calibrated_centralized", "ceiling")
 SOLO = {"local_mean": "local-", "calibrated_local_mean": "calibrated_local-", "fine_tuned_mean": "fine_tuned-"}
-"""How the stages of one client each begin, by the name under which they are taken together."""
+"""Name prefix of the stages with a single client, by the name of their mean."""
 
 
 @dataclass(frozen=True)
@@ -31,27 +31,28 @@ class RunResult:
     """The outcome of a run, as written to ``result.json``.
 
     Attributes:
-        experiment: its name, from the file's.
-        metric: what ``scores`` measure.
-        scores: by ``SCORES``, each in [0, 1]; None where not asked for or not known.
-        standard_errors: of the same, over the test samples; for means over clients, and a personalized method's ``federated``, over the clients.
-        details: all metrics by stage, the clients' taken together as in ``scores``; whatever the headline is, ``accuracy`` and, of
-            classifications, ``balanced_accuracy`` and ``macro_f1``.
-        local: each client's score when it trains alone.
-        majority: score of always giving the most frequent training answer of the same kind (open, closed); None if not known.
-        question_only: score of giving the most frequent training answer to the same question; None if not known, or if it tells nothing.
-        bytes_up, bytes_down: what all clients of the federated stage sent and received.
-        seconds: wall time of training and evaluation, over all sittings.
-        seconds_by_stage: the same by stage.
-        validation: all metrics of the federated model on the validation part; empty if it was not asked (``evaluation.every``).
-        tested: all metrics of the federated model by copy of the test split (``evaluation.tested``).
-        clients: accuracy by model (``federated``, ``local``, ``fine_tuned``) and client on test samples of the client's own kind
+        experiment: the experiment's name, from its file name.
+        metric: the metric of ``scores``.
+        scores: scores in [0, 1], by the names in ``SCORES``; None if not requested or unknown.
+        standard_errors: standard errors of ``scores`` over the test samples. For means over clients, and for ``federated`` with a personalized
+            method, over the clients.
+        details: all metrics by stage, averaged over clients as in ``scores``. They always include ``accuracy`` and, for classification,
+            ``balanced_accuracy`` and ``macro_f1``.
+        local: the score of each client that trains alone, by client.
+        majority: score of always giving the most frequent training answer of the same answer type (open, closed); None if unknown.
+        question_only: score of giving the most frequent training answer to the same question; None if unknown or not informative.
+        bytes_up, bytes_down: bytes that all clients of the federated stage sent and received.
+        seconds: wall time of training and evaluation, over all sessions of the run.
+        seconds_by_stage: the same, by stage.
+        validation: all metrics of the federated model on the validation split; empty if it was not scored (``evaluation.every``).
+        tested: all metrics of the federated model, by copy of the test split (``evaluation.tested``).
+        clients: accuracy by model (``federated``, ``local``, ``fine_tuned``) and client, on test samples drawn like the client's own
             (``evaluation.client_samples``).
-        parts: parameters of everything of the model that could train, by its name.
-        trained: the names of those that did.
-        personalized: whether each client ended with a model of its own, whose mean is the score ``federated``.
-        remarks: by strategy, what it does otherwise than its description has it, and why.
-        idle: of these, the strategies that changed nothing.
+        parts: number of parameters of each trainable part of the model, by name.
+        trained: names of the parts that the run trained.
+        personalized: whether each client ended with a personalized model; then ``federated`` is the mean of their scores.
+        remarks: how a strategy deviated from its description and why, by strategy.
+        idle: the strategies among them that changed nothing.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = CHECKED
@@ -124,7 +125,7 @@ class RunResult:
 
     @property
     def below(self) -> list[str]:
-        """Which answers that look at neither picture nor text the federated model does not beat, in words."""
+        """Descriptions of the trivial baselines (``majority``, ``question_only``) that the federated model does not beat."""
         chance = "chance" if self.metric == "auc" else "the majority answer"
         levels = {chance: self.majority, "the most frequent answer to each question": self.question_only}
         reached = self.scores["federated"]
@@ -132,11 +133,11 @@ class RunResult:
 
     @property
     def beside(self) -> tuple[str, ...]:
-        """What stands beside the headline: those of ``SIDE_BY_SIDE`` that are known of the federated model."""
+        """Metrics to show next to the headline metric: those of ``SIDE_BY_SIDE`` that the federated model has."""
         return tuple(name for name in SIDE_BY_SIDE if name != self.metric and name in self.details.get("federated", {}))
 
     def to_record(self) -> Record:
-        """The JSON object."""
+        """Return the content of ``result.json``."""
         return {name: value for name, value in asdict(self).items() if name != "folder"}
 
 
@@ -150,12 +151,12 @@ def _row(record: Record) -> dict[str, Any]:
 
 
 def worst_decile(scores: Iterable[float]) -> float:
-    """How the clients fare for whom a model works least: ``mean of the ceil(K / 10) lowest of K scores``.
+    """Return the mean score of the worst tenth of the clients: ``mean of the ceil(K / 10) lowest of K scores``.
 
-    With ten clients or fewer it is the lowest score.
+    With ten clients or fewer, this is the lowest score.
 
     Args:
-        scores: one per client, at least one.
+        scores: one score per client, at least one.
     """
     ranked = sorted(scores)
     lowest = ranked[: math.ceil(len(ranked) / 10)]
@@ -163,6 +164,6 @@ def worst_decile(scores: Iterable[float]) -> float:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what numbers depend on."""
+    """Return the versions of Python and of the packages that results depend on."""
     names = ("torch", "transformers", "peft", "numpy", "scikit-learn", "pillow")
     return {"fedmllm": __version__, "python": platform.python_version(), **{name: version(name) for name in names}}

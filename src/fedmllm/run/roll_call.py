@@ -1,4 +1,4 @@
-"""Which sites of a federation are there before its first round, and what they say of themselves."""
+"""Finds the sites that are connected and ready before the first round."""
 
 from __future__ import annotations
 
@@ -11,37 +11,37 @@ from fedmllm.engine.failures import FailureConfig
 from fedmllm.engine.observer import START, Observer
 from fedmllm.errors import FederationError, listing
 from fedmllm.flower.carrier import Carrier, ask
-from fedmllm.flower.facts import Presence, read_word
+from fedmllm.flower.facts import Presence, read_message
 from fedmllm.flower.messages import write_question
 from fedmllm.types import ClientFailure
 
 _POLL = 1.0
-"""Seconds between two looks for sites that are not there yet."""
+"""Seconds between two checks for missing sites."""
 
 
 class Sites(Carrier, Protocol):
-    """What leads to sites."""
+    """A carrier of messages to sites."""
 
     def online(self, names: Sequence[str]) -> dict[str, int]:
-        """Those that are connected, and where.
+        """Return the node ids of the sites that are connected, by name.
 
         Raises:
-            ConnectionError: if what leads to them is gone.
+            ConnectionError: if the connection to the sites is lost.
         """
         ...
 
 
 @dataclass(frozen=True)
 class RollCall:
-    """Asks every site for its word, as they connect.
+    """Asks every site for its presence message as soon as it connects.
 
     Attributes:
-        names: of the sites.
-        grid: leads to them.
-        settings: of the experiment, as sites are told them; they load model and data before they answer.
-        policy: how long they are waited for.
-        needed: without how many the first round would not be complete.
-        observer: told whom the run waits for, and whom it begins without.
+        names: names of the sites.
+        grid: carries messages to the sites.
+        settings: the experiment as YAML for sites, which load model and data before they answer.
+        policy: how long to wait for sites.
+        needed: number of sites that the first round needs.
+        observer: receives the sites that the run waits for, and those that it starts without.
     """
 
     names: Sequence[str]
@@ -58,11 +58,12 @@ class RollCall:
         return [name for name in self.names if name not in self.found]
 
     def present(self) -> dict[str, Presence]:
-        """All sites, waited for until the deadline; then those that are there, if they are enough. If they are not, ``failures.below`` may have
-        further deadlines waited for.
+        """Return the presence messages of all sites or, after the deadline, of those that have answered if they are enough.
+
+        If they are too few and ``failures.below`` is ``wait``, the run waits for further deadlines, ``failures.attempts`` in total.
 
         Raises:
-            FederationError: if too few are there; or if one says what is wrong with it, which is waited for only if ``below`` is to wait.
+            FederationError: if too few sites answer, or if one reports a problem and ``failures.below`` is not ``wait``.
         """
         for _ in range(self.policy.attempts if self.policy.below == "wait" else 1):
             self._until(time.monotonic() + (self.policy.deadline or 0.0))
@@ -71,16 +72,16 @@ class RollCall:
                     self.observer.waiting({"stage": START, "clients": self._missing, "given_up": True})
                 return {name: self.found[name] for name in self.names if name in self.found}
         reasons = listing(f"{name}: {self.problems[name]}" for name in self._missing)
-        raise FederationError(f"{len(self.found)} sites are there, {self.needed} are needed:\n{reasons}\nstart them with fedmllm site up")
+        raise FederationError(f"{len(self.found)} sites are ready, {self.needed} are needed:\n{reasons}\nstart them with fedmllm site up")
 
     def _until(self, end: float) -> None:
-        """Ask those that are connected, until all have answered or the time is over."""
-        told: list[str] = []
+        """Ask connected sites until all have answered or the time is up."""
+        reported: list[str] = []
         self._ask(end)
         while self._missing and time.monotonic() < end:
-            if self._missing != told:
-                told = self._missing
-                self.observer.waiting({"stage": START, "clients": told, "given_up": False})
+            if self._missing != reported:
+                reported = self._missing
+                self.observer.waiting({"stage": START, "clients": reported, "given_up": False})
             time.sleep(_POLL)
             self._ask(end)
 
@@ -101,10 +102,10 @@ class RollCall:
             self._note(name, content)
 
     def _note(self, name: str, content: bytes | ClientFailure) -> None:
-        told = content if isinstance(content, ClientFailure) else read_word(content, name, Presence)
-        if isinstance(told, Presence):
-            self.found[name] = told
+        message = content if isinstance(content, ClientFailure) else read_message(content, name, Presence)
+        if isinstance(message, Presence):
+            self.found[name] = message
             return
-        self.problems[name] = told.reason
+        self.problems[name] = message.reason
         if self.policy.below != "wait" and not isinstance(content, ClientFailure):
-            raise FederationError(f"site {name} cannot take part: {told.reason}")
+            raise FederationError(f"site {name} cannot participate: {message.reason}")

@@ -1,4 +1,4 @@
-"""A trained adapter at work: ``fedmllm evaluate``, ``fedmllm chat`` and ``fedmllm merge``."""
+"""Uses a trained adapter: ``fedmllm evaluate``, ``fedmllm chat`` and ``fedmllm merge``."""
 
 from __future__ import annotations
 
@@ -27,23 +27,26 @@ from fedmllm.types import Metrics, Modality, Prediction, Sample
 CONTENTS: tuple[Modality, ...] = ("image", "text")
 """What a question can be about."""
 _TRAINED = ("algorithm={}", "lora.client_ranks=[]")
-"""A trained adapter is used the same whatever method made it, and that may be one of a script that is not imported here."""
+"""Overrides that drop the method. The adapter does not depend on it, and a method from a user's script may not be imported here."""
 
 
 def score_adapter(
     path: Path, experiment_file: Path | None = None, overrides: Sequence[str] = (), force: bool = False
 ) -> tuple[str, Metrics]:
-    """(name of the headline metric, all metrics) of an adapter on its experiment's test split.
+    """Score an adapter on its experiment's test split.
 
     Args:
         path: a run folder, or a PEFT adapter folder.
         experiment_file: names model and data; by default the run's own ``config.yaml``.
-        overrides: settings as ``key.path=value``, e.g. where the data lie now.
-        force: take the model although it is another than the run's.
+        overrides: settings as ``key.path=value``, e.g. the data's current location.
+        force: accept the model even if it is not the run's.
+
+    Returns:
+        (name of the headline metric, all metrics).
 
     Raises:
-        RunError: if neither the folder nor the arguments say which experiment it is.
-        ModelError: if the model is another than the run's, or the adapter does not fit.
+        RunError: if no experiment file is given or found.
+        ModelError: if the model is not the run's, or the adapter does not fit it.
     """
     experiment, adapter = _found(path, experiment_file, overrides, force)
     dataset = load(experiment.data, experiment.seed)
@@ -119,18 +122,18 @@ def chat(
     options: Sequence[str] = (),
     force: bool = False,
 ) -> Callable[[str], Prediction]:
-    """A function from a question to the trained model's answer, worded as in training.
+    """Return a function from a question to the trained model's answer. Questions use the wording of training.
 
     Args:
         path: a run folder, or a PEFT adapter folder.
         experiment_file: names model and prompt; by default the run's own ``config.yaml``.
-        content: what all questions are about: an image's path, a text.
-        options: to choose from; empty for free answers.
-        force: take the model although it is another than the run's.
+        content: content that all questions refer to, by modality: an image's path, a text.
+        options: the answers to choose from; empty for free answers.
+        force: accept the model even if it is not the run's.
 
     Raises:
-        RunError: if neither the folder nor the arguments say which experiment it is.
-        ModelError: if the model is another than the run's, or the adapter does not fit.
+        RunError: if no experiment file is given or found.
+        ModelError: if the model is not the run's, or the adapter does not fit it.
         DataError: if the image cannot be read.
     """
     adapter = load_adapter_of(path, experiment_file, (), force)
@@ -139,22 +142,21 @@ def chat(
 
 
 def merge(path: Path, output: Path, experiment_file: Path | None = None, overrides: Sequence[str] = (), force: bool = False) -> float:
-    """Write the model with the adapter merged into its weights as a Transformers folder; of a model in 4 bits, in bfloat16.
+    """Write the model with the adapter merged into its weights, as a Transformers folder. A model quantized to 4 bits is written in bfloat16.
 
     Args:
         path: a run folder, or a PEFT adapter folder.
-        output: where; it must not exist.
+        output: the folder to write; it must not exist.
         experiment_file: names the model; by default the run's own ``config.yaml``.
-        overrides: settings as ``key.path=value``, e.g. ``model.name`` where the model lies now.
-        force: take the model although it is another than the run's.
+        overrides: settings as ``key.path=value``, e.g. ``model.name`` for the model's current location.
+        force: accept the model even if it is not the run's.
 
     Returns:
-        how much of the adapter's change is lost to the number format: see ``save_merged``.
+        The share of the adapter's change that is lost to the number format; see ``save_merged``.
 
     Raises:
-        RunError: if neither the folder nor the arguments say which experiment it is.
-            Also if there is something at ``output``, or it cannot be made.
-        ModelError: if the model is another than the run's, or the adapter does not fit.
+        RunError: if no experiment file is given or found, or if ``output`` exists or cannot be created.
+        ModelError: if the model is not the run's, or the adapter does not fit it.
     """
     require_new_folder(output)
     experiment, adapter = _found(path, experiment_file, overrides, force)
@@ -166,7 +168,7 @@ def merge(path: Path, output: Path, experiment_file: Path | None = None, overrid
 
 
 def _found(path: Path, experiment_file: Path | None, overrides: Sequence[str], force: bool) -> tuple[Experiment, Path]:
-    """The experiment, on the run's own model unless forced, and the adapter's folder."""
+    """Return the experiment and the adapter folder. Unless forced, the experiment expects the run's own model."""
     adapter, chosen, own = find_adapter(path, experiment_file)
     experiment = Experiment.load(chosen, [*_TRAINED, *overrides])
     began = None if own is None else Experiment.load(own, _TRAINED).model.fingerprint

@@ -1,4 +1,4 @@
-"""What a run's lines of metrics add up to."""
+"""Computes the result of a run from its ``metrics.jsonl``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fedmllm.types import Metrics, Sample
 def summarize(
     experiment: Experiment, name: str, data: FederatedData, store: RunStore, stages: Sequence[Stage], parts: Sequence[Part]
 ) -> RunResult:
-    """Everything from the lines of metrics, so that it does not matter in how many sittings they came about."""
+    """Return the result of a run. All numbers come from its metrics file, so they do not depend on how often the run was interrupted."""
     e, dataset, clients = experiment, data.dataset, data.clients
     records = {name: store.records(name) for name in ["zero_shot", *(stage.name for stage in stages)]}
     final = {name: rows[-1]["scores"] for name, rows in records.items() if rows}
@@ -34,7 +34,7 @@ def summarize(
         details=shared | {key: over_models(list(scores.values())) for key, scores in alone.items() if scores},
         local={client: scores["score"] for client, scores in alone["local_mean"].items()},
         majority=_majority(data, learned),
-        question_only=None if data.told else question_score(dataset.metric, learned, dataset.test),
+        question_only=None if data.reported else question_score(dataset.metric, learned, dataset.test),
         bytes_up=sum(row["bytes_up"] for row in records["federated"]),
         bytes_down=sum(row["bytes_down"] for row in records["federated"]),
         seconds=sum(seconds.values()),
@@ -56,33 +56,33 @@ def summarize(
 
 
 def _strategies(experiment: Experiment) -> list[str]:
-    """Those that the wording of the prompts amounts to, and those of the settings."""
+    """Return the strategies that the wording of the prompts implies, then those in the settings."""
     worded = [name for name, strategy in STRATEGIES.items() if strategy.wording == experiment.data.prompt]
     return list(dict.fromkeys([*worded, *experiment.algorithm.strategy_names]))
 
 
 def _majority(data: FederatedData, learned: Sequence[Sample]) -> float | None:
-    """At sites nobody here knows the training answers; of the AUC, chance is one half whatever they are."""
-    if data.told:
+    """Return the score of the majority answer. With sites the training answers are unknown, but the AUC of chance is always one half."""
+    if data.reported:
         return 0.5 if data.dataset.metric == "auc" else None
     return majority_score(data.dataset.metric, learned, data.dataset.test)
 
 
 def _alone(final: Mapping[str, Metrics], prefix: str) -> dict[str, Metrics]:
-    """The clients' own final numbers, by client."""
+    """Return the final metrics of the stages with a prefix, by client."""
     return {name.removeprefix(prefix): scores for name, scores in final.items() if name.startswith(prefix)}
 
 
 def _scores(
     shared: Mapping[str, Metrics], alone: Mapping[str, Mapping[str, Metrics]], ceilings: Mapping[str, float]
 ) -> dict[str, float | None]:
-    """By ``SCORES``; the mean over clients of what each of them trained."""
+    """Return the scores by the names in ``SCORES``, with means over the clients' own models."""
     single = {name: shared[name]["score"] if name in shared else None for name in SCORES}
     means = {name: sum(s["score"] for s in own.values()) / len(own) if own else None for name, own in alone.items()}
     return single | means | {"ceiling": ceilings.get("both")}
 
 
 def _errors(shared: Mapping[str, Metrics], alone: Mapping[str, Mapping[str, Metrics]]) -> dict[str, float | None]:
-    """Bootstrap over test samples for one model; for means over clients, ``error_over_models``."""
+    """Return standard errors: of one model by bootstrap over test samples, of means over clients by ``error_over_models``."""
     errors = {name: shared[name]["standard_error"] if name in shared else None for name in SCORES}
     return errors | {name: error_over_models([scores["score"] for scores in own.values()]) for name, own in alone.items()}

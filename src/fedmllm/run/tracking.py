@@ -1,4 +1,4 @@
-"""A run's numbers, as they come, for the tools that draw them: TensorBoard, Weights & Biases, MLflow."""
+"""Sends a run's metrics to trackers while it runs: TensorBoard, Weights & Biases, MLflow."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from fedmllm.registry import index
 from fedmllm.types import Record
 
 Log = Callable[[Mapping[str, float], int], None]
-"""(numbers by name, round) -> written down."""
+"""(metrics by name, round) -> None; writes the metrics to a tracker."""
 _COUNTED = ("score", "loss", "learning_rate", "bytes_up", "bytes_down", "num_samples")
-"""Of a round's record."""
+"""Fields of a round's record that trackers get under the same name."""
 _NAMED = 50
-"""Clients of a round, up to which each one's loss is written down."""
+"""Rounds with more clients than this do not log each client's loss."""
 
 
 def numbers(record: Record) -> dict[str, float]:
-    """A round's record as ``stage/name``: scores, loss, in all and by client, bytes, seconds by activity, how many updates were refused."""
+    """Return a round's metrics by ``stage/name``: scores, losses (mean and per client), bytes, seconds by activity, number of refused updates."""
     values = {name: record.get(name) for name in _COUNTED} | dict(record.get("scores") or {})
     values |= {f"validation {name}": value for name, value in (record.get("validation") or {}).items()}
     values |= {f"seconds_{name}": value for name, value in record["seconds"].items()}
@@ -39,47 +39,47 @@ def numbers(record: Record) -> dict[str, float]:
 
 
 def require_trackers(names: Sequence[str]) -> None:
-    """Refuse trackers that are unknown or not installed, before anything is trained.
+    """Check that all trackers are known and installed, before training starts.
 
     Raises:
-        ConfigError: naming the first.
+        ConfigError: naming the first tracker that is not.
     """
     for name in names:
         if name not in TRACKERS:
-            raise ConfigError(f"--track: {name!r} is no tracker; use {', '.join(TRACKERS)} or none")
+            raise ConfigError(f"--track: {name!r} is not a tracker; use {', '.join(TRACKERS)} or none")
         if name in _PACKAGES and importlib.util.find_spec(name) is None:
-            raise ConfigError(f"--track: {name} is not installed; pip install {name}, or choose another or none")
+            raise ConfigError(f"--track: {name} is not installed; run pip install {name}, or choose another tracker or none")
 
 
 @contextmanager
 def tracked(names: Sequence[str], folder: Path, experiment: Experiment, name: str) -> Iterator[Callable[[Record], None]]:
-    """In this block rounds are written down by some trackers.
+    """Open trackers for the duration of a ``with`` block.
 
     Args:
-        names: of ``TRACKERS``.
-        folder: the run's.
-        experiment: its settings.
-        name: of the experiment.
+        names: names of ``TRACKERS``.
+        folder: the run folder.
+        experiment: the experiment.
+        name: the experiment's name.
 
     Yields:
-        what to tell each round's record.
+        A function that sends a round's record to the trackers.
     """
     with ExitStack() as stack:
         logs = [stack.enter_context(TRACKERS[tracker](folder, experiment, name)) for tracker in names]
 
-        def tell(record: Record) -> None:
+        def report(record: Record) -> None:
             with _uninterrupted():
                 for log in logs:
                     log(numbers(record), record["round"])
 
-        yield tell
+        yield report
 
 
 @contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """An interruption from the keyboard waits for the end of this block.
+    """Delay a keyboard interrupt until the end of the ``with`` block.
 
-    Trackers write in threads of their own: interrupted with a lock in hand that such a thread waits for, the process would never end.
+    Trackers write in their own threads. If an interrupt left a lock held that such a thread needs, the process would never exit.
     """
     before, caught = signal.getsignal(signal.SIGINT), []
     if threading.current_thread() is not threading.main_thread() or not callable(before):
@@ -96,7 +96,7 @@ def _uninterrupted() -> Iterator[None]:
 
 @contextmanager
 def _tensorboard(folder: Path, experiment: Experiment, name: str) -> Iterator[Log]:
-    """Event files in the run folder, for ``tensorboard --logdir``."""
+    """Write event files to the run folder, for ``tensorboard --logdir``."""
     from torch.utils.tensorboard import SummaryWriter
 
     with SummaryWriter(str(folder / "tensorboard"), max_queue=10_000, flush_secs=10) as writer:
@@ -111,14 +111,14 @@ def _tensorboard(folder: Path, experiment: Experiment, name: str) -> Iterator[Lo
 
 @contextmanager
 def _wandb(folder: Path, experiment: Experiment, name: str) -> Iterator[Log]:
-    """A run of the project ``fedmllm``, where and how the environment says (``WANDB_PROJECT``, ``WANDB_MODE``)."""
+    """Log to a run of the project ``fedmllm``, unless environment variables say otherwise (``WANDB_PROJECT``, ``WANDB_MODE``)."""
     import wandb
 
     project = os.environ.get("WANDB_PROJECT", "fedmllm")
     with wandb.init(project=project, dir=str(folder), name=name, config=_settings(experiment)) as run:
 
         def log(values: Mapping[str, float], round_num: int) -> None:
-            # Every stage counts its rounds from one, and a run's own steps may only grow.
+            # Every stage counts its rounds from one, but the steps of a W&B run must increase.
             run.log({**values, "round": round_num})
 
         yield log
@@ -126,7 +126,7 @@ def _wandb(folder: Path, experiment: Experiment, name: str) -> Iterator[Log]:
 
 @contextmanager
 def _mlflow(folder: Path, experiment: Experiment, name: str) -> Iterator[Log]:
-    """A run where the environment says (``MLFLOW_TRACKING_URI``, ``MLFLOW_EXPERIMENT_NAME``)."""
+    """Log to an MLflow run, as environment variables say (``MLFLOW_TRACKING_URI``, ``MLFLOW_EXPERIMENT_NAME``)."""
     import mlflow
 
     with mlflow.start_run(run_name=name):

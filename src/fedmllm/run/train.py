@@ -1,4 +1,4 @@
-"""One run: an experiment in, a folder with numbers, adapter and report out."""
+"""One run: trains an experiment and writes its metrics, adapter and result to a folder."""
 
 from __future__ import annotations
 
@@ -60,18 +60,18 @@ def train(
     track: Sequence[str] = (),
     force: bool = False,
 ) -> RunResult:
-    """Run an experiment: zero-shot, the federation, the baselines asked for; then adapter and result. Arguments are those of ``fedmllm.train``.
+    """Run an experiment: zero-shot, the federation and the baselines; then write adapter and result. The arguments are those of ``fedmllm.train``.
 
-    Nothing is written before settings, data and model have been found good.
+    The run writes nothing before it has checked settings, data and model.
 
     Raises:
-        FedMLLMError: see the kinds in ``fedmllm.errors``.
+        FedMLLMError: see the subclasses in ``fedmllm.errors``.
     """
     chosen = Path(output) if output else unfinished_folder(name) if resume else None
     check_folder(chosen, experiment, resume)
     require_trackers(track)
     held, told = resident or Resident(), observer or UNOBSERVED
-    _copies(experiment, held.dataset(experiment))  # bad data are an error before a model is downloaded or the run waits for sites
+    _copies(experiment, held.dataset(experiment))  # reports bad data before the run downloads a model or waits for sites
     experiment = known_model(chosen if resume else None, experiment, force)
     with federation(experiment, held, told) as found, held.model(experiment) as (vlm, trainable):
         vlm.family.require(found.data.dataset.modalities)
@@ -87,14 +87,14 @@ def train(
 
 
 def _copies(experiment: Experiment, dataset: Dataset) -> dict[str, tuple[Sample, ...]]:
-    """The copies of the test split that are asked too.
+    """Return the copies of the test split in ``evaluation.tested``, by name.
 
     Raises:
-        DataError: if one holds nothing, or the metric is not defined on it or the split itself.
+        DataError: if a copy is empty, or if the metric is not defined on a copy, the test split or the validation split.
     """
     require_scorable(dataset.metric, dataset.test, "the test split")
     if experiment.evaluation.every and dataset.validation:
-        require_scorable(dataset.metric, dataset.validation, "the validation part (data.validation_share, evaluation.every)")
+        require_scorable(dataset.metric, dataset.validation, "the validation split (data.validation_share, evaluation.every)")
     copies = {spec: reduced_copy(dataset.test, spec, experiment.seed) for spec in experiment.evaluation.tested}
     for spec, copy in copies.items():
         require_scorable(dataset.metric, copy, f"evaluation.tested: {spec}")
@@ -102,7 +102,7 @@ def _copies(experiment: Experiment, dataset: Dataset) -> dict[str, tuple[Sample,
 
 
 def _start(experiment: Experiment, vlm: VisionLanguageModel) -> ServerState:
-    """The method's state before the first round. Its rule for clients is made once, so that what does not suit the model shows now."""
+    """Return the method's state before the first round. Building a client rule now reveals a method that does not support the model."""
     algorithm = build_algorithm(experiment.algorithm)
     state = algorithm.init(read_weights(vlm.model), frozen_weights(vlm))
     algorithm.local_rule(algorithm.broadcast(state), Client())
@@ -110,7 +110,7 @@ def _start(experiment: Experiment, vlm: VisionLanguageModel) -> ServerState:
 
 
 def _sent(store: RunStore, stage: Stage) -> int:
-    """Bytes, up and down, of a stage's rounds that are not trained again."""
+    """Return the bytes, up and down, of a stage's rounds that a resumed run does not repeat."""
     state = store.load_state(stage.name)
     kept = [row for row in store.records(stage.name) if state is not None and row["round"] <= state.round_num]
     return sum(int(row["bytes_up"]) + int(row["bytes_down"]) for row in kept)
@@ -118,7 +118,7 @@ def _sent(store: RunStore, stage: Stage) -> int:
 
 @dataclass(frozen=True)
 class _Run:
-    """The stages of a run and what they add up to."""
+    """Trains the stages of a run and writes their results."""
 
     experiment: Experiment
     folder: Path
@@ -131,15 +131,15 @@ class _Run:
     start: ServerState
     observer: Observer
     asked: list[Answered] = field(default_factory=list)
-    """Answers to the test split, as they were scored."""
+    """Answers to the test split, kept while models are scored."""
 
     @property
     def data(self) -> FederatedData:
-        """Of the federation."""
+        """The federation's data."""
         return self.federation.data
 
     def finish(self) -> RunResult:
-        """Train what is not trained yet, and write the rest."""
+        """Train the stages that are not finished, then write adapters, cards and result."""
         initial = read_weights(self.vlm.model)
         loop = self._loop()
         stages = self.stages()
@@ -149,7 +149,7 @@ class _Run:
         self.observer.remarked(remarked)
         if "zero_shot" in self.experiment.evaluation.baselines:
             self._zero_shot(loop, initial)
-        # The baselines ask what plain training would give, whatever the method under test adds to it.
+        # Baselines measure plain training, without what the method under test adds.
         plain = replace(loop, algorithm=FedAvg(), transforms=(), schedule=SYNCHRONOUS)
         calibrated = replace(plain, algorithm=self._calibrated())
         federated, *baselines = stages
@@ -158,7 +158,7 @@ class _Run:
             loop = replace(loop, engine=engine)
             watched = loop if loop.algorithm.personalized else self._keeping(loop)
             trained = run_stage(watched, federated, self.start)
-            # Whatever comes of the scores that follow, the adapter is there.
+            # Save the adapter before scoring, so that it exists even if scoring fails.
             models = personal_models(loop, federated, trained)
             self._save_adapters(trained, models if loop.algorithm.personalized else {})
             self._write_predictions(loop, federated, trained)
@@ -179,12 +179,16 @@ class _Run:
         return result
 
     def stages(self) -> list[Stage]:
-        """The federation, then centralized training, each client alone, both with calibration, and each client from where the federation ended."""
+        """Return the stages: the federation, then the baselines.
+
+        Baselines are centralized training and local training of each client, both also with calibration, and fine-tuning of the final federated
+        model at each client.
+        """
         federation, evaluation = self.experiment.federation, self.experiment.evaluation
         ranks = {client: self.experiment.lora.rank_of(i) for i, client in enumerate(sorted(self.data.clients))}
         own = {client: rank for client, rank in ranks.items() if rank is not None} | dict(self.federation.ranks)
-        rounds, cohort, told = federation.num_rounds, federation.clients_per_round, self.data.told
-        stages = [Stage("federated", self.data.clients, rounds, cohort, evaluation.every, own, told)]
+        rounds, cohort, reported = federation.num_rounds, federation.clients_per_round, self.data.reported
+        stages = [Stage("federated", self.data.clients, rounds, cohort, evaluation.every, own, reported)]
         for name in ("centralized", "calibrated_centralized"):
             if name in evaluation.baselines:
                 stages.append(Stage(name, pooled(self.data.clients), self._solo_rounds(), 1))
@@ -196,25 +200,25 @@ class _Run:
         return stages
 
     def _calibrated(self) -> Algorithm:
-        """Plain training with the calibration that the method under test has; at its neutral strength where that has none."""
+        """Return plain training with the label calibration of the method under test, or with the default strength if it has none."""
         own = of_kind(self._terms(self.experiment.algorithm), Calibration)
         return cast(Algorithm, Composed(FedAvg(), (LabelCalibration(own.strength) if own else LabelCalibration(),)))
 
     def _holdings(self) -> Holdings:
-        """What strategies meet."""
+        """Return the facts about the data and the method by which strategies know whether they have an effect."""
         samples = [sample for held in self.data.clients.values() for sample in held]
-        options = None if self.data.told else any(sample.options for sample in samples)
+        options = None if self.data.reported else any(sample.options for sample in samples)
         config = self.experiment.algorithm
         own = self._terms(config.model_copy(update={"name": config.method, "strategies": ()}))
         return Holdings(self.data.profiles, options, tuple(self.start.weights), own)
 
     def _terms(self, config: AlgorithmConfig) -> tuple[LossTerm, ...]:
-        """What a method adds to its clients' loss."""
+        """Return the terms that a method adds to its clients' loss."""
         method = build_algorithm(config)
         return method.local_rule(method.broadcast(self.start), Client()).all_terms
 
     def _solo_rounds(self) -> int:
-        """As many rounds as a client takes part in on average, so that every baseline sees each sample as often."""
+        """Return the mean number of rounds per client, so that every baseline visits each sample equally often."""
         federation = self.experiment.federation
         return max(1, round(federation.num_rounds * federation.clients_per_round / federation.num_clients))
 
@@ -235,12 +239,12 @@ class _Run:
         )
 
     def _split(self, samples: Sequence[Sample], name: str = "", kept: list[Answered] | None = None) -> Split:
-        """Samples, scored by the experiment's metric."""
+        """Return a split that scores models by the experiment's metric."""
         metric = self.data.dataset.metric
         return Split(self._scorer(samples, metric, kept), name, metric)
 
     def _scorer(self, samples: Sequence[Sample], metric: str, kept: list[Answered] | None = None) -> Scorer:
-        """Scores given weights, and what was merged into the frozen ones, on some samples."""
+        """Return a function that scores weights, with the change merged into the frozen weights, on some samples."""
 
         def score(weights: Weights, base: Weights) -> Metrics:
             write_base(self.vlm, base)
@@ -250,7 +254,7 @@ class _Run:
         return score
 
     def _keeping(self, loop: Loop) -> Loop:
-        """The same loop; where its scores fail, the adapter that was to be scored is kept."""
+        """Return the same loop, which saves the adapter if scoring it fails."""
 
         def kept(score: Scorer, weights: Weights, base: Weights) -> Metrics:
             try:
@@ -265,8 +269,10 @@ class _Run:
         return replace(loop, test=safe(loop.test), validation=loop.validation and safe(loop.validation))
 
     def _write_predictions(self, loop: Loop, stage: Stage, trained: ServerState) -> None:
-        """What the final model answered to the test split, or each of a personalized method's; asked again if it was in an earlier sitting.
-        What was answered elsewhere nobody knows here."""
+        """Write the answers of the final model, or of each personalized model, to the test split.
+
+        If they were scored in an earlier session, they are scored again. Answers of models at remote clients are not known here.
+        """
         if loop.algorithm.personalized and loop.engine.remote:
             return
         if not self.asked:
@@ -276,12 +282,12 @@ class _Run:
         write_json(self.folder / "predictions.json", {"ids": ids, **to_record(self.asked[-count:])})
 
     def _tested(self, loop: Loop, stage: Stage, trained: ServerState) -> dict[str, Metrics]:
-        """The trained model on the copies of the test split."""
+        """Return the scores of the trained model on the copies of the test split."""
         splits = {spec: self._split(copy, spec) for spec, copy in self.copies.items()}
         return {spec: evaluate_state(loop, stage, trained, split) for spec, split in splits.items()}
 
     def _by_client(self, store: RunStore, models: Mapping[str, Weights], trained_base: Weights) -> dict[str, dict[str, float]]:
-        """Accuracy of each client's models on test samples of its own kind, by model and client."""
+        """Return the accuracy of each client's models on test samples drawn like the client's own, by model and client."""
         count, seed = self.experiment.evaluation.client_samples, self.experiment.seed
         scores: dict[str, dict[str, float]] = {}
         for client, held in self.data.clients.items() if count else ():
@@ -297,21 +303,21 @@ class _Run:
         return scores
 
     def _save_adapters(self, trained: ServerState, own: Mapping[str, Weights]) -> None:
-        """The global adapter and, of a personalized method, each client's own."""
+        """Save the global adapter and, for a personalized method, each client's adapter."""
         save_adapter(self.vlm, trained.weights, self.folder / "adapter", trained.base)
         for client, weights in own.items():
             (self.folder / "adapters").mkdir(exist_ok=True)
             save_adapter(self.vlm, weights, self.folder / "adapters" / client, trained.base)
 
     def _write_cards(self, result: RunResult) -> None:
-        """A model card beside each adapter."""
+        """Write a model card next to each adapter."""
         folders = {"": self.folder / "adapter", **{path.name: path for path in sorted(self.folder.glob("adapters/*"))}}
         for client, folder in folders.items():
             card = adapter_card(result, self.experiment, client, needs_torchvision(self.vlm.processor))
             write_atomically(folder / "README.md", card.encode())
 
     def _zero_shot(self, loop: Loop, initial: Weights) -> None:
-        """The model before training, as a stage of no rounds."""
+        """Score the model before training, as a stage without rounds."""
         loop.store.rewind("zero_shot", 0)
         if loop.store.records("zero_shot"):
             return
@@ -329,9 +335,9 @@ class _Run:
 
 
 def pooled(clients: Mapping[str, Sequence[Sample]]) -> dict[str, tuple[Sample, ...]]:
-    """All samples at one client, in the order of their ids, under the first client's name.
+    """Return all samples at one client with the first client's name, in the order of their ids.
 
-    With a single client this is the federation itself, name and order included, so that it trains bit for bit alike.
+    With a single client the result equals the federation, including name and order, so that training is bit-identical.
     """
     everything = sorted((sample for samples in clients.values() for sample in samples), key=lambda sample: sample.id)
     return {min(clients): tuple(everything)}

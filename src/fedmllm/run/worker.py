@@ -1,4 +1,4 @@
-"""A process that trains clients for a server elsewhere: it loads model and data once and answers what it is asked."""
+"""A worker process, which trains clients for a server. It loads model and data once and then answers tasks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from fedmllm.engine.in_process import InProcessEngine
 from fedmllm.errors import ConfigError
 from fedmllm.evaluation.evaluate import evaluate
 from fedmllm.flower.carrier import enclose, enclosed
-from fedmllm.flower.facts import VALIDATION, Presence, Scores, write_word
+from fedmllm.flower.facts import VALIDATION, Presence, Scores, write_message
 from fedmllm.flower.frozen import KeptBase
 from fedmllm.flower.messages import Task, TaskFacts, read_task, write_answer
 from fedmllm.models.lora import frozen_weights, read_weights, write_base, write_weights
@@ -40,17 +40,17 @@ Clients = Mapping[str, tuple[Sample, ...]]
 
 @dataclass(frozen=True)
 class _Opened:
-    """A run's part at this worker.
+    """A run that is set up in this worker.
 
     Attributes:
-        experiment: its settings.
-        engine: trains a client here.
+        experiment: the run's settings.
+        engine: trains clients in this process.
         algorithm: the method.
-        own: the broadcast of its state before the first round.
-        clients: whom it can be asked for.
-        test, validation: the splits that models are scored on.
-        metric: its score.
-        taken: what of clients and splits the model takes, looked at once and not in every task.
+        own: the broadcast of the method's state before the first round.
+        clients: training samples of the clients that this worker trains, by client.
+        test, validation: the splits on which models are scored.
+        metric: the headline metric.
+        taken: samples that the model can encode, by (``client``, client) or (``split``, split); computed once per run.
     """
 
     experiment: Experiment
@@ -64,9 +64,9 @@ class _Opened:
     taken: dict[tuple[str, str], tuple[Sample, ...]] = field(default_factory=dict)
 
     def samples(self, client: str) -> tuple[Sample, ...]:
-        """Of a client."""
+        """Return a client's training samples that the model can encode."""
         if client not in self.clients:
-            raise LookupError(f"{client!r} is no client of this worker; it has {', '.join(self.clients)}")
+            raise LookupError(f"{client!r} is not a client of this worker, which has {', '.join(self.clients)}")
         return self._taken("client", client, self.clients[client])
 
     def _taken(self, kind: str, name: str, samples: Sequence[Sample]) -> tuple[Sample, ...]:
@@ -75,20 +75,20 @@ class _Opened:
         return self.taken[kind, name]
 
     def train(self, task: Task, states: ClientStates) -> Answer:
-        """One client's turn."""
+        """Train one client and return its answer."""
         client = task.facts.client
         self.engine.submit(self._assignment(task, states), {client: self.samples(client)})
         (answer,) = self.engine.completed()
         return answer
 
     def personal(self, task: Task, states: ClientStates) -> ServerState:
-        """The model that a client ends with: the weights, and what was merged into the frozen ones."""
+        """Return a client's personalized model: its weights, and the change merged into the frozen weights."""
         assignment = self._assignment(task, states)
         received = assignment.broadcast
         return ServerState(assignment.personal(task.facts.client), received.round_num, {"base": received.base})
 
     def _assignment(self, task: Task, states: ClientStates) -> Assignment:
-        """A task as the server meant it."""
+        """Rebuild the assignment that the server sent."""
         facts = task.facts
         return Assignment(
             _received(task, self.own, states),
@@ -101,23 +101,32 @@ class _Opened:
             accepted={facts.client: facts.accepted},
         )
 
-    def score(self, model: ServerState, samples: Sequence[Sample], asked: str) -> Metrics:
-        """Of a model on the validation part (``VALIDATION``), the test split (empty) or a copy of it."""
+    def score(self, model: ServerState, samples: Sequence[Sample], split: str) -> Metrics:
+        """Score a model.
+
+        Args:
+            model: the weights, and the change merged into the frozen weights.
+            samples: the validation split or the test split.
+            split: ``VALIDATION``, empty for the test split, or the name of a copy of the test split.
+        """
         vlm, settings = self.engine.vlm, self.experiment.evaluation
         write_base(vlm, model.base)
         write_weights(vlm.model, model.weights)
-        whole = self._taken("split", VALIDATION if asked == VALIDATION else "test", samples)
-        held = whole if asked in ("", VALIDATION) else reduced_copy(whole, asked, self.experiment.seed)
+        whole = self._taken("split", VALIDATION if split == VALIDATION else "test", samples)
+        held = whole if split in ("", VALIDATION) else reduced_copy(whole, split, self.experiment.seed)
         return evaluate(vlm, held, self.engine.encoder, self.metric, settings, self.experiment.seed)
 
 
 def _received(task: Task, own: Broadcast, states: ClientStates) -> Broadcast:
-    """A task's broadcast. What was merged into the frozen weights is kept beside what clients keep."""
+    """Return a task's broadcast. The change to the frozen weights is stored in a folder next to the client states."""
     return task.broadcast(own, KeptBase(states.folder.with_name(states.folder.name + "-base")))
 
 
 class Worker:
-    """Answers tasks, one after another. This one trains clients of the experiment's own split; what they keep is where the task says."""
+    """Answers tasks one after another.
+
+    This class trains clients of the experiment's own split. The task names the folder for what clients keep.
+    """
 
     def __init__(self) -> None:
         self.resident = Resident()
@@ -125,42 +134,42 @@ class Worker:
         self._run: _Opened | None = None
 
     def experiment(self, settings: str) -> Experiment:
-        """What the server's settings mean here."""
+        """Return the experiment that this worker runs for the server's settings."""
         return Experiment.from_yaml(settings)
 
     def clients(self, experiment: Experiment) -> Clients:
-        """Whom it trains."""
+        """Return the clients that this worker trains, with their samples."""
         return spread(self.resident.dataset(experiment), experiment.federation, experiment.seed).clients
 
     def test(self, samples: tuple[Sample, ...]) -> tuple[Sample, ...]:
-        """What of a test split, or a validation part, a client's own model is scored on."""
+        """Return the samples of a test or validation split on which a personalized model is scored."""
         return samples
 
     def states(self, facts: TaskFacts) -> ClientStates:
-        """Where clients keep what is their own."""
+        """Return the store of what clients keep between rounds."""
         return ClientStates(Path(facts.about["states"]))
 
     def require(self, facts: TaskFacts) -> None:
-        """Refuse a task that does not suit this worker."""
+        """Raise an error if this worker cannot perform a task. Subclasses override it."""
 
-    def told(self, presence: Presence) -> Presence:
-        """What the server is told of a client."""
+    def reported(self, presence: Presence) -> Presence:
+        """Return the presence message to send to the server. Subclasses may withhold fields."""
         return presence
 
     def sent(self, answer: Answer, facts: TaskFacts) -> Answer:
-        """What the server is sent."""
+        """Return the answer to send to the server. Subclasses may withhold fields."""
         return answer
 
     def scored(self, scores: Scores, facts: TaskFacts, model: ServerState) -> Scores | ClientFailure:
-        """What the server is told of a client's own model."""
+        """Return the scores of a personalized model to send to the server. Subclasses may withhold them."""
         return scores
 
     def failed(self, client: str, error: Exception) -> ClientFailure:
-        """What the server is told of an error."""
+        """Return the failure to send to the server for an error."""
         return ClientFailure(client, f"{type(error).__name__}: {error}")
 
     def answer(self, content: bytes) -> bytes:
-        """An update, or what went wrong: a worker outlives what a task does to it."""
+        """Train a client and return its update as a message. An error becomes a failure message, and the worker continues."""
         task = read_task(content)
         facts = task.facts
         try:
@@ -171,43 +180,43 @@ class Worker:
             return write_answer(self.failed(facts.client, error), facts.round_num)
 
     def present(self, content: bytes) -> bytes:
-        """A client's word about itself, once model and data are there; with it a run begins, on the data as they are now."""
+        """Return a client's presence message after loading model and data. A new run starts with it, so the data are read again."""
         facts = read_task(content).facts
         try:
             self.close()
             samples = self._open(facts).samples(facts.client)
             counted = dict(profile(samples))
             presence = Presence(client=facts.client, num_samples=len(samples), profile=counted, rank=None, trial=True)
-            return write_word(self.told(presence))
+            return write_message(self.reported(presence))
         except Exception as error:
-            return write_word(self.failed(facts.client, error))
+            return write_message(self.failed(facts.client, error))
 
     def score(self, content: bytes) -> bytes:
-        """How a client's own model scores where it is."""
+        """Score a client's personalized model and return the scores as a message."""
         task = read_task(content)
         facts = task.facts
         try:
             self.require(facts)
             run = self._open(facts)
             model = run.personal(task, self.states(facts))
-            asked = str(facts.about["tested"])
-            metrics = run.score(model, self._split(run, asked), asked)
-            word = Scores(client=facts.client, round_num=facts.round_num, metric=run.metric, metrics=metrics)
-            return write_word(self.scored(word, facts, model), facts.round_num)
+            split = str(facts.about["tested"])
+            metrics = run.score(model, self._split(run, split), split)
+            scores = Scores(client=facts.client, round_num=facts.round_num, metric=run.metric, metrics=metrics)
+            return write_message(self.scored(scores, facts, model), facts.round_num)
         except Exception as error:
-            return write_word(self.failed(facts.client, error), facts.round_num)
+            return write_message(self.failed(facts.client, error), facts.round_num)
 
-    def _split(self, run: _Opened, asked: str) -> tuple[Sample, ...]:
-        """Samples to score a client's own model on."""
-        if asked != VALIDATION:
+    def _split(self, run: _Opened, split: str) -> tuple[Sample, ...]:
+        """Return the samples on which to score a personalized model."""
+        if split != VALIDATION:
             return self.test(run.test)
         if not run.validation:
-            remedy = "set data.validation_share above 0 or name a file for it, or evaluation.every=0 in the experiment"
-            raise ConfigError(f"there is no validation part here; {remedy}")
+            remedy = "set data.validation_share above 0, name a validation file, or set evaluation.every=0 in the experiment"
+            raise ConfigError(f"the data have no validation split; {remedy}")
         return self.test(run.validation)
 
     def _open(self, facts: TaskFacts) -> _Opened:
-        """The run of these settings; another than the last is set up anew, with model and data as far as they are the same."""
+        """Return the run with a task's settings. If the settings have changed, set it up again with the cached model and data that still apply."""
         settings = str(facts.about["experiment"])
         if self._run is None or settings != self._settings:
             self.close()
@@ -225,22 +234,22 @@ class Worker:
         return _Opened(experiment, engine, method, own, clients, dataset.test, dataset.validation, dataset.metric)
 
     def save(self, model: ServerState, folder: Path) -> None:
-        """A client's own model of the run that is open, as an adapter."""
+        """Save a client's personalized model of the open run as an adapter."""
         if self._run is not None:
             folder.parent.mkdir(exist_ok=True)
             save_adapter(self._run.engine.vlm, model.weights, folder, model.base)
 
     def close(self) -> None:
-        """Let go of the run."""
+        """Release the run's resources. The resident model and data stay cached."""
         self._run, self._settings = None, ""
         self._opened.close()
 
 
 def client_app(worker: Callable[[], Worker]) -> ClientApp:
-    """What Flower runs at a node.
+    """Return the ClientApp that Flower runs on a node.
 
     Args:
-        worker: gives this process's.
+        worker: returns the worker of this process.
     """
     from flwr.app import Context, Message
     from flwr.clientapp import ClientApp
@@ -263,11 +272,11 @@ def client_app(worker: Callable[[], Worker]) -> ClientApp:
 
 
 _WORKER: list[Worker] = []
-"""This process's."""
+"""The worker of this process, once it exists."""
 
 
 def resident_worker() -> Worker:
-    """The one of this process, made when it is first asked for."""
+    """Return the worker of this process. The first call creates it."""
     if not _WORKER:
         _WORKER.append(Worker())
         atexit.register(_WORKER[0].close)

@@ -1,1 +1,1 @@
-"""Training across sites: keys, settings, and the processes that run at the server and at each site."""
+"""Training across sites: keys, and the processes that run at the server and at each site."""

@@ -1,4 +1,4 @@
-"""Admits the sites of a ``server.yaml`` by their public keys, and says when all is ready. ``python -m fedmllm.sites.admit server.yaml``."""
+"""Admits the sites of a ``server.yaml`` by their public keys and prints when the server is ready. ``python -m fedmllm.sites.admit server.yaml``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fedmllm.flower.settings import ServerConfig
 
 
 def main() -> None:
-    """The process. It waits for the SuperLink."""
+    """Run the process. It waits for the SuperLink."""
     server = ServerConfig.load(Path(sys.argv[1]))
     server.link.register()
     print(f"admitted   {', '.join(server.sites)}\nready at   {server.address}", flush=True)  # noqa: T201

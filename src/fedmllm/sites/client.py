@@ -1,7 +1,7 @@
-"""A site's worker: it loads the model once and answers what the site's SuperNode receives. ``python -m fedmllm.sites.client site.yaml``.
+"""A site's worker, which loads the model once and answers the messages that the site's SuperNode receives.
 
-Flower would start a process for every message, which would load the model anew, and run the code that came with the run. This process takes the
-messages instead (``fedmllm.sites.supernode``), and runs what is installed here.
+``python -m fedmllm.sites.client site.yaml``. Flower would start a process for every message, which would load the model again and run the code that
+came with the run. This process takes the messages instead (``fedmllm.sites.supernode``) and runs only code that is installed at the site.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ _LOG = logging.getLogger("fedmllm.site")
 
 
 class SiteWorker(Worker):
-    """Trains this site on its own data, whatever the server's settings say about data, paths and devices.
+    """Trains this site on its own data. It ignores the server's settings for data, paths and devices.
 
     Args:
-        site: its settings.
+        site: the site's settings.
     """
 
     def __init__(self, site: SiteConfig) -> None:
@@ -45,49 +45,52 @@ class SiteWorker(Worker):
         self._site = site
 
     def experiment(self, settings: str) -> Experiment:
-        """The server's, with model, device and data of this site. Nothing of it leads to a path, a download or code that comes with a model."""
+        """Return the server's experiment with the model, device and data of this site.
+
+        The server's settings cannot make the site read a path, download a file or run code that comes with a model.
+        """
         site = self._site
-        told = Experiment.parse({**yaml.safe_load(settings), "plugins": list(site.plugins)})
-        if site.model is None and told.model.name != "nano":
-            raise ConfigError(f"the experiment trains {told.model.name!r}; set model in site.yaml to its folder at this site")
-        if site.data is None and not told.data.dataset.startswith("digits-"):
-            raise ConfigError("a site without data of its own tries out embedded data only; set data in site.yaml")
-        model = told.model.model_copy(update={"name": site.model or "nano", "trust_remote_code": False, "revision": None})
-        self._require_told(told)
-        engine = told.engine.model_copy(update={"device": site.device, "worker_cpus": float(site.cpus)})
-        data = told.data if site.data is None else self._own_data(site.data, told)
-        return told.model_copy(update={"model": model, "engine": engine, "data": data})
+        sent = Experiment.parse({**yaml.safe_load(settings), "plugins": list(site.plugins)})
+        if site.model is None and sent.model.name != "nano":
+            raise ConfigError(f"the experiment trains {sent.model.name!r}; set model in site.yaml to its folder at this site")
+        if site.data is None and not sent.data.dataset.startswith("digits-"):
+            raise ConfigError("a site without data of its own supports only trial runs on embedded data; set data in site.yaml")
+        model = sent.model.model_copy(update={"name": site.model or "nano", "trust_remote_code": False, "revision": None})
+        self._require_reported(sent)
+        engine = sent.engine.model_copy(update={"device": site.device, "worker_cpus": float(site.cpus)})
+        data = sent.data if site.data is None else self._own_data(site.data, sent)
+        return sent.model_copy(update={"model": model, "engine": engine, "data": data})
 
-    def _own_data(self, data: DataConfig, told: Experiment) -> DataConfig:
-        """In the server's words. Nothing is held out where no model is scored here: only one that stays at its site is."""
-        scored = told.evaluation.every > 0 and build_algorithm(told.algorithm).personalized
+    def _own_data(self, data: DataConfig, sent: Experiment) -> DataConfig:
+        """Return the site's data settings with the server's wording. Samples are held out for validation only if a personalized model is scored here."""
+        scored = sent.evaluation.every > 0 and build_algorithm(sent.algorithm).personalized
         share = data.validation_share if scored else 0.0
-        return data.model_copy(update={"prompt": told.data.prompt, "wordings": told.data.wordings, "validation_share": share})
+        return data.model_copy(update={"prompt": sent.data.prompt, "wordings": sent.data.wordings, "validation_share": share})
 
-    def _require_told(self, told: Experiment) -> None:
-        """Refuse a method that needs what is withheld: no number stands for it."""
-        needs, hidden = build_algorithm(told.algorithm).needs, set(self._site.withhold)
+    def _require_reported(self, sent: Experiment) -> None:
+        """Refuse a method that needs a value that this site withholds. No default can replace it."""
+        needs, hidden = build_algorithm(sent.algorithm).needs, set(self._site.withhold)
         if "steps" in needs and hidden >= {"metrics", "num_samples"}:
-            lacks = "the number of this site's steps, which withholds both metrics and num_samples, from which they follow"
+            lacks = "the number of training steps, but this site withholds metrics and num_samples, from which it follows"
         elif "profile" in needs and "profile" in hidden:
-            lacks = "this site's samples by modality, which withholds its profile"
+            lacks = "the number of samples by modality, but this site withholds its profile"
         else:
             return
-        names = ", ".join([told.algorithm.name, *told.algorithm.strategy_names])
-        raise ConfigError(f"withhold: the method ({names}) needs {lacks}; tell them in this run, or take no part in it")
+        names = ", ".join([sent.algorithm.name, *sent.algorithm.strategy_names])
+        raise ConfigError(f"withhold: the method ({names}) needs {lacks}; report it in this run, or do not participate")
 
     def clients(self, experiment: Experiment) -> Clients:
-        """One: this site."""
+        """Return the samples of this site as the only client."""
         name = self._site.name
         if self._site.data is not None:
             return {name: self._used(self.resident.dataset(experiment).train)}
         clients = super().clients(experiment)
         if name not in clients:
-            raise ConfigError(f"a site without data of its own is named like one of the experiment's clients; {name!r} is none of them")
+            raise ConfigError(f"name: {name!r} is not a client of the experiment; a site without data of its own must have the name of one")
         return {name: self._used(clients[name])}
 
     def _used(self, samples: tuple[Sample, ...]) -> tuple[Sample, ...]:
-        """With the modalities that are used here."""
+        """Return the samples with only the modalities that the site uses."""
         chosen = self._site.modalities
         if not chosen:
             return samples
@@ -97,26 +100,26 @@ class SiteWorker(Worker):
         return found
 
     def test(self, samples: tuple[Sample, ...]) -> tuple[Sample, ...]:
-        """With the modalities that are used here."""
+        """Return test or validation samples with only the modalities that the site uses."""
         return self._used(samples)
 
     def states(self, facts: TaskFacts) -> ClientStates:
-        """In the site's folder, by run and stage."""
+        """Return the store of what this site keeps between rounds, in the site's folder by run and stage."""
         run = str(facts.about["run"])
         if not (NAME.fullmatch(run) and NAME.fullmatch(facts.stage)):
-            raise ConfigError(f"the server's name for its run, {run!r}, is no plain name")
+            raise ConfigError(f"the server sent {run!r} as the id of its run, which is not a valid name")
         return ClientStates(self._site.folder / "state" / run / facts.stage)
 
     def require(self, facts: TaskFacts) -> None:
-        """One that was not there when the run began has not told the server what it is."""
-        site, told = self._site, "the server was not told so when the run began; it will be when it is started anew, with --resume"
+        """Refuse a task that does not match this site's settings, which the server does not know if the site connected after the run started."""
+        site, remedy = self._site, "the server did not know that when the run started; restart the run with --resume to update it"
         if site.rank is not None and facts.rank != site.rank:
-            raise ConfigError(f"rank: this site trains at rank {site.rank}, the task is of rank {facts.rank}; {told}")
+            raise ConfigError(f"rank: this site trains at rank {site.rank}, the task has rank {facts.rank}; {remedy}")
         if facts.about["trial"] != (site.data is None):
-            raise ConfigError(f"data: this site {'only tries out' if site.data is None else 'has data of its own'}, {told}")
+            raise ConfigError(f"data: this site has {'no data' if site.data is None else 'data'} of its own, {remedy}")
 
-    def told(self, presence: Presence) -> Presence:
-        """Without what is withheld."""
+    def reported(self, presence: Presence) -> Presence:
+        """Return the presence message without the values that the site withholds."""
         hidden = self._site.withhold
         kept = presence.model_copy(update={"rank": self._site.rank, "trial": self._site.data is None})
         if "profile" in hidden:
@@ -127,9 +130,9 @@ class SiteWorker(Worker):
         return kept
 
     def sent(self, answer: Answer, facts: TaskFacts) -> Answer:
-        """Without what is withheld; what is sent is noted."""
+        """Return the answer without the values that the site withholds, and record it in ``sent.jsonl``."""
         if isinstance(answer, ClientFailure):
-            return self._noted(replace(answer, reason=answer.reason.partition(":")[0] + "; more is in the site's log"), facts)
+            return self._noted(replace(answer, reason=answer.reason.partition(":")[0] + "; see the site's log"), facts)
         hidden = self._site.withhold
         if "metrics" in hidden:
             answer = replace(answer, metrics={name: answer.metrics[name] for name in self._needed_metrics})
@@ -141,24 +144,24 @@ class SiteWorker(Worker):
 
     @property
     def _needed_metrics(self) -> list[str]:
-        """What of the metrics is told though they are withheld: steps, which the server knows how to count from the number of samples."""
+        """Metrics that the site reports even if it withholds metrics: steps, which the server could compute from the number of samples."""
         return ["steps"] if self._run is not None and "steps" in self._run.algorithm.needs else []
 
     def scored(self, scores: Scores, facts: TaskFacts, model: ServerState) -> Scores | ClientFailure:
-        """Nothing if metrics are withheld. The model is left in the site's folder, under the run's name."""
+        """Return the scores, or a failure if the site withholds metrics. Saves the final model in the site's folder, under the run's id."""
         if not facts.about["tested"]:
             self.save(model, self._site.folder / "adapters" / str(facts.about["run"]))
         record = {"run": facts.about["run"], "round": facts.round_num, "tested": facts.about["tested"]}
         if "metrics" in self._site.withhold:
-            return ClientFailure(scores.client, "it does not tell its scores")
+            return ClientFailure(scores.client, "the site withholds its scores")
         self._note({"kind": "scores", **record, "metrics": scores.metrics})
         return scores
 
     def failed(self, client: str, error: Exception) -> ClientFailure:
-        """Its kind, and the words of errors of our own; others' may hold what is private, and stay here."""
-        _LOG.error("failed", exc_info=error)
-        words = f": {error}" if isinstance(error, FedMLLMError) else "; more is in the site's log"
-        return ClientFailure(client, type(error).__name__ + words)
+        """Return a failure with the error's type. Only messages of fedmllm's own errors are sent, because others may contain private data."""
+        _LOG.error("Task failed", exc_info=error)
+        detail = f": {error}" if isinstance(error, FedMLLMError) else "; see the site's log"
+        return ClientFailure(client, type(error).__name__ + detail)
 
     def _noted(self, answer: Answer, facts: TaskFacts) -> Answer:
         record: dict[str, Any] = {"kind": "answer", "run": facts.about["run"], "stage": facts.stage, "round": facts.round_num + 1}
@@ -170,13 +173,13 @@ class SiteWorker(Worker):
         return answer
 
     def _note(self, record: dict[str, Any]) -> None:
-        """A line of ``sent.jsonl``."""
+        """Append a line to ``sent.jsonl``."""
         with (self._site.folder / "sent.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S"), **record}) + "\n")
 
 
 def _described(update: ClientUpdate) -> dict[str, Any]:
-    """What an update holds, in words and numbers."""
+    """Return the content of an update as plain values, without tensor data."""
     groups = {"update": update.update, **update.extras}
     size = sum(t.nbytes for tensors in groups.values() for t in tensors.values()) if update.num_bytes is None else update.num_bytes
     return {
@@ -189,7 +192,7 @@ def _described(update: ClientUpdate) -> dict[str, Any]:
 
 
 def main() -> None:
-    """The process."""
+    """Run the process."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     site = SiteConfig.load(Path(sys.argv[1]))

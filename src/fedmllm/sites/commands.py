@@ -1,4 +1,4 @@
-"""``fedmllm server`` and ``fedmllm site``."""
+"""The commands ``fedmllm server`` and ``fedmllm site``."""
 
 from __future__ import annotations
 
@@ -9,18 +9,20 @@ import typer
 
 from fedmllm.settings_file import SITES, read_settings
 
-server_app = typer.Typer(help="The server of a federation of sites.", no_args_is_help=True, pretty_exceptions_enable=False)
-site_app = typer.Typer(help="A site of a federation, and the keys of all.", no_args_is_help=True, pretty_exceptions_enable=False)
+server_app = typer.Typer(help="Run the server of a federation of sites.", no_args_is_help=True, pretty_exceptions_enable=False)
+site_app = typer.Typer(
+    help="Run a site of a federation, or create the keys of all sites.", no_args_is_help=True, pretty_exceptions_enable=False
+)
 
 
 @site_app.command("init")
 def init(
-    folder: Annotated[Path, typer.Argument(help="That is not there yet.")],
-    address: Annotated[str, typer.Option(help="host:port under which sites reach the server.")],
-    site: Annotated[list[str], typer.Option(help="A site's name; once for each.")],
-    days: Annotated[int, typer.Option(help="Until the certificates expire.", min=1)] = 825,
+    folder: Annotated[Path, typer.Argument(help="Folder to create; it must be empty if it exists.")],
+    address: Annotated[str, typer.Option(help="host:port at which sites reach the server.")],
+    site: Annotated[list[str], typer.Option(help="Name of a site. Repeat the option for each site.")],
+    days: Annotated[int, typer.Option(help="Days until the certificates expire.", min=1)] = 825,
 ) -> None:
-    """Make keys, certificates and settings: a folder for the server, and one for each site to be handed to it."""
+    """Create keys, certificates and settings: one folder for the server, and one to hand to each site."""
     from fedmllm.flower.installed import require_flower
     from fedmllm.sites import keys
 
@@ -29,12 +31,12 @@ def init(
     typer.echo(f"server     {folder / 'server' / 'server.yaml'}")
     for name in sorted(site):
         typer.echo(f"site       {folder / 'sites' / name / 'site.yaml'}")
-    typer.echo(f"authority  {folder / 'authority' / 'ca.key'} (keep it away from both)")
+    typer.echo(f"authority  {folder / 'authority' / 'ca.key'} (keep it away from server and sites)")
 
 
 @server_app.command("up")
-def server_up(file: Annotated[Path, typer.Argument(help="server.yaml of fedmllm site init.")]) -> None:
-    """Run the SuperLink that sites connect to, and admit them by their keys; until interrupted."""
+def server_up(file: Annotated[Path, typer.Argument(help="server.yaml from fedmllm site init.")]) -> None:
+    """Run the SuperLink that sites connect to and admit them by their keys, until interrupted."""
     read_settings(file, SITES)
     from fedmllm.flower.installed import require_flower
     from fedmllm.flower.settings import ServerConfig
@@ -47,8 +49,8 @@ def server_up(file: Annotated[Path, typer.Argument(help="server.yaml of fedmllm 
 
 
 @site_app.command("up")
-def site_up(file: Annotated[Path, typer.Argument(help="site.yaml of fedmllm site init.")]) -> None:
-    """Connect this site to its server, and train when asked to; until interrupted."""
+def site_up(file: Annotated[Path, typer.Argument(help="site.yaml from fedmllm site init.")]) -> None:
+    """Connect this site to its server and train on request, until interrupted."""
     read_settings(file, SITES)
     from fedmllm.flower.installed import require_flower
     from fedmllm.flower.settings import SiteConfig

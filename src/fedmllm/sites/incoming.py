@@ -1,4 +1,4 @@
-"""A message on its way from the SuperNode of this machine."""
+"""Receives a message from the SuperNode on this machine."""
 
 from __future__ import annotations
 
@@ -11,37 +11,37 @@ from fedmllm.errors import RunError
 
 _LOG = logging.getLogger("fedmllm.site")
 POLL = 0.1
-"""Seconds between two looks for a message."""
+"""Seconds between two checks for a message."""
 _CONTENT = 7200.0
-"""Seconds for which a message's content is waited for, as the SuperNode waits for it."""
+"""Seconds to wait for a message's content, the same as the SuperNode's limit."""
 _LOST = 10.0
-"""Seconds after which a message that may have been handed over to a broken connection was."""
+"""Seconds after which a message that may have been delivered to a broken connection counts as lost."""
 
 
 class AbandonedError(Exception):
-    """The content of a message will not come.
+    """The content of a message will not arrive.
 
     Args:
-        token: of the task that came instead; empty for none.
+        token: token of the task that arrived instead; empty for none.
     """
 
     def __init__(self, token: str) -> None:
-        super().__init__("its run ended before its content was there")
+        super().__init__("its run ended before its content arrived")
         self.token = token
 
 
 class LostError(Exception):
-    """A message was handed over, and cannot be read or is not here. Its task is left unfinished."""
+    """The SuperNode delivered a message that cannot be read or did not arrive. Its task stays unfinished."""
 
 
 class Incoming:
-    """A task's message, which is there only once its content is.
+    """The message of a task, which is complete once its content has arrived.
 
-    The SuperNode tells of a task before it has the message, and of the message before its content; it has all of the content at once. It has a new
-    task only when it is done with the one before, so one that comes while content is waited for says that this content will not.
+    The SuperNode announces a task before it has the message, and the message before it has the content; the content then arrives all at once. It
+    announces a new task only when it is done with the previous one. A new task during the wait therefore means that the content will not arrive.
 
     Args:
-        own: the connection of the task.
+        own: the task's connection to the SuperNode.
     """
 
     def __init__(self, own: Any) -> None:
@@ -50,36 +50,36 @@ class Incoming:
         self._lost = float("inf")
 
     def message(self, another: Callable[[], str]) -> Any:
-        """The message, waited for.
+        """Wait for the message and return it.
 
         Args:
-            another: looks for another task; its token, empty for none.
+            another: checks for another task and returns its token; empty for none.
 
         Raises:
-            AbandonedError: if its content will not come.
-            LostError: if it was handed over, and cannot be read or is not here.
-            RunError: if its content has not come for long.
+            AbandonedError: if the content will not arrive.
+            LostError: if the SuperNode delivered the message, but it cannot be read or did not arrive.
+            RunError: if the content has not arrived within the limit.
         """
-        begun, told = time.monotonic(), False
+        begun, logged = time.monotonic(), False
         while not self._there():
             if token := another():
                 raise AbandonedError(token)
             if (waited := time.monotonic() - begun) > _CONTENT:
-                raise RunError(f"a message's content has not come within {_CONTENT:g} s")
-            if waited > _LOST and not told:
-                told = True
-                _LOG.info("the content of a message is waited for, %g s at most", _CONTENT)
+                raise RunError(f"the content of a message did not arrive within {_CONTENT:g} s")
+            if waited > _LOST and not logged:
+                logged = True
+                _LOG.info("Waiting for the content of a message, for at most %g s", _CONTENT)
             time.sleep(POLL)
         return self._read()
 
     def _there(self) -> bool:
-        """Whether it is there with its content."""
+        """Return whether the message has arrived with its content."""
         if self._found is None:
             self._look()
         return self._found is not None and self._complete()
 
     def _look(self) -> None:
-        """Ask for it. It is handed over once: where a try failed, and later ones find nothing for long, that one was handed it."""
+        """Ask for the message. It is delivered only once: if an attempt failed and later ones find nothing, the failed one had received it."""
         import httpx
         from flwr.proto.runtime_pb2 import PullAppMessagesRequest
 
@@ -94,10 +94,10 @@ class Incoming:
         if found.messages_list:
             self._found = found
         elif late:
-            raise LostError("the connection broke as it was handed over")
+            raise LostError("the connection broke during delivery")
 
     def _complete(self) -> bool:
-        """Whether the content is there.
+        """Return whether the content has arrived.
 
         Raises:
             AbandonedError: if the SuperNode could not fetch it.
@@ -105,13 +105,13 @@ class Incoming:
         from flwr.proto.message_pb2 import PullObjectRequest
 
         run, root = self._found.messages_list[0].metadata.run_id, self._found.message_object_trees[0].object_id
-        told = self._own.PullObject(PullObjectRequest(run_id=run, object_id=root))
-        if not told.object_found:
+        response = self._own.PullObject(PullObjectRequest(run_id=run, object_id=root))
+        if not response.object_found:
             raise AbandonedError("")
-        return bool(told.object_available)
+        return bool(response.object_available)
 
     def _read(self) -> Any:
-        """With its content, which the SuperNode is told to delete."""
+        """Return the message with its content, and let the SuperNode delete it."""
         import httpx
         from flwr.app import Message
         from flwr.proto.node_pb2 import Node
@@ -121,8 +121,8 @@ class Incoming:
         )
         from flwr.supercore.inflatable.inflatable_utils import pull_and_inflate_object_from_tree
 
-        told, tree = self._found.messages_list[0].metadata, self._found.message_object_trees[0]
-        node, run = Node(node_id=told.dst_node_id), told.run_id
+        metadata, tree = self._found.messages_list[0].metadata, self._found.message_object_trees[0]
+        node, run = Node(node_id=metadata.dst_node_id), metadata.run_id
         pull = make_pull_object_fn_protobuf(self._own.PullObject, node, run)
         confirm = make_confirm_message_received_fn_protobuf(self._own.ConfirmMessageReceived, node, run)
         try:

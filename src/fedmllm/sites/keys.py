@@ -20,32 +20,32 @@ from fedmllm.files import require_folder
 from fedmllm.flower.settings import NAME
 
 DAYS = 825
-"""How long certificates are valid; some systems refuse longer ones."""
+"""Default validity of certificates in days. Some systems refuse longer ones."""
 
 
 def init(folder: Path, address: str, sites: Sequence[str], days: int = DAYS) -> None:
-    """Make everything that a federation needs to be started: ``server/`` and ``sites/NAME/``, and the authority's key in ``authority/``.
+    """Create everything that a federation needs to start: ``server/``, ``sites/NAME/``, and the authority's key in ``authority/``.
 
     Args:
-        folder: that is not there yet, or empty.
-        address: ``host:port`` under which sites reach the server.
-        sites: their names.
-        days: until the certificates expire.
+        folder: the folder to create; it must be empty if it exists.
+        address: ``host:port`` at which sites reach the server.
+        sites: names of the sites.
+        days: days until the certificates expire.
 
     Raises:
-        ConfigError: if address or names are wrong.
-        RunError: if the folder is not empty, or cannot be made.
+        ConfigError: if the address or a name is invalid.
+        RunError: if the folder is not empty or cannot be created.
     """
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit() or not 0 < int(port) < 65536:
         raise ConfigError(f"--address: {address!r} is not host:port, e.g. server.example.org:8000")
     if wrong := [name for name in sites if not NAME.fullmatch(name)]:
-        raise ConfigError(f"--site: {wrong[0]!r} is no plain name: letters, digits, _ . - only, 64 at most")
+        raise ConfigError(f"--site: {wrong[0]!r} is not a valid name; use at most 64 letters, digits, _ . -")
     if len(set(sites)) < max(len(sites), 1):
-        raise ConfigError("--site: name each site once, and at least one")
+        raise ConfigError("--site: name at least one site, and each site only once")
     require_folder(folder)
     if folder.exists() and any(folder.iterdir()):
-        raise RunError(f"{folder}: not empty; choose another folder, keys are not written over")
+        raise RunError(f"{folder}: the folder is not empty, and keys are never overwritten; choose another folder")
     authority = ec.generate_private_key(ec.SECP384R1())
     root = _certificate("fedmllm authority", authority.public_key(), authority, "fedmllm authority", days, ca=True)
     key = ec.generate_private_key(ec.SECP384R1())
@@ -82,7 +82,10 @@ def _certificate(
     host: str = "",
     ca: bool = False,
 ) -> x509.Certificate:
-    """For a server its host is what clients compare, whether it is a name or an address; and this machine, for what connects from it."""
+    """Return a signed certificate.
+
+    A server's certificate contains its host, a name or an address, which clients verify, and localhost for connections from the same machine.
+    """
     now = datetime.now(UTC)
     builder = (
         x509.CertificateBuilder()
@@ -116,7 +119,7 @@ def _yaml(values: dict[str, object]) -> str:
 
 
 def _write(path: Path, content: bytes, secret: bool = True) -> None:
-    """Secrets are for the owner's eyes from the first byte on."""
+    """Write a file. Secret files are readable only by their owner from the first byte on."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.touch(mode=0o600 if secret else 0o644)
     path.write_bytes(content)

@@ -1,6 +1,6 @@
-"""Processes that are kept up: each is started, logged into a file, and started anew when it ends.
+"""A supervisor of processes: it starts each one, logs its output to a file, and restarts it when it ends.
 
-This is a process of its own, ``python -m fedmllm.sites.processes``, of ten megabytes: nothing is imported here but what Python comes with.
+It runs as its own process, ``python -m fedmllm.sites.processes``, and takes only ten megabytes because it imports only the standard library.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from pathlib import Path
 
 @dataclass
 class Kept:
-    """A process that is to run.
+    """A supervised process.
 
     Attributes:
-        name: as told on the console.
-        command: its words.
-        log: file that its output is appended to.
-        delay: seconds after its end before it is started anew.
-        once: whether it has done its work when it ends well. What it says goes to the console.
-        patience: seconds that it is given to end by itself.
-        ends_with: name of the process whose end ends this one too, which is then started anew; empty for none.
+        name: the name on the console.
+        command: the command and its arguments.
+        log: file to which the output is appended.
+        delay: seconds between its end and its restart.
+        once: whether the process is done once it exits with code 0. Its standard output then goes to the console.
+        patience: seconds that it gets to exit on its own before it is killed.
+        ends_with: name of another process; when that ends, this one is ended and restarted too. Empty for none.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Kept:
     due: float = field(default=0.0, init=False)
 
     def tend(self, tell: Callable[[str], None]) -> bool:
-        """Start it if it is to be started; note its end. Whether it has ended."""
+        """Start the process if it is due, and notice if it has ended. Returns whether it has ended."""
         ended = self.process is not None and self.process.poll() is not None
         if ended and self.process is not None:
             self.done = self.once and self.process.returncode == 0
@@ -50,20 +50,20 @@ class Kept:
                 self.process = None
                 return True
             tell(
-                f"{self.name} ended with code {self.process.returncode}{_reason(self.log)}; see {self.log}; started anew in {self.delay:g} s"
+                f"{self.name} exited with code {self.process.returncode}{_reason(self.log)}; see {self.log}; restarting in {self.delay:g} s"
             )
             self.process, self.due = None, time.monotonic() + self.delay
         if self.process is None and not self.done and time.monotonic() >= self.due:
             with self.log.open("ab") as log:
-                # A group of its own: an interruption from the keyboard is for this process, which ends it.
+                # The process gets its own group, so that a keyboard interrupt reaches only the supervisor, which then ends the process.
                 output = None if self.once else log
                 self.process = subprocess.Popen(self.command, stdout=output, stderr=log, start_new_session=True)
             if not self.once:
                 tell(f"{self.name} started, process {self.process.pid}, log {self.log}")
         return ended
 
-    def stop(self, tell: Callable[[str], None] = lambda words: None) -> bool:
-        """End it, in the end by force. Whether that was not needed."""
+    def stop(self, tell: Callable[[str], None] = lambda line: None) -> bool:
+        """Terminate the process, and kill it if it does not exit in time. Returns whether it exited without being killed."""
         if self.process is None:
             return True
         self.process.terminate()
@@ -76,31 +76,31 @@ class Kept:
         return True
 
     def _killed(self, tell: Callable[[str], None]) -> None:
-        """Wait for its end, which only a device that does not answer keeps it from."""
+        """Wait for a killed process to end. Only a device that does not respond can prevent that."""
         try:
             if self.process is not None:
                 self.process.wait(self.patience)
         except subprocess.TimeoutExpired:
-            tell(f"{self.name} has not ended {self.patience:g} s after it was killed; it is left")
+            tell(f"{self.name} is still running {self.patience:g} s after it was killed; leaving it")
 
     def renew(self, tell: Callable[[str], None]) -> None:
-        """End it; it is started anew at once, or after the delay if it had to be ended by force."""
+        """End the process and restart it: at once, or after the delay if it had to be killed."""
         if self.process is not None:
             delay = 0.0 if self.stop(tell) else self.delay
-            tell(f"{self.name} is ended with {self.ends_with}; started anew in {delay:g} s")
+            tell(f"{self.name} was stopped because {self.ends_with} exited; restarting in {delay:g} s")
             self.process, self.due = None, time.monotonic() + delay
 
 
 def _reason(log: Path) -> str:
-    """What a process said last about why it ends, in a line: Flower's words for it, or the last line; empty if it said nothing."""
+    """Return the reason why a process ended, in one line from its log: Flower's explanation or the last line; empty if the log is empty."""
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace")[-4000:].splitlines()]
-    said = [i for i, line in enumerate(lines) if "Exit Code:" in line]
-    words = " ".join(lines[said[-1] + 1 : said[-1] + 4] if said else [line for line in lines if line][-1:])
-    return f" ({' '.join(words.split())})" if words else ""
+    found = [i for i, line in enumerate(lines) if "Exit Code:" in line]
+    reason = " ".join(lines[found[-1] + 1 : found[-1] + 4] if found else [line for line in lines if line][-1:])
+    return f" ({' '.join(reason.split())})" if reason else ""
 
 
 def tend(processes: Sequence[Kept], tell: Callable[[str], None]) -> None:
-    """Look after all of them once."""
+    """Check all processes once: start, restart and stop them as needed."""
     ended = {process.name for process in processes if process.tend(tell)}
     for process in processes:
         if process.ends_with in ended:
@@ -108,11 +108,11 @@ def tend(processes: Sequence[Kept], tell: Callable[[str], None]) -> None:
 
 
 def keep_up(processes: Sequence[Kept], tell: Callable[[str], None]) -> None:
-    """Until this process is interrupted or terminated; then all of them end.
+    """Supervise processes until this one is interrupted or terminated; then end all of them.
 
     Args:
-        processes: in the order of their start.
-        tell: what happens.
+        processes: the processes, in the order of their start.
+        tell: prints a line for each event.
     """
     signal.signal(signal.SIGTERM, _interrupt)
     try:
@@ -122,7 +122,7 @@ def keep_up(processes: Sequence[Kept], tell: Callable[[str], None]) -> None:
     except KeyboardInterrupt:
         tell("stopping")
     finally:
-        # Whoever is impatient does not leave processes behind: each of them is ended, in the end by force.
+        # Ignore further signals until every child has exited, so that an impatient user leaves no processes behind.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)
         for process in reversed(processes):
@@ -134,12 +134,12 @@ def _interrupt(*_: object) -> None:
 
 
 def main() -> None:
-    """The process: what to keep up, as JSON, is its argument."""
+    """Run the supervisor. Its argument lists the processes as JSON."""
     keep_up([Kept(**{**values, "log": Path(values["log"])}) for values in json.loads(sys.argv[1])], _tell)
 
 
-def _tell(words: str) -> None:
-    print(words, flush=True)  # noqa: T201
+def _tell(line: str) -> None:
+    print(line, flush=True)  # noqa: T201
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What is kept up at the server and at a site."""
+"""The processes that run at the server and at a site."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from fedmllm.flower.settings import ServerConfig, SiteConfig
 from fedmllm.sites.processes import Kept
 
 _KEY_IS_SEEN = 65
-"""Seconds: Flower refuses a site's key for a minute after it was last seen."""
+"""Seconds before a SuperNode restarts. Flower refuses a site's key for a minute after it last saw the site."""
 
 
 def become(processes: Sequence[Kept]) -> NoReturn:
-    """Turn this process into the one that keeps them up."""
-    told = [{k: v for k, v in asdict(kept).items() if k not in ("process", "due", "done")} | {"log": str(kept.log)} for kept in processes]
-    os.execv(sys.executable, [sys.executable, "-m", "fedmllm.sites.processes", json.dumps(told)])
+    """Replace this process by the supervisor of other processes."""
+    specs = [{k: v for k, v in asdict(kept).items() if k not in ("process", "due", "done")} | {"log": str(kept.log)} for kept in processes]
+    os.execv(sys.executable, [sys.executable, "-m", "fedmllm.sites.processes", json.dumps(specs)])
 
 
 def at_server(server: ServerConfig, file: Path) -> list[Kept]:
-    """Flower's SuperLink, and what admits the sites once it is there."""
+    """Return the processes of a server: Flower's SuperLink, and a process that admits the sites once the SuperLink answers."""
     admit = [sys.executable, "-m", "fedmllm.sites.admit", str(file)]
     return [superlink(server), Kept("admitting", admit, server.folder / "superlink.log", 5, once=True)]
 
 
 def at_site(site: SiteConfig, file: Path) -> list[Kept]:
-    """Flower's SuperNode, and the process that trains."""
+    """Return the processes of a site: Flower's SuperNode, and the worker that trains."""
     worker = [sys.executable, "-m", "fedmllm.sites.client", str(file)]
     return [supernode(site), Kept("worker", worker, site.folder / "worker.log", 2)]
 
 
 def superlink(server: ServerConfig) -> Kept:
-    """Flower's SuperLink: TLS, sites by their keys, a database, and no code of others run."""
+    """Return Flower's SuperLink, with TLS, authentication of sites by their keys, and a database. It runs no code that others send."""
     folder, (host, port) = server.folder, server.listening
     command = [
         _script("flower-superlink"),
@@ -50,9 +50,9 @@ def superlink(server: ServerConfig) -> Kept:
 
 
 def supernode(site: SiteConfig) -> Kept:
-    """Flower's SuperNode, which connects this site to the server.
+    """Return Flower's SuperNode, which connects this site to the server.
 
-    It waits for ever for a reply that its worker had begun to hand over when it ended; so it ends with the worker.
+    It restarts with the worker. If the worker dies while it hands over a reply, the SuperNode would wait for that reply forever.
     """
     folder = site.folder
     command = [
@@ -65,5 +65,5 @@ def supernode(site: SiteConfig) -> Kept:
 
 
 def _script(name: str) -> str:
-    """Flower's command, of the installation that this process runs in."""
+    """Return the path of a Flower command in the Python environment of this process."""
     return str(Path(sysconfig.get_path("scripts")) / name)

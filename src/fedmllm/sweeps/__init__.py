@@ -1,1 +1,1 @@
-"""Sweeps: a grid of experiments, trained and compared over seeds."""
+"""Sweeps: train a grid of experiments and compare them over seeds."""

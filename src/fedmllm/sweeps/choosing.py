@@ -1,4 +1,4 @@
-"""Choosing among a sweep's methods, or one's settings written as methods: by the validation part, and nothing else."""
+"""Ranks a sweep's methods, or one method's settings written as methods, by validation scores only."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from fedmllm.sweeps.comparison import Sweep
 
 
 class Choice(NamedTuple):
-    """What a method reached.
+    """A method's result on the validation split.
 
     Attributes:
         method: its name.
-        score: the mean over seeds and columns of the final model's score on the validation part.
+        score: the final model's validation score, averaged over seeds and columns.
         error: standard error over seeds; None for a single seed.
     """
 
@@ -24,19 +24,19 @@ class Choice(NamedTuple):
 
 
 def ranked(sweep: Sweep) -> list[Choice]:
-    """The methods, the best first, ties by name; over the columns that all of them have.
+    """Return the methods from best to worst, ties by name, over the columns that all methods have.
 
     Raises:
-        RunError: if a cell has no score on a validation part: what would be left to choose by is the test split.
+        RunError: if a cell has no validation score, because then only the test split would be left to choose by.
     """
     cells = [cell for method in sweep.methods for cell in sweep.of(method, sweep.shared)]
     if bare := [cell.run.name for cell in cells if "score" not in cell.result.validation]:
         raise RunError(
-            f"{len(bare):,} cell(s) have no score on a validation part, and nothing is chosen on test data; set evaluation.every and "
+            f"{len(bare):,} cell(s) have no validation score, and methods are never chosen by test scores; set evaluation.every and "
             f"data.validation_share above 0 and run fedmllm sweep again:\n{listing(bare)}"
         )
     if not cells:
-        raise RunError("no column is finished by all methods; run fedmllm sweep again")
+        raise RunError("no column is finished for all methods; run fedmllm sweep again")
     return sorted((_choice(sweep, method) for method in sweep.methods), key=lambda choice: (-choice.score, choice.method))
 
 

@@ -1,4 +1,4 @@
-"""The results of a sweep: scores by method and column, ranks, and methods against the first one, sample by sample."""
+"""The results of a sweep: scores by method and column, ranks, and gains over the first method with the noise of the test samples."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from fedmllm.run.results import RunResult
 from fedmllm.sweeps.statistics import Interval, paired
 
 RESAMPLES = 200
-"""Of the test samples, from which their noise is known to a twentieth."""
+"""Number of resamples of the test samples. They give the noise to within about 5 %."""
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-"""In C where PyYAML was built so: a table of a thousand cells reads their settings in a tenth of the time."""
+"""YAML loader, in C if PyYAML has it: it reads the settings of a thousand cells in a tenth of the time."""
 
 
 class Column(NamedTuple):
-    """What a method is tried on."""
+    """A model, dataset and scenario on which methods are compared."""
 
     model: str
     dataset: str
@@ -41,10 +41,10 @@ class Trained:
     """A finished cell.
 
     Attributes:
-        method, column, seed: which.
-        code: the version of the code that trained it.
-        run: its folder's files.
-        answers: of its final model, or of its clients' models, to the test split.
+        method, column, seed: identify the cell.
+        code: version of the code that trained the cell.
+        run: the content of its run folder.
+        answers: answers to the test split of its final model, or of each personalized model.
     """
 
     method: str
@@ -56,52 +56,52 @@ class Trained:
 
     @property
     def result(self) -> RunResult:
-        """The outcome."""
+        """The run's result."""
         if self.run.result is None:
             raise RunError(f"{self.run.name}: not finished; run fedmllm sweep again")
         return self.run.result
 
     @property
     def score(self) -> float:
-        """Of the federated model."""
+        """Score of the federated model."""
         found = self.result.scores["federated"]
         if found is None:
             raise RunError(f"{self.run.name}: the result has no score of the federated model; remove the cell and run fedmllm sweep again")
         return found
 
     def baseline(self, key: str) -> float | None:
-        """The score of a baseline trained beside it; None where there was none."""
+        """Return the score of a baseline of the same run; None if the run has none."""
         return self.result.scores.get(key)
 
     @cached_property
     def same_test(self) -> bool:
-        """Whether other seeds are tested on these samples too, or on some of them: data in files are the same for every seed, generated data are not."""
+        """Whether other seeds are tested on some of the same samples. Data in files are the same for every seed; generated data are not."""
         return _names_files(yaml.load(self.run.config, _LOADER).get("data", {}))
 
     @cached_property
     def resampled(self) -> NDArray[np.float64]:
-        """The score on ``RESAMPLES`` resamples of the test samples, the same for all cells of a dataset."""
-        # Undefined where a class is wanting, for all models alike: drawn again.
+        """Scores on ``RESAMPLES`` resamples of the test samples, which are the same for all cells of a dataset; shape (RESAMPLES,)."""
+        # A resample without one of the classes has no defined score for any model, and is drawn again.
         scores = [model.resampled(generator(0, "comparison"), RESAMPLES) for model in self.answers]
         return np.asarray(np.mean(scores, axis=0))
 
 
 class Chosen(Trained):
-    """A finished cell of an AUC, scored by chosen options instead of their probabilities."""
+    """A finished cell whose AUC is computed from the chosen options instead of their probabilities."""
 
     @property
     def score(self) -> float:
-        """Of the federated model; of a personalized method the mean over the clients' models."""
+        """Score of the federated model; for a personalized method, the mean over the clients' models."""
         return mean(model.hard().score() for model in self.answers)
 
     def baseline(self, key: str) -> float | None:
-        """As far as a single model made it."""
+        """Return the score of a baseline; None if the run did not record it, e.g. for means over clients."""
         return self.result.details.get(key, {}).get("auc_hard")
 
 
 @dataclass(frozen=True)
 class Beside(Trained):
-    """A finished cell, scored by what stands beside the headline; its answers are those of ``Answered.by``.
+    """A finished cell, scored by another metric than the headline. Its answers are those of ``Answered.by``.
 
     Attributes:
         metric: one of ``SIDE_BY_SIDE``.
@@ -111,29 +111,29 @@ class Beside(Trained):
 
     @property
     def score(self) -> float:
-        """Of the federated model; of a personalized method the mean over the clients' models."""
+        """Score of the federated model; for a personalized method, the mean over the clients' models."""
         return mean(model.score() for model in self.answers)
 
     def baseline(self, key: str) -> float | None:
-        """As far as the run noted it."""
+        """Return the score of a baseline; None if the run did not record it."""
         return self.result.details.get(key, {}).get(self.metric)
 
 
 def _names_files(settings: object) -> bool:
-    """Whether a section, or one within it, has a ``root``."""
+    """Return whether a section, or one inside it, sets ``root``."""
     if isinstance(settings, Mapping):
         return settings.get("root") is not None or any(map(_names_files, settings.values()))
     return isinstance(settings, list) and any(map(_names_files, settings))
 
 
 class Gain(NamedTuple):
-    """How far a method lies above another.
+    """The difference in score between two methods.
 
     Attributes:
-        mean: over seeds and columns, each weighing alike.
-        interval: of the mean, see ``intervals.paired``; None for a single seed.
-        won, cells: in how many cells it scored higher, and of how many.
-        seeds: how many seeds there were.
+        mean: mean difference; all seeds weigh the same, and within a seed all columns.
+        interval: confidence interval of the mean, see ``statistics.paired``; None for a single seed.
+        won, cells: number of cells in which the method scored higher, and number of cells compared.
+        seeds: number of seeds compared.
     """
 
     mean: float
@@ -145,13 +145,13 @@ class Gain(NamedTuple):
 
 @dataclass(frozen=True)
 class Sweep:
-    """All finished cells, and the order in which the grid names things.
+    """All finished cells of a sweep, with names in the grid's order.
 
     Attributes:
-        name: of the sweep.
-        methods, columns, seeds: as far as a cell of theirs is finished.
-        cells: by method, column and seed.
-        published: by dataset, method and scenario, what others have reported, in percent.
+        name: the sweep's name.
+        methods, columns, seeds: those with at least one finished cell.
+        cells: the cells by method, column and seed.
+        published: published results in percent, by dataset, method and scenario.
     """
 
     name: str
@@ -163,22 +163,22 @@ class Sweep:
 
     @property
     def reference(self) -> str:
-        """The method that others are compared with."""
+        """The method that all others are compared with: the first."""
         return self.methods[0]
 
     @property
     def shared(self) -> tuple[Column, ...]:
-        """Columns in which every method has a cell, in which alone numbers that are no differences can be compared; all of them where there is none."""
+        """Columns in which every method has a cell, or all columns if there are none. Means of scores are comparable only over these columns."""
         held = {(method, column) for method, column, _ in self.cells}
         return tuple(c for c in self.columns if all((method, c) in held for method in self.methods)) or self.columns
 
     def of(self, method: str, columns: Sequence[Column] = ()) -> list[Trained]:
-        """A method's cells."""
+        """Return a method's cells, in all columns by default."""
         chosen = columns or self.columns
         return [cell for (name, column, _), cell in self.cells.items() if name == method and column in chosen]
 
     def scores(self, method: str, columns: Sequence[Column] = ()) -> dict[int, float]:
-        """By seed, the mean over columns, of the seeds that have all of them."""
+        """Return a method's mean score over columns by seed, for seeds with a cell in every column."""
         chosen = columns or self.columns
         return {
             seed: mean(self.cells[method, column, seed].score for column in chosen)
@@ -187,12 +187,12 @@ class Sweep:
         }
 
     def mean_and_error(self, method: str, columns: Sequence[Column] = ()) -> tuple[float, float | None] | None:
-        """Over seeds; None where there is none."""
+        """Return mean and standard error over seeds of a method's score; None if no seed has all columns."""
         found = list(self.scores(method, columns).values())
         return (mean(found), error_over_models(found)) if found else None
 
     def by(self, metric: str) -> Sweep:
-        """The same cells scored by one of ``SIDE_BY_SIDE``; those whose answers do not say which class they are, are left out."""
+        """Return the same cells scored by one of ``SIDE_BY_SIDE``. Cells whose answers have no classes are omitted."""
         found: dict[tuple[str, Column, int], Trained] = {}
         for key, c in self.cells.items():
             answers = [other for model in c.answers if (other := model.by(metric)) is not None]
@@ -201,7 +201,7 @@ class Sweep:
         return replace(self, cells=found)
 
     def ranks(self, columns: Sequence[Column] = ()) -> dict[str, float]:
-        """Mean over columns of a method's place among those that have all of them, 1 for the best; ties share the mean of theirs."""
+        """Return the mean rank over columns of each method that has all of them; 1 is the best. Ties share their mean rank."""
         chosen = list(columns or self.columns)
         entered = [method for method in self.methods if all(self.scores(method, [column]) for column in chosen)]
         table = np.array([[mean(self.scores(method, [column]).values()) for column in chosen] for method in entered])
@@ -212,7 +212,16 @@ class Sweep:
         return dict(zip(entered, (1 + better + tied / 2).mean(1).tolist(), strict=True))
 
     def gain(self, method: str, over: str = "", columns: Sequence[Column] = ()) -> Gain | None:
-        """Over another method, the first one unless named, in the columns and seeds that both have; None where there are none."""
+        """Return a method's gain over another one, in the columns and seeds that both have.
+
+        Args:
+            method: the method.
+            over: the method to compare with; the first method by default.
+            columns: columns to compare in; all by default.
+
+        Returns:
+            The gain, or None if the two have no cells in common.
+        """
         other, chosen = over or self.reference, columns or self.columns
         pairs = {
             seed: [
@@ -234,10 +243,10 @@ class Sweep:
 
 
 def read_sweep(folder: Path) -> Sweep:
-    """All finished cells of a sweep's folder; of several with the same names, trained by different code, the newest.
+    """Read all finished cells of a sweep folder. Of several cells with the same names, trained by different code, it takes the newest.
 
     Raises:
-        RunError: if there is none, or a file is broken.
+        RunError: if there is no finished cell, or a file is broken.
     """
     order = _order(folder)
     found: dict[tuple[str, Column, int], tuple[float, Trained]] = {}
@@ -250,7 +259,7 @@ def read_sweep(folder: Path) -> Sweep:
         if key not in found or when > found[key][0]:
             found[key] = (when, cell)
     if not found:
-        raise RunError(f"{folder}: no finished cell in it; run fedmllm sweep first")
+        raise RunError(f"{folder}: the folder has no finished cell; run fedmllm sweep first")
     cells = {key: cell for key, (_, cell) in found.items()}
     columns = sorted({key[1] for key in cells}, key=lambda c: [_place(order[name], value) for name, value in zip(_PARTS, c, strict=True)])
     methods = sorted({key[0] for key in cells}, key=lambda name: _place(order["methods"], name))
@@ -262,25 +271,28 @@ _PARTS = ("models", "datasets", "scenarios")
 
 
 def _place(order: Sequence[str], name: str) -> tuple[int, str]:
-    """Where the grid names something; what it does not name any more comes last, by name."""
+    """Return a sort key for the grid's order. Names that are no longer in the grid come last, by name."""
     return (order.index(name), "") if name in order else (len(order), name)
 
 
 def _order(folder: Path) -> dict[str, Any]:
-    """The names of the grid and what others have published, as ``fedmllm sweep`` noted them."""
+    """Return the names of the grid and the published results, as ``fedmllm sweep`` recorded them."""
     path = folder / "grid.json"
     try:
         noted = json.loads(path.read_text(encoding="utf-8"))
         return {name: [str(value) for value in noted[name]] for name in ("methods", *_PARTS)} | {"published": noted["published"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{path}: cannot be read ({error}); give the folder of a sweep, or run fedmllm sweep again") from error
+        raise RunError(f"{path}: cannot be read ({error}); name a sweep folder, or run fedmllm sweep again") from error
 
 
 def read_cell(path: Path) -> Trained:
-    """A finished cell, given the file of its names.
+    """Read a finished cell.
+
+    Args:
+        path: the JSON file with the cell's names.
 
     Raises:
-        RunError: if it is not there, or a file is broken.
+        RunError: if the cell is missing, or a file is broken.
     """
     try:
         labels = json.loads(path.read_text(encoding="utf-8"))

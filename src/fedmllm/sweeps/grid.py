@@ -1,4 +1,4 @@
-"""A grid of experiments in one file: the product of methods, scenarios, datasets, models and seeds, and rows beside it."""
+"""A grid of experiments in one file: the product of methods, scenarios, datasets, models and seeds, plus additional rows."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from fedmllm.registry import resolved, sources
 from fedmllm.settings_file import GRID, read_settings
 
 Sections = dict[str, Any]
-"""Part of an experiment: sections with some of their settings."""
+"""Sections of an experiment with some of their settings."""
 _RUN = "fedmllm.run.train"
-"""The module that computes a cell."""
+"""The module that trains a cell."""
 _NO_MATTER = frozenset(
     {"fedmllm.engine.observer", *(f"fedmllm.run.{name}" for name in ("card", "folders", "roll_call", "tracking"))}
     | {f"fedmllm.flower.{name}" for name in ("installed", "run_grid", "settings", "simulation", "superlink")}
 )
-"""What a run imports to show its numbers, or to reach its clients: none of it changes them."""
+"""Modules that a run imports only to show its numbers or to reach its clients. They do not affect results."""
 
 
 def _named(*place: str) -> BeforeValidator:
-    """A list of names is short for a mapping of each to the sections that choose it."""
+    """Return a validator that expands a list of names to a mapping from each name to the sections that select it."""
 
     def sections(name: str) -> Sections:
         value: Any = name
@@ -57,20 +57,20 @@ Models = Annotated[dict[str, Sections], _named("model", "name")]
 
 
 class Rows(BaseModel):
-    """Further methods, on a part of the grid: where a list is left out, on all of it."""
+    """Additional methods on a subset of the grid. A list that is left out means all of the grid's."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     methods: Methods = Field(min_length=1)
-    """By name as printed, their sections; a list of names is short for methods at their defaults."""
+    """The methods' sections by the name to print; or a list of method names, for their defaults."""
     scenarios: tuple[str, ...] = ()
-    """Of the grid's."""
+    """Scenarios of the grid."""
     datasets: tuple[str, ...] = ()
-    """Names of the grid's."""
+    """Names of datasets of the grid."""
     models: tuple[str, ...] = ()
-    """Names of the grid's."""
+    """Names of models of the grid."""
     seeds: tuple[int, ...] = ()
-    """Of the grid's."""
+    """Seeds of the grid."""
 
 
 class Grid(BaseModel):
@@ -81,33 +81,34 @@ class Grid(BaseModel):
     base: Sections = {}
     """Sections that all experiments share."""
     methods: Methods = Field(min_length=1)
-    """By name as printed, their sections, e.g. ``{FedProx: {algorithm: {name: fedprox}}}``; or a list of names. Others are compared with the first."""
+    """The methods' sections by the name to print, e.g. ``{FedProx: {algorithm: {name: fedprox}}}``; or a list of method names. The first method is the
+    reference for comparisons."""
     scenarios: tuple[str, ...] = Field(min_length=1)
     """Scenarios."""
     datasets: Datasets = Field(min_length=1)
-    """By name as printed, their sections; or a list of names."""
+    """The datasets' sections by the name to print; or a list of dataset names."""
     models: Models = {"nano": {}}
-    """By name as printed, their sections; or a list of names."""
+    """The models' sections by the name to print; or a list of model names."""
     seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1)
     """Seeds."""
     baselines: tuple[str, ...] = EvaluationConfig.model_fields["baselines"].default
-    """Trained once for each scenario, dataset, model and seed, beside the first method."""
+    """Baselines, trained once for each scenario, dataset, model and seed, in the run of the first method."""
     rows: tuple[Rows, ...] = ()
-    """Methods beside the grid."""
+    """Additional methods on a subset of the grid."""
     published: dict[str, dict[str, tuple[float, ...]]] = {}
-    """Numbers of others in percent, to be printed below ours: by dataset and method, one for each scenario in their order."""
+    """Published results in percent, to print below the grid's own: by dataset and method, one number per scenario in the order of the scenarios."""
 
     @model_validator(mode="after")
     def _parts_are_of_the_grid(self) -> Grid:
         for rows in self.rows:
             for name in ("scenarios", "datasets", "models", "seeds"):
                 if unknown := set(getattr(rows, name)) - set(getattr(self, name)):
-                    raise ValueError(f"rows: {name} {sorted(unknown)} are not the grid's; it has {list(getattr(self, name))}")
+                    raise ValueError(f"rows: {name} {sorted(unknown)} are not in the grid, which has {list(getattr(self, name))}")
             if twice := rows.methods.keys() & self.methods.keys():
-                raise ValueError(f"rows: {sorted(twice)} are methods of the grid already; rename or remove them")
+                raise ValueError(f"rows: {sorted(twice)} are already methods of the grid; rename or remove them")
         for dataset, methods in self.published.items():
             if dataset not in self.datasets:
-                raise ValueError(f"published: {dataset!r} is no dataset of the grid; it has {list(self.datasets)}")
+                raise ValueError(f"published: {dataset!r} is not a dataset of the grid, which has {list(self.datasets)}")
             for method, numbers in methods.items():
                 if len(numbers) != len(self.scenarios):
                     raise ValueError(f"published: {dataset}: {method}: {len(numbers)} numbers for {len(self.scenarios)} scenarios")
@@ -116,7 +117,7 @@ class Grid(BaseModel):
 
 @dataclass(frozen=True)
 class Cell:
-    """One experiment of a grid, by the names of what it is made of."""
+    """One experiment of a grid, with the grid's names for its model, dataset, scenario and method."""
 
     model: str
     dataset: str
@@ -125,16 +126,16 @@ class Cell:
     method: str
     experiment: Experiment
     content: str = ""
-    """Of the folders of model and data, as far as they are here; see ``content_key``."""
+    """Digest of the local files of model and data; see ``content_key``."""
 
     @property
     def labels(self) -> dict[str, str | int]:
-        """The names."""
+        """The cell's model, dataset, seed, scenario and method by these names."""
         return {name: getattr(self, name) for name in ("model", "dataset", "seed", "scenario", "method")}
 
     @cached_property
     def key(self) -> str:
-        """Names the cell's folder: a digest of its settings in full, of the code that computes, and of the files of model and data."""
+        """The name of the cell's folder: a digest of its complete settings, of the code that results depend on, and of the files of model and data."""
         # Plugins count by what is in them, not by where they are.
         settings = self.experiment.model_copy(update={"plugins": tuple(Path(name).name for name in self.experiment.plugins)})
         return hashlib.sha256(
@@ -146,7 +147,7 @@ def load_grid(path: Path) -> Grid:
     """Read a grid from YAML.
 
     Raises:
-        ConfigError: if it is missing, no YAML, or breaks a rule.
+        ConfigError: if the file is missing, is not YAML, or has invalid settings.
     """
     values, _ = read_settings(path, GRID)
     if isinstance(base := values.get("base"), dict) and "plugins" in base:
@@ -161,7 +162,7 @@ def load_grid(path: Path) -> Grid:
 
 
 def names(grid: Grid) -> dict[str, Any]:
-    """What a grid is made of, in its order, and what others have published about it."""
+    """Return the names of a grid's methods, models, datasets, scenarios and seeds in its order, and the published results."""
     methods = [*grid.methods, *(name for rows in grid.rows for name in rows.methods)]
     parts = {"models": grid.models, "datasets": grid.datasets, "scenarios": grid.scenarios, "seeds": grid.seeds}
     published = {
@@ -172,7 +173,7 @@ def names(grid: Grid) -> dict[str, Any]:
 
 
 def cells(grid: Grid) -> list[Cell]:
-    """All experiments, those alike in model, data and seed one after another.
+    """Return all experiments. Those with the same model, data and seed are adjacent.
 
     Raises:
         ConfigError: naming the cells whose settings contradict each other.
@@ -187,19 +188,19 @@ def cells(grid: Grid) -> list[Cell]:
         except ConfigError as error:
             problems.append(f"{' / '.join(map(str, labels.values()))}: {error}")
     if problems:
-        raise ConfigError(f"{len(problems)} experiment(s) of the grid cannot be run:\n{listing(problems)}")
+        raise ConfigError(f"{len(problems)} experiment(s) of the grid have invalid settings:\n{listing(problems)}")
     return found
 
 
 def _sources(experiment: Experiment) -> tuple[Path, ...]:
-    """Folders and files of model and data that are here; the embedded model counts as code."""
+    """Return the local folders and files of model and data, without the embedded model, which counts as code."""
     model = Path(model_source(experiment.model.name))
     named = (*experiment.data.sources, *(() if model == NANO_FOLDER else (model,)))
     return tuple(path for path in named if path.exists())
 
 
 def _products(grid: Grid) -> Iterator[tuple[dict[str, Any], Sections]]:
-    """Names and merged sections of every cell."""
+    """Yield names and merged sections of every cell."""
     for model, dataset, seed in product(grid.models, grid.datasets, grid.seeds):
         for scenario in grid.scenarios:
             for method, sections in grid.methods.items():
@@ -225,7 +226,7 @@ def _cell(grid: Grid, names: tuple[str, str, int, str, str], own: Sections, base
 
 
 def merged(*layers: Mapping[str, Any]) -> Sections:
-    """Sections of several layers, a setting from the last that has it."""
+    """Merge sections of several layers. A setting comes from the last layer that has it."""
     result: Sections = {}
     for layer in layers:
         for name, value in layer.items():
@@ -235,8 +236,10 @@ def merged(*layers: Mapping[str, Any]) -> Sections:
 
 @cache
 def code_version() -> str:
-    """A digest of what scores depend on beside settings and data: the code that a run imports, comments and docstrings left out, and the
-    embedded model."""
+    """Return a digest of the code that a run imports, without comments and docstrings, and of the embedded model.
+
+    Scores depend on these, on settings and on data.
+    """
     digest = hashlib.sha256()
     for path in code_files():
         digest.update(_meaning(path.read_text(encoding="utf-8")).encode())
@@ -253,7 +256,7 @@ def plugin_version(plugins: tuple[str, ...]) -> str:
 
 
 def code_files() -> list[Path]:
-    """The package's modules that a run imports, directly or through others, and all datasets, which are imported by their names."""
+    """Return the package's modules that a run imports, directly or indirectly, and all dataset modules, which are imported by name."""
     package = Path(fedmllm.__file__).parent
     found: set[Path] = set()
     waiting = [_module_file(_RUN), *sorted((package / "data" / "datasets").rglob("*.py"))]
@@ -266,7 +269,7 @@ def code_files() -> list[Path]:
 
 
 def _imported(path: Path) -> set[str]:
-    """Modules of this package that a module imports, inside its functions too; names that are no modules are among them."""
+    """Return the names that a module imports from this package, also inside functions. They include names that are not modules."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -277,13 +280,13 @@ def _imported(path: Path) -> set[str]:
 
 
 def _module_file(name: str) -> Path | None:
-    """Where a module's code is; None for a name that is none."""
+    """Return the file of a module; None for a name that is not a module."""
     place = Path(fedmllm.__file__).parent.joinpath(*name.split(".")[1:])
     return next((path for path in (place.with_suffix(".py"), place / "__init__.py") if path.is_file()), None)
 
 
 def _meaning(source: str) -> str:
-    """A module without what only people read."""
+    """Return a module's syntax tree as text, without comments and docstrings."""
     tree = ast.parse(source)
     for node in ast.walk(tree):
         body = getattr(node, "body", None)

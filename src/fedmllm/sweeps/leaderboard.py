@@ -1,4 +1,4 @@
-"""``leaderboard.json``: a finished sweep as others may compare it, written only where its files bear it out."""
+"""``leaderboard.json``: the results of a finished sweep, for comparison by others. It is written only if the sweep's files confirm it."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from fedmllm.types import Prediction
 _STRICT = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 _SHA256 = r"^[0-9a-f]{64}$"
 TOLERANCE = 1e-9
-"""Between a score as written and as computed from the answers again."""
+"""Largest difference between a recorded score and the same score computed from the answers."""
 
 
 class Entry(BaseModel):
-    """A cell."""
+    """The results of one cell."""
 
     model_config = _STRICT
 
@@ -39,27 +39,27 @@ class Entry(BaseModel):
     scenario: str
     method: str
     seed: int
-    """The grid's names."""
+    """Seed of the experiment. The names above are the grid's."""
     metric: Literal["auc", "macro_f1", "accuracy", "mixed"]
-    """Of ``score``."""
+    """Metric of ``score``."""
     score: float = Field(ge=0, le=1)
-    """Of the federated model after the last round."""
+    """Test score of the federated model after the last round."""
     standard_error: float | None = Field(ge=0)
-    """Over test samples; of a personalized method over the clients."""
+    """Standard error over test samples; for a personalized method, over the clients."""
     num_samples: int = Field(gt=0)
-    """Test samples asked."""
+    """Number of test samples."""
     failures: int = Field(ge=0)
-    """Answers that could not be read."""
+    """Number of answers that could not be parsed."""
     num_rounds: int = Field(ge=0)
-    """Trained."""
+    """Number of trained rounds."""
     bytes_up: int = Field(ge=0)
-    """Sent by all clients."""
+    """Bytes sent by all clients."""
     bytes_down: int = Field(ge=0)
-    """Received by all clients."""
+    """Bytes received by all clients."""
     settings: str = Field(pattern=_SHA256)
     """SHA-256 of ``config.yaml``."""
     split: str = Field(pattern=_SHA256)
-    """SHA-256 of ``manifest.json``: two entries with the same were trained and tested on the same samples."""
+    """SHA-256 of ``manifest.json``. Entries with the same value were trained and tested on the same samples."""
     answers: str = Field(pattern=_SHA256)
     """SHA-256 of ``predictions.json``."""
 
@@ -70,27 +70,27 @@ class Leaderboard(BaseModel):
     model_config = _STRICT
 
     version: Literal[1] = 1
-    """Of this form."""
+    """Version of the file format."""
     code: str
-    """The version of the code on which scores depend."""
+    """Version of the code on which scores depend."""
     versions: dict[str, str]
-    """Of the package, Python and the libraries."""
+    """Versions of the package, Python and the libraries."""
     entries: list[Entry]
     """The cells, in the grid's order."""
 
 
 def submit(cells: Sequence[Cell], output: Path) -> Path:
-    """Check a sweep, and write ``leaderboard.json`` beside its cells.
+    """Check a sweep and write ``leaderboard.json`` to its folder.
 
-    Of every cell of the grid: it is finished, by this version of the code, with the grid's settings; the split is the one that the settings
-    give, and the answers are to its test samples; all rounds are there; the scores, bytes and failures of the result are those of
-    the rounds and the answers.
+    Every cell of the grid must be finished by this version of the code with the grid's settings. Its split must be the one that the settings give,
+    its answers must belong to the test samples, and all rounds must be present. Scores, bytes and failures of the result must agree with the rounds and
+    the answers.
 
     Returns:
-        where the file is.
+        The path of the file.
 
     Raises:
-        RunError: naming every cell that does not stand, and why; nothing is written then.
+        RunError: naming every failed check. The file is not written then.
     """
     held, found, problems = Resident(), [], []
     for cell in cells:
@@ -103,7 +103,7 @@ def submit(cells: Sequence[Cell], output: Path) -> Path:
             wrong = [" ".join(str(error).split())]
         problems += [f"{' / '.join(map(str, cell.labels.values()))}: {problem}" for problem in wrong]
     if problems:
-        raise RunError(f"{output}: {len(problems)} thing(s) do not stand, so there is no leaderboard.json:\n{listing(problems)}")
+        raise RunError(f"{output}: {len(problems)} check(s) failed; leaderboard.json was not written:\n{listing(problems)}")
     entries = [_entry(cell, folder, trained) for cell, folder, trained in found]
     board = Leaderboard(code=code_version(), versions=found[0][2].result.versions, entries=entries)
     write_json(output / "leaderboard.json", board.model_dump())
@@ -119,54 +119,54 @@ def _finished(places: Places) -> Trained:
 
 
 def read_leaderboard(path: Path) -> Leaderboard:
-    """Another's file.
+    """Read a ``leaderboard.json``.
 
     Raises:
-        RunError: if it is not of this form.
+        RunError: if the file cannot be read or has another format.
     """
     try:
         return Leaderboard.model_validate_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise RunError(f"{path}: no leaderboard of this version of fedmllm: {' '.join(str(error).split())[:400]}") from error
+        raise RunError(f"{path}: not a leaderboard of this version of fedmllm: {' '.join(str(error).split())[:400]}") from error
 
 
 def _wrong(cell: Cell, folder: Path, trained: Trained, held: Resident) -> Iterator[str]:
-    """What of a cell does not stand."""
+    """Yield the failed checks of a cell."""
     for changed in differences(Experiment.load(folder / "config.yaml"), cell.experiment):
-        yield f"config.yaml has other settings than the grid (there and here): {changed}"
+        yield f"config.yaml differs from the grid (the cell's setting and the grid's): {changed}"
     data = spread(held.dataset(cell.experiment), cell.experiment.federation, cell.seed)
     if json.loads((folder / "manifest.json").read_text(encoding="utf-8")) != manifest(data, cell.scenario, cell.seed):
         yield "manifest.json is not the split that the settings give"
-    asked = answered(data.dataset.metric, [Prediction(sample, None) for sample in data.dataset.test])
-    if not all(_same_questions(asked, model) for model in trained.answers):
+    expected = answered(data.dataset.metric, [Prediction(sample, None) for sample in data.dataset.test])
+    if not all(_same_questions(expected, model) for model in trained.answers):
         yield "predictions.json does not answer the test samples"
     else:
         yield from _wrong_numbers(trained)
 
 
-def _same_questions(asked: Answered, model: Answered) -> bool:
-    same = (asked.metric, asked.metrics) == (model.metric, model.metrics)
-    return same and np.array_equal(asked.truth, model.truth) and np.array_equal(asked.domain, model.domain)
+def _same_questions(expected: Answered, model: Answered) -> bool:
+    same = (expected.metric, expected.metrics) == (model.metric, model.metrics)
+    return same and np.array_equal(expected.truth, model.truth) and np.array_equal(expected.domain, model.domain)
 
 
 def _wrong_numbers(trained: Trained) -> Iterator[str]:
-    """Where a result says something else than what it is made of."""
+    """Yield the numbers of a result that disagree with its rounds and answers."""
     result, rounds = trained.result, trained.run.rounds
     if [line.round for line in rounds] != list(range(1, result.num_rounds + 1)):
-        yield f"metrics.jsonl has not the rounds 1 to {result.num_rounds}"
+        yield f"metrics.jsonl does not have exactly the rounds 1 to {result.num_rounds}"
     computed = {
         "score": mean(model.score() for model in trained.answers),
         "bytes_up": sum(line.bytes_up for line in rounds),
         "bytes_down": sum(line.bytes_down for line in rounds),
         "failures": sum(int((~np.isfinite(model.guess) | (model.guess < 0)).sum()) for model in trained.answers),
     }
-    told = {"score": trained.score, "bytes_up": result.bytes_up, "bytes_down": result.bytes_down}
-    # Of free answers a failure is as wrong as any other, and the answers do not tell them apart.
+    recorded = {"score": trained.score, "bytes_up": result.bytes_up, "bytes_down": result.bytes_down}
+    # For free answers, the recorded answers do not distinguish failures from other wrong answers.
     if result.metric not in ("accuracy", "mixed"):
-        told["failures"] = result.details["federated"]["failures"]
-    for name, value in told.items():
+        recorded["failures"] = result.details["federated"]["failures"]
+    for name, value in recorded.items():
         if abs(value - computed[name]) > TOLERANCE:
-            yield f"result.json: {name} is {value}, its rounds and answers come to {computed[name]}"
+            yield f"result.json: {name} is {value}, computed from rounds and answers it is {computed[name]}"
 
 
 def _entry(cell: Cell, folder: Path, trained: Trained) -> Entry:

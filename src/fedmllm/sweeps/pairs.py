@@ -1,4 +1,4 @@
-"""What strategies add: methods of a sweep that differ in nothing else."""
+"""Pairs of methods of a sweep that differ only in their strategies, to measure what strategies add."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from fedmllm.sweeps.comparison import Column, Sweep, Trained
 
 
 class Pair(NamedTuple):
-    """A method, and the same with fewer strategies.
+    """A method, and the same method with fewer strategies.
 
     Attributes:
         added: names of the strategies that only ``method`` has.
-        method, over: names of the grid's.
+        method, over: the two methods' names in the grid.
     """
 
     added: tuple[str, ...]
@@ -27,12 +27,12 @@ class Pair(NamedTuple):
 
     @property
     def label(self) -> str:
-        """As printed."""
+        """The name in tables and figures."""
         return f"{' + '.join(self.added)} on {self.over}"
 
 
 def pairs(sweep: Sweep) -> list[Pair]:
-    """All of them, each judged by a cell of the same column and seed; single strategies first."""
+    """Return all pairs of a sweep, those with a single strategy first. Cells with the same column and seed decide whether two methods are a pair."""
     found = []
     for method, over in permutations(sweep.methods, 2):
         places = ((column, seed) for name, column, seed in sweep.cells if name == method and (over, column, seed) in sweep.cells)
@@ -47,13 +47,13 @@ def pairs(sweep: Sweep) -> list[Pair]:
 
 
 def acting(sweep: Sweep, pair: Pair) -> Sweep:
-    """Without the cells in which nothing that the pair adds could change anything: there both trained the same."""
+    """Return the sweep without cells in which none of the pair's added strategies could have an effect. There, both methods trained the same."""
     idle = {key for key, cell in sweep.cells.items() if key[0] == pair.method and set(pair.added) <= set(cell.result.idle)}
     return replace(sweep, cells={key: cell for key, cell in sweep.cells.items() if key not in idle})
 
 
 def kinds(sweep: Sweep) -> dict[str, list[Column]]:
-    """Columns by the kind of their scenario, e.g. ``missing`` of ``missing-0.4``."""
+    """Return the columns by the kind of their scenario, e.g. ``missing`` for ``missing-0.4``."""
     found: dict[str, list[Column]] = {}
     for column in sweep.columns:
         found.setdefault(column.scenario.split("-")[0], []).append(column)
@@ -61,7 +61,7 @@ def kinds(sweep: Sweep) -> dict[str, list[Column]]:
 
 
 def _apart_from_strategies(cell: Trained) -> str:
-    """The settings without strategies, the prompt, which is one, and what is only measured."""
+    """Return the settings without strategies, without the prompt (which counts as one) and without evaluation."""
     settings: dict[str, Any] = yaml.safe_load(cell.run.config)
     settings.pop("evaluation", None)
     settings.setdefault("data", {}).pop("prompt", None)

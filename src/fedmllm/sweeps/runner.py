@@ -1,4 +1,4 @@
-"""A grid run cell by cell, in one process or several: finished cells are skipped, broken off ones resumed, failed ones tried again."""
+"""Trains a grid's cells in one or several processes. Finished cells are skipped, interrupted ones resumed, failed ones retried."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from fedmllm.sweeps.grid import Cell, Grid, code_version, names
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a cell in this sitting.
+    """The outcome of a cell in this session.
 
     Attributes:
-        cell: which.
-        score: of the federated model; None for a cell that failed.
-        seconds: how long it took.
-        error: what went wrong; empty if nothing did.
+        cell: the cell.
+        score: score of the federated model; None if the cell failed.
+        seconds: duration in seconds.
+        error: the error; empty if the cell succeeded.
     """
 
     cell: Cell
@@ -44,38 +44,38 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Places:
-    """Where a cell's files are: its run folder, and beside it its names, its last error and a lock."""
+    """Paths of a cell's files: its run folder, and next to it a file of names, the last error and a lock."""
 
     folder: Path
 
     @classmethod
     def of(cls, output: Path, cell: Cell) -> Places:
-        """In the folder of a sweep."""
+        """Return a cell's paths in a sweep folder."""
         return cls(output / "cells" / cell.key)
 
     @property
     def names(self) -> Path:
-        """Labels and code version, as JSON."""
+        """JSON file with the cell's labels and the code version."""
         return self.folder.with_suffix(".json")
 
     @property
     def error(self) -> Path:
-        """The traceback of a failure."""
+        """File with the traceback of the last failure."""
         return self.folder.with_suffix(".error")
 
     @property
     def lock(self) -> Path:
-        """Held while a process works on the cell."""
+        """Lock file, held while a process works on the cell."""
         return self.folder.with_suffix(".lock")
 
     @property
     def finished(self) -> bool:
-        """Whether there is a result."""
+        """Whether the cell has a result."""
         return (self.folder / "result.json").is_file()
 
 
 def share(cells: Sequence[Cell], shard: str) -> list[Cell]:
-    """The cells of a shard ``i/n``: neighbors stay together, since they share data.
+    """Return the cells of a shard ``i/n``. Adjacent cells stay in the same shard, because they share data.
 
     Raises:
         ConfigError: if the shard is not one of 0/n, 1/n, ..., (n - 1)/n.
@@ -85,70 +85,70 @@ def share(cells: Sequence[Cell], shard: str) -> list[Cell]:
     except ValueError:
         index, count = -1, 0
     if not 0 <= index < count:
-        raise ConfigError(f"--shard: {shard!r} is no share; write i/n with i from 0 to n - 1, e.g. 0/2 and 1/2")
+        raise ConfigError(f"--shard: {shard!r} is not a valid share; use i/n with i from 0 to n - 1, e.g. 0/2 and 1/2")
     return list(cells[index * len(cells) // count : (index + 1) * len(cells) // count])
 
 
 def require_sources(cells: Sequence[Cell], grid: Path) -> None:
-    """Refuse a sweep whose models or data are not here, before any of it is trained.
+    """Check that the models and data of a sweep exist, before any training.
 
     Args:
-        cells: whose.
-        grid: the file, whose head should say where they come from.
+        cells: the cells to train.
+        grid: the grid's file, whose comments should say where models and data come from.
 
     Raises:
-        RunError: naming each folder that is not there.
+        RunError: naming each folder that does not exist.
     """
     problems: dict[str, None] = {}
     for cell in cells:
-        problems |= {f"{root}: no such folder of data": None for root in cell.experiment.data.roots if not root.is_dir()}
+        problems |= {f"{root}: no such data folder": None for root in cell.experiment.data.roots if not root.is_dir()}
         try:
             check_source(cell.experiment.model)
         except ModelError as error:
             problems[str(error)] = None
     if problems:
-        raise RunError(f"what the grid needs is not here; the head of {grid} says where it comes from:\n{listing(problems)}")
+        raise RunError(f"models or data of the grid are missing; the comments in {grid} say where to get them:\n{listing(problems)}")
 
 
 def open_sweep(grid: Grid, output: Path) -> None:
-    """Make a sweep's folder, and note in it in which order the grid names things.
+    """Create a sweep folder and record the grid's names and their order in it.
 
     Raises:
-        RunError: if there is something else at that place, or it cannot be made.
+        RunError: if the folder holds something else or cannot be created.
     """
     require_folder(output / "cells")
     if output.exists() and not (output / "cells").is_dir() and any(output.iterdir()):
-        raise RunError(f"{output}: not empty, and no sweep; choose another --output")
+        raise RunError(f"{output}: the folder is not empty and not a sweep folder; choose another --output")
     (output / "cells").mkdir(parents=True, exist_ok=True)
     write_json(output / "grid.json", names(grid))
 
 
 def run_sweep(
-    cells: Sequence[Cell], output: Path, jobs: int = 1, threads: int | None = None, told: Callable[[Outcome], None] = lambda outcome: None
+    cells: Sequence[Cell], output: Path, jobs: int = 1, threads: int | None = None, ended: Callable[[Outcome], None] = lambda outcome: None
 ) -> list[Outcome]:
-    """Run what is missing of some cells.
+    """Train the cells that are not finished.
 
     Args:
-        cells: of a grid, or a share of it.
-        output: the sweep's folder.
-        jobs: processes, each with a resident model of its own.
-        threads: of each process's computations; None for the cores divided by the jobs.
-        told: about each cell as it ends.
+        cells: cells of a grid, or of a share of it.
+        output: the sweep folder.
+        jobs: number of processes. Each has its own resident model.
+        threads: threads per process; None for the CPU cores divided by the jobs.
+        ended: called with each cell's outcome when the cell ends.
 
     Returns:
-        the outcomes in the order in which they came.
+        The outcomes in the order in which the cells ended.
     """
     (output / "cells").mkdir(parents=True, exist_ok=True)
     missing = [cell for cell in cells if not Places.of(output, cell).finished]
     outcomes = []
     for outcome in _in_processes(missing, output, jobs, threads) if jobs > 1 else _in_turn(missing, output, threads):
-        told(outcome)
+        ended(outcome)
         outcomes.append(outcome)
     return outcomes
 
 
 def _in_turn(cells: Sequence[Cell], output: Path, threads: int | None) -> Iterator[Outcome]:
-    """In this process."""
+    """Train the cells one after another in this process."""
     _prepare(threads)
     return (_run_cell(cell, output) for cell in cells)
 
@@ -160,7 +160,7 @@ def _in_processes(cells: Sequence[Cell], output: Path, jobs: int, threads: int |
         for done in as_completed([pool.submit(_run_cell, cell, output) for cell in cells]):
             yield _outcome(done)
     except BaseException:
-        # Those that are left are in the middle of a cell whose result nobody waits for.
+        # The remaining processes are in the middle of a cell whose result is no longer needed.
         left = list((pool._processes or {}).values())
         pool.shutdown(wait=False, cancel_futures=True)
         for process in left:
@@ -170,7 +170,7 @@ def _in_processes(cells: Sequence[Cell], output: Path, jobs: int, threads: int |
 
 
 def _outcome(done: Future[Outcome]) -> Outcome:
-    """What a process says of a cell.
+    """Return the outcome of a cell that another process trained.
 
     Raises:
         RunError: if a process of the sweep has died.
@@ -179,16 +179,16 @@ def _outcome(done: Future[Outcome]) -> Outcome:
         return done.result()
     except BrokenProcessPool:
         raise RunError(
-            "a process of the sweep was ended from outside, perhaps for lack of memory, which fewer --jobs need less of; the same command goes on"
+            "a process of the sweep was killed, perhaps because memory ran out; use fewer --jobs, and run the same command again to continue"
         ) from None
 
 
 _RESIDENT: list[Resident] = []
-"""This process's."""
+"""The caches of this process, once they exist."""
 
 
 def _begin(threads: int) -> None:
-    """A process of the pool. An interruption from the keyboard is for the parent, which ends it."""
+    """Set up a process of the pool. It ignores keyboard interrupts, because the parent handles them and ends it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _prepare(threads)
 
@@ -202,7 +202,7 @@ def _prepare(threads: int | None) -> None:
 
 
 def _run_cell(cell: Cell, output: Path) -> Outcome:
-    """Train a cell, or finish it; what it leaves is its numbers and adapter, without checkpoints."""
+    """Train or resume a cell. It keeps the run's numbers and adapter, and deletes the checkpoints."""
     places, start = Places.of(output, cell), time.perf_counter()
     with _locked(places.lock) as free:
         if not free:
@@ -214,7 +214,7 @@ def _run_cell(cell: Cell, output: Path) -> Outcome:
             begun = (places.folder / "config.yaml").is_file()
             result = train(cell.experiment, places.folder, name=cell.method, resume=begun, resident=_RESIDENT[0])
         except Exception as error:
-            # One cell's failure must not end the others': whatever it is, it is written down, told and tried again next time.
+            # One cell's failure must not stop the others. It is recorded and reported, and the next sweep retries the cell.
             write_atomically(places.error, traceback.format_exc().encode())
             return Outcome(cell, None, time.perf_counter() - start, f"{type(error).__name__}: {error}")
         places.error.unlink(missing_ok=True)
@@ -224,11 +224,11 @@ def _run_cell(cell: Cell, output: Path) -> Outcome:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[bool]:
-    """Whether nobody else held the lock; it is let go when the process ends, however it does."""
+    """Yield whether this process got the lock. The lock is released when the process ends, even if it crashes."""
     try:
         import fcntl
     except ImportError:
-        # No such locks on Windows: there two sweeps of one shard must not be started at once.
+        # Windows has no such locks. There, the user must not start two sweeps of the same shard at once.
         yield True
         return
     with path.open("w") as file:
@@ -242,7 +242,7 @@ def _locked(path: Path) -> Iterator[bool]:
 
 
 def failures(output: Path) -> list[str]:
-    """Cells whose last try failed, as ``names: last line of the error``."""
+    """Return the cells whose last attempt failed, as ``names: last line of the error``."""
     found = []
     for path in sorted((output / "cells").glob("*.error")):
         labels = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))

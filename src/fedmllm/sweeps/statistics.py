@@ -1,4 +1,4 @@
-"""What a few seeds can say about a difference: Student's t, with the noise of the test samples in it, and Holm's correction."""
+"""Statistics of differences over a few seeds: Student's t with the noise of the test samples, and Holm's correction."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import NamedTuple
 from scipy.special import stdtr, stdtrit
 
 SHARE = 0.95
-"""Of intervals that hold the true difference; one less it is the chance that a table names any difference that is none."""
+"""Confidence level of intervals. One minus it bounds the probability that a table marks any difference that does not exist."""
 
 
 class Interval(NamedTuple):
-    """Where a mean difference lies.
+    """Confidence interval of a mean difference.
 
     Attributes:
-        low, high: the ends, in the differences' own unit.
-        p: the two-sided chance of a mean as far from zero, were the true one zero.
+        low, high: the ends, in the unit of the differences.
+        p: two-sided p-value: the probability of a mean at least as far from zero if the true difference is zero.
     """
 
     low: float
@@ -27,24 +27,24 @@ class Interval(NamedTuple):
 
 
 def paired(differences: Sequence[float], noise: float, same_samples: bool) -> Interval | None:
-    """The t interval of a mean over n seeds (Student, 1908), ``mean +- t(n - 1) se``.
+    """Return the t interval of a mean over n seeds (Student, 1908), ``mean +- t(n - 1) se``.
 
-    A seed's difference holds what training and the seed's test samples add by chance. Where every seed draws test samples of its own,
-    their variance s^2 over seeds measures both; the noise of the test samples alone is the least that it can be, and few seeds agree by
-    chance to less. Where all seeds are tested on the same samples, these shift all differences alike, and s^2 cannot tell:
+    A seed's difference contains noise from training and from the seed's test samples. If every seed draws its own test samples, the variance s^2 over
+    seeds measures both. It cannot truly be smaller than the noise of the test samples alone, although a few seeds may agree by chance. If all seeds use
+    the same test samples, the samples shift all differences equally, and s^2 does not include their noise. The squared standard error is therefore
 
         se^2 = max(s^2 / n, noise)   or   s^2 / n + noise.
 
-    Either holds the true difference in ``SHARE`` of all cases or more: more where the noise, which is known, makes most of it. (Fewer degrees
-    of freedom lost for a noise that is known, after Welch and Satterthwaite, came to 92 % over three seeds.)
+    Both intervals contain the true difference in at least ``SHARE`` of all cases, and in more if the known noise dominates. (Using more degrees of
+    freedom because that noise is known, after Welch and Satterthwaite, covered only 92 % with three seeds.)
 
     Args:
-        differences: one a seed, each the mean over what both methods were tried on.
-        noise: variance of their mean over resamples of the test samples, the same for both methods.
+        differences: one per seed, each the mean over the columns that both methods have.
+        noise: variance of the mean difference over resamples of the test samples, which are the same for both methods.
         same_samples: whether all seeds are tested on the same samples.
 
     Returns:
-        None for a single seed, which has no variance.
+        The interval, or None for a single seed, which has no variance.
     """
     n = len(differences)
     if n < 2:
@@ -57,11 +57,13 @@ def paired(differences: Sequence[float], noise: float, same_samples: bool) -> In
 
 
 def holm(chances: Sequence[float | None]) -> list[bool]:
-    """Which differences survive when all of a table are looked at (Holm, 1979): the k-th smallest of m chances must not exceed
-    ``(1 - SHARE) / (m - k + 1)``, and all smaller ones must have passed. Any that is none is named with chance ``1 - SHARE`` at most.
+    """Return which differences of a table are significant after Holm's correction (Holm, 1979).
+
+    The k-th smallest of m p-values must not exceed ``(1 - SHARE) / (m - k + 1)``, and all smaller ones must have passed. The probability that any
+    difference that does not exist is marked is at most ``1 - SHARE``.
 
     Args:
-        chances: of each row; None for a row without one, which counts for nothing.
+        chances: the p-value of each row; None for a row without one, which does not count.
     """
     survives = [False] * len(chances)
     ranked = sorted((p, i) for i, p in enumerate(chances) if p is not None)

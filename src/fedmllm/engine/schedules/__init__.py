@@ -1,4 +1,4 @@
-"""The index of schedules: who is asked when, and when the server steps. One file each, found by the name in ``schedule.name``."""
+"""The index of schedules, one file each. ``schedule.name`` selects one; it decides when clients receive tasks and when the server steps."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ __all__ = ["SCHEDULES", "SYNCHRONOUS", "Schedule", "SchedulingConfig", "build_sc
 SCHEDULES: dict[str, type[Any]] = index("schedule", {"buffered": Buffered, "synchronous": Synchronous})
 
 SYNCHRONOUS: Schedule = Synchronous()
-"""Rounds of a cohort each, the default."""
+"""The default schedule: each round trains one cohort."""
 
 
 class SchedulingConfig(BaseModel):
-    """Who is asked when, and when the server steps."""
+    """When clients receive tasks, and when the server steps."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: str = "synchronous"
-    """``synchronous``: a round waits for its cohort; ``buffered`` (FedBuff): the server steps whenever enough updates have come."""
+    """``synchronous``: a round waits for its cohort. ``buffered`` (FedBuff): the server steps whenever it has received enough updates."""
     parameters: dict[str, Value] = Field(default_factory=dict)
-    """The schedule's own settings by name; left out for its defaults."""
+    """The schedule's own settings by name; leave it out for the defaults."""
 
     @model_validator(mode="after")
     def _known(self) -> SchedulingConfig:
@@ -36,9 +36,9 @@ class SchedulingConfig(BaseModel):
 
 
 def build_schedule(config: SchedulingConfig) -> Schedule:
-    """The schedule a configuration names.
+    """Build the schedule that a configuration names.
 
     Raises:
-        ConfigError: if there is no such schedule or parameter, or a value breaks a rule.
+        ConfigError: if there is no such schedule or parameter, or a value is invalid.
     """
     return cast(Schedule, built(SCHEDULES, "schedule", config.name, config.parameters))

@@ -1,4 +1,4 @@
-"""What a schedule is."""
+"""The interface of a schedule."""
 
 from __future__ import annotations
 
@@ -12,41 +12,41 @@ if TYPE_CHECKING:
 
 
 class Schedule(Protocol):
-    """Decides who is asked when, and when the server steps. Instances hold settings only; what is outstanding is in the server's state."""
+    """Decides when clients receive tasks and when the server steps. Instances hold settings only; the server state holds outstanding clients."""
 
     def require(self, algorithm: Algorithm, method: str, num_clients: int, cohort: int) -> None:
-        """Refuse a method, or numbers of clients, that it cannot work with.
+        """Check that the schedule supports a method and the numbers of clients.
 
         Args:
             algorithm: the method.
-            method: its name, for the error.
-            num_clients: of the federation.
+            method: the method's name, for the error message.
+            num_clients: number of clients in the federation.
             cohort: ``federation.clients_per_round``.
 
         Raises:
-            ConfigError: naming what contradicts what.
+            ConfigError: if it does not; the message names the settings that contradict each other.
         """
         ...
 
     def updates(self, stage: Stage) -> int:
-        """How many updates the server steps on."""
+        """Return the number of updates that the server needs for a step."""
         ...
 
     def concurrency_of(self, stage: Stage) -> int:
-        """How many clients train at once, at most."""
+        """Return the maximum number of clients that train at the same time."""
         ...
 
     def resume(self, loop: Loop, stage: Stage, state: ServerState) -> None:
-        """Ask those clients again, before the first round, that are outstanding in a state."""
+        """Resubmit the tasks of the clients that are outstanding in a state, before the first round of a resumed run."""
         ...
 
     def collect(self, this: Round) -> Outstanding:
-        """Ask clients, and take answers until the server can step.
+        """Submit tasks to clients and take answers until the server can step.
 
         Returns:
-            who is still outstanding.
+            The clients that are still outstanding.
 
         Raises:
-            FederationError: if too few updates can be used, and the run is not to go on without.
+            FederationError: if there are too few usable updates and ``failures.below`` is not ``skip``.
         """
         ...

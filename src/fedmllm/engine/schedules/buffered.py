@@ -17,22 +17,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Buffered:
-    """The server steps whenever ``buffer`` updates have come, while other clients go on training from older weights.
+    """The server steps whenever it has ``buffer`` updates, while other clients continue to train from older weights.
 
-        w <- method's step with  D_k (1 + tau_k)^(-staleness),   tau_k = steps of the server since client k was sent its weights
+        w <- the method's step with  D_k (1 + tau_k)^(-staleness),   tau_k = server steps since client k received its weights
 
-    A step is a round. ``concurrency`` clients are at work or wait in the buffer; after a step as many new ones as it took are sent the new weights.
-    (The paper replaces a client as soon as it answers; here its place is free once its update is used, so that a buffer as large as the concurrency
-    is the synchronous schedule.) The factor shrinks an update, and is not divided out: a buffer of stale updates moves the weights less.
+    A step is a round. At any time ``concurrency`` clients train or have an update in the buffer. After a step, as many new clients as there were
+    updates receive the new weights. (The paper replaces a client as soon as it answers. Here a client's place becomes free when the server uses its
+    update, so that a buffer as large as the concurrency equals the synchronous schedule.) The staleness factor scales the update but not its weight
+    in the average, so a buffer of stale updates moves the weights less.
 
-    Simulated clients answer in simulated time, in which training takes as long as a client has samples; the first to be done is the next to be
-    taken. The end is the same whatever the machine. Remote clients answer when they do. A client that fails is replaced, up to ``concurrency``
-    times a round. Each simulated client trains by itself, not side by side with others.
+    Simulated clients answer in simulated time: training takes time proportional to a client's number of samples, and the client that finishes first
+    answers first. Results therefore do not depend on the machine's speed. Remote clients answer in real time. A client that fails is replaced, up
+    to ``concurrency`` times a round. Simulated clients train one after another, not in parallel.
 
     Attributes:
-        concurrency: clients at work or in the buffer; 0 for ``federation.clients_per_round``.
-        buffer: updates the server steps on; 0 for as many as ``concurrency``.
-        staleness: the exponent; 0 takes stale updates in full.
+        concurrency: clients that train or have an update in the buffer; 0 for ``federation.clients_per_round``.
+        buffer: updates per server step; 0 for the same number as ``concurrency``.
+        staleness: exponent of the staleness factor; 0 takes stale updates in full.
     """
 
     concurrency: int = 0
@@ -45,7 +46,7 @@ class Buffered:
                 raise ConfigError(f"{name} must not be negative, is {getattr(self, name)}")
 
     def require(self, algorithm: Algorithm, method: str, num_clients: int, cohort: int) -> None:
-        """Updates must mean the same whatever weights they began from, and numbers must fit each other."""
+        """Check that the method can mix updates from different weights, and that ``concurrency`` and ``buffer`` are possible."""
         concurrency = self.concurrency or cohort
         buffer = self.buffer or concurrency
         if not algorithm.takes_stale_updates:
@@ -60,20 +61,20 @@ class Buffered:
             raise ConfigError(f"schedule.parameters: {method} needs {algorithm.smallest_cohort} updates or more, buffer is {buffer}")
 
     def updates(self, stage: Stage) -> int:
-        """The buffer."""
+        """Return the size of the buffer."""
         return self.buffer or self.concurrency_of(stage)
 
     def concurrency_of(self, stage: Stage) -> int:
-        """As set."""
+        """Return the concurrency."""
         return self.concurrency or stage.clients_per_round
 
     def resume(self, loop: Loop, stage: Stage, state: ServerState) -> None:
-        """Send those at work what they were sent."""
+        """Resubmit outstanding clients with the weights that they received before."""
         for client, (round_num, _) in state.outstanding.clients.items():
             loop.engine.submit(loop.assignment(stage, _earlier(state, round_num)), {client: stage.clients[client]})
 
     def collect(self, this: Round) -> Outstanding:
-        """Fill the places that are free, then take answers until the buffer is full."""
+        """Submit tasks up to the concurrency, then take answers until the buffer is full."""
         work, policy = _AtWork(this, self), this.loop.failures
         for attempt in range(1, (policy.attempts if policy.below == "wait" else 1) + 1):
             if attempt > 1:
@@ -86,7 +87,7 @@ class Buffered:
 
 
 class _AtWork:
-    """Clients that train while the server goes on, during a round."""
+    """The outstanding clients during a round."""
 
     def __init__(self, this: Round, schedule: Buffered) -> None:
         self._this, self._schedule = this, schedule
@@ -94,10 +95,10 @@ class _AtWork:
         self._clients, self._weights, self._clock = dict(before.clients), dict(before.weights), before.clock
         self._weights[this.state.round_num] = this.state.weights
         self.failed: set[str] = set()
-        """Whose answers could not be used, of this attempt."""
+        """Clients whose answers could not be used in this attempt."""
 
     def fill(self, attempt: int) -> None:
-        """Take answers until the buffer is full, or nobody is left to ask."""
+        """Take answers until the buffer is full or no client is outstanding."""
         this, concurrency = self._this, self._schedule.concurrency_of(self._this.stage)
         self.failed.clear()
         self._ask(concurrency - len(self._clients), *([attempt] if attempt > 1 else []))
@@ -109,7 +110,7 @@ class _AtWork:
             this.tell(list(self._clients))
 
     def _ask(self, count: int, *again: int) -> None:
-        """Send some of the clients that are free the newest weights."""
+        """Submit tasks with the newest weights to randomly drawn idle clients."""
         this = self._this
         taken = {*self._clients, *this.intake.accepted, *self.failed}
         free = [name for name in sorted(this.stage.clients) if name not in taken]
@@ -119,9 +120,9 @@ class _AtWork:
             self._clients[name] = (this.state.round_num, self._clock + len(samples))
 
     def _take(self) -> None:
-        """The next answer: of whoever is done first."""
+        """Take the next answer, from the client that finishes first."""
         this, engine = self._this, self._this.loop.engine
-        # Of several the one that was asked first.
+        # If several clients finish at the same time, take the one that received its task first.
         order = None if engine.remote else [min(self._clients, key=lambda name: self._clients[name][1])]
         answer = next(engine.completed(order))
         round_num, done = self._clients.pop(answer.client)
@@ -134,13 +135,13 @@ class _AtWork:
             self.failed.add(answer.client)
 
     def left(self) -> Outstanding:
-        """Who is still at work, from which weights."""
+        """Return the clients that are still outstanding, and the weights that they train from."""
         rounds = {round_num for round_num, _ in self._clients.values()}
         return Outstanding(self._clients, {n: weights for n, weights in self._weights.items() if n in rounds}, self._clock)
 
 
 def _earlier(state: ServerState, round_num: int, weights: Mapping[int, Weights] | None = None) -> ServerState:
-    """The state that clients were sent in an earlier round, as far as they see it."""
+    """Return the state of an earlier round with the fields that clients receive."""
     if round_num == state.round_num:
         return state
     return replace(state, round_num=round_num, weights=(weights or state.outstanding.weights)[round_num])

@@ -1,4 +1,4 @@
-"""Communication-Efficient Learning of Deep Networks from Decentralized Data. McMahan et al., AISTATS 2017: rounds of a cohort each."""
+"""Communication-Efficient Learning of Deep Networks from Decentralized Data. McMahan et al., AISTATS 2017. One cohort per round."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Synchronous:
-    """Every round samples a cohort, waits for all of it, and steps. Answers are taken in the cohort's order, so that sums come out alike."""
+    """Every round samples a cohort, waits for all its clients, and steps. It takes answers in the cohort's order, so that sums are reproducible."""
 
     def require(self, algorithm: Algorithm, method: str, num_clients: int, cohort: int) -> None:
-        """Nothing."""
+        """Accept every method and every number of clients."""
 
     def updates(self, stage: Stage) -> int:
-        """One of each client of the cohort."""
+        """Return the size of the cohort."""
         return stage.clients_per_round
 
     def concurrency_of(self, stage: Stage) -> int:
-        """The cohort."""
+        """Return the size of the cohort."""
         return stage.clients_per_round
 
     def resume(self, loop: Loop, stage: Stage, state: ServerState) -> None:
-        """Between rounds nobody is outstanding."""
+        """Do nothing: no client is outstanding between rounds."""
 
     def collect(self, this: Round) -> Outstanding:
-        """Ask the cohort; if need be, ask those again whose updates are missing."""
+        """Train the cohort. If ``failures.below`` is ``wait``, retry the clients whose updates are missing."""
         cohort, policy = this.stage.cohort(this.loop.seed, this.state.round_num), this.loop.failures
         for attempt in range(1, (policy.attempts if policy.below == "wait" else 1) + 1):
             missing = [name for name in cohort if name not in this.intake.accepted]
@@ -44,7 +44,7 @@ class Synchronous:
         return NONE_OUTSTANDING
 
     def _ask(self, this: Round, clients: list[str]) -> None:
-        """Ask clients, and take an answer of each."""
+        """Submit tasks to clients and take one answer from each."""
         engine, outstanding = this.loop.engine, dict.fromkeys(clients)
         engine.submit(this.assignment, {name: this.stage.clients[name] for name in clients})
         this.tell(clients)
