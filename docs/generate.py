@@ -1,4 +1,4 @@
-"""Write ``docs/configuration.md``, the tables of ``docs/methods.md`` and what the commands list from the code: ``python docs/generate.py``."""
+"""Write ``docs/configuration.md``, the tables of ``docs/methods.md`` and ``cli/catalog.json`` from the code: ``python docs/generate.py``."""
 
 import ast
 import dataclasses
@@ -35,20 +35,20 @@ CHANGES = {"client": "training", "weight": "weights in the average", "prompt": "
 INTRO = """<!-- Written by `python docs/generate.py`; change the code and run it again. -->
 # Configuration
 
-An experiment is one YAML file of the sections below; every key has a default. After the file, `fedmllm train` takes
-overrides: `key.path=value`, the value in YAML, e.g. `training.clip_norm=null` or `'evaluation.baselines=[local]'`. What
-breaks a rule is refused with a message that names the line or override, the rule and the remedy; the exit code is 2."""
+An experiment is one YAML file with the sections below. Every key has a default. After the file, `fedmllm train` accepts
+overrides of the form `key.path=value`, with the value in YAML, e.g. `training.clip_norm=null` or `'evaluation.baselines=[local]'`.
+A value that breaks a rule is refused. The message names the line or override, the rule and the remedy, and the exit code is 2."""
 
 
 def page() -> str:
-    """The whole page: a table for each section, then one for each index of names."""
+    """Return the configuration page: a table for each section, then one for each index of names."""
     sections = {name: type(field.default) for name, field in Experiment.model_fields.items() if isinstance(field.default, BaseModel)}
     parts = (_section(f"{name}\n\n{_text(model.__doc__)}", model) for name, model in sections.items())
     return "\n\n".join([INTRO, _section("Top level", Experiment), *parts, *_indexes()]) + "\n"
 
 
 def _section(title: str, model: type[BaseModel]) -> str:
-    """A table of the fields that are no sections; a field's meaning is the string below it, as its author wrote it."""
+    """Return a table of the fields that are not sections. A field's meaning is the string below it in the source."""
     pairs: Any = pairwise(ast.parse(inspect.getsource(model)).body[0].body)  # type: ignore[attr-defined]
     meaning = {a.target.id: ast.literal_eval(b.value) for a, b in pairs if isinstance(a, ast.AnnAssign) and isinstance(b, ast.Expr)}
     rows = []
@@ -69,7 +69,7 @@ def _type(kind: Any) -> str:
 
 
 def _indexes() -> Iterator[str]:
-    """A section for every index behind a setting that is a name."""
+    """Yield a section for every index of names that a setting refers to."""
     methods = ((f"`{n}`", _parameters(row), row["reference"]) for n, row in CATALOG["methods"].items())
     yield _table("Methods: algorithm.name", ("Name", "Parameters and defaults", "Publication"), methods)
     schedules = (
@@ -90,13 +90,13 @@ def _indexes() -> Iterator[str]:
     scenarios = ((f"`{n}`", row.summary, row.level_rule, row.default_level) for n, row in SCENARIOS.items())
     yield _table("Scenarios: federation.scenario", ("Name", "Meaning", "Level, after a dash", "Default level"), scenarios)
     parts = ((f"`{n}`", row.summary, f"{row.strength:g}", f"{row.bounds[0]:g} to {row.bounds[1]:g}") for n, row in PARTS.items())
-    yield _table("Kinds: federation.heterogeneity, evaluation.tested", ("Name", "Meaning", "Default strength", "Bounds"), parts)
+    yield _table("Corruptions: federation.heterogeneity, evaluation.tested", ("Name", "Meaning", "Default strength", "Bounds"), parts)
     families = ((n, _text(inspect.getmodule(type(row)).__doc__)) for n, row in {**FAMILIES, "any other": GENERIC}.items())
     yield _table("Model families: model_type in the model's config.json", ("Type", "What it is"), families)
 
 
 def methods_page(page: str) -> str:
-    """The page about methods with the tables between its two marks written anew."""
+    """Return the methods page with new tables between its two marks."""
     head, rest = page.split(BEGIN)
     _, tail = rest.split(END)
     tables = (_methods_table(CATALOG["methods"]), _strategies_table(CATALOG["strategies"]))
@@ -104,7 +104,7 @@ def methods_page(page: str) -> str:
 
 
 def _methods_table(methods: dict[str, Any]) -> str:
-    """What each method sends and keeps, and what it can."""
+    """Return the table of what each method sends, keeps and supports."""
     columns = ("Name", "Kind", "Up", "Down", "Each client keeps", "The server keeps", *FLAGS.values(), "Paper")
     rows = (
         (
@@ -151,7 +151,7 @@ def _table(title: str, columns: tuple[str, ...], rows: Iterable[tuple[str, ...]]
 
 
 def pages() -> dict[Path, str]:
-    """What each file that is written here, in part or as a whole, should hold."""
+    """Return the content of each file that this script writes, as a whole or in part."""
     listed = json.dumps({**CATALOG, "models": models_view.catalog()}, indent=1, ensure_ascii=False) + "\n"
     methods = methods_page((HERE / "methods.md").read_text(encoding="utf-8"))
     return {HERE / "configuration.md": page(), HERE / "methods.md": methods, CATALOG_FILE: listed}

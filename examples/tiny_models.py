@@ -1,6 +1,6 @@
-"""Tiny models of real architectures, with random weights and their own kind of processor: ``python examples/tiny_models.py qwen3_vl FOLDER``.
+"""Tiny models of real architectures, with random weights and their own processors: ``python examples/tiny_models.py qwen3_vl FOLDER``.
 
-They learn nothing worth having; they run the code that the full models run, in seconds and without a download.
+They learn nothing useful, but they run the same code as the full models, in seconds and without a download.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ CHATML = (
     "{% for part in message['content'] %}{% if part['type'] == 'image' %}IMAGE{% else %}{{ part['text'] }}{% endif %}{% endfor %}"
     "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-"""A chat format of which most families' is a variant; IMAGE is what stands for a picture."""
+"""A chat format; those of most families are variants of it. IMAGE is the placeholder for a picture."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to make a tiny model.
+    """Settings of a tiny model.
 
     Attributes:
-        config: the architecture's settings, given the ids of tokens.
+        config: returns the architecture's settings, given a function from a token to its id.
         images: the class of the image processor and its settings.
-        tokens: the tokenizer's special tokens by the name under which processors look for them.
-        image: what the chat template writes for a picture; None for no chat template.
+        tokens: the tokenizer's special tokens, by the names that processors use for them.
+        image: the text that the chat template writes for a picture; None for no chat template.
         processor: further settings of the processor.
     """
 
@@ -61,7 +61,7 @@ QWEN_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 
 
 def qwen_ids(token: Callable[[str], int]) -> dict[str, int]:
-    """Where Qwen's configs name their tokens."""
+    """Return the token ids of Qwen's configs, by the name of their setting."""
     return {f"{name}_id": token(text) for name, text in QWEN_TOKENS.items()}
 
 
@@ -197,7 +197,7 @@ RECIPES: dict[str, Recipe] = {
 
 
 def make(kind: str, folder: Path) -> None:
-    """Write model, tokenizer and processor of a kind as a Transformers folder, the same every time."""
+    """Write model, tokenizer and processor of a kind as a Transformers folder. The result is the same every time."""
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     recipe, processor_ = RECIPES[kind], processor(kind)
@@ -210,7 +210,7 @@ def make(kind: str, folder: Path) -> None:
     with torch.no_grad():
         for weight in model.parameters():
             if weight.dim() > 1:
-                # As large as what goes through keeps its size: of the usual 0.02 so narrow a model makes next to nothing.
+                # Keeps the size of activations. With the usual 0.02, the outputs of so narrow a model would be close to zero.
                 weight.normal_(std=weight[0].numel() ** -0.5)
     model.generation_config.update(**ends)
     model.save_pretrained(folder)
@@ -218,7 +218,7 @@ def make(kind: str, folder: Path) -> None:
 
 
 def processor(kind: str, changes: Mapping[str, Any] | None = None) -> Any:
-    """The kind's processor over the embedded model's vocabulary and its own special tokens, with changes to the recipe's pictures."""
+    """Return the kind's processor, with the embedded model's vocabulary, its own special tokens and changes to the image processor's settings."""
     import transformers
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES, processor_class_from_name
 
