@@ -1,12 +1,11 @@
-"""What it costs to carry a round: in one process, in worker processes on Ray, at sites over TLS. Next to nothing is trained.
+"""Measure what sending a round costs: in one process, in worker processes on Ray, and at sites over TLS. Almost nothing is trained.
 
     python benchmarks/engines.py [--engines in_process ray sites] [--clients 2 10 50] [--megabytes 4 100] [--output benchmarks/results/engines.json]
 
-Clients take one step on one sample, since equal pieces of messages, such as zeros, would be sent once only, and send an adapter of the asked size, which
-is a matter of LoRA's rank. Seconds are medians over rounds 2 to 5, or 2 and 3 where a round carries two gigabytes or more. Memory is the most that all
-processes together had, what they share counted once, and of it the server's own. Loopback: bytes that passed the machine's loopback interface per
-round, of an otherwise idle machine; with sites each message passes it several times. Sites take 0.6 GiB each; where there is no memory for so many, they are
-left out.
+Clients take one step on one sample, because equal pieces of messages, such as zeros, would be sent only once. LoRA's rank sets the size of the adapter that
+they send. Seconds are medians over rounds 2 to 5, or 2 and 3 if a round sends two gigabytes or more. Memory is the peak of all processes together, with shared
+memory counted once, and the server's own peak. Loopback is the number of bytes per round on the loopback interface of an otherwise idle machine; with sites,
+each message passes it several times. Sites take 0.6 GiB each. Rows with more sites than fit in memory are left out.
 """
 
 from __future__ import annotations
@@ -31,13 +30,13 @@ import yaml
 from fedmllm.run.results import versions
 
 BYTES_OF_RANK = 36_864
-"""An adapter of the embedded model has so many bytes for each rank."""
+"""Bytes of an adapter of the embedded model per unit of rank."""
 GIB_OF_SITE = 0.7
 COMMAND = [sys.executable, "-W", "ignore", "-m", "fedmllm"]
 
 
 def experiment(clients: int, megabytes: float) -> dict[str, Any]:
-    """Rounds of little but messages."""
+    """Return settings whose rounds do little except send messages."""
     return {
         "data": {"dataset": "digits-claims", "num_train": clients, "num_test": 4, "check_images": False},
         "federation": {
@@ -57,7 +56,7 @@ def experiment(clients: int, megabytes: float) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def where(engine: str, clients: int, folder: Path) -> Iterator[tuple[list[str], list[int]]]:
-    """Overrides that lead there, and processes beside the server's."""
+    """Start the engine's processes; yield the overrides that select the engine, and the ids of the processes besides the server's."""
     if engine != "sites":
         yield [f"engine.name={'flower' if engine == 'ray' else engine}"], []
         return
@@ -80,7 +79,7 @@ def where(engine: str, clients: int, folder: Path) -> Iterator[tuple[list[str], 
 
 
 def measure(engine: str, clients: int, megabytes: float) -> dict[str, Any]:
-    """One row."""
+    """Train a run and return its row."""
     with tempfile.TemporaryDirectory() as name, where(engine, clients, Path(name)) as (overrides, beside):
         folder = Path(name)
         (folder / "x.yaml").write_text(yaml.safe_dump(experiment(clients, megabytes)))
@@ -109,12 +108,12 @@ def measure(engine: str, clients: int, megabytes: float) -> dict[str, Any]:
 
 
 def _seconds(line: dict[str, Any]) -> float:
-    """Of a round, without the evaluation."""
+    """Return a round's seconds without the evaluation."""
     return float(line["seconds"]["train"] + line["seconds"]["aggregate"] + line["seconds"]["checkpoint"])
 
 
 def _watch(process: subprocess.Popen[bytes], beside: Sequence[int], lines: Path) -> tuple[int, int, int]:
-    """Most memory of all processes, and of the server's, and bytes over the loopback interface after the first round; until the end."""
+    """Watch a run until it ends. Return the peak memory of all processes, that of the server, and the loopback bytes after the first round."""
     peak = own = start = end = 0
     while process.poll() is None:
         count = lines.read_text().count("\n") if lines.exists() else 0
@@ -137,7 +136,7 @@ def _memory(pids: Sequence[int], children: bool = True) -> int:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Markdown."""
+    """Return the rows as a Markdown table."""
     head = "| engine | clients | MB | s a round (least to most) | first | MiB, all | of it the server | payload MB | loopback MB |"
     lines = [head, "|---" + "|---:" * 8 + "|"]
     for r in rows:

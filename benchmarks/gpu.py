@@ -1,11 +1,11 @@
-"""What training comes to on a GPU, in one command: correctness, speed, utilization, memory, a profile.
+"""Measure training on a GPU in one command: correctness, speed, utilization, memory, a profile.
 
     python benchmarks/gpu.py [--deadline 430] [--out DIR] [--only STAGE ...] [--tiny --device cpu]
 
-Each stage is a process with a time limit of its own, which adds rows to ``DIR/rows.jsonl`` as it goes: what fails or takes too long costs its own
-rows only. At the end, or when it is interrupted, there are ``DIR/gpu.json`` and ``DIR/table.md``, and what stages printed is in ``DIR/log.txt``.
-With ``--only`` the rows of other stages that DIR has stay, so that what
-was cut off can be measured afterwards. ``--tiny --device cpu`` tries all of it where there is no GPU. What each number decides: benchmarks/README.md.
+Each stage is a process with its own time limit, which appends rows to ``DIR/rows.jsonl`` as it runs. A stage that fails or takes too long loses only its own
+rows. At the end, or after an interruption, the script writes ``DIR/gpu.json`` and ``DIR/table.md``. The output of the stages is in ``DIR/log.txt``.
+With ``--only``, rows of other stages in DIR are kept, so that stages that were cut off can be
+measured later. ``--tiny --device cpu`` runs everything without a GPU. benchmarks/README.md says what each number decides.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ LIMITS = {
     "minicpm_without_fla": 35,
     "train_4bit": 45,
 }
-"""Seconds of each stage, in the order in which they run: the first decide most."""
+"""Time limit of each stage in seconds, in the order in which they run, the most important first."""
 _LEAST = 5
-"""Seconds with which no stage is begun."""
+"""A stage is not started with this many seconds left or fewer."""
 
 
 def run(stage: str, seconds: float, folder: Path, options: argparse.Namespace) -> str:
-    """Run a stage; ``ok``, ``failed`` or ``timed out``."""
+    """Run a stage. Return ``ok``, ``failed`` or ``timed out``."""
     here = Path(__file__).parent
     command = [sys.executable, "-m", "gpu_stages", stage, str(folder / "rows.jsonl"), "--device", options.device, "--seconds", str(seconds)]
     paths = [str(here), str(here.parent / "src"), os.environ.get("PYTHONPATH", "")]
@@ -59,14 +59,14 @@ def run(stage: str, seconds: float, folder: Path, options: argparse.Namespace) -
     except subprocess.TimeoutExpired:
         return "timed out"
     finally:
-        # Whatever it started too, such as a compiler.
+        # This also kills processes that the stage started, such as a compiler.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)
         child.wait()
 
 
 def measure(options: argparse.Namespace, folder: Path) -> None:
-    """Run stage after stage while there is time, each with a row about itself."""
+    """Run one stage after another while time is left, and add a row about each."""
     end = time.monotonic() + options.deadline
     for stage in options.only or LIMITS:
         begun, left = time.monotonic(), end - time.monotonic()
@@ -81,7 +81,7 @@ def measure(options: argparse.Namespace, folder: Path) -> None:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """All rows; of a process that was ended while it wrote, the last line may be half of one."""
+    """Return all rows. A line that a killed process left incomplete is skipped."""
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         with contextlib.suppress(json.JSONDecodeError):

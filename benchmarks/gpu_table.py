@@ -1,4 +1,4 @@
-"""The rows of ``gpu.py`` as one report and as tables. No other package is needed, so that there is a table whatever is missing."""
+"""Turn the rows of ``gpu.py`` into one report and into tables. This module needs no other package, so a table is written whatever is missing."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from typing import Any
 
 Row = dict[str, Any]
 OPTIMIZED_BYTES = 16
-"""Of a trained parameter, as in ``fedmllm.models.memory``."""
+"""Bytes per trained parameter, as in ``fedmllm.models.memory``."""
 
 
 def report(rows: list[Row], tiny: bool = False) -> Row:
-    """Versions, stages and measurements, these with what follows from them.
+    """Return versions, stages and measurements, with the values derived from them.
 
-    ``times_trainer`` is samples a second over those of the Trainer with the same model and shape of batches; ``mfu = needed FLOPs a second /
-    FLOPs a second of the largest matrix product``; ``planned_bytes = weights + 16 trained clients + bytes a token of the largest pass``. Each is
-    there only with the rows that it takes.
+    ``times_trainer`` is samples per second divided by the Trainer's with the same model and shape of batches; ``mfu = needed FLOPs per second /
+    FLOPs per second of the largest matrix product``; ``planned_bytes = weights + 16 * trained parameters * clients + bytes per token * tokens of the
+    largest pass``. Each is present only if the rows that it needs are.
     """
     measured = [dict(row) for row in rows if "name" in row]
     ceiling = next((row["flops_per_s"] for row in measured if (row["stage"], row["name"]) == ("ceilings", "matrix")), None)
@@ -42,7 +42,7 @@ def report(rows: list[Row], tiny: bool = False) -> Row:
 
 
 def table(whole: Row) -> str:
-    """Markdown: stages, training, what else was measured, and whether gradients are right."""
+    """Return Markdown tables of the stages, the training rows, the gradient checks and the other measurements."""
     versions = whole["versions"]
     head = ", ".join(f"{name} {value}" for name, value in versions.items() if value and name != "memory_bytes")
     parts = ["# On a GPU" if not whole["tiny"] else "# A trial with tiny models: none of its numbers means anything", head or "no versions"]

@@ -1,8 +1,8 @@
-"""A large federation: one million samples spread over ten thousand clients, under 30 s and 2 GB.
+"""Partition one million samples over ten thousand clients, under 30 s and 2 GB.
 
     python benchmarks/partition.py [SAMPLES] [CLIENTS]
 
-Partition and scenario are timed by kind; making the samples is not. Peak memory is the process's, samples included.
+Each partition and each scenario is timed; creating the samples is not. Peak memory is that of the process, samples included.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ OPTIONS = tuple("ABCDEFGH")
 
 
 def samples(count: int, num_clients: int) -> list[Sample]:
-    """Eight unbalanced classes; picture and text are shared strings, as samples read from files share nothing but their paths."""
+    """Return samples of eight unbalanced classes, each with an image path and a text of its own."""
     rng = generator(0, "labels")
     labels = rng.choice(OPTIONS, size=count, p=[0.3, 0.2, 0.15, 0.1, 0.1, 0.08, 0.05, 0.02]).tolist()
     owners = rng.integers(2 * num_clients, size=count).tolist()

@@ -1,7 +1,7 @@
-"""Where a round's time goes, on one thread: ``python benchmarks/profile_round.py ours|trainer [COHORT BATCH_SIZE ACCUMULATION]``.
+"""Show where a round's time goes, on one thread: ``python benchmarks/profile_round.py ours|trainer [COHORT BATCH_SIZE ACCUMULATION]``.
 
-Prints the ten operations with the largest share of their own, and the floor: floating-point operations of the round's products, counted, at the
-speed of one large product.
+The script prints the ten operations with the largest share of self time, and the floor: the counted floating-point operations of the round's products, at
+the speed of one large product.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ WARM = 2
 
 
 def peak_flops(size: int = 1024) -> float:
-    """Floating-point operations per second of a product of two square matrices by the faster library, the best of ten."""
+    """Return the floating-point operations per second of a product of two square matrices with the faster library, the best of ten."""
     a, b = torch.randn(size, size), torch.randn(size, size)
     products = [lambda: torch.mm(a, b), *([lambda: frozen_product(a, b, None)] if available() else [])]
     return 2 * size**3 / min(_seconds(product) for product in products for _ in range(10))
 
 
 def linear_flops(x: torch.Size, weight: torch.Size, *rest: object, **named: object) -> int:
-    """Of a product through oneDNN, which PyTorch's counter does not know."""
+    """Return the operations of a product through oneDNN, which PyTorch's counter does not know."""
     return 2 * math.prod(x) * weight[0]
 
 
@@ -44,7 +44,7 @@ COUNTED = {torch.ops.mkldnn._linear_pointwise: linear_flops} if available() else
 
 
 def main(loop: str, cohort: int = 10, batch_size: int = 1, accumulation: int = 4) -> None:
-    """Two rounds to warm up, three timed, one profiled, one counted."""
+    """Run two warm-up rounds, three timed rounds, one profiled and one counted, and print the results."""
     torch.set_num_threads(1)
     work, seconds, watching = workload(cohort, batch_size, accumulation), [], []
     profiler, counter = profile(activities=[ProfilerActivity.CPU]), FlopCounterMode(display=False, custom_mapping=COUNTED)

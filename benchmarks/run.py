@@ -1,9 +1,9 @@
-"""Ratios that matter, each measured side by side with its baseline: ``make bench``, or some rows by name: ``run.py --only trainer_b1x4_k2``.
+"""Measure speed ratios, each against its baseline: ``make bench``, or selected rows by name: ``run.py --only trainer_b1x4_k2``.
 
-``run.py --size 3b --device cuda`` does the same on a GPU, with random weights of true size, against what runs there.
+``run.py --size 3b --device cuda`` does the same on a GPU, with random weights of real size, against the baselines that run there.
 
-Every pair is run alternately, A B A B ..., after one warm-up of each; the table gives the median of the paired ratios. The two sides of a
-round are processes of their own, of which one stands still while the other works.
+Every pair is run alternately, A B A B ..., after one warm-up of each. The table gives the median of the paired ratios. The two sides of a
+pair are separate processes; one is suspended while the other works.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from fedmllm.training.batches import Encoder
 RUNS = 5
 Sizes = tuple[int, int, int]
 B1X4_K2, B1X4_K10, B16_K5 = (2, 1, 4), (10, 1, 4), (5, 16, 1)
-"""Clients of a round, batch size, accumulation."""
+"""Clients per round, batch size, accumulation."""
 ROUNDS: dict[str, tuple[str, Sizes, str]] = {
     "trainer_b1x4_k2": ("trainer", B1X4_K2, ""),
     "trainer_b1x4_k10": ("trainer", B1X4_K10, ""),
@@ -48,13 +48,13 @@ ROUNDS: dict[str, tuple[str, Sizes, str]] = {
     "without_merged_micro_batches": ("ours", B1X4_K10, "merged"),
     "without_training_together": ("ours", B1X4_K10, "together"),
 }
-"""A round, ours divided by: a loop, the work, a switch that is off."""
+"""The baseline of each ratio: a loop, its work, and the switch that is off."""
 NEEDS = {"flower_ray": "ray", "nvflare_simulator": "nvflare"}
 RESULTS = Path(__file__).parent / "results"
 
 
 def paired(first: Callable[[], float], second: Callable[[], float]) -> dict[str, float]:
-    """Alternately; seconds of both (medians), and the median, least and greatest ratio second / first over the pairs."""
+    """Time both alternately. Return the median seconds of each, and the median, least and greatest ratio second / first over the pairs."""
     first(), second()
     seconds = [(first(), second()) for _ in range(RUNS)]
     ratios = [b / a for a, b in seconds]
@@ -68,7 +68,7 @@ def paired(first: Callable[[], float], second: Callable[[], float]) -> dict[str,
 
 
 def a_round(loop: str, sizes: Sizes, off: str, size: str, device: str) -> dict[str, float]:
-    """Ours and another's: time, samples per second, memory in MiB (on a GPU, the GPU's), and how far apart the results are."""
+    """Compare our loop with another: time, samples per second, memory in MiB (on a GPU, the GPU's), and the distance between the results."""
     with Side("ours", *sizes, "", size, device) as ours, Side(loop, *sizes, off, size, device) as other:
         row = paired(partial(alone, ours, other), partial(alone, other, ours))
         samples = sizes[0] * SAMPLES
@@ -81,7 +81,7 @@ def a_round(loop: str, sizes: Sizes, off: str, size: str, device: str) -> dict[s
 
 
 def alone(working: Side, waiting: Side) -> float:
-    """A round's seconds while the other side's processes, which look for work even between rounds, stand still."""
+    """Return a round's seconds. The other side's processes, which poll for work even between rounds, are suspended meanwhile."""
     with waiting.stopped():
         return working.round()
 
@@ -126,7 +126,7 @@ def measure(only: list[str], size: str, device: str) -> dict[str, dict[str, floa
 
 
 def show(name: str, row: dict[str, float]) -> None:
-    """A line of Markdown."""
+    """Print a row of the Markdown table."""
     rates = f"{row['samples_per_second']:.0f} | {row['baseline_samples_per_second']:.0f}" if "peak_mib" in row else " | "
     memory = f"{row['peak_mib']:.0f} | {row['baseline_peak_mib']:.0f} | {row['relative_distance']:.0e}" if "peak_mib" in row else " | | "
     ratio = f"{row['ratio']:.2f} ({row['ratio_min']:.2f} to {row['ratio_max']:.2f})"

@@ -1,4 +1,4 @@
-"""One side of a comparison: a loop in processes of its own, which wait between rounds."""
+"""One side of a comparison: a loop in its own processes, which wait between rounds."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from safetensors.torch import load_file
 from fedmllm.types import Weights
 
 PERIOD = 0.05
-"""Seconds between two looks at the memory."""
+"""Seconds between two memory measurements."""
 
 
 class Side:
-    """A loop that trains a round when asked.
+    """A loop that trains a round on request.
 
     Args:
         loop: a module of ``loops``.
-        cohort: clients of a round.
+        cohort: clients per round.
         batch_size: samples of a micro-batch.
         accumulation: micro-batches of a step.
-        off: a switch that is off, of ``ours`` only.
-        size, device: of the model; see ``workload``.
+        off: the switch that is off; for ``ours`` only.
+        size, device: the model's; see ``workload``.
 
     Attributes:
         gpu_mib: peak memory on a GPU so far.
@@ -71,10 +71,10 @@ class Side:
         self._folder.cleanup()
 
     def round(self) -> float:
-        """Train one; its seconds.
+        """Train a round and return its seconds.
 
         Raises:
-            RuntimeError: if the loop has ended, with the last of what it wrote.
+            RuntimeError: if the loop has ended, with the end of its log.
         """
         self._began = True
         self._stdin.write("\n")
@@ -88,7 +88,7 @@ class Side:
 
     @contextlib.contextmanager
     def stopped(self) -> Iterator[None]:
-        """In this block the processes get no processor, once they have trained a round."""
+        """Suspend the processes inside this block, if they have trained a round."""
         processes = self._tree() if self._began else []
         for process in processes:
             process.suspend()
@@ -99,7 +99,7 @@ class Side:
                 process.resume()
 
     def peak_memory(self) -> float:
-        """Train one; the most memory of all its processes in MiB, what they share counted once."""
+        """Train a round and return the peak memory of all its processes in MiB, with shared memory counted once."""
         peak, over = 0.0, threading.Event()
 
         def look() -> None:
@@ -115,7 +115,7 @@ class Side:
         return peak
 
     def end(self) -> Weights:
-        """The mean of the clients' weights after the last round."""
+        """Return the mean of the clients' weights after the last round."""
         return load_file(self._end)
 
     @property

@@ -1,6 +1,6 @@
-"""Seconds of each stage of a run by the number of clients, ten of them (or all) in a round: ``python benchmarks/stages.py``.
+"""Measure the seconds of each stage of a run by the number of clients, with ten of them (or all) in a round: ``python benchmarks/stages.py``.
 
-Every client has ten samples. A round's numbers are medians over rounds 2 to 5. Each federation runs in a process of its own, for its memory.
+Every client has ten samples. A round's numbers are medians over rounds 2 to 5. Each federation runs in its own process, so that its memory can be measured.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ OUTPUT = Path(__file__).parent / "results" / "stages.json"
 
 
 def experiment(clients: int) -> Experiment:
-    """A federation of equal clients."""
+    """Return the settings of a federation of equal clients."""
     return Experiment.parse(
         {
             "data": {"num_train": clients * SAMPLES, "num_test": 100},
@@ -49,7 +49,7 @@ def experiment(clients: int) -> Experiment:
 
 
 def measure(clients: int) -> dict[str, float]:
-    """One row: seconds of what happens once, then of a round's stages, then memory in MiB."""
+    """Train a federation and return its row: seconds of one-time work, seconds of a round's stages, and memory in MiB."""
     settings = experiment(clients)
     row: dict[str, float] = {"clients": clients}
     start = time.perf_counter()
@@ -65,7 +65,7 @@ def measure(clients: int) -> dict[str, float]:
 
 
 def _prepared(settings: Experiment, samples: list) -> dict[str, float]:  # type: ignore[type-arg]
-    """Seconds to encode a cohort's samples and to compute the features of their pictures."""
+    """Return the seconds to encode a cohort's samples and to compute the features of their pictures."""
     vlm = load_model(settings.model, torch.device("cpu"))
     encoder, keeping = Encoder(vlm, "agnostic"), replace(vlm, features=VisionFeatures(vlm, 1 << 30))
     start = time.perf_counter()

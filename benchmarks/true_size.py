@@ -1,9 +1,9 @@
-"""A federated round of models of true size with random weights, on one GPU: speed, peak memory against the plan, bytes.
+"""Train federated rounds of models of real size with random weights on one GPU: speed, peak memory against the plan, bytes.
 
     python benchmarks/true_size.py [--kinds qwen2_5_vl minicpmv4_6] [--device cuda] [--set model.quantization=4bit ...]
 
-Each model is written as a folder with its own kind of processor, loaded and trained by ``fedmllm.train``. Leaves ``results/true_size.json``.
-``--tiny`` takes the models of ``examples/tiny_models.py`` instead, to try the script where there is no GPU.
+Each model is written as a folder with its own kind of processor, then loaded and trained by ``fedmllm.train``. The script writes
+``results/true_size.json``. ``--tiny`` uses the models of ``examples/tiny_models.py`` instead, to test the script without a GPU.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from fedmllm import Experiment, train
 from fedmllm.reports.models import describe
 
 TRUE = {size.kind: size for size in (SIZES["3b"], SIZES["minicpm"])}
-"""By kind of model."""
+"""Sizes by kind of model."""
 
 
 def make(kind: str, folder: Path, device: str) -> None:
-    """Write the model in bfloat16; weights are drawn on the device, where that takes a moment."""
+    """Write the model in bfloat16. Weights are drawn on the device, which is faster."""
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     processor = tiny_models.processor(kind, TRUE[kind].images)
@@ -40,7 +40,7 @@ def make(kind: str, folder: Path, device: str) -> None:
 
 
 def experiment(name: Path, device: str, overrides: list[str]) -> Experiment:
-    """Two clients, three rounds: in the first features are computed, which later ones find."""
+    """Return settings of two clients and three rounds. The first round computes features, and the later ones reuse them."""
     values: dict[str, Any] = {
         "model": {"name": str(name), "dtype": "bfloat16", "max_length": 2048},
         "data": {"num_train": 128, "num_test": 32},
@@ -56,7 +56,7 @@ def experiment(name: Path, device: str, overrides: list[str]) -> Experiment:
 
 
 def measure(kind: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Build, plan, train."""
+    """Build, plan and train a model, and return its row."""
     with tempfile.TemporaryDirectory() as space:
         folder, run = Path(space) / kind, Path(space) / "run"
         if options.tiny:

@@ -1,1 +1,1 @@
-"""What ``gpu.py`` measures, a stage a process: ``python -m gpu_stages STAGE ROWS --device cuda --seconds 60``."""
+"""The measurements of ``gpu.py``, one process per stage: ``python -m gpu_stages STAGE ROWS --device cuda --seconds 60``."""

@@ -1,4 +1,4 @@
-"""One stage, in this process."""
+"""Run one stage in this process."""
 
 from __future__ import annotations
 
@@ -21,6 +21,6 @@ if __name__ == "__main__":
     chosen = parser.parse_args()
     warnings.simplefilter("ignore")
     if chosen.device == "cpu":
-        # As on a GPU: a profiler sees one thread, and PyTorch's compiler crashes in two at once.
+        # As on a GPU: the profiler records one thread, and PyTorch's compiler crashes if two threads use it at once.
         torch.set_num_threads(1)
     STAGES[chosen.stage](Bench(chosen.stage, chosen.rows, torch.device(chosen.device), chosen.tiny, chosen.seconds))

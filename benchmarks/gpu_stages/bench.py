@@ -1,4 +1,4 @@
-"""What a stage works with: the device, how large models are, how much time is left, and where rows go."""
+"""The context of a stage: the device, the size of models, the time left, and the file for rows."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ import torch
 
 @dataclass
 class Bench:
-    """One stage's.
+    """The context of one stage.
 
     Attributes:
-        stage: its name, in every row.
-        rows: the file that rows are added to.
-        device: where models are.
-        tiny: models of a few thousand parameters, short samples and single repeats, to try the script.
-        seconds: until the stage is ended.
+        stage: its name, which every row contains.
+        rows: the file that rows are appended to.
+        device: the models' device.
+        tiny: use models of a few thousand parameters, short samples and single repeats, to test the script.
+        seconds: the stage's time limit.
     """
 
     stage: str
@@ -33,27 +33,27 @@ class Bench:
     _begun: float = field(default_factory=time.monotonic)
 
     def row(self, name: str, **values: Any) -> None:
-        """Add a row, at once: whatever comes after may be cut off."""
+        """Append a row immediately, because the stage may be killed at any time."""
         with self.rows.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"stage": self.stage, "name": name, **values}) + "\n")
 
     @property
     def left(self) -> float:
-        """Seconds."""
+        """Seconds that the stage has left."""
         return self.seconds - (time.monotonic() - self._begun)
 
     @property
     def cuda(self) -> bool:
-        """Whether this is a GPU."""
+        """Whether the device is a GPU."""
         return self.device.type == "cuda"
 
     def synchronize(self) -> None:
-        """Wait for the device."""
+        """Wait until the device has finished."""
         if self.cuda:
             torch.cuda.synchronize()
 
     def timed(self, work: Callable[[], object]) -> float:
-        """A piece of work's seconds, until the device is done with it."""
+        """Return the seconds of some work, until the device has finished it."""
         self.synchronize()
         start = time.perf_counter()
         work()
@@ -61,7 +61,7 @@ class Bench:
         return time.perf_counter() - start
 
     def repeated(self, work: Callable[[], object], count: int = 3) -> dict[str, float]:
-        """Median, least and greatest seconds of some runs after a first that does not count; fewer where time is short, but one."""
+        """Return the median, least and greatest seconds of some runs after a warm-up; fewer runs if time is short, but at least one."""
         spent = self.timed(work)
         seconds = [self.timed(work)]
         while len(seconds) < (1 if self.tiny else count) and self.left > 2 * spent + seconds[-1]:
@@ -69,7 +69,7 @@ class Bench:
         return {"seconds": statistics.median(seconds), "least": min(seconds), "most": max(seconds), "runs": len(seconds)}
 
     def fast(self, work: Callable[[], object], count: int = 10) -> float:
-        """Median seconds of a run of work so short that the time between host and device would count: ``count`` runs at once."""
+        """Return the median seconds of very short work. It times ``count`` runs at once, so that the delay between host and device does not count."""
 
         def runs() -> None:
             for _ in range(count):

@@ -1,4 +1,4 @@
-"""What the device can do at most: matrix products, copies, launches, attention."""
+"""The limits of the device: matrix products, copies, launches, attention."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from gpu_stages.bench import Bench
 
 WIDTH, INNER, KV, HEADS, HEAD = 2048, 11008, 256, 16, 128
-"""Of Qwen2.5-VL-3B's decoder."""
+"""Dimensions of Qwen2.5-VL-3B's decoder."""
 
 
 def ceilings(bench: Bench) -> None:
-    """Rows ``matrix`` (the ceiling of every utilization in the table), ``product ...``, ``copy``, ``launch``, ``attention ...``."""
+    """Add the rows ``matrix`` (the ceiling of every utilization in the table), ``product ...``, ``copy``, ``launch``, ``attention ...``."""
     size = 256 if bench.tiny else 8192
     _product(bench, "matrix", size, size, size)
     for rows in (64, 128) if bench.tiny else (2400, 12000):
@@ -40,7 +40,7 @@ def _product(bench: Bench, name: str, rows: int, outputs: int, inputs: int) -> N
 
 
 def _narrow(bench: Bench, rows: int) -> None:
-    """Ten clients' A with their rows, batched by client, and all at once with concatenated ranks."""
+    """Time the products of ten clients' A with their rows: batched by client, and all at once with concatenated ranks."""
     x = torch.randn(10, rows // 10, WIDTH, device=bench.device, dtype=torch.bfloat16)
     a = torch.randn(10, 8, WIDTH, device=bench.device, dtype=torch.bfloat16)
     bench.row(f"factors by client, {rows:,} rows", seconds=bench.fast(lambda: torch.bmm(x, a.mT)))
@@ -49,14 +49,14 @@ def _narrow(bench: Bench, rows: int) -> None:
 
 
 def _attention(bench: Bench, batch: int, tokens: int, masked: bool) -> None:
-    """Forward and backward, with grouped keys as Transformers calls it: repeated where there is a mask."""
+    """Time attention forward and backward, with grouped keys as Transformers calls it: repeated if there is a mask."""
     groups = HEADS if masked else 2
     shapes = ((HEADS, tokens), (groups, tokens), (groups, tokens))
     q, k, v = (torch.randn(batch, *shape, HEAD, device=bench.device, dtype=torch.bfloat16, requires_grad=True) for shape in shapes)
     mask = torch.ones(tokens, tokens, dtype=torch.bool, device=bench.device).tril().expand(batch, 1, tokens, tokens) if masked else None
     if mask is not None:
         mask = mask.clone()
-        # One token of padding is what makes the mask necessary.
+        # One token of padding makes the mask necessary.
         mask[:, :, 1:, 0] = False
 
     def work() -> None:

@@ -1,4 +1,4 @@
-"""Changes to the training step that are not in the package yet, each alone and together: what they would gain."""
+"""Measure what changes to the training step that are not in the package yet would gain, alone and together."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from gpu_stages.training import Case, measure
 
 
 def changes(bench: Bench) -> None:
-    """Ten clients at 1 x 4 and 300 tokens: as it is, with equal lengths (no mask), with adapted layers as one operation without autocast, with
-    norms and feed-forward parts compiled or by Liger, and with all."""
+    """Measure ten clients at 1 x 4 and 300 tokens: without changes, with equal lengths (no mask), with adapted layers as one operation without
+    autocast, with norms and feed-forward layers compiled or from Liger, and with all changes."""
     vlm = adapted(build(bench, "3b"))
     case = Case(2 if bench.tiny else 10, steps=2)
     equal = replace(case, spread=0.0)
@@ -41,7 +41,7 @@ def changes(bench: Bench) -> None:
                 stacked._forward = _one_operation  # type: ignore[assignment]
                 measure(bench, single, equal, f"{name}, one operation, equal lengths", second)
         except Exception as error:
-            # These are others' programs on a device where they were never tried: the next may work.
+            # This is third-party code on a device where it was never tested; the next change may still work.
             reason = f"{type(error).__name__}: {error}"[:300]
         if reason is not None:
             bench.row(name, left_out=reason)
@@ -50,7 +50,7 @@ def changes(bench: Bench) -> None:
 
 
 class _Adapted(torch.autograd.Function):
-    """As ``fedmllm.models.frozen_products``'s, in the inputs' format and on any device."""
+    """The same operation as in ``fedmllm.models.frozen_products``, in the inputs' number format and on any device."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
@@ -75,7 +75,7 @@ class _Adapted(torch.autograd.Function):
 
 
 def _one_operation(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Change A of an adapted layer's forward."""
+    """Run an adapted layer as one operation (change A)."""
     base = layer.get_base_layer()
     if PASS.factors is None:
         return base(x, *args, **kwargs)
@@ -84,13 +84,13 @@ def _one_operation(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def _fused_parts(vlm: VisionLanguageModel) -> list[nn.Module]:
-    """Norms and feed-forward parts of the decoder: no adapter is in them."""
+    """Return the decoder's norms and feed-forward layers, which contain no adapters."""
     decoder = vlm.model.get_decoder()
     return [module for module in decoder.modules() if type(module).__name__.endswith(("RMSNorm", "MLP"))]
 
 
 def _liger(bench: Bench, vlm: VisionLanguageModel) -> str | None:
-    """Put Liger's kernels in their place; why not, if that cannot be."""
+    """Replace norms and feed-forward layers with Liger's kernels. Return the reason if this is impossible."""
     if importlib.util.find_spec("liger_kernel") is None:
         return "liger-kernel is not installed"
     if not bench.cuda:
@@ -102,7 +102,7 @@ def _liger(bench: Bench, vlm: VisionLanguageModel) -> str | None:
 
 
 def _compile(bench: Bench, vlm: VisionLanguageModel) -> str | None:
-    """Compile their forwards, one for each class; the tiny run traces them only."""
+    """Compile the forward of norms and feed-forward layers, once per class. The tiny run only traces them."""
     compiled: dict[type, Any] = {}
     for module in _fused_parts(vlm):
         kind = type(module)

@@ -1,4 +1,4 @@
-"""Whether clients side by side come to what each comes to alone, and the device to what a CPU comes to."""
+"""Check that parallel clients get the same gradients as single clients, and the device the same as a CPU."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from gpu_stages.models import adapted, build, samples
 from gpu_stages.training import turns
 
 EXACT, ROUGH = 1e-4, 5e-2
-"""Relative distances of gradients up to which float32, and bfloat16 against float32, pass."""
+"""The largest relative distances of gradients that pass: in float32, and in bfloat16 against float32."""
 SHALLOW = {
     "text_config": {"num_hidden_layers": 4, "intermediate_size": 2048, "vocab_size": 32768},
     "vision_config": {"depth": 2, "fullatt_block_indexes": [1]},
 }
-"""A CPU is to compute it too."""
+"""Small dimensions, because a CPU has to compute the model too."""
 CONFIG = TrainingConfig(batch_size=4, clip_norm=None, max_batch_tokens=1 << 20)
 
 
 def correctness(bench: Bench) -> None:
-    """Gradients of one step of three clients with equal and unequal numbers of rows: alone, together, on this device and on a CPU.
+    """Compare gradients of one step of three clients with equal and unequal numbers of rows: alone, in parallel, on this device and on a CPU.
 
     ``distance = max over clients of |g - g_reference| / |g_reference|``, each over all factors.
     """
@@ -55,7 +55,7 @@ def correctness(bench: Bench) -> None:
 
 
 def _stirred(vlm: VisionLanguageModel) -> VisionLanguageModel:
-    """Weights as large as what goes through keeps its size: of the usual 0.02 a shallow model makes next to nothing."""
+    """Draw weights that keep the size of activations. With the usual 0.02, the outputs of a shallow model would be close to zero."""
     generator = torch.Generator(vlm.device).manual_seed(0)
     with torch.no_grad():
         for weight in vlm.model.parameters():
@@ -65,7 +65,7 @@ def _stirred(vlm: VisionLanguageModel) -> VisionLanguageModel:
 
 
 def _factors(vlm: VisionLanguageModel) -> Weights:
-    """Factors that both have a gradient: a fresh B is zero, and A then has none."""
+    """Return factors that both have a gradient. With B zero, as at the start, A would have none."""
     generator = torch.Generator().manual_seed(1)
     own = read_weights(vlm.model)
     return {n: t if factors.is_a(n) else torch.randn(t.shape, generator=generator) / 8 for n, t in own.items()}

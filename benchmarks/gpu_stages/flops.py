@@ -1,4 +1,4 @@
-"""What a step has to compute, whatever a program computes besides: the numerator of the model FLOP utilization."""
+"""The operations that a step needs, without any extra work of a program: the numerator of the model FLOP utilization."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from fedmllm.models.encoding import Encoded
 
 
 def needed_flops(text: Any, samples: Sequence[Encoded], rank: int = 8) -> float:
-    """Floating-point operations of training a dense decoder's adapters on q, k, v and o once on each sample.
+    """Return the floating-point operations of training a dense decoder's adapters on q, k, v and o once on each sample.
 
-    With N layers of W weights, L tokens of a sample, a of them its answer's, H = heads x head size, 2 n operations for a token's product with n
-    weights, and r (inputs + outputs) weights of a layer's factors F = F_kv + F_qo:
+    A decoder has N layers of W weights. A sample has L tokens, of which a belong to its answer. H = heads x head size. A token's product with n
+    weights takes 2 n operations, and a layer's factors F = F_kv + F_qo have r (inputs + outputs) weights:
 
         frozen, forward and gradient through it    4 W L (N - 1), and in the last layer 4 W_kv L + 4 (W - W_kv) a
-        causal attention, half of the square       6 L^2 H (N - 1), and in the last layer as many as there are pairs with the answer: left out
-        factors, forward, through and for them     6 F L (N - 1), and in the last layer 6 F_kv L + 6 F_qo a
+        causal attention, half of the square       6 L^2 H (N - 1); the last layer's, only for the answer's tokens, is left out
+        factors, forward and both gradients        6 F L (N - 1), and in the last layer 6 F_kv L + 6 F_qo a
         output head                                4 vocabulary width a
 
-    The vision part is not in it: features are computed once. Neither is what need not be done: padding, and what is computed again. The gradient
-    with respect to the first layer's input is counted, although nobody needs it: less than a thousandth.
+    The vision tower is not counted, because features are computed once. Padding and recomputation are not counted, because they are not needed. The
+    gradient with respect to the first layer's input is counted although it is not needed; it is less than a thousandth.
 
     Args:
         text: the decoder's config, with dense layers of attention and gated feed-forward.
-        samples: with their lengths.
-        rank: of the factors.
+        samples: the samples, for their lengths.
+        rank: the factors' rank.
     """
     width, heads, groups = text.hidden_size, text.num_attention_heads, text.num_key_value_heads
     size = getattr(text, "head_dim", None) or width // heads
@@ -33,7 +33,7 @@ def needed_flops(text: Any, samples: Sequence[Encoded], rank: int = 8) -> float:
     factors_qo, factors_kv = 2 * rank * (width + heads * size), 2 * rank * (width + groups * size)
     total = 0.0
     for sample in samples:
-        # Layer by layer of tokens: what all columns pass, and what only those of the answer pass in the last layer.
+        # Tokens times layers: for weights that all tokens pass, and for weights that only the answer's tokens pass in the last layer.
         tokens, shortened = len(sample.input_ids), sample.answer_length
         everywhere = tokens * text.num_hidden_layers
         elsewhere = tokens * (text.num_hidden_layers - 1) + shortened

@@ -1,4 +1,4 @@
-"""Where the time of a step goes: kernels by share, and how long the device stands idle."""
+"""Show where the time of a step goes: kernels by share, and how long the device is idle."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SHOWN = 20
 
 
 def profiled(bench: Bench) -> None:
-    """One step of ten clients at 1 x 4: a row for each of the 20 kernels (on a CPU operations) that take longest, and the idle share."""
+    """Profile one step of ten clients at 1 x 4. Add a row for each of the 20 slowest kernels (on a CPU, operations), and the idle share."""
     vlm = adapted(build(bench, "3b"))
     case, budget = Case(2 if bench.tiny else 10, steps=1), TokenBudget()
     asked = turns(vlm, case.held(bench, vlm), case.config)
@@ -30,7 +30,7 @@ def profiled(bench: Bench) -> None:
     with profile(activities=activities) as profiler:
         watched = bench.timed(step)
     kind = DeviceType.CUDA if bench.cuda else DeviceType.CPU
-    # A range such as an optimizer's step has a span on the device too, in which the device may well stand idle.
+    # Annotations such as an optimizer's step also have a span on the device, in which the device may be idle.
     events = [event for event in profiler.events() if event.device_type == kind and not event.is_user_annotation]
     busy = union([(event.time_range.start, event.time_range.end) for event in events]) / 1e6
     launched = sum(event.name.startswith(("cudaLaunchKernel", "cuLaunchKernel")) for event in profiler.events())
@@ -40,7 +40,7 @@ def profiled(bench: Bench) -> None:
 
 
 def heaviest(profiler: Any, cuda: bool) -> list[tuple[str, int, float]]:
-    """Name, calls and seconds of the kernels that take longest by themselves."""
+    """Return name, calls and seconds of the kernels with the largest self time."""
     kind = DeviceType.CUDA if cuda else DeviceType.CPU
     rows = [row for row in profiler.key_averages() if row.device_type == kind and not row.is_user_annotation]
     seconds = {row.key: (row.self_device_time_total if cuda else row.self_cpu_time_total) / 1e6 for row in rows}
@@ -48,7 +48,7 @@ def heaviest(profiler: Any, cuda: bool) -> list[tuple[str, int, float]]:
 
 
 def union(spans: list[tuple[float, float]]) -> float:
-    """Length of what some intervals cover together."""
+    """Return the length of the union of some intervals."""
     covered, reached = 0.0, float("-inf")
     for start, end in sorted(spans):
         covered += max(0.0, end - max(start, reached))

@@ -1,4 +1,4 @@
-"""Models in their own architectures and true dimensions with random weights, made on the device, and made-up samples for them."""
+"""Models in their own architectures and real dimensions with random weights, created on the device, and artificial samples for them."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ MINICPM_V_4_6 = {
     },
     **{"insert_layer_id": 6, "image_size": 448, "tie_word_embeddings": True},
 }
-"""The heads of MiniCPM-V 4.6's decoder are those of Qwen3.5 of its width."""
+"""MiniCPM-V 4.6's decoder has the heads of the Qwen3.5 model of the same width."""
 SMOLVLM_256M = {
     "text_config": {
         **{"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3},
@@ -77,17 +77,17 @@ SMOLVLM_256M = {
     },
     **{"scale_factor": 4, "tie_word_embeddings": False},
 }
-"""Its decoder has 135 million parameters."""
+"""The decoder of SmolVLM-256M has 135 million parameters."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """A model to make.
+    """The size of a model.
 
     Attributes:
-        kind: of ``examples/tiny_models.py``.
-        dimensions: those of the published model, in place of the tiny one's.
-        images: settings of its image processor: pictures of 448 x 448.
+        kind: a kind of ``examples/tiny_models.py``.
+        dimensions: those of the published model, which replace the tiny model's.
+        images: settings of its image processor, for pictures of 448 x 448.
     """
 
     kind: str
@@ -95,7 +95,7 @@ class Size:
     images: dict[str, Any] = field(default_factory=dict)
 
     def settings(self, token: Any, tiny: bool = False) -> dict[str, Any]:
-        """For the model's config, given the tokens' ids."""
+        """Return the settings of the model's config, given a function from a token to its id."""
         settings = tiny_models.RECIPES[self.kind].config(token)
         if tiny:
             return settings
@@ -110,19 +110,19 @@ SIZES = {
     "minicpm": Size("minicpmv4_6", MINICPM_V_4_6, {"scale_resolution": 448, "patch_size": 14, "max_slice_nums": 9}),
     "135m": Size("idefics3", SMOLVLM_256M),
 }
-"""Published models' dimensions."""
+"""Sizes of published models."""
 
 
 def build(
     bench: Bench, name: str, dtype: torch.dtype = torch.bfloat16, changes: Mapping[str, dict[str, Any]] = MappingProxyType({})
 ) -> VisionLanguageModel:
-    """A frozen model with random weights on the device, without adapters.
+    """Return a frozen model with random weights on the device, without adapters.
 
     Args:
-        bench: where, and whether tiny.
-        name: of ``SIZES``.
-        dtype: of the weights.
-        changes: to the dimensions, by ``text_config`` and ``vision_config``; of none where all is tiny.
+        bench: the device, and whether models are tiny.
+        name: a name of ``SIZES``.
+        dtype: the weights' number format.
+        changes: changes to the dimensions, by ``text_config`` and ``vision_config``; ignored if models are tiny.
     """
     from transformers import AutoConfig, AutoModelForImageTextToText
 
@@ -139,7 +139,7 @@ def build(
 
 
 def adapted(vlm: VisionLanguageModel, features: bool = True) -> VisionLanguageModel:
-    """The model as a run has it: with adapters of rank 8, features of pictures kept, the last layer shortened."""
+    """Return the model as a run uses it: with adapters of rank 8, stored picture features and a shortened last layer."""
     if features:
         vlm = replace(vlm, features=VisionFeatures(vlm, 1 << 30))
     vlm = attach_lora(vlm, LoraConfig(), 0)
@@ -148,21 +148,21 @@ def adapted(vlm: VisionLanguageModel, features: bool = True) -> VisionLanguageMo
 
 
 PICTURES = 8
-"""Different ones among the samples."""
+"""Number of different pictures among the samples."""
 
 
 def samples(
     vlm: VisionLanguageModel, count: int, tokens: int, spread: float = 1 / 12, pictured: bool = True, seed: int = 0
 ) -> list[Encoded]:
-    """Made-up samples: a picture of noise, a question of random words, an answer; ``tokens`` on average.
+    """Return artificial samples: a picture of noise, a question of random words, and an answer, with ``tokens`` tokens on average.
 
     Args:
         vlm: the model, for its processor.
-        count: how many.
-        tokens: of a sample on average.
-        spread: lengths lie evenly between ``(1 - spread) tokens`` and ``(1 + spread) tokens``; 0 for all alike.
-        pictured: whether there are pictures.
-        seed: of everything.
+        count: number of samples.
+        tokens: mean tokens per sample.
+        spread: lengths are uniform between ``(1 - spread) tokens`` and ``(1 + spread) tokens``; 0 for equal lengths.
+        pictured: whether samples have pictures.
+        seed: the seed of all random numbers.
     """
     rng = np.random.default_rng(seed)
     turns = [_turn(rng, pictured) for _ in range(PICTURES)]
@@ -178,7 +178,7 @@ def _turn(rng: np.random.Generator, pictured: bool) -> Sequence[Message]:
 
 
 def _stretched(sample: Encoded, length: int, words: torch.Tensor, rng: np.random.Generator) -> Encoded:
-    """The sample with so many random words before its answer that it has a length; as it is where it is longer."""
+    """Return the sample, extended to ``length`` tokens with random words before its answer; unchanged if it is longer."""
     missing = max(0, length - len(sample.input_ids))
     drawn = words[torch.from_numpy(rng.integers(len(words), size=missing))]
 

@@ -1,4 +1,4 @@
-"""A model's frozen weights in 4 bits, without a checkpoint to read them from."""
+"""Quantize a model's frozen weights to 4 bits without a checkpoint."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from fedmllm.models.load import VisionLanguageModel
 
 
 def in_four_bits(vlm: VisionLanguageModel) -> VisionLanguageModel:
-    """The decoder's linear layers in the format of ``fedmllm.models.quantized``, in place."""
+    """Convert the decoder's linear layers to the format of ``fedmllm.models.quantized``, in place."""
     import bitsandbytes
 
     for module in list(vlm.model.get_decoder().modules()):
         for name, layer in list(module.named_children()):
             if type(layer) is nn.Linear:
                 setattr(module, name, _quantized(bitsandbytes.nn, layer, vlm))
-    # PEFT asks the model which kind of layers it has.
+    # PEFT reads the kind of layers from this attribute.
     vlm.model.is_loaded_in_4bit = True
     return vlm
 

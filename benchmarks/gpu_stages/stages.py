@@ -1,4 +1,4 @@
-"""The stages by name. Each is a function of a ``Bench`` that adds rows as it goes."""
+"""The stages by name. Each is a function of a ``Bench`` that adds rows as it runs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PACKAGES = (
 
 
 def versions(bench: Bench) -> None:
-    """What is installed, what the device is, and whether models read features: nothing else is worth its time where they do not."""
+    """Record installed packages and the device, and check that models read features; without that, no other stage is useful."""
     found = {}
     for name in PACKAGES:
         try:
@@ -48,7 +48,7 @@ def versions(bench: Bench) -> None:
 
 
 def train_3b(bench: Bench) -> None:
-    """As the package is: clients, batches, lengths."""
+    """Measure the 3B model with different numbers of clients, batches and lengths."""
     vlm = adapted(build(bench, "3b"))
     cases = [Case(10), Case(2), Case(5), Case(5, batch=16, accumulation=1, steps=2), Case(10, tokens=1200, steps=1)]
     for case in cases[:1] + cases[-1:] if bench.tiny else cases:
@@ -57,7 +57,7 @@ def train_3b(bench: Bench) -> None:
 
 
 def train_7b(bench: Bench) -> None:
-    """The larger one."""
+    """Measure the 7B model."""
     vlm = adapted(build(bench, "7b"))
     for case in (Case(10, steps=2), Case(2)):
         measure(bench, vlm, case)
@@ -65,26 +65,26 @@ def train_7b(bench: Bench) -> None:
 
 
 def train_135m(bench: Bench) -> None:
-    """A small decoder, on text: what a step costs beside its arithmetic."""
+    """Measure a small decoder on text, which shows the cost of a step beyond its arithmetic."""
     vlm = adapted(build(bench, "135m"), features=False)
     for case in (Case(10, pictured=False), Case(2, pictured=False)):
         measure(bench, vlm, case)
 
 
 def minicpm(bench: Bench) -> None:
-    """Linear attention, on text."""
+    """Measure linear attention, on text."""
     if importlib.util.find_spec("fla") is None or not bench.cuda:
         bench.row("fla", left_out="flash-linear-attention is not installed" if bench.cuda else "its kernels need a GPU")
         return
     try:
         _minicpm(bench, "with fla")
     except RuntimeError as error:
-        # Its kernels refuse compilers with which they came to wrong results: Triton 3.4 to 3.7 on an H100 or H200.
+        # Its kernels refuse compilers that gave wrong results: Triton 3.4 to 3.7 on an H100 or H200.
         bench.row("fla", left_out=f"{type(error).__name__}: {error}"[:300])
 
 
 def minicpm_without_fla(bench: Bench) -> None:
-    """The same without flash-linear-attention, which Transformers looks for when it is imported."""
+    """Measure the same without flash-linear-attention, which Transformers looks for at import."""
     sys.modules["fla"] = None  # type: ignore[assignment]
     _minicpm(bench, "without fla")
 
@@ -95,7 +95,7 @@ def _minicpm(bench: Bench, how: str) -> None:
 
 
 def train_4bit(bench: Bench) -> None:
-    """Frozen weights in 4 bits."""
+    """Measure the 3B model with frozen weights in 4 bits."""
     if importlib.util.find_spec("bitsandbytes") is None:
         bench.row("4 bits", left_out="bitsandbytes is not installed")
         return

@@ -1,4 +1,4 @@
-"""The usual loop beside ours: Transformers' ``Trainer``, one client after another."""
+"""Compare the usual loop with ours: Transformers' ``Trainer``, one client after another."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from gpu_stages.training import Case, flops, turns
 
 
 def beside(bench: Bench) -> None:
-    """A client's two steps at 1 x 4 and one at 16, by the Trainer and by our loop alone; with features of pictures and with the vision part.
+    """Time a single client's two steps at 1 x 4 and one step at 16, with the Trainer and with our loop; with picture features and with the vision tower.
 
-    A Trainer takes as long for ten clients as ten times for one. ``distance`` is that of the two's weights, relative to the way they went.
+    A Trainer takes ten times as long for ten clients as for one. ``distance`` is that of the two results, relative to the distance that the weights moved.
     """
     vlm = adapted(build(bench, "3b"))
     for case in (Case(1, steps=2), Case(1, batch=16, accumulation=1, steps=1)):
@@ -28,7 +28,7 @@ def beside(bench: Bench) -> None:
         start, experiment = read_weights(vlm.model), Experiment.parse(settings)
         for features in (True, False):
             model = vlm if features else replace(vlm, features=None)
-            # Samples are encoded already.
+            # Samples are already encoded.
             work = Workload(experiment, {"client-0": held}, model, start, lambda sample: sample)  # type: ignore[arg-type, dict-item]
             ends = {}
             rows = {"Trainer": lambda work=work: trainer.train(work, "client-0", work.start)}

@@ -1,4 +1,4 @@
-"""Rounds of clients side by side, as the engine trains them, and their rows: speed, utilization, memory against the plan."""
+"""Measure rounds of parallel clients, trained as the engine trains them: speed, utilization, memory against the plan."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from gpu_stages.flops import needed_flops
 from gpu_stages.models import samples
 
 TINY_TOKENS = {300: 60, 1200: 120}
-"""Of a sample, where everything is tiny."""
+"""Tokens of a sample if models are tiny, by the tokens otherwise."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A round.
+    """The shape of a round.
 
     Attributes:
-        clients: side by side.
-        batch, accumulation: samples of a micro-batch, and micro-batches of a step.
-        tokens: of a sample, on average.
-        steps: of each client.
-        spread: of the samples' lengths around ``tokens``.
+        clients: number of parallel clients.
+        batch, accumulation: samples per micro-batch, and micro-batches per step.
+        tokens: mean tokens per sample.
+        steps: steps of each client.
+        spread: relative spread of the samples' lengths around ``tokens``.
         pictured: whether samples have pictures.
     """
 
@@ -51,21 +51,21 @@ class Case:
 
     @property
     def name(self) -> str:
-        """As in the table."""
+        """The row's name in the table."""
         return f"K = {self.clients}, {self.shape} tokens"
 
     @property
     def shape(self) -> str:
-        """What a client does, however many there are."""
+        """Batch and length of a client's samples, whatever the number of clients."""
         return f"{self.batch} x {self.accumulation}, {self.tokens:,}"
 
     @property
     def config(self) -> TrainingConfig:
-        """Of each client."""
+        """Training settings of each client."""
         return TrainingConfig(batch_size=self.batch, accumulation=self.accumulation, learning_rate=1e-4)
 
     def held(self, bench: Bench, vlm: VisionLanguageModel) -> list[list[Encoded]]:
-        """Each client's samples."""
+        """Return each client's samples."""
         each = self.batch * self.accumulation * self.steps
         tokens = TINY_TOKENS[self.tokens] if bench.tiny else self.tokens
         drawn = samples(vlm, self.clients * each, tokens, self.spread, self.pictured)
@@ -73,23 +73,23 @@ class Case:
 
 
 def turns(vlm: VisionLanguageModel, held: Sequence[Sequence[Encoded]], config: TrainingConfig) -> list[tuple[LocalTask, LocalRule]]:
-    """What the clients are asked to do."""
+    """Return each client's task and rule."""
     start = read_weights(vlm.model)
     return [(LocalTask(f"client-{k}", 0, 0, own, start, config.learning_rate), LocalRule()) for k, own in enumerate(held)]
 
 
 def measure(bench: Bench, vlm: VisionLanguageModel, case: Case, name: str = "", reference: Sequence[LocalResult] = ()) -> list[LocalResult]:
-    """Train the round some times after a first that does not count, and add its row.
+    """Train the round several times after a warm-up, and add its row.
 
     Args:
-        bench: where, and for how long.
+        bench: the device and the time left.
         vlm: the model with adapters.
         case: the round.
-        name: of the row; the case's own for none.
-        reference: what another way came to with the same samples; the row says how far apart the two are, as ``apart`` does.
+        name: the row's name; the case's own if empty.
+        reference: results of another variant with the same samples; the row then has the distance between the two, as ``apart`` computes it.
 
     Returns:
-        what the last round came to.
+        the results of the last round.
     """
     held, budget, results = case.held(bench, vlm), TokenBudget(), list[LocalResult]()
     asked = turns(vlm, held, case.config)
@@ -113,27 +113,27 @@ def measure(bench: Bench, vlm: VisionLanguageModel, case: Case, name: str = "", 
 
 
 def flops(vlm: VisionLanguageModel, everything: Sequence[Encoded]) -> float | None:
-    """Needed for a round; None where the decoder is none whose operations are known."""
+    """Return the operations that a round needs; None for a decoder whose operations are not known."""
     text = vlm.model.config.get_text_config()
     dense = not getattr(text, "layer_types", None) or set(text.layer_types) == {"full_attention"}
     return needed_flops(text, everything) if dense else None
 
 
 def apart(results: Sequence[LocalResult], reference: Sequence[LocalResult]) -> float:
-    """``max over clients of |w - w_reference| / |w_reference - w_received|``."""
+    """Return ``max over clients of |w - w_reference| / |w_reference - w_received|``."""
     pairs = zip(results, reference, strict=True)
     return max(W.norm(W.subtract(a.weights, b.weights)) / W.norm(W.subtract(b.weights, b.received)) for a, b in pairs)
 
 
 def largest_pass(vlm: VisionLanguageModel, held: Sequence[Sequence[Encoded]], case: Case, budget: TokenBudget) -> int:
-    """Padded tokens of a first step's largest pass."""
+    """Return the padded tokens of the largest pass of the first step."""
     step = [sample for own in held for sample in own[: case.batch * case.accumulation]]
     groups = [[len(step[i].input_ids) for i in group] for group in batched(vlm, step, budget.tokens or 1)]
     return max(len(group) * max(group) for group in groups)
 
 
 def add_plan(bench: Bench, vlm: VisionLanguageModel) -> None:
-    """A row with what ``fedmllm models plan`` says of this model, to hold against the peaks of the stage's other rows."""
+    """Add a row with the result of ``fedmllm models plan``, for comparison with the peaks of the stage's other rows."""
     with tempfile.TemporaryDirectory() as folder:
         vlm.model.get_base_model().config.save_pretrained(folder)
         dtype = "float32" if vlm.dtype == torch.float32 else "bfloat16"

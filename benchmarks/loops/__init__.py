@@ -1,1 +1,1 @@
-"""One federated round of the same work, by us and by others: each module's ``run`` trains one whenever it is told to."""
+"""One federated round of the same work, in our loop and in others. Each module's ``run`` trains a round on request."""

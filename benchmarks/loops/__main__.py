@@ -1,7 +1,7 @@
-"""A side of a comparison: ``python -m loops NAME COHORT BATCH_SIZE ACCUMULATION SIZE DEVICE OFF FILE``.
+"""Run one side of a comparison: ``python -m loops NAME COHORT BATCH_SIZE ACCUMULATION SIZE DEVICE OFF FILE``.
 
-For each line on standard input it trains one round and writes its seconds and the GPU's peak memory in MiB to standard output; the mean of the
-clients' weights goes to FILE.
+For each line on standard input, it trains one round, writes the round's seconds and the GPU's peak memory in MiB to standard output, and writes the mean of
+the clients' weights to FILE.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from loops.workload import workload
 
 if __name__ == "__main__":
     name, *counts, size, device, off, path = sys.argv[1:]
-    # What libraries print is not to be taken for seconds, and a loop may go on in a fork, whose standard input is closed.
+    # Libraries may print to standard output, which must carry only seconds; and a loop may continue in a fork, whose standard input is closed.
     asked, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 

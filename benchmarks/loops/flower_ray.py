@@ -1,4 +1,4 @@
-"""Flower's simulation on Ray: the client is the ``Trainer`` of the usual loop, one core each, the model resident in its actor."""
+"""Flower's simulation on Ray. The client is the ``Trainer`` of the usual loop, with one core each and the model resident in its actor."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ for silent in ("FLWR_TELEMETRY_ENABLED", "RAY_USAGE_STATS_ENABLED"):
 
 @functools.cache
 def resident(cohort: int, batch_size: int, accumulation: int) -> Workload:
-    """An actor's own copy of the work."""
+    """Return the actor's own copy of the work."""
     torch.set_num_threads(1)
     return workload(cohort, batch_size, accumulation)
 
 
 def run(work: Workload, go: Go, done: Done, off: str = "") -> None:
-    """Rounds of a server that sends to all nodes and averages what comes back."""
+    """Run rounds of a server that sends to all nodes and averages the replies."""
     training = work.experiment.training
     sizes = (len(work.clients), training.batch_size, training.accumulation)
     client_app, server_app = ClientApp(), ServerApp()

@@ -1,4 +1,4 @@
-"""NVFlare's simulator: the client is the ``Trainer`` of the usual loop, each in a process of its own with the model resident."""
+"""NVFlare's simulator. The client is the ``Trainer`` of the usual loop, each in its own process with the model resident."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from loops import trainer
 from loops.workload import Done, Go, Workload, workload
 
 served: list[tuple[Workload, Go, Done]] = []
-"""What the server, a fork of this process, works on."""
+"""The work of the server, which is a fork of this process."""
 
 
 @functools.cache
 def resident(cohort: int, batch_size: int, accumulation: int) -> Workload:
-    """A client process's own copy of the work; clients share the cores."""
+    """Return the client process's own copy of the work; clients share the cores."""
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // cohort))
     return workload(cohort, batch_size, accumulation)
 
 
 class Rounds(ModelController):
-    """The server: sends to all and averages what comes back."""
+    """The server, which sends to all clients and averages their replies."""
 
     def run(self) -> None:
         work, go, done = served[0]
@@ -45,7 +45,7 @@ class Rounds(ModelController):
 
 
 class Client(Executor):
-    """A client's turn for each model that comes."""
+    """A client, which trains on each model that it receives."""
 
     def __init__(self, sizes: list[int]) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class Client(Executor):
 
 
 def run(work: Workload, go: Go, done: Done, off: str = "") -> None:
-    """Rounds of a job in the simulator, which keeps the clients' processes only if there is one for each."""
+    """Run the rounds of a job in the simulator, which keeps the clients' processes only if each client has one."""
     served.append((work, go, done))
     training = work.experiment.training
     sizes = [len(work.clients), training.batch_size, training.accumulation]
@@ -70,7 +70,7 @@ def run(work: Workload, go: Go, done: Done, off: str = "") -> None:
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder, "job", "app", "config")
         config.mkdir(parents=True)
-        # With code of its own a job may name any class.
+        # A job with custom code may name any class.
         config.with_name("custom").mkdir()
         config.with_name("custom").joinpath("own.py").touch()
         for path, content in (

@@ -19,9 +19,9 @@ from loops.workload import Done, Go, Workload
 
 
 def run(work: Workload, go: Go, done: Done, off: str = "") -> None:
-    """Rounds through the engine, without the one of ``onednn``, ``features``, ``answers_only``, ``merged`` and ``together`` that is ``off``."""
+    """Run rounds through the engine. ``off`` names the optimization to turn off: ``onednn``, ``features``, ``answers_only``, ``merged`` or ``together``."""
     algorithm, training = build_algorithm(work.experiment.algorithm), work.experiment.training
-    # Refuses a model that would not read them.
+    # VisionFeatures refuses a model that would not read features.
     vlm = work.vlm if off == "features" else replace(work.vlm, features=VisionFeatures(work.vlm, 1 << 30))
     if off != "answers_only":
         shorten(vlm.model)

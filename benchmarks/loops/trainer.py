@@ -17,14 +17,14 @@ from loops.workload import Done, Go, Workload, collate_with_labels
 
 
 class InOrder(Trainer):
-    """Takes the samples as they come."""
+    """A trainer that visits the samples in their given order."""
 
     def _get_train_sampler(self, dataset: Any = None) -> SequentialSampler:
         return SequentialSampler(dataset or self.train_dataset)
 
 
 def run(work: Workload, go: Go, done: Done, off: str = "") -> None:
-    """Rounds of one client after another."""
+    """Run rounds of one client after another."""
     while go():
         start, mean = time.perf_counter(), dict.fromkeys(work.start, 0.0)
         for client in work.clients:
@@ -34,7 +34,7 @@ def run(work: Workload, go: Go, done: Done, off: str = "") -> None:
 
 
 def train(work: Workload, client: str, received: Weights) -> Weights:
-    """A client's turn."""
+    """Train a client and return its weights."""
     training = work.experiment.training
     write_weights(work.vlm.model, received)
     with tempfile.TemporaryDirectory() as folder:

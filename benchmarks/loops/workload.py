@@ -1,4 +1,4 @@
-"""What every loop trains: the embedded model, some clients with equal numbers of samples, one epoch of AdamW at a constant rate."""
+"""The work of every loop: the embedded model, clients with equal numbers of samples, one epoch of AdamW at a constant rate."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fedmllm.training.batches import Encoder, steps
 from fedmllm.types import Sample, Weights
 
 SAMPLES = 24
-"""Of each client."""
+"""Samples of each client."""
 
 SIZES: dict[str, dict[str, dict[str, int]]] = {
     "nano": {},
@@ -34,21 +34,21 @@ SIZES: dict[str, dict[str, dict[str, int]]] = {
 """The embedded model, or its architecture with random weights in the dimensions of Qwen2.5-VL-3B."""
 
 Go = Callable[[], bool]
-"""Waits until a round is wanted; false when none is any more."""
+"""Waits until a round is requested; returns false if there will be no more."""
 Done = Callable[[float, Weights], None]
-"""Takes a round's seconds and the mean of the clients' weights after it."""
+"""Receives a round's seconds and the mean of the clients' weights after it."""
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A cohort's round.
+    """The work of a cohort's round.
 
     Attributes:
         experiment: model, data and training.
-        clients: equally many samples each.
+        clients: the samples of each client, equally many.
         vlm: the model with adapters.
         start: what the clients receive.
-        encoder: samples to tensors, kept.
+        encoder: turns samples into tensors and keeps them.
     """
 
     experiment: Experiment
@@ -58,20 +58,20 @@ class Workload:
     encoder: Encoder
 
     def in_order(self, client: str) -> list[Encoded]:
-        """A client's samples as our first round visits them."""
+        """Return a client's samples in the order of our first round."""
         training, encoded = self.experiment.training, [self.encoder(sample) for sample in self.clients[client]]
         rng = generator(self.experiment.seed, "order", 0, client, 0)
         return [sample for step in steps(encoded, training.batch_size, training.accumulation, rng) for sample in step.samples]
 
 
 def workload(cohort: int, batch_size: int, accumulation: int, size: str = "nano", device: str = "cpu") -> Workload:
-    """Build it; everything is encoded once, so that no loop is charged for pictures."""
+    """Build the work. Everything is encoded once, so that no loop's time includes decoding pictures."""
     experiment = Experiment.parse(
         {
             "data": {"num_train": cohort * SAMPLES, "num_test": 100},
             "federation": {"num_clients": cohort, "clients_per_round": cohort, "partition": "iid"},
             "training": {"batch_size": batch_size, "accumulation": accumulation, "schedule": "constant"},
-            # Of the other loops, PyTorch's own products: ours switches.
+            # The other loops use PyTorch's own products; ours switches oneDNN on.
             "model": {"dtype": "float32" if device == "cpu" else "bfloat16", "onednn": False},
             "engine": {"device": device},
         }
@@ -85,7 +85,7 @@ def workload(cohort: int, batch_size: int, accumulation: int, size: str = "nano"
 
 
 def _resized(vlm: VisionLanguageModel, dimensions: dict[str, dict[str, int]]) -> VisionLanguageModel:
-    """The model with other dimensions and random weights, if there are other dimensions."""
+    """Return the model with other dimensions and random weights, or unchanged if there are no other dimensions."""
     if not dimensions:
         return vlm
     config = vlm.model.config
@@ -97,7 +97,7 @@ def _resized(vlm: VisionLanguageModel, dimensions: dict[str, dict[str, int]]) ->
 
 
 def collate_with_labels(vlm: VisionLanguageModel, samples: list[Encoded]) -> dict[str, Any]:
-    """A batch as Transformers' own loss takes it."""
+    """Return a batch in the form that Transformers' own loss expects."""
     batch = collate(vlm, samples)
     labels = torch.full_like(batch.inputs["input_ids"], -100)
     for row, sample in enumerate(samples):
