@@ -162,7 +162,7 @@ def test_steps_that_a_method_needs_follow_from_the_number_of_samples(experiment:
         (
             {"name": "fednova"},
             ["metrics", "num_samples"],
-            "(fednova) needs the number of training steps, but this site withholds metrics and",
+            "(fednova) needs the number of training steps, but this site withholds both metrics and",
         ),
         ({"strategies": ["modality_coverage"]}, ["profile"], "(fedavg, modality_coverage) needs the number of samples by modality"),
         (
