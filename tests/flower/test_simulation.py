@@ -71,9 +71,9 @@ def test_a_temporary_folder_whose_name_is_too_long_for_sockets_is_not_used_and_i
     folder.mkdir()
     run = ran(TMPDIR=str(folder))
     assert [line for line in run.stdout.splitlines() if not line.startswith("\x1b")] == ["b'hello'", "ended"], run.stderr
-    assert f"the name of Ray's temporary folder may have at most 39 bytes, {folder} has 120; /tmp/ray-" in run.stderr
+    assert f"the name of Ray's temporary folder may have at most 39 bytes, {folder} has 120; using /tmp/ray-" in run.stderr
     assert not (folder / "ray").exists()
-    (used,) = (line.split("; ")[1].split(" is used")[0] for line in run.stderr.splitlines() if "bytes" in line)
+    (used,) = (line.split("; using ")[1].split(" instead")[0] for line in run.stderr.splitlines() if "bytes" in line)
     assert not Path(used).exists()
 
 

@@ -138,7 +138,7 @@ def test_the_list_says_of_a_method_what_it_costs(rows: Record) -> None:
     out = StringIO()
     Console(file=out, width=200).print(methods_view(rows))
     text = [line.strip() for line in out.getvalue().splitlines()]
-    assert "personalized; a model per client; streams; up 0.5; down 0.5; each client keeps 0.5 (own)" in text
+    assert "personalized; one model per client; streams; up 0.5; down 0.5; each client keeps 0.5 (own)" in text
     assert "robust; up 1; down 1; at least 5 clients per round" in text
     assert "robust; up 1; down 1; at least 3 clients per round" in text
     assert any("a model of its own, which strategies do not reach" in line for line in text)

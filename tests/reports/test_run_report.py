@@ -75,7 +75,7 @@ def test_rounds_are_the_inputs(html: str) -> None:
 def test_summary_tells_settings_and_costs(html: str) -> None:
     text = Page(html).text
     assert "fine-tuned the model nano with fedavg (strategy: agnostic_prompt) on digits-vqa under the scenario missing-0.4" in text
-    assert "6 rounds with 2 of 4 clients each, 65,536 trainable parameters, seed 7" in text
+    assert "6 rounds with 2 of 4 clients per round, 65,536 trainable parameters, seed 7" in text
     assert "sent 6.00 MB and received 12.0 MB" in text
     assert "took 1 min 15 s" in text
     # Six federated rounds of 2 s training; four local stages of 1 s taken together.
@@ -316,10 +316,10 @@ def test_fine_tuned_models_have_no_row_where_none_were_asked_for(html: str, fold
 def test_a_personalized_method_is_scored_by_the_clients_own_models(html: str, folder: Folder) -> None:
     page = with_models_per_client(folder, personalized=True).report()
     text = Page(page).text
-    assert table_rows(page[: page.index("Each client on its own kind")])["federated"][-1] == "the mean of the clients&#39; own models"
-    assert "own models reached a mean score (accuracy) of 0.568 ± 0.034" in text
+    assert table_rows(page[: page.index("Each client on its own kind")])["federated"][-1] == "mean of the clients&#39; personalized models"
+    assert "personalized models reached a mean score (accuracy) of 0.568 ± 0.034" in text
     assert "Federated: the global model." not in text
-    assert "own model" not in Page(html).text
+    assert "personalized model" not in Page(html).text
 
 
 def test_many_clients_with_their_scores(tmp_path: Path) -> None:
@@ -351,7 +351,7 @@ def test_refused_updates_are_listed_and_counted(html: str, folder: Folder) -> No
     refused = folder.report()
     assert table_rows(refused)["federated"] == ["2", "client-01", f"reason {MAX_REFUSED - 1}"]
     assert f"reason {MAX_REFUSED}<" not in refused
-    assert f"{MAX_REFUSED + 1} in all; the first {MAX_REFUSED} are listed" in refused
+    assert f"{MAX_REFUSED + 1} in total, of which the first {MAX_REFUSED} are listed" in refused
 
 
 @pytest.mark.parametrize(("num_clients", "num_rounds", "num_labels"), [(1, 1, 1), (2, 1, 2), (40, 3, 12), (200, 120, 40)])

@@ -289,7 +289,7 @@ def test_the_page_is_whole_escaped_and_the_same_every_time(sweep: Path) -> None:
     assert "<b>ours" not in html
     assert table_rows(html)["FedAvg"][0].startswith("5")
     assert page.tags.count("svg") == 3
-    assert "2 cells of the full product are not there" in page.text
+    assert "2 cells of the full product are missing" in page.text
     assert write_sweep_report(sweep).read_text() == html
 
 

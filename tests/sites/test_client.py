@@ -162,7 +162,7 @@ def test_steps_that_a_method_needs_follow_from_the_number_of_samples(experiment:
         (
             {"name": "fednova"},
             ["metrics", "num_samples"],
-            "(fednova) needs the number of training steps, but this site withholds metrics and",
+            "(fednova) needs the number of training steps, but this site withholds both metrics and",
         ),
         ({"strategies": ["modality_coverage"]}, ["profile"], "(fedavg, modality_coverage) needs the number of samples by modality"),
         (
@@ -189,7 +189,7 @@ def test_a_method_that_needs_what_is_withheld_is_refused_before_the_first_round(
         ({"model": {"name": "/etc"}}, "ConfigError: the experiment trains '/etc'; set model in site.yaml to its folder at this site"),
         (
             {"data": {"dataset": "jsonl", "root": "/etc", "options": {"columns": {"question": "q", "answer": "a", "text": "t"}}}},
-            "embedded data only",
+            "only trial runs on embedded data",
         ),
     ],
 )
@@ -277,6 +277,6 @@ def test_a_port_that_another_process_has_is_named(tmp_path: Path) -> None:
 
     site = SiteConfig.model_validate({"name": "client-00", "server": "host:1", "folder": tmp_path})
     with pytest.raises(
-        RunError, match=r"port 9094 of this machine is not this site's SuperNode \(401\); end it, or set another port in site\.yaml"
+        RunError, match=r"port 9094 of this machine is not this site's SuperNode \(status 401\); stop it, or set another port in site\.yaml"
     ):
         Inbox(site, Other()).next()

@@ -37,7 +37,7 @@ def test_what_ends_is_started_anew_after_a_delay_and_says_why(tmp_path: Path) ->
     told: list[str] = []
     words = "print('Exit Code: 7'); print('the key'); print('was refused.'); import sys; sys.exit(1)"
     kept = Kept("node", script(words), tmp_path / "log", 0.5)
-    tended(kept, "ended", told)
+    tended(kept, "exited", told)
     assert told[-1] == f"node exited with code 1 (the key was refused.); see {tmp_path / 'log'}; restarting in 0.5 s"
     since = time.monotonic()
     while len(told) < 3:
@@ -147,7 +147,7 @@ def test_an_impatient_end_leaves_no_process_behind(tmp_path: Path) -> None:
 def test_the_last_line_says_why_where_flower_does_not(tmp_path: Path) -> None:
     told: list[str] = []
     kept = Kept("worker", script("raise SystemExit('the port is taken')"), tmp_path / "log", 60)
-    tended(kept, "ended", told)
+    tended(kept, "exited", told)
     assert told[-1].startswith("worker exited with code 1 (the port is taken); see ")
 
 

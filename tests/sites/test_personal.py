@@ -191,6 +191,6 @@ def test_all_clients_answers_are_not_counted_where_sites_keep_theirs(over_sites:
 
 
 def test_what_would_need_the_sites_models_here_is_refused(over_sites: Any, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="ditto's models of the clients stay at their sites"):
+    with pytest.raises(ConfigError, match="personalized models of ditto stay at the sites"):
         over_sites(tmp_path / "there", {}, algorithm={"name": "ditto"}, evaluation={"baselines": [], "client_samples": 5})
     assert not (tmp_path / "there").exists()

@@ -206,7 +206,7 @@ def test_a_run_begins_without_a_site_that_is_not_there_and_goes_on_with_it_when_
             time.sleep(0.05)
         processes.up("client-02")
         output = ended(run)
-    assert "begins without client-02" in output
+    assert "starting without client-02" in output
     first, *_, last = (json.loads(line) for line in rounds(tmp_path / "there"))
     assert first["refused"] == [{"client": "client-02", "reason": "not connected"}]
     assert sorted(last["losses"]) == list(SITES)

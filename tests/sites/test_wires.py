@@ -189,7 +189,7 @@ def test_a_supernode_that_is_silent_while_a_reply_is_handed_over_ends_the_worker
     proxy.fail("push-messages", *["silent"] * 5)
     node.fetch(sent(1))
     start = time.monotonic()
-    with pytest.raises(RunError, match=r"could not be answered to the SuperNode \(timed out\)"):
+    with pytest.raises(RunError, match=r"cannot hand over a reply to the SuperNode \(timed out\)"):
         work(site)
     assert time.monotonic() - start < 10
 
@@ -221,7 +221,7 @@ def test_a_supernode_that_comes_late_is_waited_for_and_it_is_told(node: Node, tm
         waiting._node = connection(late.model_copy(update={"port": upstream}))
         node.fetch(sent(1))
         assert waiting.next()
-        assert "a: the SuperNode answers" in caplog.text
+        assert "a: the SuperNode responds" in caplog.text
 
 
 def test_content_that_never_comes_ends_the_worker(

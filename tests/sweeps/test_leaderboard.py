@@ -105,7 +105,7 @@ def test_what_was_spoiled_does_not(kind: str, sweep: Path) -> None:
 def test_cells_of_other_code_are_not_there(sweep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fedmllm.sweeps.grid.code_version", lambda: "other")
     fresh = [Cell(c.model, c.dataset, c.seed, c.scenario, c.method, c.experiment) for c in CELLS]
-    with pytest.raises(RunError, match="2 thing"):
+    with pytest.raises(RunError, match=r"2 check\(s\) failed"):
         submit(fresh, sweep)
 
 

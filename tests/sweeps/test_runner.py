@@ -200,7 +200,7 @@ def test_shares_are_all_of_it_once(count: int, shares: int) -> None:
 
 @pytest.mark.parametrize("shard", ["2/2", "-1/2", "1", "a/b", "0/0"])
 def test_shares_that_are_none(shard: str) -> None:
-    with pytest.raises(ConfigError, match="is no share"):
+    with pytest.raises(ConfigError, match="is not a valid share"):
         share([], shard)
 
 
@@ -235,7 +235,7 @@ def test_what_is_not_here_is_told_before_anything_is_trained(tmp_path: Path) -> 
         require_sources(found, tmp_path / "grid.yaml")
     assert str(caught.value).count("gone/vqa: no such data folder") == 1
     assert str(caught.value).count("'./gone/model' is not a folder") == 1
-    assert "the head of" in str(caught.value)
+    assert "the comments in" in str(caught.value)
     require_sources(small(), tmp_path / "grid.yaml")
 
 

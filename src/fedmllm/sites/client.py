@@ -71,7 +71,7 @@ class SiteWorker(Worker):
         """Refuse a method that needs a value that this site withholds. No default can replace it."""
         needs, hidden = build_algorithm(sent.algorithm).needs, set(self._site.withhold)
         if "steps" in needs and hidden >= {"metrics", "num_samples"}:
-            lacks = "the number of training steps, but this site withholds metrics and num_samples, from which it follows"
+            lacks = "the number of training steps, but this site withholds both metrics and num_samples, which would give it"
         elif "profile" in needs and "profile" in hidden:
             lacks = "the number of samples by modality, but this site withholds its profile"
         else:

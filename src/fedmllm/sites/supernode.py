@@ -69,7 +69,7 @@ class Inbox:
             return ""
         if self._missed is not None:
             self._missed = None
-            _LOG.info("%s: the SuperNode responds again", self._site.name)
+            _LOG.info("%s: the SuperNode responds", self._site.name)
         return str(taken.token) if taken.HasField("task") else ""
 
     def _miss(self, reason: str) -> None:
