@@ -120,7 +120,7 @@ def raised(reply: Message) -> Message:
         (absurd, "training could give"),
         (boastful, "it says that it trained on 1,000,000,000 samples, it has told of 10"),
         (stale, "it answers round 8, this is round"),
-        (garbage, "the answer cannot be read: no safetensors of ours"),
+        (garbage, "the answer cannot be read: not safetensors written by fedmllm"),
         (huge, "it has 5,242,880 bytes, "),
         (an_error, "Flower: Node Unavailable"),
         (raised, "RuntimeError: CUDA out of memory"),

@@ -331,7 +331,7 @@ def test_an_adapter_is_put_on_its_own_base_only(finished: Path, other_base: Path
         lambda: merge(finished, tmp_path / "merged", None, [override]),
     ]
     for command in commands:
-        with pytest.raises(ModelError, match=r"is another model than model\.fingerprint says"):
+        with pytest.raises(ModelError, match=r"does not match model\.fingerprint"):
             command()
     assert not (tmp_path / "merged").exists()
     assert score_adapter(finished, None, [override], force=True)[1] != score_adapter(finished)[1]

@@ -104,15 +104,15 @@ BAD = {
     "category null": ("1f900", entry("x", category=None), "category must be one of "),  # type: ignore[arg-type]
     "category a list": ("1f900", entry("x", category=[]), "category must be one of "),  # type: ignore[arg-type]
     "no category": ("1f900", {"name": "x"}, "lacks category"),
-    "no name": ("1f900", entry(""), "name must be text that is not empty, is ''"),
-    "keywords in one": ("1f900", entry("x", keywords="happy"), "keywords must be a list of words, is 'happy'"),
-    "an empty keyword": ("1f900", entry("x", keywords=["happy", ""]), "keywords must be a list of words, is ['happy', '']"),
-    "no object": ("1f900", ["x"], "must be an object with keys, is ['x']"),
+    "no name": ("1f900", entry(""), "name must be text that is not empty, got ''"),
+    "keywords in one": ("1f900", entry("x", keywords="happy"), "keywords must be a list of words, got 'happy'"),
+    "an empty keyword": ("1f900", entry("x", keywords=["happy", ""]), "keywords must be a list of words, got ['happy', '']"),
+    "no object": ("1f900", ["x"], "must be an object with keys, got ['x']"),
     "a path": ("../1f600", entry("x"), "an entry's name must be code points"),
     "a path elsewhere": ("/1f600", entry("x"), "an entry's name must be code points"),
     "a null character": ("1f900\0", entry("x"), "an entry's name must be code points"),
     "capital letters": ("1F900", entry("x"), "an entry's name must be code points"),
-    "nothing": ("", entry("x"), "code must be text that is not empty, is ''"),
+    "nothing": ("", entry("x"), "code must be text that is not empty, got ''"),
     "the same, padded": (" 1f600", entry("x"), "id must occur once, 'emojitwo-1f600' is also at emoji.json['1f600']"),
 }
 

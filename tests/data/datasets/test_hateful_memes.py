@@ -126,17 +126,17 @@ def test_published_counts_are_recognized_for_each_file(tmp_path: Path) -> None:
 
 
 BAD = {
-    "no label": ({"label": None}, "label must be one of 0, 1, is None"),
-    "another label": ({"label": 2}, "label must be one of 0, 1, is 2"),
-    "a boolean": ({"label": True}, "label must be one of 0, 1, is True"),
-    "a fraction": ({"label": 0.0}, "label must be one of 0, 1, is 0.0"),
-    "no words": ({"text": " \n"}, "text must be text that is not empty, is ' \\n'"),
-    "half a character": ({"text": "\ud83d"}, "text must be text that is not empty, is '\\ud83d'"),
+    "no label": ({"label": None}, "label must be one of 0, 1, got None"),
+    "another label": ({"label": 2}, "label must be one of 0, 1, got 2"),
+    "a boolean": ({"label": True}, "label must be one of 0, 1, got True"),
+    "a fraction": ({"label": 0.0}, "label must be one of 0, 1, got 0.0"),
+    "no words": ({"text": " \n"}, "text must be text that is not empty, got ' \\n'"),
+    "half a character": ({"text": "\ud83d"}, "text must be text that is not empty, got '\\ud83d'"),
     "no such picture": ({"img": "img/99999.png"}, "img 'img/99999.png' is no file in memes/"),
     "the folder of pictures": ({"img": "img"}, "img 'img' is no file in memes/"),
-    "a picture above": ({"img": "../00001.png"}, "img must be a path inside memes/, is '../00001.png'"),
-    "a picture elsewhere": ({"img": "/etc/hostname"}, "img must be a path inside memes/, is '/etc/hostname'"),
-    "a null character": ({"img": "img/00001.png\0"}, "img must be a path inside memes/, is 'img/00001.png\\x00'"),
+    "a picture above": ({"img": "../00001.png"}, "img must be a path inside memes/, got '../00001.png'"),
+    "a picture elsewhere": ({"img": "/etc/hostname"}, "img must be a path inside memes/, got '/etc/hostname'"),
+    "a null character": ({"img": "img/00001.png\0"}, "img must be a path inside memes/, got 'img/00001.png\\x00'"),
     "the picture of another row": ({"img": "img/./00001.png"}, "id must occur once, "),
 }
 
@@ -162,7 +162,7 @@ def test_all_bad_rows_of_both_files_are_listed_at_once(tmp_path: Path) -> None:
     assert [(place, rule.split(" (")[0]) for place, rule in places] == [
         ("train.jsonl:1", "lacks label"),
         ("train.jsonl:3", "must be a JSON object in UTF-8"),
-        ("train.jsonl:4", "must be an object with keys, is []"),
+        ("train.jsonl:4", "must be an object with keys, got []"),
         ("test_seen.jsonl:1", "lacks img"),
     ]
 

@@ -143,7 +143,7 @@ def test_a_task_mix_is_scored_by_the_mean_of_each_task_s_own_score() -> None:
 @pytest.mark.parametrize(
     ("parts", "rule"),
     [
-        (MEDICAL[:1], r"data\.options\.parts: must have 2 or more entries"),
+        (MEDICAL[:1], r"data\.options\.parts: must have at least 2 entries"),
         ([MEDICAL[0], {"dataset": "digit-cards"}], "'digit-cards' is no dataset that can be mixed"),
         ([MEDICAL[0], {"dataset": "mixture"}], "'mixture' is no dataset that can be mixed"),
         ([MEDICAL[0], MEDICAL[0]], "'digits-vqa' is named 2 times"),

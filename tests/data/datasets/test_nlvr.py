@@ -94,10 +94,10 @@ def test_a_number_as_directory_is_read(tmp_path: Path) -> None:
 
 NUMBERS = "identifier and directory must be numbers as in 1572-0 and 2, are "
 BAD = {
-    "a boolean for a label": (line("9-0", label=True), "label must be one of false, true, is True"),  # type: ignore[arg-type]
-    "label of another case": (line("9-0", "True"), "label must be one of false, true, is 'True'"),
-    "label empty": (line("9-0", ""), "label must be one of false, true, is ''"),
-    "no words": (line("9-0", sentence=" "), "sentence must be text that is not empty, is ' '"),
+    "a boolean for a label": (line("9-0", label=True), "label must be one of false, true, got True"),  # type: ignore[arg-type]
+    "label of another case": (line("9-0", "True"), "label must be one of false, true, got 'True'"),
+    "label empty": (line("9-0", ""), "label must be one of false, true, got ''"),
+    "no words": (line("9-0", sentence=" "), "sentence must be text that is not empty, got ' '"),
     "identifier twice": (line("15-0"), "id must occur once, 'nlvr-dev-15-0' is also at dev.json:1"),
     "identifier of one number": (line("9"), NUMBERS + "'9' and '2'"),
     "identifier with a path": (line("9-0/../../x-0"), NUMBERS + "'9-0/../../x-0' and '2'"),
@@ -125,9 +125,9 @@ def test_all_bad_rows_of_both_files_are_listed_at_once(tmp_path: Path) -> None:
 
     assert [problem.split(" (")[0] for problem in problems(DatasetRequest(tmp_path, 0, validation_share=0))] == [
         "dev.json:1: must be a JSON object in UTF-8",
-        "dev.json:3: must be an object with keys, is 'row'",
+        "dev.json:3: must be an object with keys, got 'row'",
         "dev.json:4: lacks label",
-        "test.json:1: label must be one of false, true, is 'maybe'",
+        "test.json:1: label must be one of false, true, got 'maybe'",
     ]
 
 

@@ -174,7 +174,7 @@ def test_the_headline_score_follows_the_choices(options: dict[str, Any], metric:
 
 
 CONTRADICTIONS = {
-    "no columns": (change(columns=None), "columns: is needed"),
+    "no columns": (change(columns=None), "columns: is required"),
     "no answer": (change(columns={"text": "report", "question": "asked"}), "columns: answer is needed"),
     "no modality": (change(columns={"answer": "finding", "question": "asked"}), "columns: name at least one modality"),
     "two questions": (change(question="?"), "question: give either this or columns.question"),
@@ -192,8 +192,8 @@ CONTRADICTIONS = {
     "an unknown metric": (change(metric="f1"), "metric: must be 'auc', 'macro_f1'"),
     "tested on what is trained on": (change(test="train.jsonl"), "test: must be another file than train"),
     "a file above": (change(train="../train.jsonl"), "train: must be a path inside root, or an absolute one, not '../train.jsonl'"),
-    "no share": (change(test=None, test_share=1), "test_share: must be below 1.0, is 1"),
-    "unknown": (change(labels=["a"]), "labels: is no known setting; known: train, test,"),
+    "no share": (change(test=None, test_share=1), "test_share: must be less than 1.0, got 1"),
+    "unknown": (change(labels=["a"]), "labels: is not a known setting; known: train, test,"),
 }
 
 
@@ -215,15 +215,15 @@ def test_a_column_that_no_row_has_is_named_beside_those_there_are(role: str, nam
 
 
 BAD: dict[str, tuple[object, str]] = {
-    "answer of another case": ({**ROW, "finding": "Benign"}, "finding must be one of benign, malignant, is 'Benign'"),
+    "answer of another case": ({**ROW, "finding": "Benign"}, "finding must be one of benign, malignant, got 'Benign'"),
     "answer missing": ({key: value for key, value in ROW.items() if key != "finding"}, "lacks finding"),
-    "question empty": ({**ROW, "asked": ""}, "asked must be text that is not empty, is ''"),
-    "text a list": ({**ROW, "report": ["x"]}, "report must be text that is not empty, is ['x']"),
-    "picture above": ({**ROW, "scan": "../18.png"}, "scan must be a path inside own/, is '../18.png'"),
-    "picture elsewhere": ({**ROW, "scan": "/etc/hostname"}, "scan must be a path inside own/, is '/etc/hostname'"),
-    "picture with a null character": ({**ROW, "scan": "18.png\0"}, "scan must be a path inside own/, is '18.png\\x00'"),
-    "picture a number": ({**ROW, "scan": 18}, "scan must be a path inside own/, is 18"),
-    "no object": ("row", "must be an object with keys, is 'row'"),
+    "question empty": ({**ROW, "asked": ""}, "asked must be text that is not empty, got ''"),
+    "text a list": ({**ROW, "report": ["x"]}, "report must be text that is not empty, got ['x']"),
+    "picture above": ({**ROW, "scan": "../18.png"}, "scan must be a path inside own/, got '../18.png'"),
+    "picture elsewhere": ({**ROW, "scan": "/etc/hostname"}, "scan must be a path inside own/, got '/etc/hostname'"),
+    "picture with a null character": ({**ROW, "scan": "18.png\0"}, "scan must be a path inside own/, got '18.png\\x00'"),
+    "picture a number": ({**ROW, "scan": 18}, "scan must be a path inside own/, got 18"),
+    "no object": ("row", "must be an object with keys, got 'row'"),
 }
 
 
@@ -243,7 +243,7 @@ def test_options_of_a_row_are_two_or_more(options: object, tmp_path: Path) -> No
     write(tmp_path, [{**ROW, "o": "benign|malignant"}, {**ROW, "o": options}], [{**TEST, "o": CHOICES}])
 
     (problem,) = problems(tmp_path, change(columns=columns, choices=None))
-    assert problem.startswith("train.jsonl:2: o must be two or more different options (a list, or separated by |), is ")
+    assert problem.startswith("train.jsonl:2: o must be two or more different options (a list, or separated by |), got ")
 
 
 def test_a_row_with_more_options_than_letters_is_a_bad_row(tmp_path: Path) -> None:
@@ -376,7 +376,7 @@ def test_a_json_list_under_the_name_of_json_lines_is_read(tmp_path: Path) -> Non
 )
 def test_pictures_that_are_no_files_are_one_error(value: str, kind: str, tmp_path: Path) -> None:
     write(tmp_path, [{**ROW, "scan": value}] * 3 + [ROW])
-    with pytest.raises(ConfigError, match=rf"scan must name files inside root, is {kind} in 3 row\(s\); save the pictures as files"):
+    with pytest.raises(ConfigError, match=rf"scan must name files inside root, got {kind} in 3 row\(s\); save the pictures as files"):
         read(tmp_path)
 
 

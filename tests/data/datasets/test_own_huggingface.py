@@ -110,7 +110,7 @@ def test_pictures_can_lie_beside_as_files_named_in_words(hub: Any, tmp_path: Pat
     columns = {"image": "scan", "answer": "finding"}
 
     assert problems(tmp_path / "own", columns=columns) == [
-        "train[1]: scan must be a path inside own/, is '../b.png'",
+        "train[1]: scan must be a path inside own/, got '../b.png'",
         "train[2]: scan 'c.png' is no file in own/",
     ]
     (sample,) = read(tmp_path / "own", "skip", columns=columns).train
@@ -127,7 +127,7 @@ def test_a_picture_that_was_not_taken_along_must_lie_inside_the_folder(hub: Any,
     plain = hub.Dataset.from_dict(table.to_pydict(), features=features)
     hub.DatasetDict(train=plain, test=plain).save_to_disk(str(tmp_path / "own"))
 
-    assert problems(tmp_path / "own")[0] == f"train[0]: scan must be a path inside own/, is '{tmp_path / 'elsewhere.png'}'"
+    assert problems(tmp_path / "own")[0] == f"train[0]: scan must be a path inside own/, got '{tmp_path / 'elsewhere.png'}'"
 
 
 def test_missing_modalities_classes_and_options(hub: Any, tmp_path: Path) -> None:
@@ -151,7 +151,7 @@ def test_a_class_that_is_none_is_a_bad_row(label: int | None, hub: Any, tmp_path
     """-1 is how the library writes the hidden labels of a test split."""
     row = {"scan": {"bytes": png(1)}, "report": "x", "finding": label}
 
-    assert problems(save(hub, tmp_path / "own", test=[row])) == ["test[0]: finding must be one of benign, malignant, is None"]
+    assert problems(save(hub, tmp_path / "own", test=[row])) == ["test[0]: finding must be one of benign, malignant, got None"]
 
 
 def test_a_dataset_without_splits_is_its_own_training_split(hub: Any, tmp_path: Path) -> None:

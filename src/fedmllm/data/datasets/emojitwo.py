@@ -85,5 +85,5 @@ def _sample(root: Path, row: Row) -> Sample | None:
 def _text(row: Row) -> str:
     name, keywords = row.text("name"), row.record.get("keywords", [])
     if not isinstance(keywords, list) or not all(map(words_of, keywords)):
-        raise RowError(f"keywords must be a list of words, is {shown(keywords)}")
+        raise RowError(f"keywords must be a list of words, got {shown(keywords)}")
     return f"{name}: {', '.join(map(words_of, keywords))}" if keywords else name

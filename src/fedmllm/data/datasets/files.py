@@ -42,7 +42,7 @@ def json_list(path: Path) -> Iterator[Row]:
     """
     values = _json(path)
     if not isinstance(values, list):
-        raise DataError(f"{path}: must be a list of rows, is {shown(values)}; download the file again")
+        raise DataError(f"{path}: must be a list of rows, got {shown(values)}; download the file again")
     for index, value in enumerate(values):
         yield Row(f"{path.name}[{index}]", value) if isinstance(value, dict) else _broken(f"{path.name}[{index}]", value)
 
@@ -80,7 +80,7 @@ def json_object(path: Path, key: str) -> Iterator[Row]:
     """
     values = _json(path)
     if not isinstance(values, dict):
-        raise DataError(f"{path}: must be an object of entries, is {shown(values)}; download the file again")
+        raise DataError(f"{path}: must be an object of entries, got {shown(values)}; download the file again")
     for name, value in values.items():
         where = f"{path.name}[{shown(name)}]"
         yield Row(where, {**value, key: name}) if isinstance(value, dict) else _broken(where, value)
@@ -110,7 +110,7 @@ def _json_row(where: str, line: bytes) -> Row:
 
 
 def _broken(where: str, value: object) -> Row:
-    return _Unreadable(where, {}, f"must be an object with keys, is {shown(value)}")
+    return _Unreadable(where, {}, f"must be an object with keys, got {shown(value)}")
 
 
 @dataclass(frozen=True)

@@ -166,7 +166,7 @@ def _check_files(options: Options, rows: Sequence[Row]) -> None:
             kinds["a picture in base64"] += too_long
         for kind, count in kinds.items():
             raise ConfigError(
-                f"data.options.columns: {column} must name files inside root, is {kind} in {count:,} row(s); save the pictures as files and name these"
+                f"data.options.columns: {column} must name files inside root, got {kind} in {count:,} row(s); save the pictures as files and name these"
             )
 
 
@@ -227,7 +227,7 @@ def _choices(row: Row, columns: Mapping[str, str]) -> tuple[str, ...]:
     parts = value.split("|") if isinstance(value, str) else value
     choices = tuple(map(words_of, parts)) if isinstance(parts, (list, tuple)) else ()
     if len(choices) < 2 or len(set(choices)) != len(choices) or not all(choices):
-        raise RowError(f"{columns['options']} must be two or more different options (a list, or separated by |), is {shown(value)}")
+        raise RowError(f"{columns['options']} must be two or more different options (a list, or separated by |), got {shown(value)}")
     if len(choices) > len(LETTERS):
         raise RowError(
             f"{columns['options']} has {len(choices)} options, at most {len(LETTERS)} can be lettered; leave it empty for a free answer"

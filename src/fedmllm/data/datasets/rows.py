@@ -51,7 +51,7 @@ class Row:
         """
         words = words_of(self.value(key))
         if not words:
-            raise RowError(f"{key} must be text that is not empty, is {shown(self.record[key])}")
+            raise RowError(f"{key} must be text that is not empty, got {shown(self.record[key])}")
         return words
 
     def choice(self, key: str, known: Mapping[str, T]) -> T:
@@ -64,7 +64,7 @@ class Row:
         words = words_of(value)
         # Where the empty word stands for something, what is no text at all must not pass for it.
         if words not in known or (not words and value != ""):
-            raise RowError(f"{key} must be one of {', '.join(known)}, is {shown(value)}")
+            raise RowError(f"{key} must be one of {', '.join(known)}, got {shown(value)}")
         return known[words]
 
     def file(self, key: str, folder: Path) -> Path:
@@ -77,7 +77,7 @@ class Row:
         inside = f"{folder.name or folder}/"
         # Judged by its spelling: links are the user's own doing, names are the download's.
         if not isinstance(name, str) or not name or _leads_out(name) or "\0" in name:
-            raise RowError(f"{key} must be a path inside {inside}, is {shown(name)}")
+            raise RowError(f"{key} must be a path inside {inside}, got {shown(name)}")
         if (found := next(filter(is_file, _spelled(folder, name)), None)) is None:
             raise RowError(f"{key} {shown(name)} is no file in {inside}")
         return found

@@ -120,7 +120,7 @@ def _sample(images: Path, fates: Mapping[str, Fate], row: Row) -> Sample | None:
         return None
     qid = row.text("qid")
     if not re.fullmatch("[0-9]+", qid):
-        raise RowError(f"qid must be a whole number, is {shown(row.value('qid'))}")
+        raise RowError(f"qid must be an integer, got {shown(row.value('qid'))}")
     return Sample(
         id=f"vqa_rad-{fate}-{qid}",
         question=row.text("question"),
