@@ -85,7 +85,7 @@ def test_tensors_that_the_model_does_not_use_are_told(copy: Path, caplog: pytest
     weights = load_file(copy / "model.safetensors")
     save_file({**weights, "model.further.weight": torch.zeros(2)}, copy / "model.safetensors", metadata={"format": "pt"})
     load(copy)
-    assert "does not use 1 tensors of its *.safetensors, e.g. model.further.weight" in caplog.text
+    assert "does not use 1 of the tensors in its *.safetensors, e.g. model.further.weight" in caplog.text
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json"])
@@ -127,7 +127,7 @@ def test_a_model_without_processor(copy: Path) -> None:
             RepositoryNotFoundError,
             r"'nobody/nothing' cannot be loaded: nobody/nothing is not a local folder and is not a valid",
         ),
-        ("some/gated", GatedRepoError, r"'some/gated' is gated: accept its terms on its page on the hub, and log in with 'hf auth login'"),
+        ("some/gated", GatedRepoError, r"'some/gated' is gated; accept its terms on its hub page, and log in with 'hf auth login'"),
     ],
 )
 def test_what_the_hub_does_not_give(name: str, error: type[HfHubHTTPError], part: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -118,7 +118,7 @@ def test_without_bitsandbytes_it_says_what_to_install() -> None:
 @pytest.mark.parametrize(
     ("values", "part"),
     [
-        ({"model": {"quantization": "4bit"}}, "4bit computes in bfloat16, dtype is float32; set dtype to bfloat16"),
+        ({"model": {"quantization": "4bit"}}, "4bit computes in bfloat16, but dtype is float32; set dtype to bfloat16"),
         ({"model": FOUR_BITS, "algorithm": {"name": "flora"}}, "flora adds to the frozen weights, which 4bit cannot hold exactly"),
         ({"model": FOUR_BITS, "algorithm": {"name": "yoco"}}, "yoco adds to the frozen weights"),
     ],

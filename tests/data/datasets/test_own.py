@@ -184,7 +184,7 @@ CONTRADICTIONS = {
     "choices repeated": (change(choices=["a", "b", "a"]), "choices: two or more different ones are needed"),
     "a choice no answer can be": (change(choices=["a", "b "]), "choices: 'b ' must have words and single spaces"),
     "an empty choice": (change(choices=["a", ""]), "choices: '' must have words and single spaces"),
-    "YAML's yes and no": (change(choices=[True, False]), "choices.0: must be text, is true; quote it"),
+    "YAML's yes and no": (change(choices=[True, False]), "choices.0: must be text, got true; quote it"),
     "more choices than letters": (change(choices=[str(i) for i in range(63)]), "choices: there are 63, at most 62 can be lettered"),
     "auc of three": (change(metric="auc", choices=["a", "b", "c"]), "metric: auc needs exactly two choices"),
     "auc of free answers": (change(metric="auc", choices=None), "metric: auc needs exactly two choices"),
@@ -342,7 +342,9 @@ def test_numbers_and_truth_values_of_json_are_labels(tmp_path: Path) -> None:
 @pytest.mark.parametrize("setting", ["choices", "question", "columns"])
 def test_words_that_yaml_takes_for_truth_values_are_to_be_quoted(setting: str, tmp_path: Path) -> None:
     value: Any = {"choices": [False, True], "question": True, "columns": {"text": "text", "answer": True}}[setting]
-    with pytest.raises(ConfigError, match=r"must be text, is (true|false); quote it, for YAML reads yes, no, on, off, true and false as"):
+    with pytest.raises(
+        ConfigError, match=r"must be text, got (true|false); quote it, because YAML reads yes, no, on, off, true and false as"
+    ):
         read(tmp_path, {**TABLE, setting: value}, "csv")
 
 
