@@ -109,7 +109,7 @@ def test_keys_are_not_written_over(made: Path) -> None:
         ({"nmae": "a"}, "nmae: is not a known setting; did you mean name?"),
         ({"name": "a/b"}, "name: must match"),
         ({"withhold": ["weights"]}, "withhold.0: must be 'metrics', 'profile' or 'num_samples'"),
-        ({"data": {"dataset": "mnist"}}, "data.dataset: 'mnist' is no dataset"),
+        ({"data": {"dataset": "mnist"}}, "data.dataset: 'mnist' is not a known dataset"),
     ],
 )
 def test_a_sites_file_is_checked(tmp_path: Path, values: dict[str, Any], rule: str) -> None:

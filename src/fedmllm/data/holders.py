@@ -90,7 +90,7 @@ class Holders:
         ]
         if lost:
             raise DataError(
-                f"federation.scenario: no client can hold some of the training samples; use more clients, another level, or remove these samples:\n{listing(lost)}"
+                f"federation.scenario: no client can hold some training samples; use more clients or another level, or remove these samples:\n{listing(lost)}"
             )
 
     def _top_up(self, owner: NDArray[np.int64], min_size: int, rng: np.random.Generator) -> None:

@@ -66,7 +66,7 @@ class DataConfig(BaseModel):
     @model_validator(mode="after")
     def _worded(self) -> DataConfig:
         if taken := sorted(set(self.wordings) & set(WORDINGS)):
-            raise ValueError(f"wordings: {', '.join(taken)} is built in and cannot be changed; choose another name")
+            raise ValueError(f"wordings: {', '.join(taken)} cannot be changed; choose another name")
         if self.prompt not in {*WORDINGS, *self.wordings}:
             raise ValueError(f"prompt: {self.prompt!r} is not a known wording; known: {', '.join((*WORDINGS, *self.wordings))}")
         return self
@@ -136,7 +136,8 @@ class FederationConfig(BaseModel):
     keep_empty: bool = False
     """Keep samples that lost every modality, as the reference code does. If false, they are removed and counted."""
     min_partition_size: int = Field(8, gt=0)
-    """Minimum number of samples per client, counted before the scenario ``missing`` removes modalities."""
+    """Minimum number of samples per client. Only samples that the client can hold under the scenario count, before ``missing`` removes
+    modalities."""
 
     @field_validator("scenario")
     @classmethod

@@ -33,8 +33,8 @@ class TrainingConfig(BaseModel):
     clip_norm: float | None = Field(1.0, gt=0)
     """Gradients are clipped to this norm over all tensors in each step; null disables clipping."""
     max_batch_tokens: int | None = Field(None, gt=0)
-    """Maximum number of tokens in a forward pass, padding included. The micro-batches of a step run as one batch up to this limit, without
-    changing the result. Null chooses a value for the device."""
+    """Maximum number of tokens in a forward pass, padding included. The micro-batches of a step run as one batch if they fit. Null chooses a
+    value for the device."""
 
 
 def round_learning_rate(config: TrainingConfig, round_num: int, num_rounds: int) -> float:

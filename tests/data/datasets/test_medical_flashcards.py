@@ -105,7 +105,7 @@ def test_bad_cards_are_named_at_once_or_skipped(tmp_path: Path) -> None:
 
     assert problems(DatasetRequest(tmp_path, 0, validation_share=0)) == told
     dataset = load(DatasetRequest(tmp_path, 0, on_bad_sample="skip", validation_share=0))
-    assert dataset.notes == ("4 bad row(s) skipped", *told, "cards: 16, published are 33,955")
+    assert dataset.notes == ("4 bad row(s) skipped", *told, "cards: 16, published: 33,955")
     train, test = numbers(dataset)
     assert sorted(train + test) == list(range(16))
 

@@ -120,7 +120,7 @@ def test_the_original_is_preferred_where_both_layouts_are(tmp_path: Path) -> Non
 def test_notes_say_counts_rows_left_out_and_shared_images(tmp_path: Path) -> None:
     repackaged, original = load(everything(write_repackaged(tmp_path / "a"))), load(everything(write_original(tmp_path / "b")))
 
-    counts = "the files hold 3 train and 2 test questions, published are 1,797 train and 451 test"
+    counts = "the files hold 3 train and 2 test questions, published: 1,797 train and 451 test"
     shared = "1 of the 2 test images also occur in train"
     left_out = "1 training rows of phrase_type frame were left out: the published split has none"
     assert repackaged.notes == ("read from the repackaged layout", counts, left_out, shared)
@@ -161,7 +161,7 @@ def test_more_samples_than_there_are_is_refused(split: str, available: int, tmp_
     write_repackaged(tmp_path)
 
     load(DatasetRequest(tmp_path, 0, **{f"num_{split}": available}, validation_share=0))
-    with pytest.raises(DataError, match=rf"data\.num_{split}: {available + 1} samples asked for, there are {available}"):
+    with pytest.raises(DataError, match=rf"data\.num_{split}: {available + 1} samples requested, but there are {available}"):
         load(DatasetRequest(tmp_path, 0, **{f"num_{split}": available + 1}, validation_share=0))
 
 
@@ -233,13 +233,13 @@ BROKEN = {
     "qid a path": ({"qid": "../1"}, "qid must be an integer, got '../1'"),
     "qid negative": ({"qid": -1}, "qid must be an integer, got -1"),
     "qid in other digits": ({"qid": "٣"}, "qid must be an integer, got '٣'"),
-    "qid twice": ({"qid": "1"}, "id must occur once, '1' is also at trainset.json[0]"),
-    "image missing": ({"image_name": "synpic999.jpg"}, "image_name 'synpic999.jpg' is no file in images/"),
-    "image a folder": ({"image_name": "."}, "image_name '.' is no file in images/"),
+    "qid twice": ({"qid": "1"}, "id must be unique, but '1' also occurs at trainset.json[0]"),
+    "image missing": ({"image_name": "synpic999.jpg"}, "image_name 'synpic999.jpg' is not a file in images/"),
+    "image a folder": ({"image_name": "."}, "image_name '.' is not a file in images/"),
     "image name empty": ({"image_name": ""}, "image_name must be a path inside images/, got ''"),
-    "image name too long": ({"image_name": "x" * 5000}, "is no file in images/"),
+    "image name too long": ({"image_name": "x" * 5000}, "is not a file in images/"),
     "image name with a null": ({"image_name": "a\0b"}, "image_name must be a path inside images/, got 'a\\x00b'"),
-    "image name half a pair": ({"image_name": "\ud83e.jpg"}, "is no file in images/"),
+    "image name half a pair": ({"image_name": "\ud83e.jpg"}, "is not a file in images/"),
     "image name a number": ({"image_name": 7}, "image_name must be a path inside images/, got 7"),
     "image above": ({"image_name": "../trainset.json"}, "image_name must be a path inside images/, got '../trainset.json'"),
     "image above, in disguise": ({"image_name": "../images/synpic100.jpg"}, "image_name must be a path inside images/"),
@@ -272,7 +272,7 @@ def test_a_template_row_in_the_test_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_number_used_in_both_files_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"testset\.json\[0\]: id must occur once, '1' is also at trainset\.json\[0\]"):
+    with pytest.raises(DataError, match=r"testset\.json\[0\]: id must be unique, but '1' also occurs at trainset\.json\[0\]"):
         load(everything(write_repackaged(tmp_path, test=[{**TEST_ROWS[0], "qid": 1}])))
 
 
@@ -342,8 +342,8 @@ def test_bad_rows_can_be_skipped(tmp_path: Path) -> None:
         "3 bad row(s) skipped",
         "trainset.json[0]: must be an object with keys, got 'row'",
         "trainset.json[1]: answer must be text that is not empty, got ''",
-        "testset.json[2]: id must occur once, '1' is also at trainset.json[2]",
-        "the files hold 3 train and 2 test questions, published are 1,797 train and 451 test",
+        "testset.json[2]: id must be unique, but '1' also occurs at trainset.json[2]",
+        "the files hold 3 train and 2 test questions, published: 1,797 train and 451 test",
         "1 training rows of phrase_type frame were left out: the published split has none",
     )
 
