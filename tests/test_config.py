@@ -42,10 +42,10 @@ def test_every_error_is_reported_with_its_line(tmp_path: Path) -> None:
     text = str(caught.value)
     for part in (
         "x.yaml:2: federation.num_rounds",
-        "x.yaml:3: federation.num_client: is no known setting; did you mean num_clients?",
+        "x.yaml:3: federation.num_client: is not a known setting; did you mean num_clients?",
         "x.yaml:5: training.learning_rate",
-        "must be a number, is 'fast'",
-        "x.yaml:6: sede: is no known setting; did you mean seed?",
+        "must be a number, got 'fast'",
+        "x.yaml:6: sede: is not a known setting; did you mean seed?",
     ):
         assert part in text
     assert text.startswith("the experiment has 4 errors")
@@ -62,20 +62,20 @@ def test_a_key_in_the_wrong_section_is_sent_to_the_right_one() -> None:
         ({"federation": {"num_clients": 3, "clients_per_round": 4}}, "samples 4 clients, but num_clients is 3"),
         ({"federation": {"scenario": "aligned-5.0", "dirichlet_alpha": 1.0}}, "contradicts scenario aligned-5.0"),
         ({"federation": {"partition": "iid", "dirichlet_alpha": 1.0}}, "iid has no skew to set"),
-        ({"federation": {"scenario": "mising-0.4"}}, "is no scenario, such as missing-0.4; did you mean missing?"),
+        ({"federation": {"scenario": "mising-0.4"}}, "is not a scenario such as missing-0.4; did you mean missing?"),
         ({"federation": {"scenario": "missing-1.0"}}, "a rate in [0, 1)"),
         ({"federation": {"scenario": "missing-x"}}, "a rate in [0, 1)"),
         ({"federation": {"scenario": "cross-0:0"}}, "image-only:text-only"),
         ({"federation": {"scenario": "cross-5"}}, "image-only:text-only"),
-        ({"data": {"dataset": "digit-claims"}}, "is no dataset; did you mean digits-claims?"),
-        ({"algorithm": {"name": "fedavgg"}}, "is no method; did you mean fedavg?"),
+        ({"data": {"dataset": "digit-claims"}}, "is not a known dataset; did you mean digits-claims?"),
+        ({"algorithm": {"name": "fedavgg"}}, "is not a known method; did you mean fedavg?"),
         ({"algorithm": {"name": "fedprox", "parameters": {"mu": 1}}}, "takes proximal_mu"),
         ({"training": {"local_epochs": 0}}, "leave one of them out"),
         (
             {"engine": {"server": "server.yaml"}},
             "server.yaml names a federation of sites, which name: in_process cannot reach; use name: flower",
         ),
-        ({"seed": -1}, "seed: must be 0 or more, is -1"),
+        ({"seed": -1}, "seed: must be at least 0, got -1"),
         (
             {"evaluation": {"baselines": ["zeroshot"]}},
             "'zero_shot', 'local', 'centralized', 'fine_tuned', 'calibrated_local' or 'calibrated_centralized'",
@@ -139,7 +139,7 @@ def test_the_override_that_is_to_blame_is_named(tmp_path: Path) -> None:
         ("algorithm.name=fedavgg", "did you mean fedavg?"),
         ("federation.clients_per_round=9", "samples 9 clients"),
         ("federation.num_clients=1", "samples 2 clients"),
-        ("training.batch_size=eight", "training.batch_size: must be a whole number, is 'eight'"),
+        ("training.batch_size=eight", "training.batch_size: must be an integer, got 'eight'"),
         ("algorithm.name=krum", "federation.clients_per_round: krum"),
     ):
         with pytest.raises(ConfigError) as caught:

@@ -194,7 +194,9 @@ def _explain(detail: Any, places: Mapping[Path_, str]) -> str:
     """One error of pydantic in our words: where, which setting, which value, the rule and the remedy."""
     path = tuple(str(part) for part in detail["loc"])
     known, elsewhere = _known(path)
-    text = f"is no known setting; did you mean {elsewhere}?" if elsewhere and detail["type"] == "extra_forbidden" else rule(detail, known)
+    text = (
+        f"is not a known setting; did you mean {elsewhere}?" if elsewhere and detail["type"] == "extra_forbidden" else rule(detail, known)
+    )
     return ": ".join(part for part in (_place(path, text, places), ".".join(path), text) if part)
 
 

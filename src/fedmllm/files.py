@@ -1,4 +1,4 @@
-"""Files and folders, whatever is in them."""
+"""Helpers for files and folders."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _POINTER = b"version https://git-lfs"
 
 
 def is_pointer(path: Path) -> bool:
-    """Whether a file is what git-lfs leaves where the content was not downloaded: a few lines that name it."""
+    """Return whether a file is a git-lfs pointer, which stands for content that was not downloaded."""
     if not os.path.isfile(path):  # noqa: PTH113 - Path.is_file raises for a name that is too long
         return False
     with path.open("rb") as file:
@@ -24,37 +24,37 @@ def is_pointer(path: Path) -> bool:
 
 
 def require_folder(folder: Path) -> None:
-    """Refuse a folder that is none or cannot be made, before any work is done for it.
+    """Check that a folder exists or can be created, and is writable, before any work is done.
 
     Raises:
-        RunError: naming what is in the way.
+        RunError: if not; the message names the path that prevents it.
     """
     nearest = next(place for place in (folder, *folder.absolute().parents) if os.path.lexists(place))
     if not nearest.is_dir():
         raise RunError(
-            f"{folder}: cannot be a folder, since {nearest} is {'a file' if nearest.exists() else 'a broken link'}; choose another"
+            f"{folder}: cannot be a folder, because {nearest} is {'a file' if nearest.exists() else 'a broken link'}; choose another folder"
         )
     if not os.access(nearest, os.W_OK | os.X_OK):
-        raise RunError(f"{folder}: cannot be written, since {nearest} may not be; choose another folder, or allow writing there")
+        raise RunError(f"{folder}: cannot be written, because {nearest} is not writable; choose another folder, or make it writable")
 
 
 def require_new_folder(folder: Path) -> None:
-    """The same of a folder that must not exist.
+    """Check that a folder does not exist and can be created.
 
     Raises:
-        RunError: if it does, or cannot be made.
+        RunError: if it exists or cannot be created.
     """
     if folder.exists():
-        raise RunError(f"{folder}: exists already; choose a new folder")
+        raise RunError(f"{folder}: already exists; choose a new folder")
     require_folder(folder)
 
 
 @contextmanager
 def written(path: Path) -> Iterator[None]:
-    """In this block a file or folder is written: an error of the system names it, also one that safetensors puts in words of its own.
+    """Make system errors raised while writing in this block name the path, including those that safetensors wraps.
 
     Raises:
-        OSError: as the system gave it, with ``filename``.
+        OSError: the system's error, with ``filename`` set.
     """
     from safetensors import SafetensorError
 
@@ -70,15 +70,15 @@ def written(path: Path) -> Iterator[None]:
 
 
 def write_atomically(path: Path, content: bytes, new: bool = False) -> None:
-    """Write a file so that a reader, or a crash at any moment, finds the old content or the new, never a part.
+    """Write a file atomically: readers find either the old content or the new content, even after a crash.
 
     Args:
-        path: where.
-        content: what.
-        new: that nobody else may have written; of several processes at once, one does.
+        path: the file.
+        content: its new content.
+        new: whether the file must not exist yet. If several processes write it at once, exactly one succeeds.
 
     Raises:
-        FileExistsError: if it is to be new and is not.
+        FileExistsError: if ``new`` is set and the file exists.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}.draft" if new else f".{path.name}.draft")
@@ -93,7 +93,7 @@ def write_atomically(path: Path, content: bytes, new: bool = False) -> None:
 
 
 def _rename_once(draft: Path, path: Path) -> None:
-    """Give a file its name, unless another has it: a link does both at once where the file system has links."""
+    """Rename a file unless the target exists. A hard link does both in one operation, if the file system supports hard links."""
     try:
         os.link(draft, path)
     except FileExistsError:
@@ -106,5 +106,5 @@ def _rename_once(draft: Path, path: Path) -> None:
 
 
 def write_json(path: Path, record: Mapping[str, object]) -> None:
-    """Write an indented JSON file atomically. NaN and infinity are refused: they are not JSON."""
+    """Write an indented JSON file atomically. NaN and infinity raise a ValueError, because JSON has no such values."""
     write_atomically(path, (json.dumps(record, indent=2, allow_nan=False) + "\n").encode())

@@ -169,18 +169,18 @@ def built(index: Mapping[str, type[Any]], what: str, name: str, parameters: Mapp
 
     Args:
         index: dataclasses by name.
-        what: they are, for errors.
-        name: of the entry.
-        parameters: its fields by name; those left out keep their defaults.
+        what: what the classes are, for error messages.
+        name: name of the class.
+        parameters: values of its fields by name; fields not given keep their defaults.
 
     Raises:
-        ConfigError: if there is no such name or parameter, or a value breaks a rule.
+        ConfigError: if the name or a parameter does not exist, or a value is invalid.
     """
     if name not in index:
-        raise ConfigError(f"name: {name!r} is no {what}{meant(name, index)}")
+        raise ConfigError(f"name: {name!r} is not a known {what}{meant(name, index)}")
     own = [field.name for field in dataclasses.fields(index[name])]
     if unknown := sorted(parameters.keys() - set(own)):
-        raise ConfigError(f"parameters: {name} has no {unknown[0]!r}; it takes {', '.join(own) or 'none'}")
+        raise ConfigError(f"parameters: {name} has no parameter {unknown[0]!r}; it takes {', '.join(own) or 'none'}")
     try:
         return index[name](**parameters)
     except ConfigError as error:

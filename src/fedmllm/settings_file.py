@@ -1,4 +1,4 @@
-"""Reading a file of settings in YAML: what is wrong with it shows before what takes seconds to import."""
+"""Reads YAML settings files. It imports little, so that a broken file is reported before slow imports."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import yaml
 from fedmllm.errors import ConfigError
 
 Path_ = tuple[str, ...]
-"""Keys from the top of a file down to a setting."""
+"""The keys that lead from the top of a file to a setting."""
 
 
 class Kind(NamedTuple):
-    """What a file is read for.
+    """The kind of a settings file, for error messages.
 
     Attributes:
-        content: what it should hold, in words.
-        remedy: what to give in place of a file that is not there.
+        content: what the file must contain.
+        remedy: what to do if the file does not exist.
     """
 
     content: str
@@ -31,10 +31,10 @@ SITES = Kind("server.yaml and site.yaml are mappings of settings", "fedmllm site
 
 
 def read_settings(path: Path, kind: Kind = EXPERIMENT) -> tuple[dict[str, Any], dict[Path_, str]]:
-    """A file's values, and ``file:line`` by path of keys; nothing of an empty file.
+    """Return a file's settings, and the ``file:line`` of each by its keys. An empty file has none.
 
     Raises:
-        ConfigError: if there is no such file, or it holds no mapping in YAML, or one with the same key twice.
+        ConfigError: if the file does not exist, is not a YAML mapping, or sets a key twice.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -49,20 +49,20 @@ def read_settings(path: Path, kind: Kind = EXPERIMENT) -> tuple[dict[str, Any], 
     if root is None or values is None:
         return {}, {}
     if not isinstance(values, dict):
-        raise ConfigError(f"{path}:1: {kind.content}, found {type(values).__name__}")
+        raise ConfigError(f"{path}:1: {kind.content}; found {type(values).__name__}")
     places: dict[Path_, str] = {}
     _locate(root, (), str(path), places)
     return values, places
 
 
 def _locate(node: yaml.Node, path: Path_, file: str, places: dict[Path_, str]) -> None:
-    """Note the line of every key; the same key twice in a mapping is an error that YAML itself lets pass."""
+    """Record the line of every key. Raise an error if a mapping contains a key twice, which the YAML parser accepts silently."""
     if not isinstance(node, yaml.MappingNode):
         return
     for key, value in node.value:
         here = (*path, str(key.value))
         place = f"{file}:{key.start_mark.line + 1}"
         if here in places:
-            raise ConfigError(f"{place}: {'.'.join(here)} is set twice, first at {places[here]}; keep one")
+            raise ConfigError(f"{place}: {'.'.join(here)} is set twice, first at {places[here]}; remove one")
         places[here] = place
         _locate(value, here, file, places)

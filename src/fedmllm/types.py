@@ -1,4 +1,4 @@
-"""The nouns that the rooms pass to each other. Data only: no behavior beyond simple derived properties."""
+"""Data types shared by all subpackages. They hold data only, with no behavior beyond simple derived properties."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Modality = str
-"""Name of a kind of content, e.g. ``"image"`` or ``"text"``. Code never assumes that there are only two."""
+"""Name of a modality, e.g. ``"image"`` or ``"text"``. Code must not assume that there are only two."""
 
 Weights = dict[str, "Tensor"]
 """Trainable tensors by parameter name; float32 on the server."""
@@ -21,15 +21,15 @@ Metrics = dict[str, float]
 """Named numbers, each finite."""
 
 Picture = Union[Path, bytes, "Image", "EditedImage"]
-"""A file, a file's bytes, a picture in memory or one with edits to be made."""
+"""An image: the path of a file, the bytes of a file, a decoded image, or an image with pending edits."""
 
 Content = str | Picture
-"""Text, or something to be decoded."""
+"""Text, or data that must be decoded."""
 
 
 @dataclass(frozen=True)
 class Edit:
-    """Something done to a picture when it is decoded: a key of ``data.images.EDITS``, how strongly, and the seed of its noise."""
+    """An edit applied to an image when it is decoded: a key of ``data.images.EDITS``, its strength, and the seed of its noise."""
 
     name: str
     strength: float
@@ -38,7 +38,7 @@ class Edit:
 
 @dataclass(frozen=True)
 class EditedImage:
-    """A picture with edits to be made, in order, each time it is decoded."""
+    """An image with edits that are applied in order each time it is decoded."""
 
     source: Path | bytes | Image
     edits: tuple[Edit, ...]
@@ -52,17 +52,17 @@ class Sample:
     """One question about some content, and its answer.
 
     Attributes:
-        id: unique within a dataset, stable under the order of its files.
-        question: what is asked. It is never dropped: without it there is no task.
-        answer: the right answer, one of ``options`` if there are any.
-        content: what the question is about, by modality: ``{"image": Path or PIL image, "text": str}``. A scenario
-            drops entries from here. Other modalities (``audio``, ``video``) are files too.
-        options: the answers to choose from, in the order shown; empty when the answer is free text.
-        category: the class used for label skew and for counting: the answer for classification, the kind of question
-            for question answering.
-        answer_type: how the answer is scored, and under which heading.
-        client: who holds the sample by nature (hospital, author, event); empty where the data do not say.
-        domain: which dataset of a mixture the sample comes from; empty elsewhere.
+        id: unique within a dataset, and independent of the order of its files.
+        question: the question. Scenarios never drop it, because without it there is no task.
+        answer: the correct answer; one of ``options`` if there are any.
+        content: what the question is about, by modality: ``{"image": Path or PIL image, "text": str}``. Scenarios
+            drop entries from it. Other modalities (``audio``, ``video``) are files as well.
+        options: the answers to choose from, in the order shown; empty for free-text answers.
+        category: the class used for label skew and for counts: the answer in classification, the type of question
+            in question answering.
+        answer_type: how the answer is scored, and the group under which its score is reported.
+        client: the natural holder of the sample (hospital, author, event); empty if the data do not name one.
+        domain: the dataset of a mixture that the sample comes from; empty outside mixtures.
     """
 
     id: str
@@ -77,18 +77,18 @@ class Sample:
 
     @property
     def label(self) -> int:
-        """Position of the answer among the options."""
+        """The position of the answer among the options."""
         return self.options.index(self.answer)
 
     @property
     def modalities(self) -> tuple[Modality, ...]:
-        """What this sample holds, in alphabetical order."""
+        """The modalities of this sample, in alphabetical order."""
         return tuple(sorted(self.content))
 
 
 @dataclass(frozen=True)
 class Part:
-    """A piece of a message: text, or content of another modality to be decoded by the model's processor."""
+    """A piece of a message: text, or content of another modality that the model's processor decodes."""
 
     type: Modality
     value: Content
@@ -103,22 +103,27 @@ class Message:
 
 
 Slots = Mapping[str, Weights]
-"""Further tensors of a method by what they are: momentum, controls, a client's own factors."""
+"""A method's additional tensors by kind: momentum, control variates, a client's own factors."""
 
 Accepted = Mapping[str, Sequence[int]]
-"""Rounds, counted from 0 and ascending, by client whose update was accepted in them."""
+"""By client, the rounds (counted from 0, ascending) in which the server accepted its update."""
 
 Profile = Mapping[str, int]
-"""How many samples somebody holds by the modalities they have, e.g. ``{"image+text": 12, "text": 3}``."""
+"""Numbers of samples by their modalities, e.g. ``{"image+text": 12, "text": 3}``."""
 
 
 LabelCounts = Mapping[str, Mapping[str, int]]
-"""How often each answer occurs, by the set of options that it was chosen from, as ``data.labels`` writes it."""
+"""How often each answer occurs, by the set of options that it was chosen from (keys as in ``data.labels``)."""
 
 
 @dataclass(frozen=True)
 class Holding:
-    """What a client that is elsewhere says it holds: how many samples, None if it withholds that; and how many of which modalities, if it says so."""
+    """A remote client's self-reported sample counts.
+
+    Attributes:
+        num_samples: number of samples; None if the client does not report it.
+        profile: sample counts by modality; empty if the client does not report them.
+    """
 
     num_samples: int | None
     profile: Profile = field(default_factory=dict)
@@ -126,12 +131,12 @@ class Holding:
 
 @dataclass(frozen=True)
 class Population:
-    """What the server knows about all clients before the first round: how many there are, and what they hold together.
+    """What the server knows about all clients before the first round.
 
     Attributes:
-        num_clients: how many.
-        profile: their samples by modalities.
-        labels: their answers; empty unless the method asks for them (``needs_labels``), for clients do not tell them otherwise.
+        num_clients: number of clients.
+        profile: sample counts by modality, summed over clients.
+        labels: answer counts, summed over clients. Empty unless the method needs them (``needs_labels``); clients do not report them otherwise.
     """
 
     num_clients: int = 0
@@ -145,11 +150,11 @@ class Broadcast:
 
     Attributes:
         round_num: the round, counted from 0.
-        weights: the global weights the clients start from.
-        extras: further tensors that a method needs at its clients (SCAFFOLD's server control, say).
-        base: what has been merged into the frozen weights so far, by module of the adapter, without LoRA's factor alpha / r.
-        base_step: factors of the last round's part of it.
-        population: of all clients.
+        weights: the global weights that the clients start from.
+        extras: other tensors that the method's clients need, such as SCAFFOLD's server control variate.
+        base: the sum of all updates merged into the frozen weights so far, by module, before scaling by LoRA's alpha / r.
+        base_step: the factors that the last round merged.
+        population: what is known about all clients.
     """
 
     round_num: int
@@ -166,15 +171,15 @@ class ClientUpdate:
 
     Attributes:
         client: the client's id.
-        update: client minus what it received, by parameter name.
-        num_samples: how many samples the client trained on; None if it withholds that.
+        update: the client's weights after training minus the weights it received, by parameter name.
+        num_samples: number of samples the client trained on; None if the client does not report it.
         metrics: the client's own numbers, e.g. its mean training loss.
-        extras: further tensors that the method's server needs.
-        profile: the client's samples by modalities.
-        rank: LoRA rank of the client's tensors; None for the server's own.
-        num_bytes: size on the way up, where it is not that of the tensors.
-        round_num: the round of the broadcast that it answers; None for this one.
-        packed: the update and the extras as they are written for the way, by tensor in parts; empty where they go as they are.
+        extras: other tensors that the method's server needs.
+        profile: the client's sample counts by modality.
+        rank: LoRA rank of the client's tensors; None for the server's rank.
+        num_bytes: size of the upload, if it differs from the size of the tensors.
+        round_num: the round whose broadcast the client trained from; None for the current round.
+        packed: the encoded update and extras: kind, then parameter name, then the encoded tensors. Empty if they are sent without encoding.
     """
 
     client: str
@@ -190,17 +195,17 @@ class ClientUpdate:
 
     @property
     def weight(self) -> float:
-        """What it weighs where clients count by samples: 1 if it withholds how many."""
+        """The update's weight in a mean weighted by sample counts; 1 if the client does not report its count."""
         return 1.0 if self.num_samples is None else float(self.num_samples)
 
 
 @dataclass(frozen=True)
 class ClientFailure:
-    """Instead of an update: what went wrong at a client, or on the way.
+    """A failed request: the client or the transport returned no update.
 
     Attributes:
-        client: whose.
-        reason: in words.
+        client: the client's id.
+        reason: what went wrong, as text.
         reached: whether anything was sent to the client.
     """
 
@@ -210,16 +215,16 @@ class ClientFailure:
 
 
 Answer = ClientUpdate | ClientFailure
-"""What comes of asking a client."""
+"""A client's answer: an update, or the reason why there is none."""
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the model answered to one sample.
+    """The model's answer to one sample.
 
     Attributes:
-        sample: the sample asked.
-        answer: the option of highest probability, or the generated text; None when the answer could not be read,
+        sample: the sample.
+        answer: the option of highest probability, or the generated text; None if the answer could not be parsed,
             which counts as a failure and never as a class.
         probabilities: one per option, summing to 1; empty for free answers.
     """

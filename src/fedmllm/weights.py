@@ -1,4 +1,4 @@
-"""Arithmetic on ``Weights``: named tensors that always travel and change together."""
+"""Arithmetic on ``Weights``, a dictionary of named tensors."""
 
 from __future__ import annotations
 
@@ -12,42 +12,42 @@ from fedmllm.types import Weights
 
 
 def zeros_like(weights: Weights, dtype: torch.dtype | None = None) -> Weights:
-    """Tensors of the same names and shapes, all zero; of the same dtype for None."""
+    """Return zeros with the same names and shapes, and with the same dtypes if ``dtype`` is None."""
     return {name: torch.zeros_like(tensor, dtype=dtype) for name, tensor in weights.items()}
 
 
 def add(a: Weights, b: Mapping[str, Tensor], scale: float = 1.0) -> Weights:
-    """``a + scale * b``, summed in float64 and rounded once to the dtype of ``a``; what ``b`` does not name stays as it is."""
+    """Return ``a + scale * b``, summed in float64 and rounded once to the dtype of ``a``. Tensors missing from ``b`` are not changed."""
     return {n: torch.add(t.double(), b[n], alpha=scale).to(t.dtype) if n in b else t for n, t in a.items()}
 
 
 def subtract(a: Weights, b: Weights) -> Weights:
-    """``a - b``."""
+    """Return ``a - b``, tensor by tensor."""
     return {name: tensor - b[name] for name, tensor in a.items()}
 
 
 def norm(weights: Weights) -> float:
-    """Euclidean norm over all tensors together."""
+    """Return the Euclidean norm over all entries of all tensors."""
     return float(torch.stack([torch.linalg.vector_norm(tensor, dtype=torch.float64) for tensor in weights.values()]).norm())
 
 
 def is_finite(weights: Weights) -> bool:
-    """Whether no entry is infinite or NaN."""
-    # A sum is finite only if all entries are, and takes a tenth of the time; that of large entries may be infinite without.
+    """Return whether no entry is infinite or NaN."""
+    # A finite sum proves that all entries are finite and takes a tenth of the time. The sum of large finite entries may still overflow.
     return all(bool(tensor.sum().isfinite()) or bool(torch.isfinite(tensor).all()) for tensor in weights.values())
 
 
 def num_bytes(*groups: Mapping[str, Tensor]) -> int:
-    """Size of the tensors as sent, in bytes."""
+    """Return the total size of the tensors in bytes."""
     return sum(tensor.numel() * tensor.element_size() for weights in groups for tensor in weights.values())
 
 
 class WeightedMean:
-    """A mean that takes its terms one at a time, so that memory does not grow with the cohort.
+    """A streaming weighted mean in float64, whose memory does not grow with the number of terms.
 
         mean = sum_k weight_k * term_k / sum_k weight_k
 
-    summed in float64. The order of the terms is the caller's to fix: floating-point sums depend on it.
+    Floating-point sums depend on the order of their terms, so callers must add them in a fixed order.
     """
 
     def __init__(self) -> None:
@@ -70,14 +70,14 @@ class WeightedMean:
 
     @property
     def num_bytes(self) -> int:
-        """Memory held."""
+        """Memory used by the running sum, in bytes."""
         return num_bytes(self._sum)
 
     def value(self) -> Weights:
-        """The mean in float64.
+        """Return the mean in float64.
 
         Raises:
-            FederationError: if there was no term of positive weight.
+            FederationError: if no term had a positive weight.
         """
         if self._weight <= 0:
             raise FederationError("no update has a positive weight, so there is no average; check that the cohort's clients hold samples")

@@ -53,7 +53,7 @@ def test_the_window_is_a_fraction_of_any_decoder(layers: int, window: range) -> 
 
 def test_layers_can_be_given_and_must_leave_some() -> None:
     assert AdaptiveRegularization(skip_layers=2).window(6) == range(2, 4)
-    with pytest.raises(ConfigError, match="leaving out 3 layers at each end leaves none of 6"):
+    with pytest.raises(ConfigError, match="skipping 3 layers at each end leaves none of 6"):
         AdaptiveRegularization(skip_layers=3).window(6)
 
 
@@ -187,17 +187,20 @@ def test_the_recommended_method_is_its_two_parts() -> None:
 @pytest.mark.parametrize(
     ("algorithm", "part"),
     [
-        ({"name": "FedMLLM(fedyoga)"}, "'fedyoga' is no method"),
-        ({"strategies": ["prompt"]}, "'prompt' is no strategy; known: adaptive_regularization"),
-        ({"strategies": [{"name": "feature_alignment", "parameters": {"mu": 1}}]}, "feature_alignment has no 'mu'; it takes weight"),
+        ({"name": "FedMLLM(fedyoga)"}, "'fedyoga' is not a known method"),
+        ({"strategies": ["prompt"]}, "'prompt' is not a known strategy; known: adaptive_regularization"),
+        (
+            {"strategies": [{"name": "feature_alignment", "parameters": {"mu": 1}}]},
+            "feature_alignment has no parameter 'mu'; it takes weight",
+        ),
         ({"strategies": [{"name": "feature_alignment", "parameters": {"weight": -1}}]}, "weight must not be negative"),
-        ({"strategies": ["feature_alignment", "feature_alignment"]}, "feature_alignment is there twice"),
-        ({"name": "FedMLLM(fedavg)", "strategies": ["adaptive_regularization"]}, "adaptive_regularization is there twice"),
-        ({"strategies": [{"name": "adaptive_regularization", "parameters": {"skip_fraction": 0.5}}]}, "must lie in [0, 0.5)"),
+        ({"strategies": ["feature_alignment", "feature_alignment"]}, "feature_alignment is listed twice"),
+        ({"name": "FedMLLM(fedavg)", "strategies": ["adaptive_regularization"]}, "adaptive_regularization is listed twice"),
+        ({"strategies": [{"name": "adaptive_regularization", "parameters": {"skip_fraction": 0.5}}]}, "must be in [0, 0.5)"),
         *(
             (
                 {"name": name, "strategies": ["modality_coverage"]},
-                f"modality_coverage changes what updates weigh, but {name} counts clients alike",
+                f"modality_coverage changes the weights of updates, but {name} ignores these weights",
             )
             for name in ("median", "trimmed_mean", "krum")
         ),
@@ -234,8 +237,8 @@ def test_wrong_strategies_are_refused(algorithm: dict[str, object], part: str) -
             {"lora": {"client_ranks": [4, 8]}},
             "fedavg needs one rank everywhere; leave it out, or use fedilora, fedmllm, flexlora, flora, hetlora",
         ),
-        ({"lora": {"client_ranks": [4, 16]}, "algorithm": {"name": "hetlora"}}, "must lie between 1 and r = 8, is 16"),
-        ({"lora": {"client_ranks": [0]}, "algorithm": {"name": "hetlora"}}, "must lie between 1 and r = 8, is 0"),
+        ({"lora": {"client_ranks": [4, 16]}, "algorithm": {"name": "hetlora"}}, "must be between 1 and r = 8, got 16"),
+        ({"lora": {"client_ranks": [0]}, "algorithm": {"name": "hetlora"}}, "must be between 1 and r = 8, got 0"),
     ],
 )
 def test_methods_that_do_not_fit_the_experiment_are_refused(values: dict[str, object], part: str) -> None:

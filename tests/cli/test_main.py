@@ -232,7 +232,7 @@ def test_a_folder_that_cannot_be_made_is_refused_before_any_work(command: tuple[
     assert done.returncode == 2
     assert (
         done.stderr
-        == f"error: quick.yaml/out{'/cells' * ('sweep' in command)}: cannot be a folder, since {quick}/quick.yaml is a file; choose another\n"
+        == f"error: quick.yaml/out{'/cells' * ('sweep' in command)}: cannot be a folder, because {quick}/quick.yaml is a file; choose another folder\n"
     )
 
 

@@ -95,7 +95,7 @@ def test_a_window_that_leaves_no_layer_out_says_so_unless_that_was_asked_for() -
     found = remark("adaptive_regularization", holdings(layers=6))
     assert found is not None
     assert not found.idle
-    assert found.text.startswith("skip_fraction 0.143 of 6 layers, rounded down, is 0, so that it holds all of them; set skip_layers")
+    assert found.text.startswith("skip_fraction 0.143 of 6 layers rounds down to 0, so it regularizes every layer; set skip_layers")
     assert remark("adaptive_regularization", holdings(layers=7)) is None
     assert remark("adaptive_regularization", holdings(layers=6), skip_layers=1) is None
     assert remark("adaptive_regularization", holdings(layers=6), skip_layers=0) is None
@@ -127,7 +127,7 @@ def test_a_calibration_beside_a_method_s_own_says_so() -> None:
     held = Holdings({"a": {"image": 3}}, True, (), terms=(Calibration(1.0),))
     found = {strength: remark("label_calibration", held, strength=strength) for strength in (0.0, 0.5, 1.0)}
     assert {strength: said.idle for strength, said in found.items() if said} == {0.0: False, 0.5: False, 1.0: True}
-    assert "takes the place of the method's own calibration, whose strength is 1" in found[0.5].text  # type: ignore[union-attr]
+    assert "replaces the method's own calibration, which has strength 1" in found[0.5].text  # type: ignore[union-attr]
     rules = []
     for strategies in ([], ["label_calibration"], [{"name": "label_calibration", "parameters": {"strength": 0.5}}]):
         method = build_algorithm(AlgorithmConfig.model_validate({"name": "fedmllm", "strategies": strategies}))

@@ -250,9 +250,9 @@ def test_buffered_ends_alike_in_one_process_and_over_messages(tmp_path: Path, mo
         ({"schedule": {"name": "buffered", "parameters": {"staleness": -1}}}, "staleness must not be negative"),
         (
             {"schedule": {"name": "buffered", "parameters": {"speed": 1}}},
-            "buffered has no 'speed'; it takes concurrency, buffer, staleness",
+            "buffered has no parameter 'speed'; it takes concurrency, buffer, staleness",
         ),
-        ({"schedule": {"name": "bufered"}}, "'bufered' is no schedule; did you mean buffered?"),
+        ({"schedule": {"name": "bufered"}}, "'bufered' is not a known schedule; did you mean buffered?"),
         (
             {"algorithm": {"name": "krum"}, "schedule": {"name": "buffered", "parameters": {"buffer": 1}}},
             "krum needs",

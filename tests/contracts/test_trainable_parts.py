@@ -79,7 +79,7 @@ def test_merged_it_is_a_model_like_any_other(kind: str, choice: str, federation:
         again = batch_of(merged, federation)
         assert torch.equal(again.inputs["input_ids"], batch.inputs["input_ids"])
         torch.testing.assert_close(answer_nll(merged, again), adapted, atol=1e-4, rtol=0)
-    with pytest.raises(RunError, match="exists already"):
+    with pytest.raises(RunError, match="already exists"):
         save_merged(merged, tmp_path / "merged")
 
 
@@ -104,7 +104,7 @@ def test_a_model_without_a_known_connector_says_so() -> None:
     vlm = load("minicpmv")
     vlm.model.bridge = vlm.model.resampler
     del vlm.model.resampler
-    with pytest.raises(ModelError, match=r"lora\.connector: no connector is known of this model; leave it frozen"):
+    with pytest.raises(ModelError, match=r"lora\.connector: this model's connector is not known; leave it frozen"):
         attach_lora(vlm, LoraConfig(connector="full"), 0)
 
 

@@ -206,7 +206,7 @@ def test_a_strategys_transform_applies_wherever_clients_are(tmp_path: Path, monk
 
 @pytest.mark.parametrize("name", sorted(name for name, cls in ALGORITHMS.items() if cls.ignores_weights))
 def test_a_transform_that_only_reweighs_is_refused_where_clients_count_alike(name: str) -> None:
-    with pytest.raises(ConfigError, match=f"shifted changes what updates weigh, but {name} counts clients alike; leave one of them out"):
+    with pytest.raises(ConfigError, match=f"shifted changes the weights of updates, but {name} ignores these weights; remove one of them"):
         Shifted(1.0).require(build_algorithm(AlgorithmConfig(name=name)), name)
     Shifted(1.0).require(FedAvg(), "fedavg")
     Clipped(1.0).require(build_algorithm(AlgorithmConfig(name=name)), name)

@@ -62,8 +62,8 @@ def test_rows_and_pictures_of_both_splits_are_counted_and_can_be_left_out() -> N
     assert told.train == splits().train
     assert told.notes == (
         "1 training sample(s) repeat another one; data.deduplicate leaves them out",
-        "1 training sample(s) are in the test split too; data.deduplicate leaves them out",
-        "1 training sample(s) show a picture of the test split; data.deduplicate leaves them out",
+        "1 training sample(s) are also in the test split; data.deduplicate leaves them out",
+        "1 training sample(s) show an image of the test split; data.deduplicate leaves them out",
     )
     left = repeated(splits(), leave_out=True)
     assert [s.id for s in left.train] == ["1", "5"]
@@ -76,8 +76,8 @@ def test_what_is_chosen_by_is_kept_apart_from_what_is_trained_on_and_tested_on()
     both = splits()
     dataset = replace(both, train=both.train[-1:], validation=tuple(replace(s, id=f"v{s.id}") for s in (both.train[-1], both.test[0])))
     assert [note.partition(";")[0] for note in repeated(dataset, leave_out=False).notes] == [
-        "1 training sample(s) are in the validation part too",
-        "1 validation sample(s) are in the test split too",
+        "1 training sample(s) are also in the validation split",
+        "1 validation sample(s) are also in the test split",
     ]
     spare = replace(both.train[-1], id="spare", question="Another?")
     left = repeated(replace(dataset, train=(*dataset.train, spare)), leave_out=True)
@@ -107,4 +107,8 @@ def test_a_split_that_is_all_repetition_is_refused() -> None:
 
 
 def test_what_became_of_samples() -> None:
-    assert changed({"a": "1", "b": "2", "c": "3"}, {"a": "1", "b": "4", "d": "5"}) == ["b has another content", "c is gone", "d is new"]
+    assert changed({"a": "1", "b": "2", "c": "3"}, {"a": "1", "b": "4", "d": "5"}) == [
+        "b has different content",
+        "c is missing",
+        "d is new",
+    ]

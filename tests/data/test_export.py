@@ -79,6 +79,6 @@ def test_the_manifest_vouches_for_every_file(tmp_path: Path) -> None:
 
 def test_an_existing_folder_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    with pytest.raises(RunError, match="exists already"):
+    with pytest.raises(RunError, match="already exists"):
         export_split(experiment(), tmp_path / "out")
     assert not list((tmp_path / "out").iterdir())

@@ -57,7 +57,7 @@ def test_the_manifest_says_whose_numbers_are_withheld() -> None:
     assert [client["num_samples"] for client in record["clients"]] == [None, 7]
     assert record["notes"] == [
         *data.dataset.notes,
-        "1 client(s) withhold how many samples they have, and count as one sample each in averages by samples: a",
+        "1 client(s) do not report their number of samples and have weight 1 in averages by sample counts: a",
     ]
     assert manifest(data, "aligned", 0)["notes"] == list(data.dataset.notes)
 
@@ -131,10 +131,10 @@ def test_the_reference_protocol_has_its_own_split() -> None:
 @pytest.mark.parametrize(
     ("settings", "rule"),
     [
-        ({"heterogeneity": ["fog"]}, "'fog' is no kind of heterogeneity"),
-        ({"protocol": "reference", "partition": "iid"}, "the reference code knows partition dirichlet only"),
+        ({"heterogeneity": ["fog"]}, "'fog' is not a known corruption"),
+        ({"protocol": "reference", "partition": "iid"}, "the reference code supports only partition dirichlet"),
         ({"partition": "natural", "dirichlet_alpha": 1.0}, "natural has no skew to set"),
-        ({"partition": "natural"}, "80 of 80 do not say"),
+        ({"partition": "natural"}, "80 of 80 samples have none"),
     ],
 )
 def test_settings_that_contradict_each_other(settings: dict[str, object], rule: str) -> None:

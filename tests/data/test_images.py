@@ -221,7 +221,7 @@ def test_a_picture_that_is_cut_short_is_refused(form: str, share: float, tmp_pat
 def test_too_many_pixels_are_refused_before_they_are_decoded(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(png_header(8001, 8000))
 
-    with pytest.raises(DataError, match="8001x8000 pixels, at most 64,000,000 are decoded"):
+    with pytest.raises(DataError, match="8001x8000 pixels, but at most 64,000,000 are allowed"):
         open_image(tmp_path / "a.png")
 
 
@@ -231,7 +231,7 @@ def test_pixels_up_to_the_limit_are_decoded(tmp_path: Path, monkeypatch: pytest.
         Image.new("RGB", (width, height)).save(tmp_path / f"{width}.png")
 
     assert open_image(tmp_path / "4.png").size == (4, 3)
-    with pytest.raises(DataError, match="13x1 pixels, at most 12"):
+    with pytest.raises(DataError, match="13x1 pixels, but at most 12"):
         open_image(tmp_path / "13.png")
 
 
@@ -295,12 +295,12 @@ def test_a_damaged_exif_block_spoils_no_picture(tmp_path: Path) -> None:
         assert open_image(tmp_path / "a.jpg").size == (60, 30)
         broken, notes = images.check_images([tmp_path / "a.jpg", tmp_path / "b.jpg"])
     assert broken == {}
-    assert notes == [f"{tmp_path}/a.jpg: its EXIF block is damaged, so that it is not turned upright"]
+    assert notes == [f"{tmp_path}/a.jpg: its EXIF block is damaged, so the image may not be upright"]
 
 
 def test_a_picture_that_git_lfs_did_not_download_is_named_as_such(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 7\n")
-    with pytest.raises(DataError, match=r"a\.png: is a git-lfs pointer in place of the picture"):
+    with pytest.raises(DataError, match=r"a\.png: is a git-lfs pointer instead of an image"):
         open_image(tmp_path / "a.png")
 
 
@@ -350,5 +350,5 @@ def test_damaged_pictures_are_refused_or_decoded(form: str, damage: list[tuple[i
 
 
 def test_a_picture_without_pixels_is_refused() -> None:
-    with pytest.raises(DataError, match="a picture of 0x5 pixels shows nothing"):
+    with pytest.raises(DataError, match="an image of 0x5 pixels is empty"):
         open_image(Image.new("RGB", (0, 5)))

@@ -77,7 +77,7 @@ def test_the_seed_decides() -> None:
 
 @pytest.mark.parametrize("scenario", ["cross-5:5", "hybrid-0.7"])
 def test_separating_one_modality_is_refused(scenario: str) -> None:
-    with pytest.raises(ConfigError, match="hold image only"):
+    with pytest.raises(ConfigError, match="hold only image"):
         apply_scenario(scenario, clients(), ("image",), 0)
 
 

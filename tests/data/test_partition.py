@@ -107,9 +107,9 @@ def test_natural_clients_share_where_there_are_fewer_places() -> None:
 @pytest.mark.parametrize(
     ("owners", "num_clients", "min_size", "rule"),
     [
-        (["a", "", "b"], 2, 1, "1 of 3 do not say"),
-        (["a", "b"], 3, 1, "3 clients asked for, the samples have 2 natural ones"),
-        (["a", "b", "b"], 2, 2, "a natural client has 1 samples, 2 are asked for"),
+        (["a", "", "b"], 2, 1, "1 of 3 samples have none"),
+        (["a", "b"], 3, 1, "3 clients requested, but the samples have only 2 natural clients"),
+        (["a", "b", "b"], 2, 2, "a natural client has 1 samples, but the minimum is 2"),
     ],
 )
 def test_no_natural_partition(owners: list[str], num_clients: int, min_size: int, rule: str) -> None:
@@ -122,5 +122,5 @@ def test_domains_are_kept_apart() -> None:
     parts = by_domain(domains, categories, 5, 0.5, 4, generator(0, "t"))
     assert covers_once(parts, 360)
     assert [{domains[i] for i in part} for part in parts] == [{"x"}, {"y"}, {"x"}, {"y"}, {"x"}]
-    with pytest.raises(DataError, match="1 clients cannot hold 2 domains apart"):
+    with pytest.raises(DataError, match="1 clients cannot hold 2 separate domains"):
         by_domain(domains, categories, 1, 0.5, 4, generator(0, "t"))

@@ -91,7 +91,7 @@ def test_closed_questions_ask_for_brevity_in_every_wording(style: str) -> None:
 
 
 def test_too_many_options() -> None:
-    with pytest.raises(DataError, match="63 options; at most 62"):
+    with pytest.raises(DataError, match="63 options, but at most 62"):
         to_messages(replace(COMPLETE, options=tuple(map(str, range(63)))), "agnostic")
 
 
@@ -162,8 +162,8 @@ def test_a_wording_of_one_s_own_goes_by_what_a_sample_holds() -> None:
 @pytest.mark.parametrize(
     ("templates", "message"),
     [
-        ({}, "templates: any is needed"),
-        ({"image": TASK}, "templates: any is needed"),
+        ({}, "templates: any is required"),
+        ({"image": TASK}, "templates: any is required"),
         ({"any": "{question}"}, "templates.any: lacks {options} and {text}"),
         ({"any": TASK, "image+text": "{question} {options}"}, "templates.image+text: lacks {text}"),
         ({"any": f"{TASK} {{answer}}"}, "templates.any: unknown placeholder {answer}; known: {text}, {question}, {options}"),
@@ -188,18 +188,18 @@ def test_a_broken_template_is_refused_by_name(templates: Mapping[str, str], mess
 def test_all_that_is_wrong_with_a_wording_is_said_at_once() -> None:
     with pytest.raises(ValidationError) as refused:
         Wording(templates={"b+a": "{question}"}, questions={"Why?": {"": "x"}})
-    for part in ("'b+a' must be", "questions.Why?: '' must be", "lacks {options}", "any is needed"):
+    for part in ("'b+a' must be", "questions.Why?: '' must be", "lacks {options}", "any is required"):
         assert part in str(refused.value)
 
 
 def test_a_name_that_is_no_wording_is_refused() -> None:
     own = {"mine": {"templates": {"any": TASK}}}
     assert DataConfig.model_validate({"prompt": "mine", "wordings": own}).wording.templates == {"any": TASK}
-    with pytest.raises(ValidationError, match="prompt: 'mine' is no wording; known: specific, neutral, agnostic"):
+    with pytest.raises(ValidationError, match="prompt: 'mine' is not a known wording; known: specific, neutral, agnostic"):
         DataConfig(prompt="mine")
     with pytest.raises(ValidationError, match="wordings: neutral cannot be changed"):
         DataConfig.model_validate({"wordings": {"neutral": own["mine"]}})
-    with pytest.raises(ConfigError, match=r"'mine' is no wording; known: .* data\.wordings"):
+    with pytest.raises(ConfigError, match=r"'mine' is not a known wording; known: .* data\.wordings"):
         to_messages(COMPLETE, "mine")
 
 
@@ -208,4 +208,4 @@ def test_a_template_that_applies_to_no_sample_is_a_note() -> None:
     config = {"num_train": 20, "num_test": 20, "wordings": {"mine": {"templates": templates}}}
     assert load(DataConfig.model_validate(config), 0).notes == ()
     (note,) = load(DataConfig.model_validate({**config, "prompt": "mine"}), 0).notes
-    assert note == "data.wordings.mine: imgae+text applies to no sample, the data hold image, text"
+    assert note == "data.wordings.mine: imgae+text applies to no sample; the data hold image, text"

@@ -134,11 +134,11 @@ def test_samples_without_the_modality_are_left_alone() -> None:
 @pytest.mark.parametrize(
     ("spec", "rule"),
     [
-        ("fog-0.3", "'fog-0.3' is no kind of heterogeneity; known: blur"),
-        ("blur-1.5", r"share must lie in \[0, 1\]"),
+        ("fog-0.3", "'fog-0.3' is not a known corruption; known: blur"),
+        ("blur-1.5", r"share must be in \[0, 1\]"),
         ("occlusion-0.5:2", r"strength of occlusion in \[0, 1\]"),
         ("blur-0.3.1", "must be numbers"),
-        ("blur-0.3@site", "is no kind"),
+        ("blur-0.3@site", "is not a known corruption"),
     ],
 )
 def test_what_no_part_is(spec: str, rule: str) -> None:

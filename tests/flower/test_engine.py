@@ -120,7 +120,7 @@ def raised(reply: Message) -> Message:
         (absurd, "the limit is"),
         (boastful, "the update claims 1,000,000,000 training samples, the client reported 10"),
         (stale, "the update answers round 8, expected round"),
-        (garbage, "the answer cannot be read: no safetensors of ours"),
+        (garbage, "the answer cannot be read: not safetensors written by fedmllm"),
         (huge, "the answer has 5,242,880 bytes, "),
         (an_error, "Flower: Node Unavailable"),
         (raised, "RuntimeError: CUDA out of memory"),

@@ -115,7 +115,7 @@ def test_a_failure_arrives_with_its_reason() -> None:
             "the message came from 'c2', expected 'c1'",
         ),
         (pack({}, {"client": "c1", "round_num": 1, "metric": "auc", "metrics": {"score": "0.5"}}), "the message cannot be read"),
-        (b"\x80garbage", "the message cannot be read: no safetensors of ours"),
+        (b"\x80garbage", "the message cannot be read: not safetensors written by fedmllm"),
     ],
 )
 def test_a_word_that_is_none_is_a_failure(content: bytes, reason: str) -> None:
@@ -140,12 +140,12 @@ def facts(**changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("content", "why"),
     [
-        (b"", "no safetensors of ours"),
-        (b"\x00" * 100, "no safetensors of ours"),
-        (b"\x80\x04\x95\x10\x00\x00\x00\x00\x00\x00\x00\x8c\x02os\x94.", "no safetensors of ours"),
-        (save({"update/a": torch.zeros(2)}), "no safetensors of ours"),
-        (save({}, {"fedmllm": "[1]"}), "the facts are a list, no mapping"),
-        (save({}, {"fedmllm": "[" * 100_000}), "no safetensors of ours"),
+        (b"", "not safetensors written by fedmllm"),
+        (b"\x00" * 100, "not safetensors written by fedmllm"),
+        (b"\x80\x04\x95\x10\x00\x00\x00\x00\x00\x00\x00\x8c\x02os\x94.", "not safetensors written by fedmllm"),
+        (save({"update/a": torch.zeros(2)}), "not safetensors written by fedmllm"),
+        (save({}, {"fedmllm": "[1]"}), "the facts must be a mapping, got list"),
+        (save({}, {"fedmllm": "[" * 100_000}), "not safetensors written by fedmllm"),
         (pack({"update": WEIGHTS}, facts(client="c2")), "the answer came from 'c2', expected 'c1'"),
         (pack({"update": WEIGHTS}, facts(num_samples="7")), "1 invalid value(s), e.g. ('num_samples',)"),
         (pack({"update": WEIGHTS}, facts(num_samples=2**50)), "1 invalid value(s), e.g. ('num_samples',)"),

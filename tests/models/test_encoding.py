@@ -72,7 +72,7 @@ def test_the_picture_matters(vlm: VisionLanguageModel, mixed: list[Encoded]) -> 
 
 def test_a_sample_longer_than_the_context_is_refused(vlm: VisionLanguageModel, federation: FederatedData) -> None:
     sample = Sample("long", "word " * 2000, "yes", {"image": federation.dataset.test[0].content["image"]})
-    with pytest.raises(ModelError, match=r"tokens, the limit is 512, the model's own"):
+    with pytest.raises(ModelError, match=r"tokens, but the limit is 512, the model's own limit"):
         encode(vlm, to_messages(sample, "agnostic"), "yes")
 
 

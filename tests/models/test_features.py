@@ -50,7 +50,7 @@ def test_a_model_that_would_not_read_them_is_refused(vlm: VisionLanguageModel, m
     """A model of an older Transformers takes any argument, and trains without the pictures that it was fed so."""
     decoder = vlm.model.get_base_model()
     monkeypatch.setattr(type(decoder), "forward", lambda self, input_ids=None, pixel_values=None, **kwargs: None)
-    with pytest.raises(ModelError, match=r"'nano' reads no features in place of pictures; set engine\.feature_bytes to 0"):
+    with pytest.raises(ModelError, match=r"'nano' does not accept image features instead of images; set engine\.feature_bytes to 0"):
         VisionFeatures(vlm, 1 << 20)
 
 

@@ -57,6 +57,6 @@ def test_another_in_one_tensor_or_setting_is_another(copy: Path) -> None:
 
 
 def test_only_the_model_that_is_named_loads() -> None:
-    with pytest.raises(ModelError, match=f"'nano' is another model than model.fingerprint says .there {NANO}, expected 0+."):
+    with pytest.raises(ModelError, match=f"'nano' does not match model.fingerprint .found {NANO}, expected 0+."):
         load_model(ModelConfig(fingerprint="0" * 16), torch.device("cpu"))
     load_model(ModelConfig(fingerprint=NANO), torch.device("cpu"))

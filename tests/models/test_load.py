@@ -69,7 +69,7 @@ def test_weights_that_lack_a_layer_are_refused(copy: Path) -> None:
     save_file(kept, copy / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError) as refused:
         load(copy)
-    assert f"lack {len(weights) - len(kept)} of the model's tensors" in str(refused.value)
+    assert f"{len(weights) - len(kept)} of the model's tensors are missing" in str(refused.value)
     assert "language_model.layers.3.input_layernorm.weight" in str(refused.value)
 
 
@@ -85,13 +85,13 @@ def test_tensors_that_the_model_does_not_use_are_told(copy: Path, caplog: pytest
     weights = load_file(copy / "model.safetensors")
     save_file({**weights, "model.further.weight": torch.zeros(2)}, copy / "model.safetensors", metadata={"format": "pt"})
     load(copy)
-    assert "does not use 1 tensors of its *.safetensors, e.g. model.further.weight" in caplog.text
+    assert "does not use 1 of the tensors in its *.safetensors, e.g. model.further.weight" in caplog.text
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json"])
 def test_a_folder_cloned_without_its_large_files(file: str, copy: Path) -> None:
     (copy / file).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 7923120\n")
-    with pytest.raises(ModelError, match=f"git-lfs pointers in place of {file}; download the files"):
+    with pytest.raises(ModelError, match=f"git-lfs pointers instead of {file}; download the files"):
         load(copy)
 
 
@@ -127,7 +127,7 @@ def test_a_model_without_processor(copy: Path) -> None:
             RepositoryNotFoundError,
             r"'nobody/nothing' cannot be loaded: nobody/nothing is not a local folder and is not a valid",
         ),
-        ("some/gated", GatedRepoError, r"'some/gated' is gated: accept its terms on its page on the hub, and log in with 'hf auth login'"),
+        ("some/gated", GatedRepoError, r"'some/gated' is gated; accept its terms on its hub page, and log in with 'hf auth login'"),
     ],
 )
 def test_what_the_hub_does_not_give(name: str, error: type[HfHubHTTPError], part: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,7 +147,7 @@ def test_without_a_network_a_name_of_the_hub_says_how_to_get_the_model(monkeypat
 
     monkeypatch.setattr("transformers.utils.hub.hf_hub_download", refuse)
     with pytest.raises(
-        ModelError, match=r"'some/model' is no folder here, is not in the hub's cache, and the hub cannot be reached: fetch it"
+        ModelError, match=r"'some/model' is not a folder, is not in the hub's cache, and the hub cannot be reached; download it"
     ):
         load_model(ModelConfig(name="some/model"), torch.device("cpu"))
 
@@ -221,7 +221,7 @@ def test_code_that_comes_with_a_model_runs_only_if_it_is_trusted(tmp_path: Path,
     torch.manual_seed(0)
     weights = {f"inner.{name}": tensor.clone() for name, tensor in StandIn(1028, 4).state_dict().items()}
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ModelError, match=r"brings code of its own.* model\.trust_remote_code"):
+    with pytest.raises(ModelError, match=r"comes with its own code.* model\.trust_remote_code"):
         load_model(ModelConfig(name=str(tmp_path)), torch.device("cpu"))
     vlm = load_model(ModelConfig(name=str(tmp_path), trust_remote_code=True), torch.device("cpu"))
     with torch.no_grad():
@@ -243,7 +243,7 @@ def test_a_transformers_that_is_too_old_is_refused(monkeypatch: pytest.MonkeyPat
         require_transformers(version)
     monkeypatch.setattr("fedmllm.models.load.metadata.version", lambda name: "5.17.0")
     with pytest.raises(
-        ModelError, match=r"Transformers 5\.23 or later is needed, 5\.17\.0 is installed; pip install 'transformers>=5\.23'"
+        ModelError, match=r"Transformers 5\.23 or later is required, 5\.17\.0 is installed; pip install 'transformers>=5\.23'"
     ):
         load_model(ModelConfig(), torch.device("cpu"))
 

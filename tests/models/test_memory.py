@@ -137,7 +137,7 @@ def test_a_pass_that_did_not_fit_halves_the_budget(caplog: pytest.LogCaptureFixt
     with caplog.at_level(logging.WARNING):
         budget.halve(700, "CUDA out of memory")
     assert (budget.tokens, budget.halvings) == (350, 1)
-    assert "a pass of 700 tokens did not fit the memory (CUDA out of memory); passes have 350 at most from here on" in caplog.text
+    assert "a pass of 700 tokens did not fit into memory (CUDA out of memory); later passes have at most 350 tokens" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,7 @@ def test_what_is_held_in_four_bits(folder: Path) -> None:
     )
     assert frozen_weights(vlm) == {}
     name, layer = next(adapted_layers(vlm.model))
-    with pytest.raises(ModelError, match=r"changes frozen weights, but .* is held as torch\.uint8"):
+    with pytest.raises(ModelError, match=r"changes frozen weights, but .* is quantized to torch\.uint8"):
         write_base(vlm, {name: torch.zeros(layer.out_features, layer.in_features)})
 
 
@@ -100,7 +100,7 @@ def test_a_plan_in_four_bits(folder: Path) -> None:
 
 def test_without_a_gpu_it_is_refused(folder: Path) -> None:
     """By setting, and where a checkpoint brings weights in few bits."""
-    with pytest.raises(ModelError, match=r"model\.quantization: 4bit needs a GPU, engine\.device is cpu"):
+    with pytest.raises(ModelError, match=r"model\.quantization: 4bit needs a GPU, but engine\.device is cpu"):
         load_model(ModelConfig(name=str(folder), **FOUR_BITS), torch.device("cpu"))  # type: ignore[arg-type]
     settings = json.loads((folder / "config.json").read_text())
     settings["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
@@ -118,7 +118,7 @@ def test_without_bitsandbytes_it_says_what_to_install() -> None:
 @pytest.mark.parametrize(
     ("values", "part"),
     [
-        ({"model": {"quantization": "4bit"}}, "4bit computes in bfloat16, dtype is float32; set dtype to bfloat16"),
+        ({"model": {"quantization": "4bit"}}, "4bit computes in bfloat16, but dtype is float32; set dtype to bfloat16"),
         ({"model": FOUR_BITS, "algorithm": {"name": "flora"}}, "flora adds to the frozen weights, which 4bit cannot hold exactly"),
         ({"model": FOUR_BITS, "algorithm": {"name": "yoco"}}, "yoco adds to the frozen weights"),
     ],

@@ -331,14 +331,14 @@ def test_an_adapter_is_put_on_its_own_base_only(finished: Path, other_base: Path
         lambda: merge(finished, tmp_path / "merged", None, [override]),
     ]
     for command in commands:
-        with pytest.raises(ModelError, match=r"is another model than model\.fingerprint says"):
+        with pytest.raises(ModelError, match=r"does not match model\.fingerprint"):
             command()
     assert not (tmp_path / "merged").exists()
     assert score_adapter(finished, None, [override], force=True)[1] != score_adapter(finished)[1]
 
 
 def test_a_run_goes_on_with_its_own_base_only(tiny: Experiment, other_base: Path, tmp_path: Path) -> None:
-    """The folder of the model has another content than when the run began."""
+    """The folder of the model has different content than when the run began."""
     base = Path(shutil.copytree(model_source("nano"), tmp_path / "base"))
     experiment = change(tiny, model={"name": str(base)})
 
@@ -404,7 +404,7 @@ def test_resuming_with_other_data_is_refused(file: str, tmp_path: Path) -> None:
     expected = (
         r"16 sample\(s\) differ"
         if file == "a.png"
-        else r"1 sample\(s\) differ; .*\n  - (client-00|test): (train|test)-7 has another content$"
+        else r"1 sample\(s\) differ; .*\n  - (client-00|test): (train|test)-7 has different content$"
     )
     with pytest.raises(RunError, match=expected):
         train(experiment, tmp_path / "run", resume=True)

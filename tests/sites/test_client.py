@@ -97,7 +97,7 @@ def test_a_site_with_another_base_does_not_take_part(experiment: Experiment, tmp
     """Shapes are the same, and what it learned would be averaged in."""
     told = presence(worker(tmp_path, data=OWN), experiment.with_fingerprint("0" * 16))
     assert isinstance(told, ClientFailure)
-    assert "'nano' is another model than model.fingerprint says" in told.reason
+    assert "'nano' does not match model.fingerprint" in told.reason
 
 
 def test_what_leaves_the_site_is_written_down(experiment: Experiment, tmp_path: Path) -> None:

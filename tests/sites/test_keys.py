@@ -106,10 +106,10 @@ def test_keys_are_not_written_over(made: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "rule"),
     [
-        ({"nmae": "a"}, "nmae: is no known setting; did you mean name?"),
-        ({"name": "a/b"}, "name: must be of the form"),
+        ({"nmae": "a"}, "nmae: is not a known setting; did you mean name?"),
+        ({"name": "a/b"}, "name: must match"),
         ({"withhold": ["weights"]}, "withhold.0: must be 'metrics', 'profile' or 'num_samples'"),
-        ({"data": {"dataset": "mnist"}}, "data.dataset: 'mnist' is no dataset"),
+        ({"data": {"dataset": "mnist"}}, "data.dataset: 'mnist' is not a known dataset"),
     ],
 )
 def test_a_sites_file_is_checked(tmp_path: Path, values: dict[str, Any], rule: str) -> None:
@@ -125,7 +125,7 @@ def test_files_that_are_none_are_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no such file; fedmllm site init writes it"):
         ServerConfig.load(tmp_path / "server.yaml")
     (tmp_path / "server.yaml").write_text("- a\n")
-    with pytest.raises(ConfigError, match="are mappings of settings, found list"):
+    with pytest.raises(ConfigError, match="are mappings of settings; found list"):
         ServerConfig.load(tmp_path / "server.yaml")
     (tmp_path / "server.yaml").write_text("address: host:1\nsites: [a]\n")
     with pytest.raises(ConfigError, match=r"a\.pub: no public key of site a"):

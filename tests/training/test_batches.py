@@ -171,7 +171,7 @@ def test_pixels_that_were_dropped_come_back_where_features_made_room_for_others(
         found, expected = answer_logits(keeping, collate(keeping, slim)), answer_logits(one, collate(one, plain))
     assert torch.equal(found, expected)
     assert len(reading) >= 3
-    assert caplog.text.count("engine.feature_bytes holds the features of 3 pictures, which is less than are in use") == 1
+    assert caplog.text.count("engine.feature_bytes holds the features of 3 images, fewer than are in use") == 1
 
 
 def test_a_sample_keeps_its_pixels_where_its_features_cannot_be_kept(vlm: VisionLanguageModel, federation: FederatedData) -> None:
@@ -194,5 +194,5 @@ def test_letters_that_the_tokenizer_confuses_are_found_when_a_sample_is_encoded(
     sample = federation.dataset.test[0]
     many = replace(sample, id="many", options=(*sample.options, *map(str, range(25))))
     encoder(sample)
-    with pytest.raises(ModelError, match=r"sample many: .* does not tell the letters of 27 options apart"):
+    with pytest.raises(ModelError, match=r"sample many: .* gives some letters of 27 options the same first token"):
         encoder(many)

@@ -199,11 +199,11 @@ def test_steps_follow_the_schedule(vlm: VisionLanguageModel, encoder: Encoder, f
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (["cosine"], r"must be cosine or constant, or a mapping .* is \['cosine'\]"),
-        ("cosin", r"training\.schedule: must be cosine or constant, or a mapping such as \{over: steps, warmup: 0\.01\}, is 'cosin'"),
-        ({"over": "rounds", "warmup": 0.1}, r"warmup: 0\.1 is of a round's steps, but over is rounds; set over to steps or both"),
-        ({"over": "steps", "warm": 0.1}, r"training\.schedule\.warm: is no known setting; did you mean warmup\?"),
-        ({"over": "steps", "warmup": 1}, r"training\.schedule.*below 1"),
+        (["cosine"], r"must be cosine or constant, or a mapping .* got \['cosine'\]"),
+        ("cosin", r"training\.schedule: must be cosine or constant, or a mapping such as \{over: steps, warmup: 0\.01\}, got 'cosin'"),
+        ({"over": "rounds", "warmup": 0.1}, r"warmup: 0\.1 is a share of a round's steps, but over is rounds; set over to steps or both"),
+        ({"over": "steps", "warm": 0.1}, r"training\.schedule\.warm: is not a known setting; did you mean warmup\?"),
+        ({"over": "steps", "warmup": 1}, r"training\.schedule.*less than 1"),
     ],
 )
 def test_a_schedule_that_cannot_be_is_refused(value: object, message: str) -> None:

@@ -72,7 +72,7 @@ def test_a_client_s_pass_is_made_anew_in_halves(
     failed = [size for size in sizes if size > 150]
     assert found.metrics == {**plain.metrics, "loss": pytest.approx(plain.metrics["loss"], rel=1e-5), "halvings": len(failed)}
     assert failed
-    assert caplog.text.count("did not fit the memory (CUDA out of memory. Tried to allocate 20 GiB)") == len(failed)
+    assert caplog.text.count("did not fit into memory (CUDA out of memory. Tried to allocate 20 GiB)") == len(failed)
     for name, gradient in plain.gradient.items():
         torch.testing.assert_close(found.gradient[name], gradient, atol=1e-6, rtol=1e-3)
 
@@ -91,7 +91,7 @@ def test_a_sample_that_does_not_fit_alone_is_an_error_that_holds_nothing(
     vlm: VisionLanguageModel, turns: list[tuple[LocalTask, LocalRule]], memory_for: Limit
 ) -> None:
     memory_for(10)
-    with pytest.raises(torch.OutOfMemoryError, match=r"a pass of one sample of \d+ tokens does not fit the memory: CUDA out of memory"):
+    with pytest.raises(torch.OutOfMemoryError, match=r"a pass of one sample with \d+ tokens does not fit into memory: CUDA out of memory"):
         train_locally(vlm, *turns[0], CONFIG)
     assert all(parameter.grad is None for _, parameter in trainable(vlm.model))
 

@@ -1,4 +1,4 @@
-"""The index of federated methods: one file each, found by the name in ``algorithm.name``."""
+"""The index of federated methods, by the names used in ``algorithm.name``. Each method has its own file."""
 
 from __future__ import annotations
 
@@ -90,18 +90,18 @@ ALGORITHMS: dict[str, type[Any]] = index(
 )
 
 PUBLISHED = ("agnostic_prompt", "adaptive_regularization")
-"""The strategies that FedMLLM(method) adds to a method, with their published constants."""
+"""The strategies that ``FedMLLM(method)`` adds to a method, with their published constants."""
 
 
 class StrategyConfig(BaseModel):
-    """One strategy, with its hyper-parameters."""
+    """One strategy and its hyperparameters."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: str
-    """A name of the index of strategies."""
+    """Name of the strategy; ``fedmllm methods`` lists them."""
     parameters: dict[str, Value] = Field(default_factory=dict)
-    """The strategy's own hyper-parameters by name; left out for its defaults."""
+    """The strategy's hyperparameters by name. Those not given take their defaults."""
 
     @model_validator(mode="before")
     @classmethod
@@ -115,28 +115,28 @@ class StrategyConfig(BaseModel):
 
 
 class AlgorithmConfig(BaseModel):
-    """Which federated method, with its hyper-parameters, and the strategies added to it."""
+    """The federated method, its hyperparameters, and the strategies added to it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: str = "fedavg"
-    """A name of the index of methods, ``fedmllm`` being the one we recommend, or ``FedMLLM(NAME)`` for a method with the two published
-    strategies."""
+    """Name of the method; ``fedmllm methods`` lists them, and ``fedmllm`` is the recommended one. ``FedMLLM(NAME)`` adds the two
+    published strategies to the method NAME."""
     parameters: dict[str, Value] = Field(default_factory=dict)
-    """The method's own hyper-parameters by name; left out for its defaults."""
+    """The method's hyperparameters by name. Those not given take their defaults."""
     strategies: tuple[StrategyConfig, ...] = ()
-    """What is added to the method, each a name or ``{name: ..., parameters: {...}}``."""
+    """Strategies added to the method, in the order in which they apply. Each is a name or ``{name: ..., parameters: {...}}``."""
 
     @model_validator(mode="after")
     def _known(self) -> AlgorithmConfig:
         build_algorithm(self)
         if twice := [name for name, count in Counter(self.strategy_names).items() if count > 1]:
-            raise ValueError(f"strategies: {twice[0]} is there twice; keep one")
+            raise ValueError(f"strategies: {twice[0]} is listed twice; remove one")
         return self
 
     @property
     def method(self) -> str:
-        """The method without its strategies."""
+        """Name of the method without ``FedMLLM(...)``."""
         return self._published[1] if self._published else self.name
 
     @property
@@ -145,21 +145,21 @@ class AlgorithmConfig(BaseModel):
 
     @property
     def all_strategies(self) -> tuple[StrategyConfig, ...]:
-        """Those that the name brings and those named beside it."""
+        """The strategies implied by ``FedMLLM(...)``, then those listed in ``strategies``."""
         published = tuple(StrategyConfig(name=name) for name in PUBLISHED) if self._published else ()
         return (*published, *self.strategies)
 
     @property
     def strategy_names(self) -> tuple[str, ...]:
-        """Names of all strategies, in the order in which they apply."""
+        """Names of all strategies in the order in which they apply."""
         return tuple(strategy.name for strategy in self.all_strategies)
 
 
 def build_algorithm(config: AlgorithmConfig) -> Algorithm:
-    """The method a configuration names, with its strategies.
+    """Return the configured method with its strategies.
 
     Raises:
-        ConfigError: if there is no such method, strategy or parameter, a value breaks a rule, or a strategy does nothing to the method.
+        ConfigError: if a method, strategy or parameter does not exist, a value is invalid, or a strategy cannot affect the method.
     """
     method = built(ALGORITHMS, "method", config.method, config.parameters)
     strategies = _strategies(config)
@@ -172,11 +172,11 @@ def build_algorithm(config: AlgorithmConfig) -> Algorithm:
 
 
 def remarks(config: AlgorithmConfig, holdings: Holdings) -> dict[str, Remark]:
-    """By strategy, what is to be known about it before it runs; those that do what they are described to are left out."""
+    """Return, by strategy, how it differs from its description in this experiment. Strategies that act as described are left out."""
     found = {name: strategy.remark(holdings) for name, strategy in _strategies(config).items()}
     return {name: remark for name, remark in found.items() if remark is not None}
 
 
 def _strategies(config: AlgorithmConfig) -> dict[str, Strategy]:
-    """By name, in the order in which they apply."""
+    """Return the strategies by name, in the order in which they apply."""
     return {s.name: built(STRATEGIES, "strategy", s.name, s.parameters) for s in config.all_strategies}

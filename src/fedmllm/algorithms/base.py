@@ -1,4 +1,4 @@
-"""What a federated method is: a rule for its clients and a rule for its server."""
+"""The interface of a federated method: how its clients train, and how its server aggregates."""
 
 from __future__ import annotations
 
@@ -20,17 +20,18 @@ if TYPE_CHECKING:
 Kind = Literal["recommended", "classic", "robust", "lora", "one-shot", "personalized"]
 
 Fact = Literal["steps", "profile"]
-"""What a client may withhold: its number of optimizer steps, and its samples by modalities."""
+"""What a client may choose not to report: its number of optimizer steps, or its sample counts by modality (its profile)."""
 
 
 @dataclass(frozen=True)
 class Outstanding:
-    """Clients that train while the server goes on, of a schedule that does not wait for them.
+    """Clients that are still training while the server continues. Only asynchronous schedules have any.
 
     Attributes:
-        clients: in the order in which they were asked: the round of the weights that each trains from, and when it is done, in simulated time.
-        weights: those weights, by round.
-        clock: the simulated time so far.
+        clients: by client, in the order in which they started: the round of the weights that it trains from, and the simulated time at
+            which it finishes.
+        weights: the global weights that these clients train from, by round.
+        clock: the current simulated time.
     """
 
     clients: Mapping[str, tuple[int, float]] = field(default_factory=dict)
@@ -39,22 +40,22 @@ class Outstanding:
 
 
 NONE_OUTSTANDING = Outstanding()
-"""Between rounds of a synchronous schedule."""
+"""No outstanding clients, as between the rounds of a synchronous schedule."""
 
 
 @dataclass(frozen=True)
 class ServerState:
-    """Everything the server must remember from one round to the next.
+    """Everything the server keeps from one round to the next.
 
     Attributes:
         weights: the global weights, float32.
-        round_num: rounds finished.
-        slots: further tensors of the method by name: momentum and controls, shaped like the weights; ``base``, what has been
-            merged into the frozen weights (by module, of full size); ``base_step``, the factors of the last round's part of it.
-        population: all clients; set by the loop, not kept in checkpoints.
-        accepted: by client, the last two rounds (counted from 0) whose weights it trained from and whose update was accepted, ascending; set by the
-            loop. What a client keeps is what it kept in the last of them.
-        outstanding: clients that have not answered yet; set by the loop.
+        round_num: number of finished rounds.
+        slots: the method's other tensors, by name. Momentum and control variates have the shapes of the weights. ``base`` holds what has
+            been merged into the frozen weights, by module and in full size. ``base_step`` holds the factors that the last round merged.
+        population: all clients. The round loop sets it; checkpoints do not contain it.
+        accepted: by client, the last two rounds (counted from 0, ascending) whose weights it trained from and whose update was accepted.
+            The round loop sets it. The client's stored state is the one that belongs to the last of these rounds.
+        outstanding: clients that have not answered yet. The round loop sets it.
     """
 
     weights: Weights
@@ -66,22 +67,22 @@ class ServerState:
 
     @property
     def base(self) -> Weights:
-        """What the frozen weights have gained, by module, without LoRA's factor alpha / r."""
+        """The sum of all updates merged into the frozen weights, by module, before scaling by LoRA's alpha / r."""
         return self.slots.get("base", {})
 
     def after(self, weights: Weights, **slots: Weights) -> ServerState:
-        """The state one round later; slots that are not given stay."""
+        """Return the state one round later. Slots that are not given keep their values."""
         return replace(self, weights=weights, round_num=self.round_num + 1, slots={**self.slots, **slots})
 
 
 @dataclass(frozen=True)
 class Client:
-    """A client as its rule sees it.
+    """What a local rule knows about its client.
 
     Attributes:
-        name: its id.
-        state: what it kept from its last accepted turn; empty before the first.
-        profile: its samples by modalities.
+        name: the client's id.
+        state: what the client kept from its last accepted local training; empty before the first.
+        profile: the client's sample counts by modality.
     """
 
     name: str = ""
@@ -91,7 +92,7 @@ class Client:
 
 @dataclass(frozen=True)
 class Member:
-    """One client's part of an aggregate: its tensors by what they are, and its share; shares sum to 1."""
+    """One client's contribution to an aggregate: its tensors by kind, and its share of the total weight. Shares sum to 1."""
 
     slots: Slots
     share: float
@@ -99,12 +100,12 @@ class Member:
 
 @dataclass(frozen=True)
 class Aggregate:
-    """What a round's updates come to.
+    """The combined updates of one round.
 
     Attributes:
-        mean: weighted means in float64 by what they are: ``update``, and what else the clients sent.
-        num_clients: how many updates went in.
-        members: each update by itself, only for methods that need it; ``mean`` is empty then.
+        mean: weighted means in float64, by kind: ``update``, and whatever else the clients sent.
+        num_clients: number of updates in the aggregate.
+        members: the individual updates. Only methods with ``needs_individual_updates`` get them, and ``mean`` is then empty.
     """
 
     mean: Slots
@@ -112,7 +113,7 @@ class Aggregate:
     members: tuple[Member, ...] = ()
 
     def mean_over_members(self, kind: str) -> Weights:
-        """The weighted mean of what the members sent under a name, float64."""
+        """Return the weighted mean of the members' tensors of one kind, in float64."""
         mean = W.WeightedMean()
         for member in self.members:
             mean.add(member.slots[kind], member.share)
@@ -120,85 +121,93 @@ class Aggregate:
 
 
 class Algorithm(Protocol):
-    """One method. Instances hold hyper-parameters only; all that changes is in the state."""
+    """A federated method. Instances hold only hyperparameters; everything that changes lives in ``ServerState``."""
 
     kind: ClassVar[Kind]
     exact: ClassVar[bool]
-    """Whether the aggregate of LoRA's factors has the mean of the clients' products: ``dW = sum_k p_k dW_k``."""
+    """Whether the product of the aggregated LoRA factors equals the mean of the clients' products: ``dW = sum_k p_k dW_k``."""
     heterogeneous_ranks: ClassVar[bool]
-    """Whether clients may have ranks of their own."""
+    """Whether clients may have different LoRA ranks."""
     personalized: ClassVar[bool]
-    """Whether each client ends with a model of its own, which is then what the method is scored by."""
+    """Whether each client ends with a personalized model. The method is then scored on these models."""
     needs_individual_updates: ClassVar[bool]
-    """True where the server must see each update by itself, which rules out streaming and secure aggregation."""
+    """Whether the server must see each update individually, which rules out streaming and secure aggregation."""
     changes_frozen: ClassVar[bool]
-    """Whether it adds to the frozen matrices, which must then be held in full."""
+    """Whether the method adds to the frozen matrices, which must then not be quantized."""
     ignores_weights: ClassVar[bool]
-    """Whether clients count alike whatever their updates weigh, so that a strategy that reweighs them does nothing."""
+    """Whether the server ignores the weights of updates, so that a strategy that reweighs updates has no effect."""
     takes_stale_updates: ClassVar[bool]
-    """Whether an update means the same to the server whatever weights it began from, so that a round may mix updates of several."""
+    """Whether the server can apply an update regardless of which round's weights it started from, so that one round may mix several."""
     client_sends: ClassVar[tuple[str, ...]]
-    """Names of the further tensors in an update, each named and shaped like the update."""
+    """Names of the extra tensor sets that clients send. Each has the tensor names and shapes of the update."""
     uniform: ClassVar[tuple[str, ...]]
-    """What of an update has the same weight from every client, whatever the update itself weighs."""
+    """Names of the extra tensor sets that are averaged with uniform weights, even where updates are weighted."""
     splits_anew: ClassVar[bool]
-    """Whether a round's factors have other directions than the last one's, so that a residual must be carried over to them."""
+    """Whether the server re-splits the product into new factors each round, so that a residual must be translated to the new factors."""
 
     @property
     def smallest_cohort(self) -> int:
-        """Clients per round without which the rule has no meaning."""
+        """The smallest number of clients per round for which the rule is defined."""
         ...
 
     @property
     def needs(self) -> frozenset[Fact]:
-        """What clients must tell of themselves; updates without it are refused."""
+        """What clients must report about themselves. Updates without it are rejected."""
         ...
 
     @property
     def transforms(self) -> tuple[UpdateTransform, ...]:
-        """What happens to updates between training and the server's step, before the experiment's own transforms."""
+        """The method's own update transforms. They apply before the experiment's."""
         ...
 
     @property
     def needs_labels(self) -> bool:
-        """Whether its clients' rule reads how often each answer occurs over all clients (``Population.labels``)."""
+        """Whether the local rule reads how often each answer occurs over all clients (``Population.labels``)."""
         ...
 
     def init(self, weights: Weights, frozen: Weights) -> ServerState:
-        """The state before the first round, from the adapter and the frozen matrices under it, by module, shape (outputs, inputs)."""
+        """Return the state before the first round.
+
+        Args:
+            weights: the initial adapter.
+            frozen: the frozen matrices under the adapter, by module, each of shape (outputs, inputs).
+        """
         ...
 
     def broadcast(self, state: ServerState) -> Broadcast:
-        """What the cohort receives."""
+        """Return what the server sends to the cohort."""
         ...
 
     def uploads(self, round_num: int, name: str) -> bool:
-        """Whether a client's update of that round holds a tensor."""
+        """Return whether a client's update in this round contains the tensor."""
         ...
 
     def downloads(self, name: str) -> bool:
-        """Whether a client must be sent a tensor of the global weights, or of the extras (``kind/name``); what never changes it has."""
+        """Return whether clients must be sent this tensor of the global weights or of the extras (``kind/name``).
+
+        Clients already hold tensors that never change.
+        """
         ...
 
     def local_rule(self, broadcast: Broadcast, client: Client) -> LocalRule:
-        """How a client trains."""
+        """Return how a client trains."""
         ...
 
     def fold(self, state: ServerState, update: ClientUpdate) -> tuple[Slots, float]:
-        """What of an update enters the aggregate, and with which weight."""
+        """Return the tensors that an update adds to the aggregate, by kind, and the update's weight."""
         ...
 
     def server_step(self, state: ServerState, aggregate: Aggregate) -> ServerState:
-        """The state after a round."""
+        """Return the state after the round."""
         ...
 
     def personal(self, state: ServerState, client_state: Slots) -> Weights:
-        """The weights a client ends with."""
+        """Return a client's final weights: its personalized model, or the global one."""
         ...
 
 
 class ServerAverage:
-    """The common server: ``w <- w + D`` with D the mean update weighted by numbers of samples."""
+    """The default server: ``w <- w + D``, where D is the mean update weighted by sample counts."""
 
     kind: ClassVar[Kind] = "classic"
     exact: ClassVar[bool] = False
@@ -212,69 +221,69 @@ class ServerAverage:
     uniform: ClassVar[tuple[str, ...]] = ()
     splits_anew: ClassVar[bool] = False
     by_head: ClassVar[bool] = False
-    """Whether every client counts alike, rather than by its number of samples."""
+    """Whether updates are averaged with uniform weights instead of sample counts."""
 
     @property
     def smallest_cohort(self) -> int:
-        """One."""
+        """A single client is enough."""
         return 1
 
     @property
     def needs(self) -> frozenset[Fact]:
-        """Nothing."""
+        """Clients need not report anything."""
         return frozenset()
 
     @property
     def transforms(self) -> tuple[UpdateTransform, ...]:
-        """None."""
+        """The method adds no transforms."""
         return ()
 
     @property
     def needs_labels(self) -> bool:
-        """No."""
+        """The local rule does not read answer counts."""
         return False
 
     def init(self, weights: Weights, frozen: Weights) -> ServerState:
-        """The weights alone."""
+        """Start from the initial weights, without further state."""
         return ServerState(weights)
 
     def broadcast(self, state: ServerState) -> Broadcast:
-        """The global weights, what was merged into the frozen ones, and the population."""
+        """Send the global weights, the updates merged into the frozen weights, and the population."""
         step = state.slots.get("base_step", {})
         return Broadcast(state.round_num, state.weights, base=state.base, base_step=step, population=state.population)
 
     def uploads(self, round_num: int, name: str) -> bool:
-        """Everything."""
+        """Upload every tensor."""
         return True
 
     def downloads(self, name: str) -> bool:
-        """Everything."""
+        """Download every tensor."""
         return True
 
     def local_rule(self, broadcast: Broadcast, client: Client) -> LocalRule:
-        """Nothing beside the loss."""
+        """Minimize the loss without further terms."""
         return LocalRule()
 
     def fold(self, state: ServerState, update: ClientUpdate) -> tuple[Slots, float]:
-        """The update and what came with it, by number of samples or by head."""
+        """Return the update and its extras, weighted by sample count or uniformly."""
         return {"update": update.update, **update.extras}, 1.0 if self.by_head else update.weight
 
     def server_step(self, state: ServerState, aggregate: Aggregate) -> ServerState:
-        """Add the mean update, in float64, rounded once to float32."""
+        """Add the mean update in float64 and round once to float32."""
         return state.after(W.add(state.weights, aggregate.mean["update"]))
 
     def personal(self, state: ServerState, client_state: Slots) -> Weights:
-        """The global weights."""
+        """Return the global weights: the method trains no personalized models."""
         return state.weights
 
 
 def client_weights(state: ServerState, update: ClientUpdate) -> Weights:
-    """What a client ended with, at its own rank: what it was sent, plus its update."""
+    """Return a client's weights after training, at its own rank: the weights it received plus its update."""
     return W.add(factors.cut(state.weights, update.rank), update.update)
 
 
 def mean_of_others(aggregate: Aggregate) -> Weights:
-    """The members' weighted mean of the ``weights`` that are no factors of LoRA, float32."""
+    """Return the weighted mean of those of the members' ``weights`` that are not LoRA factors, in float32."""
     mean = W.WeightedMean()
     for member in aggregate.members:
         mean.add(factors.others(member.slots["weights"]), member.share)
@@ -282,46 +291,46 @@ def mean_of_others(aggregate: Aggregate) -> Weights:
 
 
 def merge(state: ServerState, gained: Mapping[str, factors.Pair]) -> dict[str, Weights]:
-    """The slots after products of factors have been added to the frozen weights.
+    """Return the slots after products of factors are added to the frozen weights.
 
-    ``base_step`` keeps the factors, in float32: they are what every client must be sent.
+    ``base_step`` keeps the factors in float32, because every client must receive them.
     """
     step = factors.to_float(gained.items())
     return {"base": factors.accumulated(state.base, step), "base_step": step}
 
 
 def zeros(weights: Weights) -> Weights:
-    """Zeros in float64, for a server's own sums."""
+    """Return zeros in float64 with the shapes of the weights, for sums at the server."""
     return W.zeros_like(weights, torch.float64)
 
 
 def require_within(name: str, value: float, low: float, high: float) -> None:
-    """Refuse a hyper-parameter outside [low, high).
+    """Require a hyperparameter in [low, high).
 
     Raises:
-        ConfigError: naming it.
+        ConfigError: if it is outside; the message names it.
     """
     if not low <= value < high:
-        raise ConfigError(f"{name} must lie in [{low:g}, {high:g}), is {value}")
+        raise ConfigError(f"{name} must be in [{low:g}, {high:g}), got {value}")
 
 
 def require_positive(**values: float) -> None:
-    """Refuse hyper-parameters that are not above 0.
+    """Require hyperparameters greater than 0.
 
     Raises:
-        ConfigError: naming the first.
+        ConfigError: if one is not; the message names the first.
     """
     for name, value in values.items():
         if value <= 0:
-            raise ConfigError(f"{name} must be above 0, is {value}")
+            raise ConfigError(f"{name} must be greater than 0, got {value}")
 
 
 def require_not_negative(**values: float) -> None:
-    """Refuse hyper-parameters below 0.
+    """Require hyperparameters of at least 0.
 
     Raises:
-        ConfigError: naming the first.
+        ConfigError: if one is negative; the message names the first.
     """
     for name, value in values.items():
         if value < 0:
-            raise ConfigError(f"{name} must not be negative, is {value}")
+            raise ConfigError(f"{name} must not be negative, got {value}")

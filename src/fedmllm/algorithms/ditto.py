@@ -13,15 +13,16 @@ from fedmllm.types import Broadcast, Slots, Weights
 
 @dataclass(frozen=True)
 class Ditto(FedAvg):
-    """FedAvg, and beside it every client trains a model of its own, which strategies do not reach, and which is held near the global one.
+    """FedAvg in which every client also trains a personalized model that a proximal term keeps close to the global one.
 
         v_k <- local training of  loss(v) + (personal_mu / 2) ||v - w||^2,   from its last v_k, at first from w
 
-    The personal pass takes as long as the other one, and sends nothing. What a strategy adds to training is for the global model's sake
-    and leaves v_k alone; v_k feels it through w only, though the method is scored by v_k. ``personal_mu = 0`` leaves v_k to the client's data alone.
+    Training v_k takes as long as training the update, and nothing of v_k is sent. Strategies change the training of the update only:
+    they affect v_k just through w, although the method is scored on v_k. With ``personal_mu = 0``, v_k depends on the client's data alone
+    after its start at w.
 
     Attributes:
-        personal_mu: how strongly v_k is held.
+        personal_mu: strength of the pull of v_k toward w.
     """
 
     personal_mu: float = 0.1
@@ -32,10 +33,10 @@ class Ditto(FedAvg):
         require_not_negative(personal_mu=self.personal_mu)
 
     def local_rule(self, broadcast: Broadcast, client: Client) -> LocalRule:
-        """Plain training, then the client's own model."""
+        """Train the update as in FedAvg, then the personalized model."""
         terms = (Proximal(self.personal_mu),) if self.personal_mu else ()
         return LocalRule(personal=LocalRule(terms=terms, start=client.state.get("personal", {})))
 
     def personal(self, state: ServerState, client_state: Slots) -> Weights:
-        """v_k; the global weights for a client that never took part."""
+        """Return v_k, or the global weights for a client that never took part."""
         return client_state.get("personal", state.weights)

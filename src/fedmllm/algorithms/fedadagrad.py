@@ -15,22 +15,22 @@ from fedmllm.types import Weights
 
 @dataclass(frozen=True)
 class FedAdagrad(FedAvg):
-    """The adaptive server, with ``second(v, s) = v + s``; FedAdam and FedYogi have another ``second``.
+    """Adaptive server optimization with ``second(v, s) = v + s``. FedAdam and FedYogi differ in ``second``.
 
         m <- beta1 m + (1 - beta1) D,   m_0 = 0
         v <- second(v, D^2),            v_0 = tau^2
         w <- w + server_learning_rate m / (sqrt(v) + tau)
 
-    D is the plain mean of the updates; there is no bias correction. All element by element, in float64. As published, FedAdagrad
-    has beta1 = 0, so that m = D in every round; FedAdam and FedYogi have 0.9.
-    Flower's adaptive servers weight D by numbers of samples and start at v_0 = 0.
+    D is the mean of the updates with uniform weights. All operations are elementwise in float64, without bias correction. As published,
+    FedAdagrad has beta1 = 0, so that m = D in every round; FedAdam and FedYogi have beta1 = 0.9. Flower's adaptive servers weight D by
+    sample counts and start at v_0 = 0.
 
     Attributes:
-        server_learning_rate: the step's size, above 0.
-        beta1: how much of the momentum stays, in [0, 1).
-        tau: bounds the adaptivity, above 0.
-        reference: the variant of the code published with FedMLLM: m = D in the first round, and ``second(v, m^2)``. Its FedAdagrad
-            has no momentum at all, and refuses another beta1 than 0.
+        server_learning_rate: server step size, greater than 0.
+        beta1: decay of the momentum, in [0, 1).
+        tau: lower bound on the denominator, greater than 0; it limits the adaptivity.
+        reference: use the variant of the code published with FedMLLM: m = D in the first round, and ``second(v, m^2)``. Its FedAdagrad
+            has no momentum, so beta1 must be 0.
     """
 
     server_learning_rate: float = 1e-3
@@ -41,7 +41,7 @@ class FedAdagrad(FedAvg):
 
     def __post_init__(self) -> None:
         if self.reference and self.beta1 != 0:
-            raise ConfigError(f"reference: the published code's FedAdagrad has no momentum, beta1 is {self.beta1:g}; leave one of them out")
+            raise ConfigError(f"reference: the published code's FedAdagrad has no momentum, got beta1 = {self.beta1:g}; remove one of them")
         self._require_ranges()
 
     def _require_ranges(self) -> None:
@@ -49,12 +49,12 @@ class FedAdagrad(FedAvg):
         require_positive(tau=self.tau, server_learning_rate=self.server_learning_rate)
 
     def init(self, weights: Weights, frozen: Weights) -> ServerState:
-        """Momentum 0 and second moment tau^2."""
+        """Start with momentum 0 and second moment tau^2."""
         second = {name: tensor + self.tau**2 for name, tensor in zeros(weights).items()}
         return ServerState(weights, slots={"momentum": zeros(weights), "second_moment": second})
 
     def server_step(self, state: ServerState, aggregate: Aggregate) -> ServerState:
-        """The rule above."""
+        """Apply the class's update rule for m, v and w."""
         update = aggregate.mean["update"]
         first = self.reference and state.round_num == 0
         decay = 0.0 if first else self.beta1
@@ -65,5 +65,5 @@ class FedAdagrad(FedAvg):
         return state.after(W.add(state.weights, step, self.server_learning_rate), momentum=momentum, second_moment=second)
 
     def second(self, previous: Tensor, square: Tensor) -> Tensor:
-        """The next second moment."""
+        """Return the next second moment, given the previous one and this round's square."""
         return previous + square

@@ -9,8 +9,7 @@ from fedmllm.algorithms.base import ServerAverage
 
 @dataclass(frozen=True)
 class FedAvg(ServerAverage):
-    """``w <- w + sum_k p_k (w_k - w)`` with ``p_k = n_k / sum n`` over the cohort; clients train plainly.
+    """``w <- w + sum_k p_k (w_k - w)`` with ``p_k = n_k / sum n`` over the cohort. Clients minimize the loss without further terms.
 
-    Averaging LoRA's factors one by one is not averaging their products: for that see the methods marked exact.
-    Flower's FedAvg is the same rule.
+    Averaging LoRA's factors separately does not average their products; the methods marked exact do. Flower's FedAvg is the same rule.
     """

@@ -12,14 +12,14 @@ from fedmllm.types import Weights
 
 @dataclass(frozen=True)
 class FedAvgM(FedAvg):
-    """FedAvg with momentum: ``m <- beta1 m + D``, ``w <- w + server_learning_rate m``; ``beta1 = 0`` at rate 1 is FedAvg.
+    """FedAvg with server momentum: ``m <- beta1 m + D``, ``w <- w + server_learning_rate m``.
 
-    Flower's ``FedAvgM`` is the same rule, but its momentum is 0 unless set.
+    ``beta1 = 0`` with ``server_learning_rate = 1`` is FedAvg. Flower's ``FedAvgM`` is the same rule, but its default momentum is 0.
 
     Attributes:
-        beta1: how much of the momentum stays, in [0, 1).
-        server_learning_rate: the step's size, above 0.
-        reference: the variant of the code published with FedMLLM: ``m <- beta1 m + (1 - beta1) D``, in the first round m = D.
+        beta1: decay of the momentum, in [0, 1).
+        server_learning_rate: server step size, greater than 0.
+        reference: use the variant of the code published with FedMLLM: ``m <- beta1 m + (1 - beta1) D``, and m = D in the first round.
     """
 
     beta1: float = 0.9
@@ -31,11 +31,11 @@ class FedAvgM(FedAvg):
         require_positive(server_learning_rate=self.server_learning_rate)
 
     def init(self, weights: Weights, frozen: Weights) -> ServerState:
-        """Momentum 0, kept in float64."""
+        """Start with momentum 0, kept in float64."""
         return ServerState(weights, slots={"momentum": zeros(weights)})
 
     def server_step(self, state: ServerState, aggregate: Aggregate) -> ServerState:
-        """The rule above."""
+        """Apply the class's update rule for m and w."""
         fresh = 1 - self.beta1 if self.reference and state.round_num > 0 else 1.0
         momentum = {name: self.beta1 * m + fresh * aggregate.mean["update"][name] for name, m in state.slots["momentum"].items()}
         return state.after(W.add(state.weights, momentum, self.server_learning_rate), momentum=momentum)

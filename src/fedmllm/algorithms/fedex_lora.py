@@ -13,11 +13,11 @@ from fedmllm.types import ClientUpdate, Slots, Weights
 
 @dataclass(frozen=True)
 class FedExLoRA(FedAvg):
-    """Factors are averaged as in FedIT; what their product lacks of the mean product goes into the frozen weights.
+    """Averages the factors as in FedIT, and adds the difference between the mean product and the product of means to the frozen weights.
 
         A <- sum p_k A_k,   B <- sum p_k B_k,   W <- W + (alpha / r) (sum_k p_k B_k A_k - B A)
 
-    The residual travels as factors, of rank K r with K clients in the cohort: sum_k p_k (B_k - B) A_k is the same matrix.
+    The server sends this difference as factors of rank K r, with K clients in the cohort, because it equals sum_k p_k (B_k - B) A_k.
     """
 
     kind = "lora"
@@ -27,15 +27,15 @@ class FedExLoRA(FedAvg):
     takes_stale_updates = False
 
     def fold(self, state: ServerState, update: ClientUpdate) -> tuple[Slots, float]:
-        """The client's factors."""
+        """Return the client's factors, weighted by sample count."""
         return {"weights": client_weights(state, update)}, update.weight
 
     def server_step(self, state: ServerState, aggregate: Aggregate) -> ServerState:
-        """The rule above; the residual is taken to the factors as rounded."""
+        """Apply the class's rule. The difference is computed from the mean factors after rounding to float32."""
         weights = W.add(W.zeros_like(state.weights), aggregate.mean_over_members("weights"))
         members = [self._without(member.slots["weights"], weights) for member in aggregate.members]
         return state.after(weights, **merge(state, factors.stack(members, [m.share for m in aggregate.members])))
 
     def _without(self, own: Weights, mean: Weights) -> Weights:
-        """A client's factors with the mean B taken off its own."""
+        """Return a client's factors with the mean B subtracted from its own B."""
         return {name: tensor.double() - mean[name].double() if factors.is_b(name) else tensor for name, tensor in own.items()}

@@ -1,4 +1,4 @@
-"""What we recommend to begin with: FlexLoRA's mean of products, and clients calibrated to their own labels. Our own composition."""
+"""The recommended first choice: FlexLoRA's mean of products with clients calibrated to their own labels. Our own composition."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from fedmllm.types import Broadcast
 class FedMLLM(FlexLoRA):
     """FlexLoRA with the strategy ``label_calibration``.
 
-    The mean is taken of what clients' adapters do, their products, not of the factors, so that clients that went different ways, or have
-    different ranks, do not cancel. Calibration keeps what a client's skew explains out of its update. Nothing else is to be tuned, and
-    updates have the size of FedAvg's; the server holds those of one cohort. ``calibration = 0`` is FlexLoRA. ``FedMLLM(method)``, the
-    published pair of strategies on a method, is another thing.
+    The server averages the products of the clients' factors and not the factors themselves, so that clients with different directions or
+    ranks do not cancel each other. Calibration keeps a client's label skew out of its update. There is nothing else to tune. Updates are
+    as large as FedAvg's, and the server holds the updates of one cohort in memory. ``calibration = 0`` is FlexLoRA. This method is
+    unrelated to ``FedMLLM(method)``, which adds the two published strategies to a method.
 
     Attributes:
-        calibration: the strength of ``label_calibration``; questions without options are trained plainly.
+        calibration: strength of ``label_calibration``. Questions without options are trained without calibration.
     """
 
     kind = "recommended"
@@ -31,5 +31,5 @@ class FedMLLM(FlexLoRA):
         require_not_negative(calibration=self.calibration)
 
     def local_rule(self, broadcast: Broadcast, client: Client) -> LocalRule:
-        """FlexLoRA's with calibration."""
+        """Return FlexLoRA's rule with calibration."""
         return LabelCalibration(self.calibration).rule(super().local_rule(broadcast, client), broadcast, client)

@@ -14,25 +14,26 @@ from fedmllm.types import ClientUpdate, Slots
 
 @dataclass(frozen=True)
 class FedNova(FedAvg):
-    """Updates are averaged per local step, so that clients that take more steps do not pull the optimum towards themselves.
+    """Averages updates per local step, so that clients that take more steps do not pull the optimum toward themselves.
 
         w <- w + tau sum_k p_k D_k / tau_k,   tau = sum_k p_k tau_k
 
-    tau_k is the client's number of optimizer steps: the paper's rule for plain local steps of one size, which AdamW's are to first
-    order. Where all clients take equally many steps this is FedAvg. A client must tell its steps; one that took none has not moved.
+    tau_k is the client's number of optimizer steps. This is the paper's rule for plain local steps of equal size, which AdamW's steps
+    are to first order. If all clients take the same number of steps, this is FedAvg. Clients must report their number of steps. A
+    client that took no step contributes a zero update.
     """
 
     @property
     def needs(self) -> frozenset[Fact]:
-        """tau_k."""
+        """The number of optimizer steps, tau_k."""
         return frozenset({"steps"})
 
     def fold(self, state: ServerState, update: ClientUpdate) -> tuple[Slots, float]:
-        """The update per step, and the steps."""
+        """Return the update per step and the number of steps, weighted by sample count."""
         steps = update.metrics["steps"]
         each = {name: tensor.double() / max(1.0, steps) for name, tensor in update.update.items()}
         return {"update": each, "steps": {"steps": torch.tensor([steps], dtype=torch.float64)}}, update.weight
 
     def server_step(self, state: ServerState, aggregate: Aggregate) -> ServerState:
-        """The rule above."""
+        """Add the mean update per step times the mean number of steps."""
         return state.after(W.add(state.weights, aggregate.mean["update"], float(aggregate.mean["steps"]["steps"])))

@@ -18,10 +18,10 @@ from fedmllm.types import Broadcast
 class FedProx(ServerAverage):
     """FedAvg whose clients minimize ``loss + (mu / 2) ||w - w_global||^2``; ``proximal_mu = 0`` is FedAvg.
 
-    Flower's ``FedProx`` has the same server, but sends only mu: its clients must add the term themselves.
+    Flower's ``FedProx`` has the same server but only sends mu; its clients must add the term themselves.
 
     Attributes:
-        proximal_mu: mu, the pull towards the global weights.
+        proximal_mu: mu, the strength of the pull toward the global weights.
     """
 
     proximal_mu: float = 0.01
@@ -30,7 +30,7 @@ class FedProx(ServerAverage):
         require_not_negative(proximal_mu=self.proximal_mu)
 
     def local_rule(self, broadcast: Broadcast, client: Client) -> LocalRule:
-        """The proximal term over all trainable tensors; none at all for mu = 0, so that FedAvg comes out bit for bit."""
+        """Add the proximal term over all trainable tensors. With mu = 0 there is no term, so that results equal FedAvg's bit for bit."""
         return LocalRule(terms=(Proximal(self.proximal_mu),) if self.proximal_mu else ())
 
 
@@ -39,14 +39,14 @@ class Proximal(LossTerm):
     """``(mu / 2) ||w - w_received||^2`` over the tensors it covers.
 
     Attributes:
-        mu: the pull towards what the client received.
-        covers: says of a tensor's name whether it is pulled.
+        mu: strength of the pull toward the weights that the client received.
+        covers: returns whether the tensor of a given name is included.
     """
 
     mu: float
     covers: Callable[[str], bool] = lambda name: True
 
     def value(self, now: Parameters, received: Parameters, progress: float) -> Tensor:
-        """The term above."""
+        """Return the term's value."""
         squares = [(tensor - received[name]).square().sum() for name, tensor in now.items() if self.covers(name)]
         return 0.5 * self.mu * torch.stack(squares).sum()

@@ -13,25 +13,25 @@ from fedmllm.types import Broadcast, Slots, Weights
 
 @dataclass(frozen=True)
 class FedSALoRA(FedAvg):
-    """A is shared, ``A <- sum_k p_k A_k``; every client trains both and keeps its own B.
+    """Shares A, ``A <- sum_k p_k A_k``. Every client trains both factors and keeps its own B.
 
-    Half the bytes in both directions. There is no global model: the method is scored by the clients' own, and a client that
-    never took part answers with B = 0, as the model did before.
+    Uploads and downloads are half as large as FedAvg's. There is no global model: the method is scored on the personalized models. A
+    client that never took part has B = 0, so it answers like the pretrained model.
     """
 
     kind = "personalized"
     personalized = True
 
     def uploads(self, round_num: int, name: str) -> bool:
-        """A, and whatever is no factor."""
+        """Upload A and all tensors that are not LoRA factors."""
         return not factors.is_b(name)
 
     def downloads(self, name: str) -> bool:
-        """The same."""
+        """Download A and all tensors that are not LoRA factors."""
         return not factors.is_b(name)
 
     def local_rule(self, broadcast: Broadcast, client: Client) -> LocalRule:
-        """From the shared A and the client's B."""
+        """Train from the shared A and the client's own B, and keep the new B at the client."""
         own = frozenset(filter(factors.is_b, broadcast.weights))
         return LocalRule(start=client.state.get("own", {}), own=own, finish=self._finish)
 
@@ -40,5 +40,5 @@ class FedSALoRA(FedAvg):
         return Upload(result.weights, keeps={"own": own})
 
     def personal(self, state: ServerState, client_state: Slots) -> Weights:
-        """The shared A with the client's B."""
+        """Return the shared A with the client's B."""
         return {**state.weights, **client_state.get("own", {})}

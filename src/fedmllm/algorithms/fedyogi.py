@@ -13,9 +13,9 @@ from fedmllm.algorithms.fedadam import FedAdam
 class FedYogi(FedAdam):
     """FedAdam with ``second(v, s) = v - (1 - beta2) s sign(v - s)``.
 
-    Flower's ``FedYogi`` weights D by numbers of samples and starts at v_0 = 0; the rest is the same.
+    Flower's ``FedYogi`` weights D by sample counts and starts at v_0 = 0; otherwise it is the same rule.
     """
 
     def second(self, previous: Tensor, square: Tensor) -> Tensor:
-        """The next second moment."""
+        """Return the next second moment, given the previous one and this round's square."""
         return previous - (1 - self.beta2) * square * (previous - square).sign()

@@ -13,24 +13,24 @@ from fedmllm.types import Broadcast
 
 @dataclass(frozen=True)
 class FFALoRA(FedAvg):
-    """A stays at the initialization that all share; B alone trains, travels and is averaged.
+    """Freezes A at the initialization that all clients share. Only B is trained, sent and averaged.
 
         B <- sum_k p_k B_k,   so that   B A_0 = sum_k p_k B_k A_0   exactly
 
-    Half the bytes in both directions.
+    Uploads and downloads are half as large as FedAvg's.
     """
 
     kind = "lora"
     exact = True
 
     def uploads(self, round_num: int, name: str) -> bool:
-        """B, and whatever is no factor."""
+        """Upload B and all tensors that are not LoRA factors."""
         return not factors.is_a(name)
 
     def downloads(self, name: str) -> bool:
-        """The same: A follows from the seed."""
+        """Download B and all tensors that are not LoRA factors. Clients derive A from the seed."""
         return not factors.is_a(name)
 
     def local_rule(self, broadcast: Broadcast, client: Client) -> LocalRule:
-        """Only what is sent trains."""
+        """Train only the tensors that are uploaded."""
         return LocalRule(trains=lambda name: self.uploads(broadcast.round_num, name))

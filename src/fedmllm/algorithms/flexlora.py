@@ -11,16 +11,18 @@ from fedmllm.algorithms.flora import FLoRA
 
 @dataclass(frozen=True)
 class FlexLoRA(FLoRA):
-    """The best approximation of rank r of the mean product, re-split into factors.
+    """Approximates the mean product optimally at rank r and splits it into new factors.
 
         U S V' = sum_k p_k B_k A_k + B[:, R:] A[R:],   B <- U_r S_r,   A <- V_r'
 
-    R is the largest rank of the cohort: directions beyond it, which none of its clients was sent, stay in the product as they are (the
-    paper does not say; left out, they would be forgotten, and with clients whose ranks sum to less than r no gradient would ever
-    move them again). The sum is never formed: QR of the stacked factors, then the SVD of a core of K r by K r numbers (the form known
-    as HLoRA, which leaves the singular values with A; here B has them, as in the paper, so that A keeps the scale of its
-    initialization). A
-    client of rank r_k receives the first r_k columns and rows, which is the best approximation of its rank.
+    R is the largest rank in the cohort. The server sent no client the directions beyond R, so they stay in the product unchanged. The
+    paper does not discuss them. Without this term they would be lost, and if the clients' ranks sum to less than r, no gradient could
+    ever restore them.
+
+    The sum is never formed. The server computes a QR decomposition of the stacked factors and then the SVD of a K r by K r core. This
+    form is known as HLoRA, which leaves the singular values in A. Here they are in B, as in the FlexLoRA paper, so that A keeps the
+    scale of its initialization. A client of rank r_k receives the first r_k columns and rows, which are the best approximation at its
+    rank.
     """
 
     exact = False
@@ -28,11 +30,11 @@ class FlexLoRA(FLoRA):
     splits_anew = True
 
     def downloads(self, name: str) -> bool:
-        """Everything."""
+        """Download every tensor, because both factors change in each round."""
         return True
 
     def server_step(self, state: ServerState, aggregate: Aggregate) -> ServerState:
-        """The rule above."""
+        """Stack the clients' factors, compress the product to rank r, and average all other tensors."""
         members = [m.slots["weights"] for m in aggregate.members]
         unheld = factors.beyond(state.weights, max(map(factors.rank, members)))
         stacked = factors.stack([*members, unheld], [*(m.share for m in aggregate.members), 1.0])

@@ -13,12 +13,12 @@ from fedmllm.types import ClientUpdate, Slots
 
 @dataclass(frozen=True)
 class FLoRA(FedAvg):
-    """Factors are stacked, their product is merged into the frozen weights, and new factors are drawn.
+    """Stacks the clients' factors, merges their product into the frozen weights, and starts each round from fresh factors.
 
         A = [p_1 A_1; ...; p_K A_K],   B = [B_1 | ... | B_K],   W <- W + (alpha / r) B A,   then A <- A_0, B <- 0
 
-    Exact, for clients of any ranks. What travels down is the stack, whose rank is the sum of the cohort's, to every client:
-    each must keep its frozen weights up to date. Tensors that are no factors are averaged.
+    The method is exact for clients of any rank. Every client downloads the stack, whose rank is the sum of the cohort's ranks, because
+    it must keep its frozen weights up to date. Tensors that are not LoRA factors are averaged.
     """
 
     kind: ClassVar[Kind] = "lora"
@@ -29,15 +29,15 @@ class FLoRA(FedAvg):
     takes_stale_updates = False
 
     def downloads(self, name: str) -> bool:
-        """No factors: new ones are drawn from the seed, and the stack is counted by itself."""
+        """Download only tensors that are not LoRA factors. Clients derive new factors from the seed; the stack is counted separately."""
         return not (factors.is_a(name) or factors.is_b(name))
 
     def fold(self, state: ServerState, update: ClientUpdate) -> tuple[Slots, float]:
-        """The client's factors at its own rank."""
+        """Return the client's factors at its own rank, weighted by sample count."""
         return {"weights": client_weights(state, update)}, update.weight
 
     def server_step(self, state: ServerState, aggregate: Aggregate) -> ServerState:
-        """The rule above."""
+        """Merge the stacked product into the frozen weights and average all other tensors."""
         members = aggregate.members
         stacked = factors.stack([m.slots["weights"] for m in members], [m.share for m in members])
         return state.after({**state.weights, **mean_of_others(aggregate)}, **merge(state, stacked))

@@ -15,11 +15,11 @@ from fedmllm.algorithms.fedavg import FedAvg
 
 @dataclass(frozen=True)
 class Median(FedAvg):
-    """``w <- w + median_k D_k`` in every coordinate; of an even number of clients the mean of the two in the middle.
+    """``w <- w + median_k D_k`` in every coordinate. With an even number of clients it is the mean of the two middle values.
 
-    Every client's update must be seen by itself, and clients count alike, so that strategies that reweigh them are refused. Of fewer
-    than 3 the median is the plain mean, so that a round needs 3. Flower's ``FedMedian`` takes the median of the weights,
-    which is the same.
+    The server must see every update individually and ignores their weights, so strategies that reweigh updates cannot be combined with
+    it. A round needs at least 3 clients, because the median of fewer is their mean. Flower's ``FedMedian`` takes the median of the
+    clients' weights, which gives the same result.
     """
 
     kind = "robust"
@@ -29,20 +29,20 @@ class Median(FedAvg):
 
     @property
     def smallest_cohort(self) -> int:
-        """3."""
+        """Three clients: the median of fewer is the mean."""
         return 3
 
     def server_step(self, state: ServerState, aggregate: Aggregate) -> ServerState:
-        """Add the robust mean of each tensor."""
+        """Add the robust center (``middle``) of each tensor's updates."""
         robust = {name: self.middle(stacked(aggregate.members, name)) for name in aggregate.members[0].slots["update"]}
         return state.after(W.add(state.weights, robust))
 
     def middle(self, updates: Tensor) -> Tensor:
-        """The median along the first axis."""
+        """Return the median over clients, the first axis."""
         ordered, half = updates.sort(dim=0).values, len(updates) // 2
         return (ordered[(len(updates) - 1) // 2] + ordered[half]) / 2
 
 
 def stacked(members: Sequence[Member], name: str) -> Tensor:
-    """One tensor of all clients' updates, float64, shape (clients, ...)."""
+    """Stack one tensor of all clients' updates in float64, shape (clients, ...)."""
     return torch.stack([member.slots["update"][name].double() for member in members])

@@ -10,18 +10,18 @@ from fedmllm.algorithms.ffa_lora import FFALoRA
 
 @dataclass(frozen=True)
 class RoLoRA(FFALoRA):
-    """Rounds alternate: B trains and is averaged while A rests, then A while B rests; each round is exact.
+    """Alternates rounds: first B is trained and averaged while A is frozen, then A while B is frozen. Each round is exact.
 
-    B comes first, since with B = 0 no gradient reaches A. Half the bytes up; down both factors, as a client that is drawn
-    again may have missed a change of either.
+    B comes first, because no gradient reaches A while B = 0. Uploads are half as large as FedAvg's. Downloads contain both factors,
+    because a client may have missed rounds that changed either one.
     """
 
     takes_stale_updates = False
 
     def uploads(self, round_num: int, name: str) -> bool:
-        """B in rounds 0, 2, ..., A in rounds 1, 3, ..."""
+        """Upload B in rounds 0, 2, ... and A in rounds 1, 3, ..., and always the tensors that are not LoRA factors."""
         return not (factors.is_a(name) if round_num % 2 == 0 else factors.is_b(name))
 
     def downloads(self, name: str) -> bool:
-        """Both."""
+        """Download both factors."""
         return True

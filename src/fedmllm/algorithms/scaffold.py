@@ -13,22 +13,23 @@ from fedmllm.types import Broadcast, Weights
 
 @dataclass(frozen=True)
 class Scaffold(FedAvg):
-    """Clients correct every gradient by the difference of two controls, which keeps them from drifting apart.
+    """Clients correct every gradient by the difference of two control variates, which reduces client drift.
 
         client:  g <- g + c - c_k  at every step;    c_k' = mean over its steps of g before the correction
         server:  w <- w + server_learning_rate mean(D_k);    c <- c + |S| / N mean(c_k' - c_k)
 
-    Means over clients are plain. A strategy may weigh the updates D_k; the mean of the controls stays plain, for c is the mean of all
-    clients' c_k, and a client that took no part has 0. Controls are gradients, and start at zero.
+    Means over clients have uniform weights. A strategy may reweigh the updates D_k, but the mean of the control variates stays uniform,
+    because c is the mean of all clients' c_k, where c_k = 0 for clients that have not taken part. Control variates have the units of
+    gradients and start at zero.
 
-    **Under AdamW.** The paper's option II, ``c_k' = c_k - c + (w_global - w_k) / (K lr)``, reads the mean gradient off the way a
-    client has come. That holds for SGD only, where it equals the mean of the uncorrected gradients, term by term. AdamW's steps have
-    the size of the learning rate whatever the gradient's, so that the same formula gives controls of order 1 beside gradients of order
-    1e-3, and training diverges. Here the mean of the gradients is taken itself: the same rule under SGD, and in the right
-    units under any optimizer. The correction comes before clipping and before AdamW's moments.
+    **With AdamW.** The paper's option II, ``c_k' = c_k - c + (w_global - w_k) / (K lr)``, infers the mean gradient from the distance that
+    the client's weights have moved. That is correct for SGD only, where it equals the mean of the uncorrected gradients exactly. AdamW's
+    steps have the size of the learning rate, whatever the size of the gradient. The same formula would give control variates of order 1
+    next to gradients of order 1e-3, and training would diverge. Here clients average the gradients directly. This is the same rule
+    under SGD and has the right units under any optimizer. The correction is applied before clipping and before AdamW's moments.
 
     Attributes:
-        server_learning_rate: the step's size, above 0.
+        server_learning_rate: server step size, greater than 0.
     """
 
     server_learning_rate: float = 1.0
@@ -41,15 +42,15 @@ class Scaffold(FedAvg):
         require_positive(server_learning_rate=self.server_learning_rate)
 
     def init(self, weights: Weights, frozen: Weights) -> ServerState:
-        """Control 0."""
+        """Start with a control variate of 0."""
         return ServerState(weights, slots={"control": W.zeros_like(weights)})
 
     def broadcast(self, state: ServerState) -> Broadcast:
-        """The server's control besides."""
+        """Also send the server's control variate."""
         return replace(super().broadcast(state), extras={"control": state.slots["control"]})
 
     def local_rule(self, broadcast: Broadcast, client: Client) -> LocalRule:
-        """The corrected gradient; then the client's next control."""
+        """Correct every gradient, then compute the client's next control variate."""
         server = broadcast.extras["control"]
         own = client.state.get("control") or W.zeros_like(server)
         correction = W.subtract(server, own)
@@ -61,7 +62,7 @@ class Scaffold(FedAvg):
         return LocalRule(edit_gradient=lambda name, g: g + correction[name].to(g), records_gradient=True, finish=finish)
 
     def server_step(self, state: ServerState, aggregate: Aggregate) -> ServerState:
-        """The rule above."""
+        """Apply the class's update rule for w and c."""
         share = aggregate.num_clients / max(state.population.num_clients, aggregate.num_clients)
         control = W.add(state.slots["control"], aggregate.mean["control"], share)
         return state.after(W.add(state.weights, aggregate.mean["update"], self.server_learning_rate), control=control)

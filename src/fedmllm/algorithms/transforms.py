@@ -1,4 +1,4 @@
-"""Update transforms: what happens to an update between a client's training and the server's step."""
+"""Update transforms: operations on an update between the client's training and the server's step."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from fedmllm.errors import ConfigError
 from fedmllm.types import Broadcast, ClientUpdate, Slots, Weights
 
 Packed = Sequence[Tensor]
-"""A tensor as it is sent; the receiver knows its shape."""
+"""A tensor in its encoded form. The shape is not included, because the receiver knows it."""
 
 
 class Codec(Protocol):
-    """A way to write a tensor."""
+    """An encoding of tensors for the upload."""
 
     def pack(self, tensor: Tensor) -> Packed:
-        """What is sent of a float32 tensor. Entries that are not finite stay so, and the server refuses them."""
+        """Encode a float32 tensor. Non-finite entries stay non-finite, so that the server can reject them."""
         ...
 
     def unpack(self, packed: Packed, shape: torch.Size) -> Tensor:
-        """The float32 tensor that the server reads."""
+        """Decode a tensor at the server, in float32."""
         ...
 
 
 @dataclass(frozen=True)
 class ClientContext:
-    """What a transform knows at a client.
+    """What a transform knows at the client.
 
     Attributes:
-        client: whose update it is.
+        client: the client's id.
         algorithm: the method.
         broadcast: what the client received.
-        seed: the experiment's; all random numbers derive from it.
-        ended: the weights that training ended with, at the client's own rank.
+        seed: the experiment's seed, from which all random numbers derive.
+        ended: the client's weights after training, at its own rank.
         kept: what this transform kept from the client's last accepted update; empty before the first.
     """
 
@@ -51,66 +51,71 @@ class ClientContext:
 
 
 class UpdateTransform:
-    """One link of the chain that an update goes through. This one changes nothing.
+    """Base class of update transforms. It changes nothing; a transform overrides the hooks that it needs.
 
-    At the client, after training, ``client`` hooks apply in the order of the chain: ``update <- t_n(... t_1(update))``. At the server, ``weigh``
-    applies to each update's weight as it arrives, in the same order, and ``aggregate`` to what the updates come to, before the server's
-    step, in the opposite order: the last to wrap is the first to unwrap. A transform is a frozen dataclass of settings; what a client
-    keeps for it is returned by ``client``, stored under ``name`` and given back only once the server has accepted the update.
+    The hooks run in this order:
+
+    1. At the client, after training, ``client`` runs in the order of the chain: ``update <- t_n(... t_1(update))``.
+    2. At the server, ``weigh`` runs on the weight of each update as it arrives, in the same order.
+    3. At the server, before its step, ``aggregate`` runs on the aggregate in reverse order, so that the last transform applied is the
+       first one undone.
+
+    A transform is a frozen dataclass of settings. What it keeps at a client is the second value that ``client`` returns. It is stored
+    under ``name`` and passed to the next call only if the server accepted the update.
     """
 
     name: ClassVar[str]
-    """Names what clients keep for it; one of a kind in a chain, without a slash."""
+    """Names the tensors that clients keep for this transform. It must be unique within a chain and contain no slash."""
 
     @property
     def codec(self) -> Codec | None:
-        """How it writes an update's tensors for the way up; None if it does not. Only the last transform of a chain may have one."""
+        """The encoding of uploaded tensors; None for no encoding. Only the last transform of a chain may have one."""
         return None
 
     @property
     def reweighs(self) -> bool:
-        """Whether it changes what updates weigh."""
+        """Whether the transform changes the weights of updates."""
         return type(self).weigh is not UpdateTransform.weigh
 
     def require(self, algorithm: Algorithm, method: str) -> None:
-        """Refuse a method with which it has no effect, or must not be used.
+        """Check that the transform may be used with a method and has an effect on it.
 
         Args:
             algorithm: the method.
-            method: its name, for the error.
+            method: the method's name, for the error message.
 
         Raises:
-            ConfigError: naming both.
+            ConfigError: if not; the message names both.
         """
         if self.reweighs and algorithm.ignores_weights:
-            raise ConfigError(f"{self.name} changes what updates weigh, but {method} counts clients alike; leave one of them out")
+            raise ConfigError(f"{self.name} changes the weights of updates, but {method} ignores these weights; remove one of them")
 
     def client(self, update: ClientUpdate, context: ClientContext) -> tuple[ClientUpdate, Slots]:
-        """The update as it goes on, and what the client keeps for the next time."""
+        """Return the transformed update, and the tensors that the client keeps for its next update."""
         return update, {}
 
     def weigh(self, weight: float, update: ClientUpdate, state: ServerState) -> float:
-        """What an update weighs, from what the method and earlier transforms give it."""
+        """Return the update's weight, given the weight from the method and from earlier transforms."""
         return weight
 
     def aggregate(self, aggregate: Aggregate, state: ServerState) -> Aggregate:
-        """The aggregate as the server's step sees it; ``state`` is the server's before that step."""
+        """Return the aggregate for the server's step. ``state`` is the server's state before that step."""
         return aggregate
 
 
 @dataclass(frozen=True)
 class Chain:
-    """Update transforms in the order in which they apply at a client; empty for updates as they are."""
+    """Update transforms in the order in which they apply at a client. An empty chain leaves updates unchanged."""
 
     transforms: tuple[UpdateTransform, ...] = ()
 
     @property
     def codec(self) -> Codec | None:
-        """How updates are written for the way up; None for float32 as they are."""
+        """The encoding of uploaded tensors; None for plain float32."""
         return self.transforms[-1].codec if self.transforms else None
 
     def client(self, update: ClientUpdate, context: ClientContext) -> tuple[ClientUpdate, Slots]:
-        """The update as it is sent, and what the client keeps, under ``transform.slot``."""
+        """Return the update to send, and the tensors that the client keeps, named ``transform.slot``."""
         keeps: dict[str, Weights] = {}
         for transform in self.transforms:
             prefix = f"{transform.name}."
@@ -120,13 +125,13 @@ class Chain:
         return update, keeps
 
     def weigh(self, weight: float, update: ClientUpdate, state: ServerState) -> float:
-        """What an update weighs."""
+        """Return the update's weight after all transforms."""
         for transform in self.transforms:
             weight = transform.weigh(weight, update, state)
         return weight
 
     def aggregate(self, aggregate: Aggregate, state: ServerState) -> Aggregate:
-        """The aggregate as the server's step sees it."""
+        """Return the aggregate for the server's step after all transforms."""
         for transform in reversed(self.transforms):
             aggregate = transform.aggregate(aggregate, state)
         return aggregate

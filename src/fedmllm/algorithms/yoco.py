@@ -21,26 +21,26 @@ from fedmllm.types import Broadcast, Weights
 
 @dataclass(frozen=True)
 class YOCO(FedAvg):
-    """The directions of the pretrained weights supervise local training, so that clients agree after a single exchange.
+    """Supervises local training with the leading directions of the pretrained weights, so that one round is enough for clients to agree.
 
         start:   W = U S V',   A_0 = sqrt(S_r) V_r',   B_0 = U_r sqrt(S_r),   W <- W - (alpha / r) B_0 A_0
         client:  loss + sum_B sign_weight ||tanh(g B) - sign(B_0)|| / (||sign(B_0)|| + 1e-6) + sparse_weight sum |A|
         server:  B <- sum_k p_k B_k;   A <- sum_k p_k A_k P P',   P the leading principal directions of the clients' A
 
-    g goes from 1 to ``gamma`` over a client's steps on half a cosine. P holds as few directions as keep ``energy`` of the clients'
-    squared length, tensor by tensor, without centering; with all of them A is the mean. The text of the paper leaves the number of
-    directions and the centering open. Norms are Frobenius norms, per tensor.
+    g rises from 1 to ``gamma`` over a client's steps along half a cosine. For each tensor, P holds the fewest directions that retain
+    ``energy`` of the squared norm of the clients' A, without centering. With all directions, A is the mean. The paper specifies neither
+    the number of directions nor the centering. Norms are Frobenius norms, per tensor.
 
-    It is meant for one round of all clients with ten local epochs (``experiments/one_shot.yaml``); more rounds work, and keep
-    the signs of the start as the reference.
+    The method is designed for one round of all clients with ten local epochs (``experiments/one_shot.yaml``). More rounds work; the signs
+    of the initial B_0 remain the reference.
 
     Attributes:
-        sign_weight: of the loss on the signs of B.
-        gamma: the last g; the paper tunes it between 5 and 300.
-        sparse_weight: of the 1-norm of A; the paper tunes it between 1e-4 and 0.1.
-        energy: share of squared length that the directions keep, in (0, 1].
-        reference: the variant of the released code: the SVD sets B alone and is not taken off W; instead of the 1-norm a term
-            ``o ||A'A - I||^2`` with o falling from 0.1 to 0.01 as g rises; plain means of A and B.
+        sign_weight: weight of the loss on the signs of B.
+        gamma: final value of g. The paper tunes it between 5 and 300.
+        sparse_weight: weight of the 1-norm of A. The paper tunes it between 1e-4 and 0.1.
+        energy: share of the squared norm that the directions retain, in (0, 1].
+        reference: use the variant of the released code: the SVD sets only B and is not subtracted from W; the term
+            ``o ||A'A - I||^2``, with o falling from 0.1 to 0.01 as g rises, replaces the 1-norm; A and B are plain means.
     """
 
     sign_weight: float = 1.0
@@ -59,13 +59,13 @@ class YOCO(FedAvg):
         require_within("energy", self.energy, 1e-9, 1 + 1e-9)
 
     def init(self, weights: Weights, frozen: Weights) -> ServerState:
-        """Factors from the frozen weights, which the product is taken off.
+        """Split the frozen weights into initial factors, and subtract their product from the frozen weights.
 
         Raises:
-            ConfigError: if a frozen matrix is not there in full.
+            ConfigError: if a frozen matrix is quantized.
         """
         if missing := [module for module, _ in factors.pairs(weights) if module not in frozen]:
-            raise ConfigError(f"yoco splits the frozen weights, but {missing[0]} is held in few bits; load the model in bfloat16")
+            raise ConfigError(f"yoco splits the frozen weights, but {missing[0]} is quantized; load the model in bfloat16")
         pairs = {module: self._split(frozen[module], pair) for module, pair in factors.pairs(weights)}
         start = {**weights, **factors.named(pairs)}
         signs = {"signs": {name: tensor.sign() for name, tensor in start.items() if factors.is_b(name)}}
@@ -73,33 +73,33 @@ class YOCO(FedAvg):
         return ServerState(start, slots={**signs, **base})
 
     def _split(self, weight: Tensor, pair: factors.Pair) -> factors.Pair:
-        """The leading singular directions of a frozen matrix, half of each singular value on either side."""
+        """Return the leading singular directions of a frozen matrix as factors, each scaled by the roots of the singular values."""
         rank = len(pair.a)
         u, s, vt = torch.linalg.svd(weight.detach().double().cpu(), full_matrices=False)
         half = s[:rank].sqrt()
         return factors.Pair(pair.a if self.reference else (half[:, None] * vt[:rank]).float(), (u[:, :rank] * half).float())
 
     def broadcast(self, state: ServerState) -> Broadcast:
-        """The signs besides."""
+        """Also pass the signs of B_0."""
         return replace(super().broadcast(state), extras={"signs": state.slots["signs"]})
 
     def downloads(self, name: str) -> bool:
-        """Not the signs: they follow from the frozen weights, which every client has."""
+        """Download everything but the signs, which every client can derive from the frozen weights."""
         return not name.startswith("signs/")
 
     def local_rule(self, broadcast: Broadcast, client: Client) -> LocalRule:
-        """The rule above."""
+        """Add the terms of the class's client rule."""
         return LocalRule(terms=(Supervision(self, broadcast.extras["signs"]),))
 
     def server_step(self, state: ServerState, aggregate: Aggregate) -> ServerState:
-        """The rule above."""
+        """Apply the class's server rule."""
         update = aggregate.mean_over_members("update")
         if not self.reference:
             update |= {name: self._principal(aggregate.members, name, state.weights[name]) for name in update if factors.is_a(name)}
         return state.after(W.add(state.weights, update))
 
     def _principal(self, members: tuple[Member, ...], name: str, old: Tensor) -> Tensor:
-        """Where the mean of the clients' A lies within their leading directions, less where it was."""
+        """Return the change of A: the mean of the clients' A projected onto their leading directions, minus the old A."""
         own = (stacked(members, name) + old.double()).flatten(1)
         shares = torch.tensor([member.share for member in members], dtype=torch.float64)
         _, s, vt = torch.linalg.svd(own, full_matrices=False)
@@ -111,18 +111,18 @@ class YOCO(FedAvg):
 
 @dataclass(frozen=True, eq=False)
 class Supervision(LossTerm):
-    """The terms beside the loss in ``YOCO``'s second line, or those of its ``reference``.
+    """The loss terms of ``YOCO``'s client rule, or those of its ``reference`` variant.
 
     Attributes:
-        method: whose hyper-parameters hold.
-        signs: of B_0, by the name of B.
+        method: the method whose hyperparameters apply.
+        signs: signs of B_0, by the name of B.
     """
 
     method: YOCO
     signs: Parameters
 
     def value(self, now: Parameters, received: Parameters, progress: float) -> Tensor:
-        """Their sum."""
+        """Return the sum of the terms."""
         method = self.method
         gamma = method.gamma - 0.5 * (method.gamma - 1) * (1 + math.cos(math.pi * progress))
         terms = [method.sign_weight * _sign_loss(now[name], gamma, sign.to(now[name])) for name, sign in self.signs.items()]
@@ -131,18 +131,18 @@ class Supervision(LossTerm):
         return torch.stack(terms).sum()
 
     def _orthogonality(self, gamma: float) -> float:
-        """From 0.1 at g = 1 to 0.01 at g = ``gamma``, on a line."""
+        """Return the weight of the orthogonality term, which falls linearly from 0.1 at g = 1 to 0.01 at g = ``gamma``."""
         return 0.1 - 0.09 * (gamma - 1) / max(self.method.gamma - 1, 1e-9)
 
 
 def _sign_loss(b: Tensor, gamma: float, sign: Tensor) -> Tensor:
-    # A norm has no gradient at 0; the smallest float keeps the square root's finite there.
+    # The gradient of a norm is undefined at 0; clamping to the smallest float keeps the square root's gradient finite.
     distance = ((gamma * b).tanh() - sign).square().sum().clamp(min=torch.finfo(b.dtype).tiny).sqrt()
     loss: Tensor = distance / (sign.norm() + 1e-6)
     return loss
 
 
 def _unorthogonal(a: Tensor) -> Tensor:
-    """``||A'A - I||^2`` through the small Gram matrix: ``||A A'||^2 - 2 ||A||^2 + inputs``."""
+    """Return ``||A'A - I||^2``, computed from the small Gram matrix as ``||A A'||^2 - 2 ||A||^2 + inputs``."""
     loss: Tensor = (a @ a.T).square().sum() - 2 * a.square().sum() + a.shape[1]
     return loss

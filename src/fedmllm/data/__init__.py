@@ -1,1 +1,1 @@
-"""Samples: where they come from, which client holds which, what each lost, how they are worded."""
+"""Samples: loading datasets, partitioning them over clients, removing modalities, and wording prompts."""

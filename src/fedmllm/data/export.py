@@ -1,4 +1,4 @@
-"""A split as files: JSON lines, pictures and a manifest, from which an experiment can start anywhere."""
+"""Exports a split as files: JSON lines, images and a manifest, from which an experiment can start on any machine."""
 
 from __future__ import annotations
 
@@ -21,23 +21,24 @@ ROLES = ("id", "question", "options", "answer", "answer_type", "category", "clie
 
 
 def export(data: FederatedData, folder: Path, record: Record, settings: Record) -> Path:
-    """Write a split with what its scenario left of it.
+    """Write a split to a folder, after its scenario has been applied.
 
-    ``train.jsonl``, ``validation.jsonl`` and ``test.jsonl`` hold a sample a line, ``files/`` what is no text (files as they are, pictures that were
-    generated or altered as PNG), ``manifest.json`` the split, the SHA-256 of every file and where all came from, and
-    ``experiment.yaml`` the settings under which ``fedmllm train`` goes on from here.
+    - ``train.jsonl``, ``validation.jsonl`` and ``test.jsonl`` contain one sample per line.
+    - ``files/`` contains all content other than text: files unchanged, and generated or edited images as PNG.
+    - ``manifest.json`` contains the split, its origin, and the SHA-256 of every file.
+    - ``experiment.yaml`` contains the settings for ``fedmllm train`` on this folder.
 
     Args:
         data: the split.
-        folder: where to; made by this, and only once all is written.
-        record: the manifest to which the files' hashes are added.
-        settings: the experiment's own, as in its YAML.
+        folder: the folder to create. It appears only when everything is written.
+        record: the manifest, to which the files' hashes are added.
+        settings: the experiment's settings, as in its YAML.
 
     Returns:
-        The experiment's file.
+        the path of ``experiment.yaml``.
 
     Raises:
-        RunError: if the folder exists already, or cannot be made.
+        RunError: if the folder exists or cannot be created.
     """
     require_new_folder(folder)
     building = folder.with_name(f".{folder.name}.part")
@@ -56,7 +57,7 @@ def export(data: FederatedData, folder: Path, record: Record, settings: Record) 
 
 
 def _held_back(dataset: Dataset) -> dict[str, tuple[Sample, ...]]:
-    """The splits that are not trained on; without the validation part if there is none."""
+    """Return the test split, and the validation split if there is one."""
     return ({"validation": dataset.validation} if dataset.validation else {}) | {"test": dataset.test}
 
 
@@ -69,13 +70,13 @@ def _write_rows(folder: Path, split: str, samples: Sequence[tuple[str, Sample]])
 
 
 def _stored(folder: Path, name: str, sample: Sample) -> Iterator[tuple[str, str]]:
-    """Content by modality: text as it is, all else as the name of a file."""
+    """Yield each modality and its content: text unchanged, and all other content as the name of a file."""
     for modality, value in sample.content.items():
         yield modality, value if isinstance(value, str) else _stored_file(folder, f"files/{name}-{modality}", value)
 
 
 def _stored_file(folder: Path, stem: str, value: Picture) -> str:
-    """Files and bytes are copied; what exists in memory only is a picture."""
+    """Write content to a file and return its name. Files and bytes are copied, and images in memory become PNG files."""
     if isinstance(value, Path):
         shutil.copyfile(value, folder / f"{stem}{value.suffix}")
         return f"{stem}{value.suffix}"
@@ -89,12 +90,12 @@ def _stored_file(folder: Path, stem: str, value: Picture) -> str:
 
 
 def _experiment(data: FederatedData, folder: Path, settings: Record) -> str:
-    """The settings, with the data read from the folder, by client and as they are."""
+    """Return the settings that read the exported samples, with their clients and without further changes."""
     dataset: Dataset = data.dataset
     columns = {role: role for role in ROLES} | {modality: modality for modality in dataset.modalities}
     files = {split: f"{split}.jsonl" for split in ("train", *_held_back(dataset))}
     options = files | {"columns": columns, "metric": dataset.metric, "keep_empty": True}
-    # What is in the files is all that there is: nothing more is held out, whether they have a validation part or not.
+    # The files are complete, so nothing more is held out, even if there is no validation split.
     stated = {"dataset": "jsonl", "root": str(folder), "prompt": settings["data"]["prompt"], "validation_share": 0.0, "options": options}
     stated |= {"num_validation": len(dataset.validation)} if dataset.validation else {}
     kept = {key: settings["federation"][key] for key in ("num_clients", "clients_per_round", "num_rounds", "keep_empty")}

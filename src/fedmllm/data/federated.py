@@ -1,4 +1,4 @@
-"""Clients with their samples, and the manifest that makes a split checkable."""
+"""Divides a dataset over clients, and writes the manifest that makes the split verifiable."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from fedmllm.types import Holding, Profile, Record, Sample
 
 @dataclass(frozen=True)
 class FederatedData:
-    """A dataset spread over clients.
+    """A dataset divided over clients.
 
     Attributes:
-        dataset: where the samples come from; its validation part and its test split are complete and shared by all.
-        clients: training samples by client id.
-        dropped: samples that lost every modality and were left out.
-        reported: self-reported sample counts of remote clients, whose samples are not in ``clients``; by client.
+        dataset: the dataset. Its validation and test splits are complete and shared by all clients.
+        clients: training samples by client id; empty for remote clients.
+        dropped: number of samples that were removed because they lost every modality.
+        reported: the self-reported sample counts of remote clients.
     """
 
     dataset: Dataset
@@ -44,25 +44,25 @@ class FederatedData:
 
     @property
     def profiles(self) -> dict[str, Profile]:
-        """By client, its samples by modalities; empty for a client that does not say."""
+        """Each client's sample counts by modality; empty for a client that does not report them."""
         elsewhere = {name: held.profile for name, held in self.reported.items()}
         return {name: elsewhere.get(name, {}) if self.reported else profile(samples) for name, samples in self.clients.items()}
 
 
 def federate(data: DataConfig, federation: FederationConfig, seed: int) -> FederatedData:
-    """Load a dataset and spread it over clients.
+    """Load a dataset and divide it over clients.
 
     Raises:
-        ConfigError, DataError: if settings and data do not fit each other, or a client is left without samples.
+        ConfigError, DataError: if settings and data contradict each other, or a client is left without samples.
     """
     return spread(load(data, seed), federation, seed)
 
 
 def spread(dataset: Dataset, federation: FederationConfig, seed: int) -> FederatedData:
-    """Spread a dataset over clients, and take away what the scenario says.
+    """Divide a dataset over clients, apply the corruptions, and remove modalities according to the scenario.
 
     Raises:
-        ConfigError, DataError: if settings and data do not fit each other, or a client is left without samples.
+        ConfigError, DataError: if settings and data contradict each other, or a client is left without samples.
     """
     names, parts = _partition(dataset, federation, seed)
     complete = {name: [dataset.train[j] for j in part] for name, part in zip(names, parts, strict=True)}
@@ -83,10 +83,10 @@ def spread(dataset: Dataset, federation: FederationConfig, seed: int) -> Federat
 
 
 def load(data: DataConfig, seed: int) -> Dataset:
-    """The samples before they are spread.
+    """Load a dataset before it is divided over clients.
 
     Raises:
-        ConfigError, DataError: if settings are wrong, or rows or pictures are bad.
+        ConfigError, DataError: if settings are invalid, or rows or images are bad.
     """
     request = DatasetRequest(
         data.root, seed, data.num_train, data.num_test, data.on_bad_sample, data.options, data.num_validation, data.validation_share
@@ -94,7 +94,7 @@ def load(data: DataConfig, seed: int) -> Dataset:
     dataset = load_dataset(data.dataset, request)
     if unused := data.wording.unused(dataset.modalities) if data.prompt in data.wordings else []:
         held = ", ".join(dataset.modalities)
-        note = f"data.wordings.{data.prompt}: {', '.join(unused)} applies to no sample, the data hold {held}"
+        note = f"data.wordings.{data.prompt}: {', '.join(unused)} applies to no sample; the data hold {held}"
         dataset = replace(dataset, notes=(*dataset.notes, note))
     return repeated(decodable(dataset, data.on_bad_sample) if data.check_images else dataset, data.deduplicate)
 
@@ -121,28 +121,28 @@ def decodable(dataset: Dataset, policy: OnBadSample) -> Dataset:
 
 
 def _pictures(sample: Sample) -> list[Path | bytes]:
-    """What of a sample is still to be decoded."""
+    """Return the sample's image files that are not decoded yet."""
     picture = sample.content.get("image")
     return [picture] if isinstance(picture, (Path, bytes)) else []
 
 
 def _problem(sample: Sample, broken: Mapping[Path | bytes, str]) -> str:
-    """What is wrong with the sample's picture; a file names itself, bytes are named by their sample."""
+    """Return what is wrong with the sample's image; empty if nothing is. Files are named by their path, bytes by their sample."""
     found = [f"{sample.id}: {broken[s]}" if isinstance(s, bytes) else broken[s] for s in _pictures(sample) if s in broken]
     return "".join(found)
 
 
 def _partition(dataset: Dataset, federation: FederationConfig, seed: int) -> tuple[list[str], Indices]:
-    """Names of the clients, and positions in the training split.
+    """Return the clients' names, and the positions of their samples in the training split.
 
-    What the data's own clients hold cannot be moved. Else, where a scenario leaves clients that could keep nothing of some samples, holders are
-    decided first.
+    Samples of natural clients are never moved. Otherwise, if the scenario decides by client and some clients could keep nothing of some
+    samples, the clients' modalities are decided first and samples go to clients that can hold them.
     """
     samples, count, least = dataset.train, federation.num_clients, federation.min_partition_size
     names = [client_id(i, count) for i in range(count)]
     if federation.partition == "domain" and not dataset.mixed:
         raise ConfigError(
-            f"federation.partition: domain spreads the datasets of a mixture, {dataset.name} is a single dataset; use data.dataset=mixture"
+            f"federation.partition: domain divides the datasets of a mixture, but {dataset.name} is a single dataset; use data.dataset=mixture"
         )
     if federation.partition == "natural":
         return _natural(samples, names, least)
@@ -156,13 +156,13 @@ def _partition(dataset: Dataset, federation: FederationConfig, seed: int) -> tup
 def _natural(samples: Sequence[Sample], names: list[str], least: int) -> tuple[list[str], Indices]:
     owners, count = [sample.client for sample in samples], len(names)
     own_names = sorted(set(owners))
-    # Files are named after clients: an id that is no plain word gives way to a number.
+    # Files are named after clients, so ids that are not plain words are replaced by numbers.
     plain = len(own_names) == count and all(re.fullmatch(r"\w[\w.-]{0,63}", name, re.ASCII) for name in own_names)
     return own_names if plain else names, natural(owners, count, least)
 
 
 def _among_all(dataset: Dataset, federation: FederationConfig, rng: np.random.Generator) -> Indices:
-    """Anybody can hold anything."""
+    """Divide samples when every client can hold every sample."""
     categories, count, least = [sample.category for sample in dataset.train], federation.num_clients, federation.min_partition_size
     if federation.protocol == "reference":
         return reference.dirichlet(categories, _classes(dataset), count, federation.alpha)
@@ -172,7 +172,7 @@ def _among_all(dataset: Dataset, federation: FederationConfig, rng: np.random.Ge
 
 
 def _among_holders(samples: Sequence[Sample], holders: Holders, federation: FederationConfig, rng: np.random.Generator) -> Indices:
-    """Each kind of sample spread among its holders. The reference code's medical task has no label skew, and no least size."""
+    """Divide each kind of sample among the clients that can hold it. The reference code's medical task has no label skew and no minimum size."""
     published = federation.protocol == "reference"
 
     def divide(rows: NDArray[np.int64], count: int) -> Indices:
@@ -186,7 +186,7 @@ def _among_holders(samples: Sequence[Sample], holders: Holders, federation: Fede
 
 
 def _divided(federation: FederationConfig, categories: Sequence[str], count: int, least: int, rng: np.random.Generator) -> Indices:
-    """The configured partition of samples that all of ``count`` clients can hold."""
+    """Apply the configured partition to samples that all of ``count`` clients can hold."""
     if federation.partition == "iid":
         return iid(len(categories), count, least, rng)
     if federation.partition == "quantity":
@@ -195,13 +195,13 @@ def _divided(federation: FederationConfig, categories: Sequence[str], count: int
 
 
 def _classes(dataset: Dataset) -> Sequence[str]:
-    """In the order of the options, where these are the categories."""
+    """Return the categories, in the order of the options if the options are the categories."""
     options, found = dataset.train[0].options, {sample.category for sample in dataset.train}
     return options if found <= set(options) else sorted(found)
 
 
 def client_id(index: int, num_clients: int) -> str:
-    """``client-07``: as many digits as the largest needs, so that ids sort like numbers."""
+    """Return an id such as ``client-07``. All ids have the same number of digits, so that they sort like numbers."""
     return f"client-{index:0{max(2, len(str(num_clients - 1)))}d}"
 
 
@@ -209,13 +209,13 @@ def _refuse_empty(clients: Mapping[str, Sequence[Sample]], complete: Mapping[str
     empty = [f"{name}: 0 of {len(complete[name])} samples left" for name, samples in clients.items() if not samples]
     if empty:
         raise DataError(
-            f"every client needs a sample; under scenario {scenario} these have none:\n{listing(empty)}\n"
+            f"every client needs at least one sample; under scenario {scenario} these clients have none:\n{listing(empty)}\n"
             "use fewer clients, a larger federation.min_partition_size or a milder scenario"
         )
 
 
 def manifest(data: FederatedData, scenario: str, seed: int) -> Record:
-    """The split as JSON: who holds which samples with which modalities and content, and the counts."""
+    """Return the split as JSON: each client's samples with their modalities and content digests, and the counts."""
     clients = [
         {"id": name, **_counts(samples), "samples": _listed(samples)} for name, samples in data.clients.items() if name not in data.reported
     ]
@@ -238,16 +238,16 @@ def manifest(data: FederatedData, scenario: str, seed: int) -> Record:
 
 
 def _withheld(reported: Mapping[str, Holding]) -> list[str]:
-    """Which clients do not tell how many samples they have, in words; none if all do."""
+    """Return a note on clients that do not report their number of samples; empty if all do."""
     if not (names := [name for name, held in reported.items() if held.num_samples is None]):
         return []
     return [
-        f"{len(names)} client(s) withhold how many samples they have, and count as one sample each in averages by samples: {', '.join(names)}"
+        f"{len(names)} client(s) do not report their number of samples and have weight 1 in averages by sample counts: {', '.join(names)}"
     ]
 
 
 def _listed(samples: Sequence[Sample]) -> list[Record]:
-    """Each sample by its id, what it holds, and a digest of that."""
+    """Return each sample's id, modalities and content digest."""
     rows = zip(samples, sample_digests(samples), strict=True)
     return [{"id": sample.id, "modalities": list(sample.modalities), "digest": digest} for sample, digest in rows]
 

@@ -1,4 +1,4 @@
-"""Keys of what is kept between runs: what a prompt and a folder are made of, rather than which settings led to them."""
+"""Cache keys of prompts and folders. They are computed from content and not from the settings that produced it."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from fedmllm.types import Content, EditedImage, Message
 
 
 def prompt_key(messages: Sequence[Message], answer: str) -> bytes:
-    """16 bytes that differ wherever a prompt, anything it shows or its answer does.
+    """Return a 16-byte key of a prompt, its content and its answer.
 
-    A file stands for its content by path, size and time of change, so that nothing is read; bytes and pictures in memory by
-    themselves; an edited picture by what is edited and all edits, their seeds included.
+    A file is identified by path, size and modification time, so that it need not be read. Bytes and images in memory are hashed. An edited
+    image is identified by its source and all edits, including their seeds.
     """
     digest = hashlib.blake2b(digest_size=16)
     parts = [(message.role, part.type, _content_key(part.value)) for message in messages for part in message.parts]
@@ -25,7 +25,7 @@ def prompt_key(messages: Sequence[Message], answer: str) -> bytes:
 
 
 def _content_key(value: Content) -> object:
-    """Something whose ``repr`` differs wherever the content does."""
+    """Return an object whose ``repr`` identifies the content."""
     if isinstance(value, EditedImage):
         return _content_key(value.source), value.edits
     if isinstance(value, Path):
@@ -38,13 +38,13 @@ def _content_key(value: Content) -> object:
 
 
 def picture_bytes(picture: Image.Image) -> bytes:
-    """Bytes that differ wherever two pictures in memory do: format, size, palette, transparency and pixels."""
+    """Return bytes that identify an image in memory: its mode, size, palette, transparency and pixels."""
     kind = f"{picture.mode} {picture.size} {picture.getpalette('RGBA')} {picture.info.get('transparency')}"
     return kind.encode() + (picture.tobytes() if all(picture.size) else b"")
 
 
 def _state(path: Path) -> tuple[int, int] | None:
-    """Size and time of change; None for a file that is not there, which is an error for whoever reads it."""
+    """Return size and modification time; None for a missing file, which raises an error only when it is read."""
     try:
         found = path.stat()
     except (OSError, ValueError):
@@ -53,9 +53,9 @@ def _state(path: Path) -> tuple[int, int] | None:
 
 
 def folder_key(*folders: Path) -> str:
-    """A digest of the files in some folders, or of some files, by path, size and time of change; of empty folders where one is not there.
+    """Return a hash of files, or of all files in folders, by path, size and modification time. A missing folder counts as empty.
 
-    Hidden files, and the folders of runs and sweeps, which change while data and models stay as they are, do not count.
+    Hidden files and the folders of runs and sweeps are ignored, because they change while data and models stay the same.
     """
     digest = hashlib.sha256()
     for folder in folders:
@@ -68,8 +68,10 @@ _ROWS = frozenset((".json", ".jsonl", ".csv", ".tsv", ".txt", ".arrow", ".parque
 
 
 def content_key(*folders: Path) -> str:
-    """A digest of some folders, or files, that is the same on every machine: files that hold rows or settings by their content, all others, such as
-    pictures and weights, by name and size. Empty for none."""
+    """Return a hash of files, or of all files in folders, that is the same on every machine; empty if none are given.
+
+    Files with rows or settings are hashed by content; all others, such as images and weights, by name and size.
+    """
     digest = hashlib.sha256()
     for folder in folders:
         for path in _files(folder):
@@ -81,7 +83,7 @@ def content_key(*folders: Path) -> str:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """In sorted order, links followed, each folder once; a file is itself."""
+    """Yield a folder's files in sorted order, following links and visiting each folder once. A file yields itself."""
     if folder.is_file():
         yield folder
     seen: set[tuple[int, int]] = set()

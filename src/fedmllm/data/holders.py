@@ -1,7 +1,7 @@
-"""Who gets which samples where a scenario decides what each client can hold: holders first, then each kind of sample among its holders.
+"""Partitions for scenarios that decide which modalities each client can hold: every kind of sample goes to clients that can hold it.
 
-The medical task of the FedMLLM benchmark (arXiv 2411.14717) is made so: pictures with questions go to the clients that hold pictures, texts to
-those that hold texts. Divided the other way round, a client would lose what it cannot hold.
+The medical task of the FedMLLM benchmark (arXiv 2411.14717) is divided this way: images with questions go to clients that hold images, and
+texts to clients that hold texts. If samples were divided first, clients would lose the samples that they cannot hold.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fedmllm.errors import DataError, listing
 from fedmllm.types import Modality, Sample
 
 Divide = Callable[[NDArray[np.int64], int], Indices]
-"""(rows, clients) -> positions among these rows by client."""
+"""(rows, number of clients) -> for each client, positions within these rows."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class Holders:
 
     Attributes:
         names: (domain, modalities) of each kind.
-        kinds: each sample's position in ``names``, shape (samples,).
-        able: which client can hold which kind, shape (clients, kinds).
+        kinds: the kind of each sample as a position in ``names``, shape (samples,).
+        able: whether a client can hold a kind, shape (clients, kinds).
     """
 
     names: tuple[tuple[str, tuple[Modality, ...]], ...]
@@ -37,7 +37,7 @@ class Holders:
 
     @classmethod
     def of(cls, samples: Sequence[Sample], clients: Sequence[str], holdings: Holdings) -> Holders:
-        """A client can hold a sample of which it keeps something; one without holdings of its own can hold any."""
+        """Return the kinds of the samples. A client can hold a sample if it keeps at least one modality; clients without holdings can hold all."""
         found = [(sample.domain, sample.modalities) for sample in samples]
         names = tuple(sorted(set(found)))
         place = {name: i for i, name in enumerate(names)}
@@ -45,7 +45,8 @@ class Holders:
         return cls(names, np.array([place[name] for name in found], dtype=np.int64), np.array(able, dtype=np.bool_))
 
     def at_home(self) -> Holders:
-        """Each client in one domain only, of those of which it can hold something: in turn, whoever has the least choice first."""
+        """Restrict each client to one domain in which it can hold something. Clients with the fewest choices come first, each choosing the
+        domain with the fewest clients so far."""
         domains = sorted({domain for domain, _ in self.names})
         inside = np.array([[domain == name for name, _ in self.names] for domain in domains])
         open_to = self.able @ inside.T
@@ -58,15 +59,18 @@ class Holders:
         return Holders(self.names, self.kinds, able)
 
     def divided(self, divide: Divide, min_size: int, rng: np.random.Generator) -> Indices:
-        """Every sample goes to a client that can hold it; clients below ``min_size`` are topped up with samples that they can hold.
+        """Give every sample to a client that can hold it, then move samples to clients below ``min_size``.
 
         Args:
-            divide: a kind among its holders, without regard to sizes.
-            min_size: samples every client has at least.
+            divide: divides the samples of one kind among its clients, regardless of sizes.
+            min_size: minimum number of samples per client.
             rng: draws which samples move.
 
+        Returns:
+            for each client, the positions of its samples.
+
         Raises:
-            DataError: if nobody can hold a kind, or clients can hold too few samples between them.
+            DataError: if no client can hold a kind, or a group of clients can hold too few samples to reach ``min_size`` each.
         """
         self._require_holders()
         owner = np.empty(len(self.kinds), dtype=np.int64)
@@ -86,11 +90,11 @@ class Holders:
         ]
         if lost:
             raise DataError(
-                f"federation.scenario: no client can hold some of the training samples; use more clients or another level, or leave these out:\n{listing(lost)}"
+                f"federation.scenario: no client can hold some training samples; use more clients or another level, or remove these samples:\n{listing(lost)}"
             )
 
     def _top_up(self, owner: NDArray[np.int64], min_size: int, rng: np.random.Generator) -> None:
-        """Move samples, in place, to clients below ``min_size``: from the largest that can give, through others where none can give directly."""
+        """Move samples, in place, to clients below ``min_size``, from the largest client possible and through other clients if necessary."""
         counts = np.zeros(self.able.shape, dtype=np.int64)
         np.add.at(counts, (owner, self.kinds), 1)
         for client in np.flatnonzero(counts.sum(1) < min_size):
@@ -105,10 +109,10 @@ class Holders:
                     counts[taker, kind] += amount
 
     def _moves(self, client: int, counts: NDArray[np.int64], min_size: int) -> list[tuple[int, int, int]]:
-        """(taker, kind, giver) of the shortest chain from a client above ``min_size`` to this one, whose giver comes first.
+        """Return the shortest chain of moves (taker, kind, giver) from a client above ``min_size`` to this client, starting at that giver.
 
         Raises:
-            DataError: if there is none: all who could give, directly or through others, then have no more than they need.
+            DataError: if there is none, because no client that could give, directly or through others, has more than ``min_size``.
         """
         sizes, reached, seen = counts.sum(1), [client], np.zeros(counts.shape[1], dtype=np.bool_)
         came: dict[int, tuple[int, int, int]] = {}
@@ -126,6 +130,6 @@ class Holders:
                     return chain
         held = sorted({" and ".join(kept) for (_, kept), one in zip(self.names, seen, strict=True) if one})
         raise DataError(
-            f"federation.min_partition_size: {len(reached)} clients of at least {min_size} samples need {len(reached) * min_size}, but of the "
-            f"samples that they can hold under the scenario ({', '.join(held)}) there are {int(sizes[reached].sum())}; lower it, or use fewer clients"
+            f"federation.min_partition_size: {len(reached)} clients of at least {min_size} samples need {len(reached) * min_size}, but there are "
+            f"only {int(sizes[reached].sum())} samples that they can hold under the scenario ({', '.join(held)}); lower it, or use fewer clients"
         )

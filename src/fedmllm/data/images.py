@@ -1,4 +1,4 @@
-"""Decoding images: lazily, with limits, and with errors that name the file."""
+"""Decodes images lazily, with size limits and errors that name the file."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from fedmllm.files import is_pointer
 from fedmllm.types import EditedImage, Picture
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
-"""What is decoded. Others are refused: some, such as EPS, hand the file to another program."""
+"""Supported formats. Others are rejected, because some, such as EPS, pass the file to another program."""
 
 MAX_PIXELS = 64_000_000
-"""Larger pictures are refused before they are decoded: a small file can claim to be an enormous picture."""
+"""Larger images are rejected before they are decoded, because a small file can claim to be a huge image."""
 
 
 _BROKEN = (
@@ -30,17 +30,17 @@ _BROKEN = (
     ValueError,
     RuntimeError,
 )
-"""What Pillow raises for files that are damaged one way or another."""
+"""The errors that Pillow raises for damaged files."""
 
 
 def open_image(source: str | Picture) -> Image.Image:
-    """The picture as RGB, turned upright by its EXIF orientation as far as that can be read, with its edits made.
+    """Return an image in RGB, upright according to its EXIF orientation (if that is readable), with its edits applied.
 
     Args:
-        source: a file, its bytes, a picture already in memory, or one with edits to be made.
+        source: a file, the bytes of a file, an image in memory, or an image with pending edits.
 
     Raises:
-        DataError: if the file is missing, is no picture, is cut short, has no pixels, or claims more than ``MAX_PIXELS`` pixels.
+        DataError: if the file is missing, is not an image, is truncated, has no pixels, or claims more than ``MAX_PIXELS`` pixels.
     """
     if isinstance(source, EditedImage):
         image = open_image(source.source)
@@ -49,19 +49,21 @@ def open_image(source: str | Picture) -> Image.Image:
         return image
     if isinstance(source, Image.Image):
         if not all(source.size):
-            raise DataError(f"a picture of {source.width}x{source.height} pixels shows nothing; remove it")
+            raise DataError(f"an image of {source.width}x{source.height} pixels is empty; remove it")
         return source if source.mode == "RGB" and "transparency" not in source.info else _to_rgb(source)
     name = _named(source)
     try:
         with Image.open(_readable(source), formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
-                raise DataError(f"{name}: {image.width}x{image.height} pixels, at most {MAX_PIXELS:,} are decoded; shrink the picture")
+                raise DataError(
+                    f"{name}: has {image.width}x{image.height} pixels, but at most {MAX_PIXELS:,} are allowed; shrink the image"
+                )
             return _to_rgb(_upright(image))
     except FileNotFoundError as error:
         raise DataError(f"{name}: no such image; check the folder's path") from error
     except _BROKEN as error:
         if not isinstance(source, bytes) and is_pointer(Path(source)):
-            raise DataError(f"{name}: is a git-lfs pointer in place of the picture; download the file, e.g. with 'git lfs pull'") from error
+            raise DataError(f"{name}: is a git-lfs pointer instead of an image; download the file, e.g. with 'git lfs pull'") from error
         raise DataError(f"{name}: cannot be decoded as an image ({error}); replace or remove it") from error
 
 
@@ -74,17 +76,17 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What makes a picture upright, by its EXIF orientation."""
+"""The operation that makes an image upright, by EXIF orientation."""
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """The picture turned as its EXIF block says; as it is where there is none, or the block is damaged."""
+    """Return the image turned by its EXIF orientation, or unchanged if there is none or the EXIF block is damaged."""
     turn = _TURNS.get(_orientation(image) or 1)
     return image if turn is None else image.transpose(turn)
 
 
 def _orientation(image: Image.Image) -> int | None:
-    """1 where the file says nothing, None where what it says is damaged: Pillow then raises errors of any kind."""
+    """Return the EXIF orientation: 1 if the file has none, None if its EXIF block is damaged, which makes Pillow raise arbitrary errors."""
     try:
         exif = image.getexif()
         exif.tobytes()
@@ -94,18 +96,18 @@ def _orientation(image: Image.Image) -> int | None:
 
 
 def _blur(image: Image.Image, strength: float, rng: np.random.Generator) -> Image.Image:
-    """Gaussian, with a radius of ``strength`` percent of the shorter side."""
+    """Apply Gaussian blur with a radius of ``strength`` percent of the shorter side."""
     return image.filter(ImageFilter.GaussianBlur(strength / 100 * min(image.size)))
 
 
 def _noise(image: Image.Image, strength: float, rng: np.random.Generator) -> Image.Image:
-    """Gaussian, with a standard deviation of ``strength`` gray levels of 255, independent by pixel and channel."""
+    """Add Gaussian noise with a standard deviation of ``strength`` gray levels of 255, independently for each pixel and channel."""
     values = np.asarray(image, dtype=np.float64)
     return Image.fromarray(np.clip(values + rng.normal(0, strength, values.shape), 0, 255).round().astype(np.uint8))
 
 
 def _occlusion(image: Image.Image, strength: float, rng: np.random.Generator) -> Image.Image:
-    """A gray box of the picture's proportions hides ``strength`` of its area, somewhere inside."""
+    """Hide ``strength`` of the image's area behind a gray box with the image's proportions at a random position."""
     width, height = (round(side * strength**0.5) for side in image.size)
     left, top = (int(rng.integers(whole - part + 1)) for whole, part in zip(image.size, (width, height), strict=True))
     hidden = image.copy()
@@ -114,7 +116,7 @@ def _occlusion(image: Image.Image, strength: float, rng: np.random.Generator) ->
 
 
 def _low_resolution(image: Image.Image, strength: float, rng: np.random.Generator) -> Image.Image:
-    """Shrunk to 1 / ``strength`` of its sides and enlarged again."""
+    """Shrink the image's sides by the factor ``strength`` and enlarge it again."""
     small = image.resize((max(1, round(image.width / strength)), max(1, round(image.height / strength))), Image.Resampling.BILINEAR)
     return small.resize(image.size, Image.Resampling.BILINEAR)
 
@@ -125,14 +127,14 @@ EDITS: Mapping[str, Callable[[Image.Image, float, np.random.Generator], Image.Im
     "occlusion": _occlusion,
     "low_resolution": _low_resolution,
 }
-"""What can be done to a picture by name; strengths as ``data.quality`` bounds them."""
+"""Edits by name. ``data.quality`` defines the bounds of their strengths."""
 
 
 def check_images(sources: Iterable[Path | bytes]) -> tuple[dict[Path | bytes, str], list[str]]:
-    """What is wrong with pictures; asked before a run begins, so that it does not end in the middle.
+    """Check images before a run starts, so that a broken one does not stop it halfway.
 
     Returns:
-        why pictures cannot be decoded, by picture; and notes on those that can, but may not be upright.
+        for each image that cannot be decoded, the reason; and notes on images that may not be upright.
     """
     pictures = list(dict.fromkeys(sources))
     with ThreadPoolExecutor() as pool:
@@ -142,13 +144,13 @@ def check_images(sources: Iterable[Path | bytes]) -> tuple[dict[Path | bytes, st
 
 
 def _checked(source: Path | bytes) -> tuple[str, str]:
-    """(what is wrong with a picture, a note on it), each empty if there is none."""
+    """Return (what is wrong with an image, a note on it). Each is empty if there is nothing to report."""
     try:
         open_image(source)
     except DataError as error:
         return str(error), ""
     with Image.open(_readable(source), formats=FORMATS) as image:
-        return "", "" if _orientation(image) else f"{_named(source)}: its EXIF block is damaged, so that it is not turned upright"
+        return "", "" if _orientation(image) else f"{_named(source)}: its EXIF block is damaged, so the image may not be upright"
 
 
 def _readable(source: str | Path | bytes) -> str | Path | io.BytesIO:
@@ -160,9 +162,9 @@ def _named(source: str | Path | bytes) -> str:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """Transparent pixels become white, as on paper; gray of more than 8 bits is stretched from its least to its largest finite value.
+    """Convert to RGB. Transparent pixels become white; gray values of more than 8 bits are rescaled from their finite minimum and maximum.
 
-    The library's bare conversion would turn the former black and cut the latter off at 255.
+    Pillow's plain conversion would make transparent pixels black and clip gray values at 255.
     """
     if image.mode == "F" or image.mode.startswith("I"):
         values = np.asarray(image, dtype=np.float64)

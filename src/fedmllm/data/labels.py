@@ -1,4 +1,4 @@
-"""How often each answer occurs."""
+"""Counts of answers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fedmllm.types import Sample
 
 
 def answer_counts(samples: Iterable[Sample]) -> dict[str, dict[str, int]]:
-    """How often each answer occurs, by the set of options it was chosen from (``options_key``); free answers are not counted."""
+    """Count how often each answer occurs, by the set of options that it was chosen from (``options_key``). Free answers are not counted."""
     counts: dict[str, Counter[str]] = {}
     for sample in samples:
         if sample.options:
@@ -19,5 +19,5 @@ def answer_counts(samples: Iterable[Sample]) -> dict[str, dict[str, int]]:
 
 
 def options_key(options: Sequence[str]) -> str:
-    """A set of options, whatever their order, as a key that fits into JSON."""
+    """Return a key for a set of options that does not depend on their order and can be used in JSON."""
     return json.dumps(sorted(options))

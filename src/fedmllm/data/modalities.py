@@ -1,7 +1,7 @@
-"""Which modalities each client and sample keeps: the four scenarios of the FedMLLM benchmark (arXiv 2411.14717).
+"""The four modality scenarios of the FedMLLM benchmark (arXiv 2411.14717), which determine what each client and sample keeps.
 
 A scenario is a small function that, for given clients, returns a rule ``(client, sample) -> modalities kept``. Every
-decision draws from a generator of its own, keyed by client or sample, so that it does not depend on any order.
+decision has its own random number, keyed by client or sample, so that it does not depend on any order.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fedmllm.registry import index
 from fedmllm.types import Modality, Sample
 
 Protocol = Literal["clean", "reference"]
-"""Whose draws: ours, or those of the published reference code (see ``reference``)."""
+"""Which random draws to use: those of this package, or those of the published reference code (see ``reference``)."""
 
 Keep = Callable[[str, Sample], Sequence[Modality]]
 Holdings = Mapping[str, tuple[Modality, ...]]
@@ -29,16 +29,16 @@ Holdings = Mapping[str, tuple[Modality, ...]]
 
 @dataclass(frozen=True)
 class Setting:
-    """What a scenario works with.
+    """The arguments of a scenario.
 
     Attributes:
-        level: the scenario's.
-        clients: their names.
-        modalities: the dataset's.
-        seed: the experiment's.
-        protocol: whose draws.
-        by_client: whether a client that draws no modality gets one for all its samples, as the published medical task does, and not one
-            by sample.
+        level: the scenario's level, as text.
+        clients: names of the clients.
+        modalities: the dataset's modalities.
+        seed: the experiment's seed.
+        protocol: which random draws to use.
+        by_client: whether a client that draws no modality gets one modality for all its samples, as in the published medical task, instead
+            of one for each sample.
     """
 
     level: str
@@ -50,12 +50,12 @@ class Setting:
 
 
 def aligned(setting: Setting) -> Keep:
-    """Every sample keeps all it has; the level is the Dirichlet alpha of the label skew."""
+    """Keep all modalities of every sample. The level is the Dirichlet alpha of the label skew."""
     return lambda client, sample: sample.modalities
 
 
 def missing(setting: Setting) -> Keep:
-    """In every sample each modality is lost independently with probability ``level``."""
+    """Remove each modality of every sample independently with probability ``level``."""
     rate = float(setting.level)
 
     def keep(client: str, sample: Sample) -> list[Modality]:
@@ -65,7 +65,7 @@ def missing(setting: Setting) -> Keep:
 
 
 def cross(setting: Setting) -> Holdings:
-    """Each client holds one modality only; ``level`` is the ratio image-only : text-only."""
+    """Give each client a single modality. ``level`` is the ratio of image-only to text-only clients."""
     images, texts = (float(part) for part in setting.level.split(":"))
     count = round(len(setting.clients) * images / (images + texts))
     if setting.protocol == "reference":
@@ -77,7 +77,7 @@ def cross(setting: Setting) -> Holdings:
 
 
 def hybrid(setting: Setting) -> Holdings:
-    """Each client holds each modality with probability ``level``; one that draws none holds none of its own, or one if ``by_client``."""
+    """Give each client each modality with probability ``level``. A client that draws none has an empty entry, or one modality if ``by_client``."""
     rate = float(setting.level)
     if setting.protocol == "reference":
         bits = reference.hybrid(len(setting.clients), rate)
@@ -93,12 +93,12 @@ def hybrid(setting: Setting) -> Holdings:
 
 
 def _one(modalities: Sequence[Modality], seed: int, *keys: str) -> Modality:
-    """One of them at random."""
+    """Choose one modality at random."""
     return modalities[int(uniform(seed, "hybrid", *keys) * len(modalities))]
 
 
 def _by_client(decide: Callable[[Setting], Holdings]) -> Callable[[Setting], Keep]:
-    """What clients hold, as a rule for samples. A client without a modality of its own keeps in each sample one of what is there."""
+    """Turn a rule for clients into a rule for samples. A client without a modality keeps one random modality of each sample."""
 
     def plan(setting: Setting) -> Keep:
         holdings = decide(setting)
@@ -114,7 +114,17 @@ def _by_client(decide: Callable[[Setting], Holdings]) -> Callable[[Setting], Kee
 
 @dataclass(frozen=True)
 class Scenario:
-    """A row of the index: the rule for samples, one line of description, the level's rule, and what clients hold if that is decided by client."""
+    """A scenario in the index.
+
+    Attributes:
+        plan: returns the rule for samples.
+        summary: a one-line description.
+        default_level: the level if none is given.
+        level_rule: the rule for levels, as text.
+        valid: returns whether a level follows the rule.
+        needs_two: whether the dataset needs images and texts.
+        holdings: returns the modalities of each client, for scenarios that decide by client.
+    """
 
     plan: Callable[[Setting], Keep]
     summary: str
@@ -143,15 +153,15 @@ SCENARIOS: Mapping[str, Scenario] = index(
     {
         "aligned": Scenario(
             aligned,
-            "all clients have all modalities, labels are skewed",
+            "all clients have all modalities; labels are skewed",
             "",
-            "a Dirichlet alpha above 0, 1e9 at most",
+            "a Dirichlet alpha greater than 0 and at most 1e9",
             lambda x: 0 < float(x) <= 1e9,
         ),
-        "missing": Scenario(missing, "each sample loses each modality at a rate", "0.4", "a rate in [0, 1)", _rate),
+        "missing": Scenario(missing, "each sample loses each modality with a given probability", "0.4", "a rate in [0, 1)", _rate),
         "cross": Scenario(
             _by_client(cross),
-            "each client has one modality only",
+            "each client has a single modality",
             "5:5",
             "image-only:text-only, e.g. 3:7",
             _ratio,
@@ -160,7 +170,7 @@ SCENARIOS: Mapping[str, Scenario] = index(
         ),
         "hybrid": Scenario(
             _by_client(hybrid),
-            "each client has each modality with a probability",
+            "each client has each modality with a given probability",
             "0.7",
             "a probability in [0, 1]",
             _probability,
@@ -177,18 +187,18 @@ SETTINGS = (
     *("cross-3:7", "cross-5:5", "cross-7:3"),
     *("hybrid-0.8", "hybrid-0.7", "hybrid-0.6"),
 )
-"""The benchmark's twelve."""
+"""The benchmark's twelve scenarios."""
 
 
 def parse_scenario(text: str) -> tuple[str, str]:
-    """``"missing-0.4"`` to ``("missing", "0.4")``; a name alone takes its default level.
+    """Parse ``"missing-0.4"`` into ``("missing", "0.4")``. A name alone gets its default level.
 
     Raises:
-        ConfigError: if the name is unknown or the level breaks its rule.
+        ConfigError: if the name is unknown or the level is invalid.
     """
     name, _, level = text.partition("-")
     if name not in SCENARIOS:
-        raise ConfigError(f"{text!r} is no scenario, such as missing-0.4{meant(name, SCENARIOS)}")
+        raise ConfigError(f"{text!r} is not a scenario such as missing-0.4{meant(name, SCENARIOS)}")
     row = SCENARIOS[name]
     level = level or row.default_level
     try:
@@ -209,10 +219,10 @@ def holdings(
     protocol: Protocol = "clean",
     by_client: bool = False,
 ) -> Holdings:
-    """The modalities that each client holds, where the scenario says it of the client; who is not named may hold anything.
+    """Return the modalities that each client holds, if the scenario decides this by client. Clients not listed may hold any modality.
 
     Raises:
-        ConfigError: if the scenario separates modalities and the dataset has but one.
+        ConfigError: if the scenario needs images and texts and the dataset lacks one of them.
     """
     row, setting = _checked(scenario, Setting("", tuple(clients), modalities, seed, protocol, by_client))
     found = {} if row.holdings is None else row.holdings(setting)
@@ -229,12 +239,22 @@ def apply_scenario(
     keep_empty: bool = False,
     by_client: bool = False,
 ) -> tuple[dict[str, tuple[Sample, ...]], int]:
-    """Clients with what the scenario leaves them, and how many samples lost everything and were left out.
+    """Apply a scenario to the clients' samples.
 
-    With ``keep_empty`` none is: such samples keep their question alone. The other arguments are those of ``Setting``.
+    Args:
+        scenario: the scenario with its level, e.g. ``missing-0.4``.
+        clients: each client's samples.
+        modalities: the dataset's modalities.
+        seed: the experiment's seed.
+        protocol: which random draws to use.
+        keep_empty: whether to keep samples that lost every modality. They consist of their question only.
+        by_client: see ``Setting``.
+
+    Returns:
+        the clients' remaining samples, and the number of samples that were removed because they lost every modality.
 
     Raises:
-        ConfigError: if the scenario separates modalities and the dataset has but one.
+        ConfigError: if the scenario needs images and texts and the dataset lacks one of them.
     """
     row, setting = _checked(scenario, Setting("", tuple(clients), modalities, seed, protocol, by_client))
     keep = row.plan(setting)
@@ -246,24 +266,24 @@ def apply_scenario(
 
 
 def _checked(scenario: str, setting: Setting) -> tuple[Scenario, Setting]:
-    """A scenario's row, and what it works with at its level."""
+    """Return a scenario's entry, and its arguments with the level filled in."""
     name, level = parse_scenario(scenario)
     row = SCENARIOS[name]
     if row.needs_two and not {"image", "text"} <= set(setting.modalities):
         held = " and ".join(setting.modalities)
         raise ConfigError(
-            f"federation.scenario: {scenario} needs images and texts, the dataset's samples hold {held} only; use aligned or missing"
+            f"federation.scenario: {scenario} needs images and texts, but the dataset's samples hold only {held}; use aligned or missing"
         )
     return row, replace(setting, level=level)
 
 
 def keep_only(sample: Sample, kept: Sequence[Modality]) -> Sample:
-    """The sample with only those entries of its content; itself if nothing is lost."""
+    """Return the sample with only these modalities, or the sample itself if it loses none."""
     if set(sample.content) <= set(kept):
         return sample
     return replace(sample, content={name: value for name, value in sample.content.items() if name in kept})
 
 
 def profile(samples: Iterable[Sample]) -> dict[str, int]:
-    """How many samples hold which modalities, e.g. ``{"image+text": 12, "text": 3}``, in alphabetical order."""
+    """Count samples by their modalities, e.g. ``{"image+text": 12, "text": 3}``, in alphabetical order."""
     return dict(sorted(Counter("+".join(sample.modalities) or "none" for sample in samples).items()))

@@ -1,4 +1,4 @@
-"""Which client gets which sample. Pure functions of labels and a generator; results are index arrays by client."""
+"""Partitions of samples over clients: pure functions of labels and a generator that return one index array for each client."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Indices = list[NDArray[np.int64]]
 
 
 def iid(num_samples: int, num_clients: int, min_size: int, rng: np.random.Generator) -> Indices:
-    """A random split into clients whose sizes differ by one at most.
+    """Divide samples at random among clients whose sizes differ by at most one.
 
     Raises:
         DataError: if there are fewer than ``num_clients * min_size`` samples.
@@ -25,17 +25,17 @@ def iid(num_samples: int, num_clients: int, min_size: int, rng: np.random.Genera
 
 
 def dirichlet(categories: Sequence[str], num_clients: int, alpha: float, min_size: int, rng: np.random.Generator) -> Indices:
-    """Label skew: each category is spread over the clients by proportions drawn from Dirichlet(alpha, ..., alpha).
+    """Divide samples with label skew: proportions of each category are drawn from Dirichlet(alpha, ..., alpha).
 
-    Small alpha gives each category to few clients, large alpha gives all clients the same mix (Hsu et al., 2019,
-    arXiv 1909.06335). Clients below ``min_size`` are then topped up with random samples of the largest clients.
+    A small alpha gives each category to few clients; a large alpha gives all clients the same mix (Hsu et al., 2019,
+    arXiv 1909.06335). Clients below ``min_size`` then get random samples of the largest clients.
 
     Args:
-        categories: one per sample.
-        num_clients: how many parts.
-        alpha: concentration, above 0.
-        min_size: samples every client has at least.
-        rng: draws proportions and members.
+        categories: one category per sample.
+        num_clients: number of clients.
+        alpha: concentration, greater than 0.
+        min_size: minimum number of samples per client.
+        rng: draws proportions and samples.
 
     Raises:
         DataError: if there are fewer than ``num_clients * min_size`` samples.
@@ -53,23 +53,23 @@ def dirichlet(categories: Sequence[str], num_clients: int, alpha: float, min_siz
 
 
 def quantity(num_samples: int, num_clients: int, alpha: float, min_size: int, rng: np.random.Generator) -> Indices:
-    """Quantity skew: the same mix of labels everywhere, sizes in proportions drawn from Dirichlet(alpha, ..., alpha).
+    """Divide samples with quantity skew: client sizes are drawn from Dirichlet(alpha, ..., alpha), with the same mix of labels.
 
-    Arguments and errors as for ``dirichlet``.
+    Arguments and errors are those of ``dirichlet``.
     """
     return dirichlet([""] * num_samples, num_clients, alpha, min_size, rng)
 
 
 def natural(owners: Sequence[str], num_clients: int, min_size: int) -> Indices:
-    """Whoever holds a sample by nature keeps it; where there are more holders than clients, several share one.
+    """Divide samples by their natural clients. If there are more of these than clients, several share one client.
 
-    Holders go, the largest first, to the client that has the fewest samples so far; where there are as many as clients, in
-    the order of their names.
+    Natural clients are assigned, largest first, to the client with the fewest samples so far. If their number equals ``num_clients``,
+    they are assigned in the order of their names.
 
     Args:
         owners: the natural client of each sample.
-        num_clients: how many parts.
-        min_size: samples every client has at least.
+        num_clients: number of clients.
+        min_size: minimum number of samples per client.
 
     Raises:
         DataError: if samples have no natural client, there are fewer than ``num_clients``, or a client stays below ``min_size``.
@@ -77,16 +77,19 @@ def natural(owners: Sequence[str], num_clients: int, min_size: int) -> Indices:
     sizes = Counter(owners)
     if "" in sizes:
         raise DataError(
-            f"federation.partition: natural needs to know whose each sample is, {sizes['']:,} of {len(owners):,} do not say; "
+            f"federation.partition: natural needs a client for each sample, but {sizes['']:,} of {len(owners):,} samples have none; "
             "name a column with data.options.columns.client or use another partition"
         )
     if len(sizes) < num_clients:
-        raise DataError(f"federation.num_clients: {num_clients} clients asked for, the samples have {len(sizes)} natural ones; lower it")
+        raise DataError(
+            f"federation.num_clients: {num_clients} clients requested, but the samples have only {len(sizes)} natural clients; lower it"
+        )
     holder = {name: i for i, name in enumerate(sorted(sizes))} if len(sizes) == num_clients else _dealt(sizes, num_clients)
     parts = by_owner(np.array([holder[name] for name in owners], dtype=np.int64), num_clients)
     if (least := min(map(len, parts))) < min_size:
         raise DataError(
-            f"federation.min_partition_size: a natural client has {least} samples, {min_size} are asked for; lower either number"
+            f"federation.min_partition_size: a natural client has {least} samples, but the minimum is {min_size}; "
+            "lower it or federation.num_clients"
         )
     return parts
 
@@ -103,16 +106,16 @@ def _dealt(sizes: Mapping[str, int], num_clients: int) -> dict[str, int]:
 def by_domain(
     domains: Sequence[str], categories: Sequence[str], num_clients: int, alpha: float, min_size: int, rng: np.random.Generator
 ) -> Indices:
-    """Domain skew: each client draws from one domain (one dataset of a mixture), label-skewed as by ``dirichlet``.
+    """Divide samples with domain skew: each client holds one domain (a dataset of a mixture), with label skew as in ``dirichlet``.
 
-    Clients are dealt to the domains in turn, so that their numbers differ by one at most.
+    Clients are assigned to the domains in rotation, so that the numbers of clients per domain differ by at most one.
 
     Raises:
         DataError: if there are fewer clients than domains, or a domain is too small for its clients.
     """
     names, homes, labels = sorted(set(domains)), np.asarray(domains), np.asarray(categories)
     if num_clients < len(names):
-        raise DataError(f"federation.num_clients: {num_clients} clients cannot hold {len(names)} domains apart; use more")
+        raise DataError(f"federation.num_clients: {num_clients} clients cannot hold {len(names)} separate domains; use more clients")
     parts: Indices = [np.empty(0, dtype=np.int64)] * num_clients
     for place, name in enumerate(names):
         rows = np.flatnonzero(homes == name)
@@ -124,11 +127,11 @@ def by_domain(
 
 
 def by_owner(owner: NDArray[np.int64], num_clients: int) -> Indices:
-    """Positions by owner, ascending.
+    """Return the positions of each client's samples, ascending.
 
     Args:
         owner: the client of each sample.
-        num_clients: how many parts; some may be empty.
+        num_clients: number of clients, some of which may have no samples.
     """
     order = np.argsort(owner, kind="stable")
     return np.split(order, np.cumsum(np.bincount(owner, minlength=num_clients))[:-1])
@@ -138,14 +141,14 @@ def _require(num_samples: int, num_clients: int, min_size: int) -> None:
     if num_samples < num_clients * min_size:
         raise DataError(
             f"federation.num_clients: {num_clients} clients of at least {min_size} samples need {num_clients * min_size} training samples, "
-            f"there are {num_samples}; use fewer clients or a lower federation.min_partition_size"
+            f"but there are {num_samples}; use fewer clients or a lower federation.min_partition_size"
         )
 
 
 def _top_up(owner: NDArray[np.int64], num_clients: int, min_size: int, rng: np.random.Generator) -> None:
-    """Move samples, in place, from the largest client of the moment to those below ``min_size``.
+    """Move samples, in place, from the currently largest client to clients below ``min_size``.
 
-    Linear in the samples: each client's members are shuffled at most once and leave from the end.
+    The time is linear in the number of samples, because each client's samples are shuffled at most once and taken from the end.
     """
     sizes = np.bincount(owner, minlength=num_clients)
     members = by_owner(owner, num_clients)
@@ -155,7 +158,7 @@ def _top_up(owner: NDArray[np.int64], num_clients: int, min_size: int, rng: np.r
     for client in np.flatnonzero(sizes < min_size):
         while sizes[client] < min_size:
             size, donor = heapq.heappop(largest)
-            if -size != sizes[donor]:  # entry of an earlier size
+            if -size != sizes[donor]:  # outdated entry
                 continue
             count = min(int(min_size - sizes[client]), max(1, (int(sizes[donor]) - min_size) // 2))
             if donor not in shuffled:

@@ -1,8 +1,8 @@
-"""Samples to chats. Wordings are data: templates by what a sample holds, in ``WORDINGS`` by name or in the experiment's ``data.wordings``.
+"""Turns samples into chats. A wording is data: prompt templates by modalities, built in (``WORDINGS``) or from ``data.wordings``.
 
-``specific`` names what the sample holds ("based on the text and image"). ``neutral`` words the question alike whatever the sample
-holds. ``agnostic``, the first of the two FedMLLM strategies (arXiv 2411.14717), does so too and asks to answer without regard to the
-modality: what it gains over ``neutral`` is due to that sentence, over ``specific`` also to the names that are left out.
+``specific`` names the sample's modalities ("based on the text and image"). ``neutral`` uses the same wording whatever the sample's
+modalities. ``agnostic``, the first of the two FedMLLM strategies (arXiv 2411.14717), adds a sentence that asks to answer regardless of
+modality. Its gain over ``neutral`` comes from that sentence; its gain over ``specific`` also comes from not naming modalities.
 """
 
 from __future__ import annotations
@@ -20,32 +20,33 @@ PLACEHOLDERS = ("text", "question", "options", "instruction", "modalities")
 
 
 class Wording(BaseModel):
-    """How a sample is worded, by the modalities it holds: joined by ``+`` in alphabetical order, ``none``, or ``any`` for those not named.
+    """A wording: prompt templates by the sample's modalities. A key joins modalities with ``+`` in alphabetical order; ``none`` stands for
+    samples without content, and ``any`` for all combinations that have no key.
 
-    A template's placeholders: ``{text}`` is the sample's text, ``{question}`` its question, ``{options}`` its lettered options,
-    ``{instruction}`` how to answer, ``{modalities}`` the names of what it holds. A line none of whose placeholders has a value is left
-    out. Braces of one's own are doubled.
+    Placeholders: ``{text}`` is the sample's text, ``{question}`` its question, ``{options}`` its lettered options, ``{instruction}`` how to
+    answer, and ``{modalities}`` the names of its modalities. A line is dropped if it has placeholders and none of them has a value. Double
+    literal braces.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     templates: dict[str, str]
-    """Templates, e.g. ``{any: "{text}\\nQuestion: {question}\\n{options}\\n{instruction}"}``; ``any`` is needed."""
+    """Templates by modalities, e.g. ``{any: "{text}\\nQuestion: {question}\\n{options}\\n{instruction}"}``. ``any`` is required."""
     questions: dict[str, dict[str, str]] = Field(default_factory=dict)
-    """By a question of the data, what is asked instead of it, by modalities; other questions stay."""
+    """Replacements for questions of the dataset, by question and then by modalities. Other questions are not changed."""
 
     @model_validator(mode="after")
     def _sound(self) -> Wording:
         tables = {"templates": self.templates, **{f"questions.{name}": row for name, row in self.questions.items()}}
         problems = [f"{where}: {problem}" for where, table in tables.items() for name in table if (problem := _misnamed(name))]
         problems += [f"templates.{name}: {problem}" for name, template in self.templates.items() for problem in _unsound(name, template)]
-        problems += [] if ANY in self.templates else [f"templates: {ANY} is needed, for samples that hold what no other names"]
+        problems += [] if ANY in self.templates else [f"templates: {ANY} is required, for samples whose modalities have no template"]
         if problems:
             raise ValueError("; ".join(problems))
         return self
 
     def text(self, sample: Sample) -> str:
-        """What the user says about the sample, in text."""
+        """Return the text of the user's message about a sample."""
         held = NONE if not sample.content else "+".join(sample.modalities)
         asked = self.questions.get(sample.question, {})
         values = {
@@ -58,20 +59,20 @@ class Wording(BaseModel):
         return "\n".join(_lines(self.templates.get(held, self.templates[ANY]), values))
 
     def unused(self, modalities: Sequence[Modality]) -> list[str]:
-        """Its keys that name a modality which the data do not have."""
+        """Return the keys that name a modality which the dataset does not have."""
         named = {key for table in (self.templates, *self.questions.values()) for key in table} - {ANY, NONE}
         return sorted(key for key in named if not set(key.split("+")) <= set(modalities))
 
 
 def _misnamed(key: str) -> str:
-    """What is wrong with a key; nothing if it is empty."""
+    """Return what is wrong with a key; empty if it is valid."""
     parts = key.split("+")
     ordered = "+".join(sorted(set(parts)))
     return "" if all(parts) and key == ordered else f"{key!r} must be modalities in alphabetical order joined by +, {NONE} or {ANY}"
 
 
 def _unsound(key: str, template: str) -> Iterator[str]:
-    """What is wrong with a template."""
+    """Yield what is wrong with a template."""
     try:
         fields = [row[1:] for row in Formatter().parse(template) if row[1] is not None]
     except ValueError as error:
@@ -92,7 +93,7 @@ def _spelled(name: str | None, form: str | None, conversion: str | None) -> str:
 
 
 def _lines(template: str, values: Mapping[str, str | None]) -> Iterator[str]:
-    """A template's lines with values put in, but for those all of whose placeholders have none."""
+    """Yield a template's lines with values filled in. Lines whose placeholders all have no value are left out."""
     for line in template.strip("\n").split("\n"):
         named = [name for _, name, _, _ in Formatter().parse(line) if name is not None]
         if not named or any(values[name] is not None for name in named):
@@ -126,7 +127,7 @@ SPECIFIC_QUESTIONS: dict[str, dict[str, str]] = {
         "text": "Is the text misleading?",
     },
 }
-"""A task's question as the datasets hold it, naming no modality, and what the specific wording makes of it. Others stay."""
+"""Questions of the datasets, which name no modality, and their replacements in the specific wording. Other questions are not changed."""
 
 _TASK = "{text}\nQuestion: {question}\nOptions: {options}\n{instruction}"
 _SPECIFIC = {
@@ -140,56 +141,56 @@ WORDINGS: Mapping[str, Wording] = {
     "neutral": Wording(templates={ANY: _TASK}),
     "agnostic": Wording(templates={ANY: f"Answer whatever the modality of the information.\n{_TASK}"}),
 }
-"""The wordings that need not be written."""
+"""The built-in wordings."""
 
 LETTERS = ascii_uppercase + ascii_lowercase + digits
-"""What options are chosen by, in order: single characters, for a choice is read from one token."""
+"""The labels of options, in order. They are single characters, because a choice is read from one token."""
 CHOICE_INSTRUCTION = "Answer with the letter."
 CLOSED_INSTRUCTION = "Answer with one word or a short phrase."
 
 
 def wording(style: str | Wording) -> Wording:
-    """The wording itself, or the one of that name.
+    """Return the built-in wording of a name, or the wording itself if one is given.
 
     Raises:
-        ConfigError: if it is no name of ``WORDINGS``.
+        ConfigError: if there is no built-in wording of that name.
     """
     if isinstance(style, Wording):
         return style
     if style not in WORDINGS:
-        raise ConfigError(f"{style!r} is no wording; known: {', '.join(WORDINGS)}; one of your own goes under data.wordings")
+        raise ConfigError(f"{style!r} is not a known wording; known: {', '.join(WORDINGS)}; define your own under data.wordings")
     return WORDINGS[style]
 
 
 def to_messages(sample: Sample, style: str | Wording) -> tuple[Message, ...]:
-    """The user's message: content other than text first, then the text of the wording."""
+    """Return the user's message: content other than text first, then the text of the wording."""
     others = [Part(name, sample.content[name]) for name in sample.modalities if name != "text"]
     return (Message("user", (*others, Part("text", wording(style).text(sample)))),)
 
 
 def instruction(sample: Sample) -> str | None:
-    """How to answer, in every wording: with a letter, or briefly where the answer is closed; None for open answers."""
+    """Return the instruction how to answer: with a letter, or briefly for closed questions; None for open ones."""
     if sample.options:
         return CHOICE_INSTRUCTION
     return CLOSED_INSTRUCTION if sample.answer_type == "closed" else None
 
 
 def lettered(options: tuple[str, ...]) -> str:
-    """``A. first B. second``."""
+    """Format options with their letters: ``A. first B. second``."""
     return " ".join(f"{letter}. {option}" for letter, option in zip(letters(options), options, strict=True))
 
 
 def letters(options: tuple[str, ...]) -> str:
-    """The letters the options are chosen by: A to Z, then a to z, then 0 to 9.
+    """Return the options' letters: A to Z, then a to z, then 0 to 9.
 
     Raises:
         DataError: if there are more options than letters.
     """
     if len(options) > len(LETTERS):
-        raise DataError(f"a sample has {len(options)} options; at most {len(LETTERS)} can be lettered: ask for a free answer instead")
+        raise DataError(f"a sample has {len(options)} options, but at most {len(LETTERS)} can be lettered; ask for a free answer instead")
     return LETTERS[: len(options)]
 
 
 def target(sample: Sample) -> str:
-    """What the model should answer: the letter of the right option, or the answer itself."""
+    """Return the text that the model should answer: the letter of the correct option, or the answer itself."""
     return letters(sample.options)[sample.label] if sample.options else sample.answer

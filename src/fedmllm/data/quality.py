@@ -1,9 +1,9 @@
-"""What can be wrong with a sample beyond a lost modality: poor pictures, poor texts, pairs that do not belong together.
+"""Corruptions of samples beyond missing modalities: poor images, poor texts, and mismatched pairs.
 
-A part is a small pure function ``(sample, client, strength, generator) -> sample``. It is written ``KIND-SHARE``, e.g. ``blur-0.3``:
-three samples in ten are blurred; ``blur-0.3:4`` says how strongly, and ``blur-0.3@client`` that all samples of three clients
-in ten are. Parts apply in the order given, before the scenario takes modalities away. Pictures are edited when they are
-decoded, so that nothing is stored.
+A corruption is a small pure function ``(sample, client, strength, generator) -> sample``. It is written ``KIND-SHARE``: ``blur-0.3``
+blurs three samples in ten. ``blur-0.3:4`` also sets the strength, and ``blur-0.3@client`` blurs all samples of three clients in ten.
+Corruptions apply in the order given, before the scenario removes modalities. Images are edited when they are decoded, so that no
+edited copies are stored.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from fedmllm.types import Content, Edit, EditedImage, Modality, Sample
 
 Rng = np.random.Generator
 Alter = Callable[[Sample, Sequence[Sample], float, Rng], Sample]
-"""The sample, all samples of its client, the strength and a generator of the sample's own."""
+"""(sample, all samples of its client, strength, generator) -> corrupted sample. Every sample has its own generator."""
 
 
 def _picture(name: str) -> Alter:
-    """An edit of ``images.EDITS`` on the sample's picture."""
+    """Return a corruption that applies an edit of ``images.EDITS`` to the sample's image."""
 
     def alter(sample: Sample, client: Sequence[Sample], strength: float, rng: Rng) -> Sample:
         picture = sample.content["image"]
@@ -40,7 +40,7 @@ def _picture(name: str) -> Alter:
 
 
 def typos(sample: Sample, client: Sequence[Sample], strength: float, rng: Rng) -> Sample:
-    """Each letter is, at a rate of ``strength``, left out, doubled, or replaced by another."""
+    """Drop, double or replace each letter with probability ``strength``."""
 
     def mistyped(letter: str) -> str:
         if not letter.isalpha() or rng.random() >= strength:
@@ -51,7 +51,7 @@ def typos(sample: Sample, client: Sequence[Sample], strength: float, rng: Rng) -
 
 
 def truncation(sample: Sample, client: Sequence[Sample], strength: float, rng: Rng) -> Sample:
-    """The last words, a share of ``strength``, are cut off; one word stays."""
+    """Cut off the last words, a share of ``strength``, but keep at least one word."""
     words = str(sample.content["text"]).split()
     return _with(sample, "text", " ".join(words[: max(1, round(len(words) * (1 - strength)))]))
 
@@ -60,13 +60,13 @@ _CYRILLIC = str.maketrans("abcdefghijklmnopqrstuvwxyz", "абцдефгхийк�
 
 
 def wrong_language(sample: Sample, client: Sequence[Sample], strength: float, rng: Rng) -> Sample:
-    """A share of ``strength`` of the words is written in Cyrillic letters: a stand-in for a language the model was not taught."""
+    """Write each word in Cyrillic letters with probability ``strength``, to imitate a language that the model was not trained on."""
     words = str(sample.content["text"]).split()
     return _with(sample, "text", " ".join(word.lower().translate(_CYRILLIC) if rng.random() < strength else word for word in words))
 
 
 def misaligned(sample: Sample, client: Sequence[Sample], strength: float, rng: Rng) -> Sample:
-    """The text is exchanged for that of another sample of the same client: picture and text no longer belong together."""
+    """Replace the text with that of another sample of the same client, so that image and text do not match."""
     others = [other for other in client if other.id != sample.id and "text" in other.content]
     return _with(sample, "text", others[rng.integers(len(others))].content["text"]) if others else sample
 
@@ -77,13 +77,14 @@ def _with(sample: Sample, modality: Modality, value: Content) -> Sample:
 
 @dataclass(frozen=True)
 class PartEntry:
-    """A row of the index.
+    """A corruption in the index.
 
     Attributes:
         alter: the function.
-        needs: modalities a sample must hold; others stay as they are.
-        summary: one line.
-        strength: the default, and its bounds (both included).
+        needs: modalities that a sample must hold. Other samples are not changed.
+        summary: a one-line description.
+        strength: the default strength.
+        bounds: the smallest and largest strength, both inclusive.
     """
 
     alter: Alter
@@ -100,7 +101,7 @@ PARTS: Mapping[str, PartEntry] = index(
         "noise": PartEntry(_picture("noise"), ("image",), "sensor noise; strength: standard deviation in gray levels of 255", 40, (0, 255)),
         "occlusion": PartEntry(_picture("occlusion"), ("image",), "a gray box; strength: share of the area hidden", 0.25, (0, 1)),
         "low_resolution": PartEntry(
-            _picture("low_resolution"), ("image",), "few pixels; strength: how many times fewer a side", 4, (1, 1000)
+            _picture("low_resolution"), ("image",), "few pixels; strength: factor by which sides shrink", 4, (1, 1000)
         ),
         "typos": PartEntry(typos, ("text",), "mistyped letters; strength: share of the letters", 0.1, (0, 1)),
         "truncation": PartEntry(truncation, ("text",), "the end is cut off; strength: share of the words", 0.5, (0, 1)),
@@ -114,7 +115,7 @@ _SPEC = re.compile(r"(?P<kind>[a-z_]+)(-(?P<share>[0-9.]+))?(:(?P<strength>[0-9.
 
 @dataclass(frozen=True)
 class Part:
-    """A part as configured: what is done to which share of the samples, or of the clients."""
+    """A configured corruption: its kind and strength, and the share of samples (or of clients) that it applies to."""
 
     kind: str
     share: float
@@ -122,7 +123,7 @@ class Part:
     by_client: bool
 
     def __call__(self, client: str, samples: Sequence[Sample], seed: int) -> list[Sample]:
-        """The client's samples, each altered if its own draw, or the client's, says so."""
+        """Return the client's samples, with those corrupted that are drawn, or all of them if the client is drawn."""
         entry, hit = PARTS[self.kind], self._draw(seed, client)
 
         def altered(sample: Sample) -> Sample:
@@ -138,14 +139,14 @@ class Part:
 
 
 def parse_part(text: str) -> Part:
-    """``"blur-0.3:4@client"`` to a part; the share defaults to 1, the strength to the kind's own.
+    """Parse a corruption such as ``"blur-0.3:4@client"``. The share defaults to 1, and the strength to that of the kind.
 
     Raises:
-        ConfigError: if the kind is unknown or a number out of range.
+        ConfigError: if the kind is unknown or a number is out of range.
     """
     match = _SPEC.fullmatch(text)
     if match is None or match["kind"] not in PARTS:
-        raise ConfigError(f"{text!r} is no kind of heterogeneity; known: {', '.join(PARTS)}, written KIND-SHARE[:STRENGTH][@client]")
+        raise ConfigError(f"{text!r} is not a known corruption; known: {', '.join(PARTS)}, written KIND-SHARE[:STRENGTH][@client]")
     entry = PARTS[match["kind"]]
     try:
         share, strength = float(match["share"] or 1), float(match["strength"] or entry.strength)
@@ -153,5 +154,5 @@ def parse_part(text: str) -> Part:
         raise ConfigError(f"{text!r}: share and strength must be numbers, e.g. blur-0.3:4") from None
     low, high = entry.bounds
     if not 0 <= share <= 1 or not low <= strength <= high:
-        raise ConfigError(f"{text!r}: the share must lie in [0, 1] and the strength of {match['kind']} in [{low:g}, {high:g}]")
+        raise ConfigError(f"{text!r}: the share must be in [0, 1] and the strength of {match['kind']} in [{low:g}, {high:g}]")
     return Part(match["kind"], share, strength, match["by"] is not None)

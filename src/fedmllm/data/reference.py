@@ -1,8 +1,8 @@
-"""The splits of the published reference code, reproduced number by number: ``federation.protocol: reference``.
+"""Reproduces the splits of the published reference code exactly: ``federation.protocol: reference``.
 
-Facts from the code of FedMLLM (arXiv 2411.14717): NumPy's legacy generator and Python's ``random``, both seeded with 42.
-Its weaknesses are kept, since numbers are to be compared: the split depends on the order of the rows, the last client
-takes what flooring leaves over, and a client may hold as little as one sample. ``clean``, the default, has none of them.
+The code of FedMLLM (arXiv 2411.14717) uses NumPy's legacy generator and Python's ``random``, both seeded with 42. Its
+weaknesses are kept, so that numbers are comparable: the split depends on the order of the rows, the last client takes what
+rounding down leaves over, and a client may have a single sample. ``clean``, the default protocol, has none of them.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ SEED = 42
 
 
 def dirichlet(labels: Sequence[str], classes: Sequence[str], num_clients: int, alpha: float) -> Indices:
-    """Class by class, each client takes floor(share * class size) of the class, in file order; the last takes the rest.
+    """Divide samples by class: each client takes floor(share * class size) samples, in file order, and the last one takes the rest.
 
-    Shares are one draw of a classes x clients matrix. In the first class every client is raised to at least one sample,
+    The shares are a single draw of a classes x clients matrix. In the first class every client gets at least one sample,
     taken from the first client that has more than one.
 
     Args:
-        labels: one per row, in file order.
-        classes: in the order of the options.
-        num_clients: how many parts.
-        alpha: concentration.
+        labels: one label per row, in file order.
+        classes: the classes in the order of the options.
+        num_clients: number of clients.
+        alpha: concentration of the Dirichlet distribution.
     """
     rng = np.random.RandomState(SEED)
     shares = rng.dirichlet(np.full(num_clients, alpha), size=len(classes))
@@ -58,11 +58,11 @@ def _raise_to_one(sizes: list[int]) -> None:
 
 
 def cross(num_clients: int, count: int) -> set[int]:
-    """Which clients hold images only."""
+    """Return the positions of the clients that hold only images."""
     return set(random.Random(SEED).sample(range(num_clients), count))
 
 
 def hybrid(num_clients: int, rate: float) -> list[tuple[bool, bool]]:
-    """(image, text) held by each client."""
+    """Return (holds images, holds texts) for each client."""
     draws = np.random.RandomState(SEED).rand(num_clients, 2) < rate
     return [(bool(image), bool(text)) for image, text in draws]

@@ -1,4 +1,4 @@
-"""The sections ``data`` and ``federation`` of an experiment."""
+"""The settings sections ``data`` and ``federation`` of an experiment."""
 
 from __future__ import annotations
 
@@ -20,35 +20,36 @@ DEFAULT_ALPHA = 0.5
 
 
 class DataConfig(BaseModel):
-    """Which samples, and how they are worded."""
+    """The dataset, and how its samples are worded."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     dataset: str = "digits-claims"
-    """A name of the index of datasets."""
+    """Name of the dataset; the datasets page lists them."""
     root: Path | None = None
-    """Folder of the dataset's files; left out for embedded data. Relative paths start at the working directory."""
+    """Folder of the dataset's files; null for embedded datasets. Relative paths start at the working directory."""
     prompt: str = "agnostic"
-    """``agnostic`` words all samples alike and asks to disregard the modality; ``neutral`` does not ask; ``specific`` names the modalities each sample
-    holds; or a name of ``wordings``."""
+    """Wording of the prompts. ``agnostic`` uses one wording for all samples and asks to answer regardless of modality; ``neutral`` is the same
+    without that request; ``specific`` names the modalities of each sample. Or a name from ``wordings``."""
     wordings: dict[str, Wording] = Field(default_factory=dict)
-    """Wordings of your own by name."""
+    """Your own wordings by name."""
     num_train: int | None = Field(None, gt=0)
-    """Training samples over all clients; left out for all there are."""
+    """Number of training samples over all clients; null for all available."""
     num_test: int | None = Field(None, gt=0)
-    """Test samples; left out for all there are."""
+    """Number of test samples; null for all available."""
     num_validation: int | None = Field(None, gt=0)
-    """Validation samples; left out for as many as there are, but no more than test samples."""
+    """Number of validation samples; null for all available, but at most as many as test samples."""
     validation_share: float = Field(VALIDATION_SHARE, ge=0, lt=1)
-    """Share of the training samples that becomes the validation part where the data have none of their own; 0 to train on all."""
+    """Share of the training samples to hold out as the validation split, for datasets without one. 0 trains on all samples."""
     check_images: bool = True
-    """Decode every image file once before the run begins; what is done about broken ones ``on_bad_sample`` says."""
+    """Decode every image file once before the run starts. ``on_bad_sample`` determines what happens to broken images."""
     on_bad_sample: OnBadSample = "refuse"
-    """``refuse``: one error lists all bad rows. ``skip``: they are left out, counted and listed in the report."""
+    """``refuse`` stops with an error that lists all bad rows; ``skip`` leaves them out and lists them in the report."""
     deduplicate: bool = False
-    """Leave out training samples that repeat another one, are in the test split too, or show a picture of it. Else they are only counted."""
+    """Remove training samples that repeat another training sample, also occur in the validation or test split, or show an image of the test
+    split, and validation samples that also occur in the test split. If false, they are only counted."""
     options: dict[str, Any] = Field(default_factory=dict)
-    """The dataset's own settings; the datasets page lists them."""
+    """Settings specific to the dataset; the datasets page lists them."""
 
     @field_validator("root")
     @classmethod
@@ -59,7 +60,7 @@ class DataConfig(BaseModel):
     @classmethod
     def _known(cls, name: str) -> str:
         if name not in DATASETS:
-            raise ValueError(f"{name!r} is no dataset{meant(name, DATASETS)}")
+            raise ValueError(f"{name!r} is not a known dataset{meant(name, DATASETS)}")
         return name
 
     @model_validator(mode="after")
@@ -67,12 +68,12 @@ class DataConfig(BaseModel):
         if taken := sorted(set(self.wordings) & set(WORDINGS)):
             raise ValueError(f"wordings: {', '.join(taken)} cannot be changed; choose another name")
         if self.prompt not in {*WORDINGS, *self.wordings}:
-            raise ValueError(f"prompt: {self.prompt!r} is no wording; known: {', '.join((*WORDINGS, *self.wordings))}")
+            raise ValueError(f"prompt: {self.prompt!r} is not a known wording; known: {', '.join((*WORDINGS, *self.wordings))}")
         return self
 
     @property
     def wording(self) -> Wording:
-        """The wording in force."""
+        """The wording that ``prompt`` selects."""
         return self.wordings.get(self.prompt) or WORDINGS[self.prompt]
 
     @model_validator(mode="after")
@@ -82,25 +83,25 @@ class DataConfig(BaseModel):
 
     @property
     def roots(self) -> tuple[Path, ...]:
-        """Every folder that is read: of the dataset, or of a mixture's parts."""
+        """Every folder that is read: the dataset's, or those of a mixture's datasets."""
         parts = getattr(check_options(DATASETS[self.dataset].options(), self.options), "parts", ())
         return tuple(root for root in (self.root, *(part.root for part in parts)) if root is not None)
 
     @property
     def sources(self) -> tuple[Path, ...]:
-        """These folders, and files of rows outside them, which are named absolutely."""
+        """All ``roots``, and row files outside them that are given as absolute paths."""
         options = check_options(DATASETS[self.dataset].options(), self.options)
         held = (options, *(check_options(DATASETS[part.dataset].options(), part.options) for part in getattr(options, "parts", ())))
         named = (getattr(one, split, None) for one in held for split in SPLITS)
         return (*self.roots, *(Path(name) for name in named if name and Path(name).is_absolute()))
 
     def without_paths(self) -> DataConfig:
-        """The same for another machine: no folder, and of files named absolutely the names alone."""
+        """Return the settings without paths of this machine: no folders, and only the names of files given as absolute paths."""
         return self.model_copy(update={"root": None, "options": _without_paths(self.options)})
 
 
 def _without_paths(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of a dataset, or of a mixture's parts."""
+    """Remove local paths from the settings of a dataset, or of a mixture's datasets."""
     kept: dict[str, Any] = {
         key: Path(value).name if key in SPLITS and value and Path(value).is_absolute() else value for key, value in options.items()
     }
@@ -110,30 +111,33 @@ def _without_paths(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class FederationConfig(BaseModel):
-    """Who takes part, how the data are spread and how long it lasts."""
+    """The clients, the partition of the data over them, and the number of rounds."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     num_clients: int = Field(10, gt=0)
-    """Clients in the federation."""
+    """Number of clients in the federation."""
     clients_per_round: int = Field(2, gt=0)
-    """Clients sampled for each round, without replacement."""
+    """Number of clients in each round's cohort, sampled without replacement."""
     num_rounds: int = Field(25, gt=0)
-    """Communication rounds."""
+    """Number of communication rounds."""
     scenario: str = "aligned"
-    """``aligned``, ``missing-RATE``, ``cross-IMAGE:TEXT`` or ``hybrid-PROBABILITY``."""
+    """The modality scenario, which determines the modalities that each client and sample keeps: ``aligned``, ``missing-RATE``,
+    ``cross-IMAGE:TEXT`` or ``hybrid-PROBABILITY``."""
     partition: Literal["dirichlet", "iid", "quantity", "natural", "domain"] = "dirichlet"
-    """Skew over labels (``dirichlet``) or sizes (``quantity``), none (``iid``), the data's own clients, or a dataset of a mixture each."""
+    """How samples are divided among clients: with label skew (``dirichlet``), with skewed sizes (``quantity``), evenly at random (``iid``), by
+    the clients named in the data (``natural``), or with one dataset of a mixture for each client (``domain``)."""
     dirichlet_alpha: float | None = Field(None, gt=0, le=1e9)
-    """Concentration of the skew over labels (or sizes); left out for the scenario's own (``aligned-ALPHA``) or 0.5."""
+    """Concentration of the Dirichlet distribution; smaller values give more skew. Null uses the scenario's value (``aligned-ALPHA``), or 0.5."""
     protocol: Protocol = "clean"
-    """``clean``: independent of file order, seeded by purpose. ``reference``: the published reference code's splits."""
+    """``clean`` draws splits that do not depend on the order of files. ``reference`` reproduces the splits of the published reference code."""
     heterogeneity: tuple[str, ...] = ()
-    """What else is wrong with the training samples, e.g. ``[blur-0.3, typos-0.2@client]``; applied before the scenario."""
+    """Corruptions of the training samples, e.g. ``[blur-0.3, typos-0.2@client]``. They are applied before the scenario removes modalities."""
     keep_empty: bool = False
-    """Keep samples that lost every modality, as the reference code does; else they are left out and counted."""
+    """Keep samples that lost every modality, as the reference code does. If false, they are removed and counted."""
     min_partition_size: int = Field(8, gt=0)
-    """Samples every client has, of those that it can hold, before ``missing`` takes modalities away."""
+    """Minimum number of samples per client. Only samples that the client can hold under the scenario count, before ``missing`` removes
+    modalities."""
 
     @field_validator("scenario")
     @classmethod
@@ -152,21 +156,22 @@ class FederationConfig(BaseModel):
     def _consistent(self) -> FederationConfig:
         if self.clients_per_round > self.num_clients:
             raise ValueError(
-                f"clients_per_round: a round samples {self.clients_per_round} clients, but num_clients is {self.num_clients}; lower the first"
+                f"clients_per_round: a round samples {self.clients_per_round} clients, but num_clients is {self.num_clients}; "
+                "lower clients_per_round"
             )
         name, level = parse_scenario(self.scenario)
         fixed = float(level) if name == "aligned" and level else None
         if fixed is not None and self.dirichlet_alpha not in (None, fixed):
             raise ValueError(f"dirichlet_alpha: {self.dirichlet_alpha} contradicts scenario {self.scenario}; keep one of them")
         if self.partition in ("iid", "natural") and (self.dirichlet_alpha is not None or fixed is not None):
-            raise ValueError(f"dirichlet_alpha: {self.partition} has no skew to set; leave alpha out or use partition dirichlet")
+            raise ValueError(f"dirichlet_alpha: partition {self.partition} has no skew to set; leave alpha out or use partition dirichlet")
         if self.protocol == "reference" and self.partition != "dirichlet":
-            raise ValueError("protocol: the reference code knows partition dirichlet only; use it, or protocol clean")
+            raise ValueError("protocol: the reference code supports only partition dirichlet; use it, or protocol clean")
         return self
 
     @property
     def alpha(self) -> float:
-        """The label skew in force."""
+        """The Dirichlet concentration that applies, given ``dirichlet_alpha`` and the scenario."""
         name, level = parse_scenario(self.scenario)
         if name == "aligned" and level:
             return float(level)

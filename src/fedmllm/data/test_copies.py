@@ -1,7 +1,7 @@
-"""Copies of the test split with less or worse content: what a model is worth where a modality is missing when it is used.
+"""Copies of the test split with missing or corrupted content, which measure a model's robustness at test time.
 
-A copy is written ``image`` or ``text`` (only this modality is left; several are joined by ``+``), or as a part of ``quality``,
-e.g. ``blur-1``. Trained scenario times tested copy gives the matrix in which a method's robustness shows.
+A copy is named by the modalities that it keeps (``image``, ``text``, or several joined by ``+``), or by a corruption of ``quality``,
+e.g. ``blur-1``. Training scenarios times test copies form the matrix that shows a method's robustness.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from fedmllm.types import Sample
 
 
 def check_copy(spec: str) -> str:
-    """The text, if it can name a copy.
+    """Return the name of a copy after checking it.
 
     Raises:
-        ConfigError: if it is neither modalities joined by ``+`` nor a part.
+        ConfigError: if it is neither modalities joined by ``+`` nor a corruption.
     """
     if _part(spec) is None and not re.fullmatch(r"[a-z_]+(\+[a-z_]+)*", spec):
-        raise ConfigError(f"{spec!r}: a copy of the test split is named by modalities (image, image+text) or a part (blur-1)")
+        raise ConfigError(f"{spec!r}: a copy of the test split is named by modalities (image, image+text) or a corruption (blur-1)")
     return spec
 
 
 def reduced_copy(samples: Sequence[Sample], spec: str, seed: int) -> tuple[Sample, ...]:
-    """The samples as ``spec`` leaves them, under ids of their own; samples left with nothing are not asked.
+    """Return the samples changed as ``spec`` says, with new ids. Samples left without content are removed.
 
     Raises:
-        DataError: if none is left.
+        DataError: if no sample is left.
     """
     part = _part(spec)
     copied = part("test", samples, seed) if part else [keep_only(sample, spec.split("+")) for sample in samples]
@@ -46,17 +46,18 @@ def reduced_copy(samples: Sequence[Sample], spec: str, seed: int) -> tuple[Sampl
 
 
 def own_kind(test: Sequence[Sample], held: Sequence[Sample], client: str, count: int, seed: int) -> tuple[Sample, ...]:
-    """Test samples such as a client meets: drawn with the frequencies of its categories, each left with the modalities of one of its own.
+    """Draw test samples that resemble a client's data: with its frequencies of categories, and with the modalities of its samples.
 
     Args:
         test: the shared test split.
-        held: the client's training samples; none of them is asked.
-        client: names the draw.
-        count: samples to draw, without replacement; more where rounding gives each category at least one, fewer where the split has fewer.
-        seed: the experiment's.
+        held: the client's training samples. Only their categories and modalities are used.
+        client: the client's id, which keys the random draw.
+        count: number of samples to draw, without replacement. There may be more because every category gets at least one, or fewer if
+            the test split has too few of a category.
+        seed: the experiment's seed.
 
     Returns:
-        The samples under ids of their own, category by category; empty if the test split holds none of the client's categories.
+        the samples with new ids, ordered by category; empty if the test split has none of the client's categories.
     """
     rng = generator(seed, "own-kind", client)
     shares = Counter((sample.domain, sample.category) for sample in held)
@@ -71,5 +72,5 @@ def own_kind(test: Sequence[Sample], held: Sequence[Sample], client: str, count:
 
 
 def _part(spec: str) -> Part | None:
-    """The part that a copy is named after, if it is one."""
+    """Return the corruption that a copy is named after; None if it is named after modalities."""
     return parse_part(spec) if re.split("[-:@]", spec)[0] in PARTS else None

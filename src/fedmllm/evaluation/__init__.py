@@ -1,1 +1,1 @@
-"""Asking a model and scoring its answers."""
+"""Predictions of a model on samples, and their scores."""

@@ -1,4 +1,4 @@
-"""Asking a model: options by their probabilities, free answers by greedy decoding."""
+"""Predicts answers: options by their probabilities, free answers by greedy decoding."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from fedmllm.types import Prediction, Sample
 
 @torch.inference_mode()
 def choose(vlm: VisionLanguageModel, samples: Sequence[Sample], encoded: Sequence[Encoded]) -> list[Prediction]:
-    """Multiple choice in one forward pass: ``p_i = softmax_i(logit of option i's letter)`` right after the prompt.
+    """Answer multiple-choice questions in one forward pass: ``p_i = softmax_i(logit of option i's letter)`` right after the prompt.
 
     Raises:
-        ModelError: if the tokenizer does not give each letter a first token of its own.
+        ModelError: if the tokenizer gives two letters the same first token.
     """
     batch = collate(vlm, encoded, with_answers=False)
     with vlm.autocast(), reading(1):
@@ -36,7 +36,11 @@ def _choice(sample: Sample, logits: Tensor, tokens: list[int]) -> Prediction:
 
 @torch.inference_mode()
 def generate(vlm: VisionLanguageModel, samples: Sequence[Sample], encoded: Sequence[Encoded], max_new_tokens: int) -> list[Prediction]:
-    """Greedy answers. One that is empty or does not end within ``max_new_tokens`` is a failure; to a closed question its whole words are kept."""
+    """Answer questions with greedy decoding.
+
+    An answer that is empty, or that does not end within ``max_new_tokens``, is a failure. An unfinished answer to a closed question is not
+    a failure: its complete words are kept.
+    """
     batch = collate(vlm, encoded, with_answers=False)
     ends = _end_tokens(vlm)
     settings = {"do_sample": False, "num_beams": 1, "pad_token_id": vlm.pad_token_id, "eos_token_id": ends}
@@ -52,12 +56,15 @@ def _end_tokens(vlm: VisionLanguageModel) -> list[int]:
 
 
 def _read(vlm: VisionLanguageModel, tokens: Tensor, ends: list[int], cut: bool = False) -> str | None:
-    """The text before the first end token; None if there is no text, or no end. With ``cut``, of text without end all but the last word."""
+    """Return the text before the first end token; None if there is no text or no end token.
+
+    With ``cut``, text without an end token is kept except for its last word.
+    """
     stops = torch.isin(tokens, torch.tensor(ends)).nonzero()
     if len(stops) == 0 and not cut:
         return None
     written = tokens[: int(stops[0])] if len(stops) else tokens
     text = vlm.tokenizer.decode(written, skip_special_tokens=True).strip()
-    # Its last word may be the beginning of another: No of Normal.
+    # The last word of an unfinished text may be cut off: "No" may stand for "Normal".
     text = text if len(stops) else " ".join(text.split()[:-1])
     return restored(text, special_tokens(vlm.processor)) or None

@@ -1,4 +1,4 @@
-"""A model's score on a set of samples."""
+"""Evaluates a model on a set of samples."""
 
 from __future__ import annotations
 
@@ -19,23 +19,26 @@ Baseline = Literal["zero_shot", "local", "centralized", "fine_tuned", "calibrate
 
 
 class EvaluationConfig(BaseModel):
-    """When to evaluate, and against what."""
+    """When the model is evaluated, on which samples, and which baselines it is compared with."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     every: int = Field(5, ge=0)
-    """Rounds between scores of the global model on the validation part, the last round's among them; 0 for none. The test split is asked at the end only."""
+    """Number of rounds between evaluations of the global model on the validation split; the last round is always included. 0 disables them.
+    The test split is used only at the end."""
     baselines: tuple[Baseline, ...] = ("zero_shot", "local", "centralized")
-    """What to compare with: the untrained model, each client alone, all data in one place, the final model trained on by each client; each client
-    alone and all data in one place with ``label_calibration``, at the method's strength or 1."""
+    """Baselines to compare with: ``zero_shot`` is the untrained model; ``local`` trains on each client alone; ``centralized`` trains on all data
+    in one place; ``fine_tuned`` continues training the final model on each client; ``calibrated_local`` and ``calibrated_centralized`` add
+    ``label_calibration``, with the method's strength or 1."""
     tested: tuple[str, ...] = ()
-    """Copies of the test split that the final model is also asked, e.g. ``[image, text, blur-1]``; the complete one always is."""
+    """Copies of the test split with missing modalities or corruptions, e.g. ``[image, text, blur-1]``, on which the final model is evaluated in
+    addition to the complete test split."""
     client_samples: int = Field(0, ge=0)
-    """Test samples of each client's own kind (its labels and modalities) that its models are also asked; 0 for none."""
+    """Number of test samples drawn for each client with its own labels and modalities, on which its models are also evaluated; 0 for none."""
     max_new_tokens: int = Field(16, gt=0)
-    """Longest free answer in tokens."""
+    """Maximum length of free answers in tokens."""
     batch_size: int = Field(50, gt=0)
-    """Samples asked at a time."""
+    """Number of samples per batch in evaluation."""
 
     @field_validator("tested")
     @classmethod
@@ -46,7 +49,7 @@ class EvaluationConfig(BaseModel):
 def predict(
     vlm: VisionLanguageModel, samples: Sequence[Sample], encode: Callable[[Sample], Encoded], config: EvaluationConfig
 ) -> list[Prediction]:
-    """One prediction per sample, in their order. Prompts of like length share a batch."""
+    """Return one prediction for each sample, in the same order. Prompts of similar length share a batch."""
     vlm.model.eval()
     encoded = [encode(sample) for sample in samples]
     answers: dict[int, Prediction] = {}
@@ -58,7 +61,7 @@ def predict(
 
 
 def _groups(samples: Sequence[Sample], encoded: Sequence[Encoded], size: int) -> Iterator[list[int]]:
-    """Batches of indices: multiple choice apart from free answers, each sorted by length."""
+    """Yield batches of positions, separately for multiple choice and free answers, each sorted by length."""
     for with_options in (True, False):
         chosen = [i for i, sample in enumerate(samples) if bool(sample.options) == with_options]
         chosen.sort(key=lambda i: (len(encoded[i].prompt_ids), i))
@@ -74,7 +77,17 @@ def evaluate(
     seed: int,
     kept: list[Answered] | None = None,
 ) -> Metrics:
-    """Scores of the model as it stands; see ``all_metrics``. What they are computed from is appended to ``kept``."""
+    """Return the model's scores on the samples; see ``all_metrics``.
+
+    Args:
+        vlm: the model.
+        samples: the samples.
+        encode: encodes a sample.
+        metric: the headline score.
+        config: the evaluation settings.
+        seed: the seed of the bootstrap.
+        kept: a list to which the predictions are appended as numbers, or None.
+    """
     predictions = predict(vlm, samples, encode, config)
     if kept is not None:
         kept.append(answered(metric, predictions))

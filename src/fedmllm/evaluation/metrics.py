@@ -1,4 +1,4 @@
-"""Scores, each in [0, 1], and their standard errors. A failure (an answer that could not be read) always counts against."""
+"""Scores in [0, 1] and their standard errors. A failure, which is an answer that could not be parsed, always counts as wrong."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ METRICS: dict[str, Callable[[Sequence[Prediction]], float | None]] = index("metr
 
 
 def score(metric: str, predictions: Sequence[Prediction]) -> float:
-    """The headline score by name: ``auc``, ``macro_f1``, ``accuracy``, or ``mixed``: the mean over datasets of each one's own."""
+    """Return the headline score by name: ``auc``, ``macro_f1``, ``accuracy``, or ``mixed``, the mean over datasets of each one's own score."""
     return answered(metric, predictions).score()
 
 
 def auc(predictions: Sequence[Prediction]) -> float:
-    """Area under the ROC curve of the last option's probability: P(positive ranked above negative) + P(tie) / 2.
+    """Return the area under the ROC curve of the last option's probability: P(positive ranked above negative) + P(tie) / 2.
 
-    A failed positive ranks below and a failed negative above everything else.
+    A failed positive ranks below everything else, and a failed negative above everything else.
 
     Raises:
         DataError: unless there are two options and samples of both.
@@ -37,12 +37,12 @@ def auc(predictions: Sequence[Prediction]) -> float:
 
 
 def macro_f1(predictions: Sequence[Prediction]) -> float:
-    """Mean over the classes that occur in the test split of ``2 TP / (2 TP + FP + FN)``; a failure is a false negative."""
+    """Return the mean over the classes that occur in the samples of ``2 TP / (2 TP + FP + FN)``. A failure is a false negative."""
     return score("macro_f1", predictions)
 
 
 def accuracy(predictions: Sequence[Prediction]) -> float:
-    """Share of right answers; see ``evaluation.text.is_right``."""
+    """Return the share of correct answers; see ``evaluation.text.is_right``."""
     return score("accuracy", predictions)
 
 
@@ -52,12 +52,12 @@ def _by_domain(predictions: Sequence[Prediction]) -> dict[str, list[Prediction]]
 
 
 def all_metrics(metric: str, predictions: Sequence[Prediction], seed: int) -> Metrics:
-    """Headline ``score``, its bootstrap ``standard_error``, ``num_samples``, ``failures``, and those of ``free_scores``.
+    """Return all scores: the headline ``score``, its bootstrap ``standard_error``, ``num_samples``, ``failures``, and ``free_scores``.
 
-    Beside the headline, whatever it is, ``accuracy``; and where every sample has the same options also ``balanced_accuracy``, the mean over
-    the classes that occur of ``TP / (TP + FN)``, and ``macro_f1``. Of a mixture each is the mean over datasets.
+    ``accuracy`` is always included. If every sample has the same options, so are ``balanced_accuracy``, the mean over the classes that occur
+    of ``TP / (TP + FN)``, and ``macro_f1``. In a mixture each is the mean over datasets, and ``score_DATASET`` is the dataset's own score.
 
-    Of an AUC also ``auc_hard``, that of the chosen options instead of their probabilities, to be compared with numbers published so.
+    For an AUC, ``auc_hard`` is the AUC of the chosen options instead of their probabilities, for comparison with numbers published that way.
     """
     whole = answered(metric, predictions)
     numbers: Metrics = {"score": whole.score(), "standard_error": _bootstrap(whole, seed)}
@@ -74,15 +74,15 @@ def all_metrics(metric: str, predictions: Sequence[Prediction], seed: int) -> Me
 
 
 def _one_set_of_options(predictions: Sequence[Prediction]) -> bool:
-    """Whether an option's position is a class: all are asked for the same options, in the same order."""
+    """Return whether all samples have the same options in the same order, so that an option's position is a class."""
     options = {prediction.sample.options for prediction in predictions}
     return len(options) == 1 and options != {()}
 
 
 def standard_error(metric: str, predictions: Sequence[Prediction], seed: int) -> float:
-    """Standard deviation of the score over ``BOOTSTRAP_SAMPLES`` resamples of the test samples (Efron, 1979).
+    """Return the standard deviation of the score over ``BOOTSTRAP_SAMPLES`` resamples of the test samples (Efron, 1979).
 
-    Resamples in which an AUC is undefined, for want of one class, are drawn anew.
+    Resamples with an undefined AUC, because one class is missing, are drawn again.
     """
     return _bootstrap(answered(metric, predictions), seed)
 
@@ -92,35 +92,35 @@ def _bootstrap(numbers: Answered, seed: int) -> float:
 
 
 def require_scorable(metric: str, samples: Sequence[Sample], what: str) -> None:
-    """Refuse samples on which a score is not defined, before anything is trained to be scored on them.
+    """Check that a score is defined on samples before anything is trained.
 
     Args:
         metric: the headline score.
-        samples: to be asked.
-        what: they are, for the error.
+        samples: the samples to be scored.
+        what: what the samples are, for the error message.
 
     Raises:
-        DataError: such as for an AUC of samples of one class.
+        DataError: if the score is undefined, such as an AUC on samples of one class.
     """
     try:
         score(metric, [Prediction(sample, None) for sample in samples])
     except DataError as error:
-        raise DataError(f"{what}: {error}; give it samples of both classes, or set another metric") from error
+        raise DataError(f"{what}: {error}; add samples of the other class, or set another metric") from error
 
 
 def over_models(rows: Sequence[Metrics]) -> Metrics:
-    """What several models' metrics come to: questions and failures summed up, the rest averaged, as far as all have it."""
+    """Combine the metrics of several models: sum the numbers of samples and failures, and average the rest. Only shared metrics are kept."""
     shared = [key for key in (rows[0] if rows else ()) if all(key in row for row in rows)]
     return {key: (sum if key in ("failures", "num_samples") else mean)(row[key] for row in rows) for key in shared}
 
 
 def error_over_models(scores: Collection[float]) -> float | None:
-    """Of a mean over K models: their standard deviation divided by ``sqrt(K)``. None for fewer than two."""
+    """Return the standard error of a mean over K models: their standard deviation divided by ``sqrt(K)``. None for fewer than two."""
     return stdev(scores) / len(scores) ** 0.5 if len(scores) > 1 else None
 
 
 def majority_score(metric: str, train: Sequence[Sample], test: Sequence[Sample]) -> float:
-    """The score of always giving the most frequent training answer (of the same answer type); 0.5 for the AUC."""
+    """Return the score of always giving the most frequent training answer of the same answer type; 0.5 for the AUC."""
     if metric == "auc":
         return 0.5
     if metric == "mixed":
@@ -135,11 +135,11 @@ def _majority_in(domain: str, train: Sequence[Sample], test: Sequence[Sample]) -
 
 
 def question_score(metric: str, train: Sequence[Sample], test: Sequence[Sample]) -> float | None:
-    """The score of giving the most frequent training answer to the same question, of whatever picture and text; to a new question, the most frequent
-    answer of its type.
+    """Return the score of a baseline that reads only the question: it gives the question's most frequent training answer.
 
-    A model that does not beat it has learnt what is asked, and nothing of what is shown. None where it would tell nothing: if all test samples ask the
-    same, or the score ranks probabilities (AUC, and mixtures of several scores).
+    To a new question it gives the most frequent answer of its answer type. A model that does not beat this baseline has learned from the
+    questions and nothing from images and texts. The score is None where it says nothing: if all test samples have the same question, or the
+    score ranks probabilities (AUC, and mixtures of several scores).
     """
     if metric in ("auc", "mixed") or len({_asked(sample) for sample in test}) < 2:
         return None
@@ -160,12 +160,15 @@ def _most_frequent_by(samples: Sequence[Sample], key: Callable[[Sample], Hashabl
 
 
 def _offered(sample: Sample, answer: str | None) -> str | None:
-    """The answer, unless the sample's own options do not have it."""
+    """Return the answer, or None if it is not among the sample's options."""
     return None if sample.options and answer not in sample.options else answer
 
 
 def _most_frequent(samples: Sequence[Sample]) -> str:
-    """The most frequent answer, free ones after ``normalize`` and in their first spelling; ties go to the first in the alphabet."""
+    """Return the most frequent answer. Free answers are compared after ``normalize`` and returned in their first spelling.
+
+    Ties go to the first answer in alphabetical order.
+    """
     keys = [sample.answer if sample.options else normalize(sample.answer) for sample in samples]
     spelling = {key: sample.answer for key, sample in reversed([*zip(keys, samples, strict=True)])}
     counts = Counter(keys)

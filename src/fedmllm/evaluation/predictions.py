@@ -1,4 +1,4 @@
-"""Predictions as numbers: a score needs no more, and can be had of any resample of them at once."""
+"""Predictions as numbers, from which scores of many resamples are computed at once."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from fedmllm.evaluation.text import is_right
 from fedmllm.types import Prediction, Record, Sample
 
 SIDE_BY_SIDE = ("accuracy", "balanced_accuracy", "macro_f1")
-"""What every classification is reported by, whatever its headline: a method may gain in one and lose in another."""
+"""Scores reported for every classification, whatever the headline score, because a method may gain in one and lose in another."""
 
 _LARGEST_BATCH = 2**22
-"""Numbers held at once for resamples."""
+"""Maximum number of values held in memory at once for resamples."""
 
 Floats = NDArray[np.float64]
 Indices = NDArray[np.int64]
@@ -24,15 +24,15 @@ Indices = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Answered:
-    """Samples and answers in the order of the test split.
+    """A model's answers as numbers, in the order of the samples.
 
     Attributes:
-        metric: ``auc``, ``macro_f1``, ``accuracy``, or ``mixed``: the mean over datasets of each one's own.
-        metrics: by dataset of a mixture, its own metric; a single one elsewhere.
-        domain: of each sample, the position of its dataset in ``metrics``.
-        truth: the right option's position; 1 for free answers.
-        guess: for the AUC the last option's probability, of a failure the infinity that counts against it; for the macro-F1 the
-            option's position, -1 for a failure; for the accuracy 1 or 0.
+        metric: ``auc``, ``macro_f1``, ``accuracy``, or ``mixed``, the mean over datasets of each one's own score.
+        metrics: for a mixture with ``mixed``, the score of each dataset; otherwise a single one.
+        domain: for each sample, the position of its dataset in ``metrics``.
+        truth: position of the correct option; 1 if the score is the accuracy.
+        guess: for the AUC, the last option's probability, or for a failure the infinity that counts against it; for macro-F1, the
+            chosen option's position, or -1 for a failure; for the accuracy, 1 or 0.
     """
 
     metric: str
@@ -42,20 +42,20 @@ class Answered:
     guess: Floats
 
     def score(self, chosen: Indices | None = None) -> float:
-        """In [0, 1], of all samples or of those chosen, which may repeat.
+        """Return the score in [0, 1] of all samples, or of the chosen positions, which may repeat.
 
         Raises:
-            DataError: if an AUC is asked of samples of one class only.
+            DataError: if the score is an AUC and all samples have the same class.
         """
         size = len(self.truth)
         counts = np.ones(size) if chosen is None else np.bincount(chosen, minlength=size).astype(np.float64)
         found = float(self._scores(counts[None])[0])
         if np.isnan(found):
-            raise DataError("the AUC needs samples of both classes; the test split has one only")
+            raise DataError("the AUC needs samples of both classes, but the test split has only one")
         return found
 
     def resampled(self, rng: np.random.Generator, count: int) -> Floats:
-        """Scores of ``count`` resamples of the samples with replacement (Efron, 1979); where an AUC is undefined, another is drawn."""
+        """Return the scores of ``count`` resamples with replacement (Efron, 1979). Resamples with an undefined AUC are drawn again."""
         size, found = len(self.truth), np.empty(0)
         while len(found) < count:
             batch = min(count - len(found), max(1, _LARGEST_BATCH // size))
@@ -65,7 +65,11 @@ class Answered:
         return found
 
     def _scores(self, counts: Floats) -> Floats:
-        """By row of ``counts``, of shape (resamples, samples), how often each sample is in it; NaN where an AUC is undefined."""
+        """Return the score of each resample; NaN if an AUC is undefined.
+
+        Args:
+            counts: how often each sample occurs in each resample, shape (resamples, samples).
+        """
         total, present = np.zeros(len(counts)), np.zeros(len(counts))
         for i, metric in enumerate(self.metrics):
             own = self.domain == i
@@ -76,15 +80,15 @@ class Answered:
         return np.asarray(total / present)
 
     def hard(self) -> Answered:
-        """The same as choices: of every AUC's probability only whether it chooses the last option, as the FedMLLM paper's AUC is computed."""
+        """Replace the probabilities of every AUC with the choice of the last option or not, as in the FedMLLM paper's AUC."""
         chooses = np.where(np.isfinite(self.guess), self.guess > 0.5, self.guess)
         auc = np.array([metric == "auc" for metric in self.metrics])[self.domain]
         return replace(self, guess=np.where(auc, chooses, self.guess))
 
     def by(self, metric: str) -> Answered | None:
-        """The same answers, each dataset of them scored by one of ``SIDE_BY_SIDE``.
+        """Return the same answers with each dataset scored by one of ``SIDE_BY_SIDE``.
 
-        Where the headline is the accuracy only right and wrong are known, and no class: the others are None.
+        If the headline score is the accuracy, the classes are not known, and every other score is None.
         """
         if metric != "accuracy" and "accuracy" in self.metrics:
             return None
@@ -97,10 +101,10 @@ class Answered:
 
 
 def answered(metric: str, predictions: Sequence[Prediction]) -> Answered:
-    """Predictions as numbers.
+    """Return predictions as numbers.
 
     Raises:
-        DataError: if the metric is the AUC, and samples do not have two options.
+        DataError: if the score is an AUC and some samples do not have two options.
     """
     names = sorted({p.sample.domain for p in predictions}) if metric == "mixed" else [""]
     position = {name: i for i, name in enumerate(names)}
@@ -114,7 +118,7 @@ def answered(metric: str, predictions: Sequence[Prediction]) -> Answered:
 
 
 def to_record(models: Sequence[Answered]) -> Record:
-    """Several models' answers to the same samples as JSON; a failure, whose guess may be no number, is null."""
+    """Return several models' answers to the same samples as JSON. Failures become null, because their guess may be infinite."""
     one = models[0]
     failed = [~np.isfinite(a.guess) | (a.guess < 0) for a in models]
     return {
@@ -129,7 +133,7 @@ def to_record(models: Sequence[Answered]) -> Record:
 
 
 def from_record(record: Record) -> list[Answered]:
-    """The opposite of ``to_record``."""
+    """Read the output of ``to_record``."""
     metrics, domain, truth = tuple(record["metrics"]), np.array(record["domain"]), np.array(record["truth"])
     worst = {"auc": lambda label: -np.inf if label == 1 else np.inf, "macro_f1": lambda label: -1.0}
     return [
@@ -145,7 +149,7 @@ def from_record(record: Record) -> list[Answered]:
 
 
 def own_metric(samples: Sequence[Sample]) -> str:
-    """What fits one dataset: AUC for two options, macro-F1 for more, accuracy for free answers."""
+    """Return the score that suits a dataset: AUC for two options, macro-F1 for more, accuracy for free answers."""
     options = {len(sample.options) for sample in samples}
     return "accuracy" if 0 in options else "auc" if options == {2} else "macro_f1"
 
@@ -168,7 +172,7 @@ _GUESSES = {"auc": _positive, "macro_f1": _position, "accuracy": _right}
 
 
 def _auc(truth: Indices, guess: Floats, counts: Floats) -> Floats:
-    """Mann and Whitney's statistic: P(positive above negative) + P(tie) / 2."""
+    """Return the Mann-Whitney statistic, P(positive above negative) + P(tie) / 2, of each resample."""
     values, place = np.unique(guess, return_inverse=True)
     order = np.argsort(place, kind="stable")
     starts, ranked = np.searchsorted(place[order], np.arange(len(values))), counts[:, order]
@@ -188,14 +192,14 @@ def _balanced_accuracy(truth: Indices, guess: Floats, counts: Floats) -> Floats:
 
 
 def _confusion(truth: Indices, guess: Floats, counts: Floats) -> tuple[Floats, Floats, Floats]:
-    """By resample and class of the truth: right answers, samples, answers."""
+    """Return, by resample and class, the numbers of correct answers, of samples, and of answers."""
     classes = np.unique(truth)
     of_truth, of_guess = truth[:, None] == classes, guess[:, None] == classes
     return counts @ (of_truth & of_guess), counts @ of_truth, counts @ of_guess
 
 
 def _over_classes(scores: Floats, of_truth: Floats) -> Floats:
-    """Mean over the classes that occur in a resample."""
+    """Return the mean over the classes that occur in each resample."""
     occurs = of_truth > 0
     return np.asarray(np.where(occurs, scores, 0.0).sum(1) / occurs.sum(1))
 
@@ -205,4 +209,4 @@ def _accuracy(truth: Indices, guess: Floats, counts: Floats) -> Floats:
 
 
 _SCORES = {"auc": _auc, "macro_f1": _macro_f1, "accuracy": _accuracy, "balanced_accuracy": _balanced_accuracy}
-"""By metric: (truth, guess, how often each sample counts, by resample) -> scores by resample."""
+"""Scores by name: (truth, guess, how often each sample occurs in each resample) -> score of each resample."""

@@ -1,4 +1,4 @@
-"""Free answers against the right ones."""
+"""Compares free answers with the correct ones."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from statistics import mean
 from fedmllm.types import Metrics, Prediction
 
 SIGNS = "#&*/@\\\u2032\u2033"
-"""Punctuation by its category in Unicode that carries meaning at the end of a word: ``C#``, ``A*``, minutes and seconds."""
+"""Characters in Unicode's punctuation categories that carry meaning at the end of a word: ``C#``, ``A*``, minutes and seconds."""
 _PUNCTUATION = ("Po", "Ps", "Pe", "Pi", "Pf")
 _EMPHASIS = re.compile(r"(?<!\w)([*_`]+)(?=\S)(.+?)(?<=\S)\1(?!\w)")
 _DECIMAL = re.compile(r"[.,]\d")
 _UNSPACED = "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-"""Chinese and Japanese characters, which no spaces divide into words."""
+"""Chinese and Japanese characters, which are written without spaces between words."""
 _WORD = re.compile(rf"[{_UNSPACED}]|[^\s{_UNSPACED}]+")
 _YES_OR_NO = re.compile(r"\W*(yes|no)(?![\w/'\u2019-])(?!\s*(?:/|or|and)\s*(?:yes|no)\b)")
 LONG = 8
-"""Words; an answer of more is long."""
+"""An answer with more words than this is long."""
 
 
 def is_right(prediction: Prediction) -> bool:
-    """Whether an answer is right; a failure is wrong.
+    """Return whether an answer is correct. A failure is wrong.
 
-    Of a sample with options, whether the right one was chosen: options are not read as text. Of a closed question that is answered by
-    yes or no, whether the answer begins with the right one. Else exact match after ``normalize``.
+    For a sample with options, the chosen option must be the correct one; options are not compared as text. For a closed question whose
+    correct answer is yes or no, the answer must begin with it. All other answers must match exactly after ``normalize``.
     """
     sample = prediction.sample
     if prediction.answer is None or sample.options:
@@ -38,7 +38,7 @@ def is_right(prediction: Prediction) -> bool:
 
 
 def is_failure(prediction: Prediction) -> bool:
-    """Whether an answer could not be read: there is none, or yes or no is asked for and it begins with neither."""
+    """Return whether an answer could not be parsed: it is missing, or it begins with neither yes nor no although one of them is required."""
     return prediction.answer is None or (_asks_yes_or_no(prediction) and yes_or_no(prediction.answer) is None)
 
 
@@ -47,17 +47,19 @@ def _asks_yes_or_no(prediction: Prediction) -> bool:
 
 
 def yes_or_no(answer: str) -> str | None:
-    """``yes`` or ``no`` if that is the answer's first word (``"Yes, it is."``); None else, and for both at once (``"yes or no"``)."""
+    """Return ``yes`` or ``no`` if it is the answer's first word (``"Yes, it is."``); None otherwise, and for ``"yes or no"``."""
     found = _YES_OR_NO.match(normalize(answer))
     return found[1] if found else None
 
 
 def free_scores(predictions: Sequence[Prediction]) -> Metrics:
-    """Scores of free answers by kind, as means over samples; a failure scores 0.
+    """Return scores of free answers as means over samples. A failure scores 0.
 
-    ``accuracy_KIND``: ``is_right``. Of open questions, with the words of ``normalize`` as bags, m words shared, t in the right answer and
-    a in the model's: ``recall_open = m / t``, ``f1_open = 2 m / (t + a)`` (Rajpurkar et al., EMNLP 2016). ``rouge_l_long``, where right answers
-    of open questions have more than ``LONG`` words: the same F1 with m the longest common subsequence (ROUGE-L; Lin, 2004).
+    - ``accuracy_TYPE``: the share of correct answers (``is_right``) by answer type.
+    - ``recall_open = m / t`` and ``f1_open = 2 m / (t + a)`` for open questions, where m is the number of words that both answers share, t
+      that of the correct answer and a that of the model's answer, as bags of ``words`` (Rajpurkar et al., EMNLP 2016).
+    - ``rouge_l_long`` for open questions whose correct answer has more than ``LONG`` words: the same F1 with the length of the longest
+      common subsequence as m (ROUGE-L; Lin, 2004).
     """
     scores: Metrics = {}
     for kind in sorted({p.sample.answer_type for p in predictions} - {"choice"}):
@@ -73,12 +75,12 @@ def free_scores(predictions: Sequence[Prediction]) -> Metrics:
 
 
 def _f1(shared: int, right: Sequence[str], given: Sequence[str]) -> float:
-    """The harmonic mean of ``shared / len(right)`` and ``shared / len(given)``."""
+    """Return the harmonic mean of ``shared / len(right)`` and ``shared / len(given)``."""
     return 2 * shared / (len(right) + len(given))
 
 
 def _common(one: Sequence[str], other: Sequence[str]) -> int:
-    """Length of the longest common subsequence."""
+    """Return the length of the longest common subsequence."""
     lengths = [0] * (len(other) + 1)
     for word in one:
         before = lengths
@@ -89,17 +91,17 @@ def _common(one: Sequence[str], other: Sequence[str]) -> int:
 
 
 def words(answer: str) -> list[str]:
-    """The words of an answer after ``normalize``; of a script that is written without spaces, each character."""
+    """Return the words of an answer after ``normalize``. In scripts without spaces, each character is a word."""
     text = normalize(answer)
     return [*filter(None, map(_bare, _WORD.findall(text)))] or text.split()
 
 
 def normalize(answer: str) -> str:
-    """Case folded, in Unicode's form NFC, single spaces, no emphasis (``**yes**``), no punctuation at the ends of words.
+    """Normalize an answer: fold case, convert to the Unicode form NFC, use single spaces, and remove emphasis and outer punctuation.
 
-    ``"Yes."`` equals ``"yes"``, ``"是。"`` equals ``"是"``. Punctuation is what Unicode says, in any script: brackets, quotation marks
-    and the category Po without ``SIGNS``, so that symbols and dashes stay (``"<5"``, ``"-1"``, ``"C++"``), as all inside of a word does
-    (``"x-ray"``). An answer of punctuation alone stays as it is.
+    ``"Yes."`` becomes ``"yes"``, ``"是。"`` becomes ``"是"``, and ``"**yes**"`` becomes ``"yes"``. Punctuation at both ends of words is
+    removed in any script: brackets, quotation marks and the Unicode category Po without ``SIGNS``. Symbols and dashes stay (``"<5"``,
+    ``"-1"``, ``"C++"``), and so does everything inside a word (``"x-ray"``). An answer that consists only of punctuation keeps it.
     """
     while (plain := _plainer(answer)) != answer:
         answer = plain
@@ -107,14 +109,14 @@ def normalize(answer: str) -> str:
 
 
 def _plainer(answer: str) -> str:
-    """One step: what it takes away can bring marks of emphasis, or a letter and its accent, together."""
+    """Apply one step of ``normalize``. Steps repeat because a removal can join emphasis marks, or a letter and its accent."""
     folded = unicodedata.normalize("NFC", unicodedata.normalize("NFD", answer).casefold())
     words = _EMPHASIS.sub(r"\2", folded).split()
     return " ".join(filter(None, map(_bare, words))) or " ".join(words)
 
 
 def _bare(word: str) -> str:
-    """A word without the punctuation at its ends. A decimal point before a digit is none."""
+    """Return a word without the punctuation at its ends. A decimal point before a digit is not punctuation."""
     start, end = 0, len(word)
     while end and _is_punctuation(word[end - 1]):
         end -= 1

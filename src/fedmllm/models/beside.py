@@ -1,4 +1,4 @@
-"""What a method adds to a frozen matrix that is held in few digits, beside the matrix, whose digits would swallow most of it."""
+"""Holds a method's change to a low-precision frozen matrix separately, because adding it to the matrix would round most of it away."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from torch.autograd.function import once_differentiable
 
 
 def too_coarse(dtype: torch.dtype) -> bool:
-    """Whether a number format loses much of a small change when it is added to a matrix: bfloat16 and float16, of 16 bits."""
+    """Return whether a data type is too coarse to add a small change to a matrix. This is true for 16-bit types."""
     return torch.finfo(dtype).bits < 32
 
 
 class Beside:
-    """A linear layer's ``y = W x + bias`` becomes ``y = W x + C x + bias``; W stays as it is.
+    """Changes a linear layer from ``y = W x + bias`` to ``y = W x + C x + bias`` without modifying W.
 
-    C is held as ``high + low``, both in the format of W: high is C rounded, and low what that lost, rounded. In bfloat16 the sum is C to
-    2^-17 of each entry, where W + C would be rounded to 2^-9 of the entries of *W*. The products run at the format's own speed.
-    They are summed before anything is rounded: a small C x, added to a W x that is rounded already, mostly rounds back to it.
+    C is held as ``high + low``, both in the data type of W: high is C rounded, and low is the rounded remainder. In bfloat16 the sum
+    represents each entry of C to a relative precision of 2^-17, whereas W + C would be rounded to 2^-9 of the entries of *W*. The products
+    run at the speed of that data type. They are summed before rounding, because a small C x added to a rounded W x would mostly be lost.
 
     Args:
-        layer: with a weight W of shape (outputs, inputs), and a bias or none.
-        change: C, of the same shape, in float32.
+        layer: a layer with weight W of shape (outputs, inputs), with or without bias.
+        change: C, with the same shape, in float32.
 
     Attributes:
-        high, low: as above.
+        high, low: the two terms of C.
     """
 
     def __init__(self, layer: nn.Linear, change: Tensor) -> None:
@@ -44,7 +44,7 @@ class Beside:
         return (product if bias is None else product + bias).reshape(*x.shape[:-1], -1)
 
     def remove(self) -> None:
-        """The layer as it was."""
+        """Restore the layer."""
         if self._before is None:
             del self._layer.forward
         else:
@@ -52,7 +52,7 @@ class Beside:
 
 
 class _Summed(torch.autograd.Function):
-    """``y = sum_i x M_i'`` and, the matrices being frozen, only ``dx = sum_i dy M_i`` in return."""
+    """``y = sum_i x M_i'``. The matrices are frozen, so the backward pass computes only ``dx = sum_i dy M_i``."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *matrices: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ class _Summed(torch.autograd.Function):
 
 
 def _summed(x: Tensor, matrices: Sequence[Tensor]) -> Tensor:
-    """``sum_i x M_i``, the smallest matrix first: each product is added to what it is before in float32, and the sum rounded."""
+    """Return ``sum_i x M_i``, smallest matrix first. Each product is added to the previous sum in float32 and then rounded."""
     total = x @ matrices[0]
     for matrix in matrices[1:]:
         total = torch.addmm(total, x, matrix)

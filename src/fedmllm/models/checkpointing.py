@@ -1,4 +1,4 @@
-"""Gradient checkpointing (Chen et al., 2016, arXiv 1604.06174): layers computed again in the backward pass, as they were the first time."""
+"""Gradient checkpointing (Chen et al., 2016, arXiv 1604.06174): layers are recomputed in the backward pass under the same conditions."""
 
 from __future__ import annotations
 
@@ -10,21 +10,25 @@ from fedmllm.models.current_pass import PASS, passing
 
 
 def checkpoint_layers(model: Any, name: str) -> None:
-    """Let a Transformers model keep only the inputs of its layers in training.
+    """Make a Transformers model store only the inputs of its layers in training.
 
-    A layer computed again, on a GPU in another thread, must go through the same clients' adapters and leave out the same columns as the
-    first time: what held then is taken along.
+    A recomputed layer must use the same clients' adapters and skip the same columns as in the forward pass. On a GPU, recomputation runs
+    in another thread, so these settings are captured in the forward pass.
+
+    Args:
+        model: the Transformers model.
+        name: the model's name, for the error message.
 
     Raises:
-        ModelError: if the model cannot do that.
+        ModelError: if the model does not support it.
     """
     if not getattr(model, "supports_gradient_checkpointing", False):
-        raise ModelError(f"model.gradient_checkpointing: {name!r} does not support it; leave it out")
-    # Older versions of Transformers know the second name only.
+        raise ModelError(f"model.gradient_checkpointing: {name!r} does not support it; set it to false")
+    # Older versions of Transformers have only the second name.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False, "context_fn": _contexts})
 
 
 def _contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Nothing for the first pass, and for the second what holds now."""
+    """Return the contexts of the forward pass and of recomputation, which restores the current settings."""
     return nullcontext(), passing(factors=PASS.factors, columns=PASS.columns)

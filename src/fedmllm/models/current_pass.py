@@ -1,4 +1,4 @@
-"""What holds for the pass of a model that a thread is making: whose adapters, and how much of the output is read."""
+"""Per-thread settings of the current pass through a model: which adapters it uses, and which output columns are read."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ Factors = Mapping[nn.Module, tuple[Tensor, Tensor]]
 
 
 class _Pass(threading.local):
-    """One for each thread."""
+    """The settings of one thread."""
 
     factors: Factors | None = None
-    """None for the model's own adapters."""
+    """Clients' stacked adapters; None for the model's own adapters."""
     columns: int | None = None
-    """At the end of each row, that are read; None for all."""
+    """Number of columns at the end of each row that are read; None for all."""
     length: int = 0
-    """Columns there are, while some are cut off."""
+    """Total number of columns, while some are cut off."""
 
 
 PASS = _Pass()
@@ -29,7 +29,7 @@ PASS = _Pass()
 
 @contextmanager
 def passing(**settings: Any) -> Iterator[None]:
-    """In this block these settings hold for this thread's passes."""
+    """Apply settings to this thread's passes in this block."""
     before = {name: getattr(PASS, name) for name in settings}
     vars(PASS).update(settings)
     try:

@@ -1,7 +1,7 @@
-"""Messages to tensors, and the answer's log-likelihood.
+"""Encodes messages as tensors, and computes the log-likelihood of answers.
 
-Sequences are padded on the left, so that the answers of a batch end in the same column: the logits of the last few
-columns are all that training and scoring ever compute, whatever the vocabulary.
+Sequences are padded on the left, so that all answers of a batch end in the same column. Training and scoring then compute only
+the logits of the last few columns, which saves memory with large vocabularies.
 """
 
 from __future__ import annotations
@@ -24,22 +24,23 @@ from fedmllm.models.load import VisionLanguageModel, context
 from fedmllm.types import Message, Part, Sample
 
 PIXELS = "pixel_"
-"""How the names of processors' tensors begin that hold pixels."""
+"""Prefix of the names of processor outputs that contain pixels."""
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """One prompt with its answer.
+    """One encoded prompt with its answer.
 
     Attributes:
-        input_ids: prompt then answer, shape (length,).
-        answer_length: how many of the last tokens are the answer, its end token included.
-        extras: the processor's further tensors (``pixel_values`` and the like), stacked along their first axis; without those of pixels where
-            features stand for them (``without_pixels``).
-        by_token: the processor's numbers that stand beside tokens (``token_type_ids`` and the like), as long as ``input_ids``.
-        companions: further prompts with answers that training compares with this one, by the name of the loss term that does.
-        option_bias: (tokens, values) added to the logits of the options' letters in training; None for nothing.
-        left_out: of a sample without its pixels, the key of its picture, and what makes ``extras`` whole again; None where nothing was left out.
+        input_ids: the prompt's tokens, then the answer's, shape (length,).
+        answer_length: number of tokens at the end that belong to the answer, including its end token.
+        extras: the processor's other tensors (``pixel_values`` and the like), stacked along their first axis. Pixels are left out if
+            cached image features replace them (``without_pixels``).
+        by_token: the processor's per-token values (``token_type_ids`` and the like), as long as ``input_ids``.
+        companions: other encoded prompts that a loss term compares with this one, by the name of the term.
+        option_bias: (tokens, values) to add to the logits of the options' letters in training; None for no bias.
+        left_out: for a sample without pixels, the key of its images and a function that restores all of ``extras``; None if
+            nothing was left out.
     """
 
     input_ids: Tensor
@@ -52,36 +53,36 @@ class Encoded:
 
     @property
     def prompt_ids(self) -> Tensor:
-        """The prompt alone."""
+        """The tokens of the prompt without the answer."""
         return self.input_ids[: len(self.input_ids) - self.answer_length]
 
     @property
     def answer_ids(self) -> Tensor:
-        """The answer alone."""
+        """The tokens of the answer, including its end token."""
         return self.input_ids[len(self.input_ids) - self.answer_length :]
 
     @property
     def pictured(self) -> bool:
-        """Whether it holds a picture."""
+        """Whether the sample contains an image."""
         return bool(self.extras) or self.left_out is not None
 
     @property
     def whole(self) -> Mapping[str, Tensor]:
-        """All further tensors; those of pixels are made anew if they were left out."""
+        """All of ``extras``. Pixels that were left out are computed again."""
         return self.extras if self.left_out is None else self.left_out[1]()
 
     def without_pixels(self, again: Callable[[], Mapping[str, Tensor]]) -> Encoded:
-        """The same without the tensors that hold pixels, nearly all of its memory.
+        """Return a copy without the pixel tensors, which take nearly all of the sample's memory.
 
         Args:
-            again: makes all of ``extras``.
+            again: returns all of ``extras``, computed again.
         """
         kept = {name: tensor for name, tensor in self.extras.items() if not name.startswith(PIXELS)}
         return replace(self, extras=kept, left_out=(self.picture, again))
 
     @cached_property
     def picture(self) -> bytes:
-        """A key of what it holds of pictures, as the processor made it."""
+        """A hash of the processor's outputs for the sample's images."""
         if self.left_out is not None:
             return self.left_out[0]
         digest = hashlib.blake2b(digest_size=16)
@@ -96,10 +97,10 @@ class Batch:
     """Padded samples on the model's device.
 
     Attributes:
-        inputs: what the model's ``forward`` takes: ``input_ids`` and ``attention_mask`` of shape (samples, length), and what stands
-            for pictures.
-        answer_mask: which of the last ``answer_mask.shape[1]`` columns belong to each sample's answer.
-        bias: what training adds to the logits, as (rows, answer columns, tokens) and values; None for nothing.
+        inputs: the arguments of the model's ``forward``: ``input_ids`` and ``attention_mask`` of shape (samples, length), and pixels or
+            image features.
+        answer_mask: whether each of the last ``answer_mask.shape[1]`` columns belongs to the sample's answer.
+        bias: positions (rows, answer columns, tokens) and values to add to the logits in training; None for no bias.
     """
 
     inputs: dict[str, Any]
@@ -108,11 +109,16 @@ class Batch:
 
 
 def encode(vlm: VisionLanguageModel, messages: Sequence[Message], answer: str) -> Encoded:
-    """One sample as tensors.
+    """Encode one sample.
+
+    Args:
+        vlm: the model.
+        messages: the prompt.
+        answer: the answer's text.
 
     Raises:
-        ModelError: if the processor does not take the sample, or prompt and answer exceed the model's context.
-        DataError: if a picture cannot be read.
+        ModelError: if the processor rejects the sample, or prompt and answer exceed ``vlm.max_length``.
+        DataError: if an image cannot be read.
     """
     if vlm.max_image_side is not None:
         messages = [Message(m.role, tuple(_shrunk(part, vlm.max_image_side) for part in m.parts)) for m in messages]
@@ -120,23 +126,23 @@ def encode(vlm: VisionLanguageModel, messages: Sequence[Message], answer: str) -
     try:
         tensors = vlm.family.prompt_tensors(vlm.processor, prompt, messages)
     except (ValueError, RuntimeError, ArithmeticError) as error:
-        raise ModelError(f"the processor of {vlm.name!r} does not take it: {' '.join(str(error).split())[:300]}") from error
+        raise ModelError(f"the processor of {vlm.name!r} rejected it: {' '.join(str(error).split())[:300]}") from error
     prompt_ids = tensors.pop("input_ids")[0]
     answer_ids = vlm.tokenizer(completion, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
     ids = torch.cat([prompt_ids, answer_ids])
     if len(ids) > vlm.max_length:
         own = context(vlm.model)
-        remedy = ", the model's own: shorten the text, or leave it out with data.on_bad_sample=skip"
+        remedy = ", the model's own limit; shorten the text, or leave the sample out with data.on_bad_sample=skip"
         if own > vlm.max_length:
-            remedy = f" by model.max_length: shorten the text, or raise that up to the model's own {own}"
-        raise ModelError(f"prompt and answer take {len(ids)} tokens, the limit is {vlm.max_length}{remedy}")
+            remedy = f" (model.max_length); shorten the text, or raise model.max_length up to the model's own limit of {own}"
+        raise ModelError(f"prompt and answer take {len(ids)} tokens, but the limit is {vlm.max_length}{remedy}")
     kinds = {name: tensors.pop(name)[0] for name in sorted(tensors) if name.endswith("token_type_ids")}
     by_token = {name: F.pad(row, (0, len(answer_ids)), value=vlm.family.answer_type) for name, row in kinds.items()}
     return Encoded(ids, len(answer_ids), tensors, by_token)
 
 
 def _shrunk(part: Part, side: int) -> Part:
-    """A picture with no side longer than ``side``, its shape kept; anything else as it is."""
+    """Scale an image down so that no side is longer than ``side``, and keep its aspect ratio. Other content is not changed."""
     if part.type != "image":
         return part
     image = open_image(part.value).copy()
@@ -145,7 +151,7 @@ def _shrunk(part: Part, side: int) -> Part:
 
 
 def collate(vlm: VisionLanguageModel, samples: Sequence[Encoded], with_answers: bool = True) -> Batch:
-    """Pad samples on the left into one batch; ``with_answers=False`` leaves the prompts only, to continue from."""
+    """Pad samples on the left into one batch. ``with_answers=False`` keeps only the prompts, for generation."""
     lengths = [len(sample.input_ids) - (0 if with_answers else sample.answer_length) for sample in samples]
     length, answers = max(lengths), max(sample.answer_length for sample in samples)
     input_ids = _padded([sample.input_ids[:n] for sample, n in zip(samples, lengths, strict=True)], length, vlm.pad_token_id)
@@ -163,24 +169,24 @@ def collate(vlm: VisionLanguageModel, samples: Sequence[Encoded], with_answers: 
 
 
 def _padded(rows: Sequence[Tensor], length: int, value: float) -> Tensor:
-    """Rows of different lengths in one tensor, filled up on the left."""
+    """Stack rows of different lengths, padded on the left."""
     return torch.stack([F.pad(row, (length - len(row), 0), value=value) for row in rows])
 
 
 def _fed(vlm: VisionLanguageModel, sample: Encoded) -> dict[str, Tensor]:
-    """A sample's further tensors; those of pixels are not read where features stand for them."""
+    """Return the processor's other tensors of a sample, without pixels if cached features replace them."""
     if vlm.features is None:
         return dict(sample.whole)
     return {name: tensor for name, tensor in sample.extras.items() if not name.startswith(PIXELS)}
 
 
 def _moved(value: Any, device: torch.device) -> Any:
-    """A tensor, or lists of them, on a device."""
+    """Move a tensor, or nested lists of tensors, to a device."""
     return [_moved(part, device) for part in value] if isinstance(value, list) else value.to(device)
 
 
 def _bias(samples: Sequence[Encoded], columns: int, device: torch.device) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor] | None:
-    """The samples' biases, each at the first column of its answer."""
+    """Return the samples' option biases, each placed at the first column of its answer."""
     held = [(i, columns - sample.answer_length, sample.option_bias) for i, sample in enumerate(samples) if sample.option_bias]
     if not held:
         return None
@@ -190,23 +196,23 @@ def _bias(samples: Sequence[Encoded], columns: int, device: torch.device) -> tup
 
 
 def option_tokens(vlm: VisionLanguageModel, sample: Sample) -> list[int]:
-    """The first token of each option's letter.
+    """Return the first token of each option's letter.
 
     Raises:
-        ModelError: if the tokenizer does not give each letter a first token of its own.
+        ModelError: if two letters have the same first token.
     """
     rows = vlm.tokenizer(list(letters(sample.options)), add_special_tokens=False)["input_ids"]
     tokens = [row[0] for row in rows]
     if len(set(tokens)) < len(tokens):
         raise ModelError(
-            f"the tokenizer of {vlm.name!r} does not tell the letters of {len(tokens)} options apart by their first token; "
-            "ask with fewer options or for a free answer, or use another model"
+            f"the tokenizer of {vlm.name!r} gives some letters of {len(tokens)} options the same first token; "
+            "use fewer options, free answers, or another model"
         )
     return tokens
 
 
 def answer_nll(vlm: VisionLanguageModel, batch: Batch) -> Tensor:
-    """Negative log-likelihood of each answer token, shape (samples, answer columns), 0 outside the answers.
+    """Return the negative log-likelihood of each answer token, shape (samples, answer columns), and 0 outside the answers.
 
     ``nll[i, t] = -log p(token t of answer i | its prompt, the tokens before t)``, in nats and float32.
     """
@@ -218,7 +224,7 @@ def answer_nll(vlm: VisionLanguageModel, batch: Batch) -> Tensor:
 
 
 def answer_logits(vlm: VisionLanguageModel, batch: Batch) -> Tensor:
-    """What the model expects at each column of the answers, shape (samples, answer columns, vocabulary), float32."""
+    """Return the logits that predict each answer column, in float32, shape (samples, answer columns, vocabulary)."""
     columns = batch.answer_mask.shape[1]
     with reading(columns + 1):
         output = vlm.family.call(vlm.model, batch.inputs, logits_to_keep=columns + 1, use_cache=False)

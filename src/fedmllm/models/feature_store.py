@@ -1,4 +1,4 @@
-"""Tensors by key in a memory-mapped file of bounded size: what was computed once need not be computed again, nor held in memory."""
+"""A cache of tensors in a memory-mapped file of bounded size, so that they need neither be recomputed nor held in memory."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ _ALIGNMENT = 64
 
 @dataclass(frozen=True)
 class _Entry:
-    """Where a group of tensors lies, and how to read it: (name, dtype, shape, bytes) in their order."""
+    """The position of a group of tensors in the file, and its layout: (name, dtype, shape, bytes) of each tensor in order."""
 
     start: int
     layout: tuple[tuple[str, torch.dtype, torch.Size, int], ...]
 
 
 class TensorStore:
-    """Groups of named tensors in a temporary file that is gone when the process ends. The oldest make room for new ones.
+    """Groups of named tensors in a temporary file that is deleted when the process ends. New groups evict the oldest ones.
 
-    The file is a ring: groups lie one behind the other and begin again at the front when they reach the end. What is read often
-    the operating system keeps in memory. ``TMPDIR`` says where the file is; a full disk ends the keeping, not the run.
+    The file is a ring buffer: groups are written one after another and wrap around at the end. The operating system keeps frequently read
+    groups in memory. ``TMPDIR`` determines the location of the file. If the disk is full, nothing more is cached, and the run continues.
 
     Args:
-        max_bytes: size of the file, taken up as it fills; a group that is larger is not kept.
+        max_bytes: maximum size of the file, which occupies disk space only as it fills. Larger groups are not cached.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -48,13 +48,13 @@ class TensorStore:
         return key in self._entries
 
     def get(self, key: Hashable) -> dict[str, Tensor] | None:
-        """A copy of a group; None if it is not there, or no longer."""
+        """Return a copy of a group; None if it was never stored or has been evicted."""
         entry = self._entries.get(key)
         if entry is None:
             return None
         found, at = {}, entry.start
         for name, dtype, shape, size in entry.layout:
-            # An empty tensor of bytes cannot be viewed as another format.
+            # An empty byte tensor cannot be viewed as another data type.
             found[name] = (
                 torch.from_numpy(self._mapped[at : at + size].copy()).view(dtype).reshape(shape)
                 if size
@@ -64,7 +64,7 @@ class TensorStore:
         return found
 
     def put(self, key: Hashable, tensors: Mapping[str, Tensor]) -> None:
-        """Keep a group under a key that has none."""
+        """Store a group, unless its key is already in use."""
         held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         size = sum(_aligned(tensor.nbytes) for tensor in held.values())
         if self._full or size > self._max_bytes or key in self._entries:
@@ -81,7 +81,7 @@ class TensorStore:
         self._end = start + size
 
     def _write(self, start: int, tensors: Mapping[str, Tensor]) -> None:
-        """By a system call rather than through the map, where a full disk would be a bus error."""
+        """Write with system calls. Writing through the memory map would crash with a bus error if the disk is full."""
         for tensor in tensors.values():
             self._file.seek(start)
             if tensor.nbytes:
@@ -89,7 +89,7 @@ class TensorStore:
             start += _aligned(tensor.nbytes)
 
     def _make_room(self, start: int, end: int) -> None:
-        """Forget the oldest groups as far as they lie where the new one will, or behind the point where the ring begins again."""
+        """Evict the oldest groups that overlap the new one, or that lie beyond the point where the ring wraps around."""
         skipped = self._end if start < self._end else self._max_bytes
         while self._entries:
             oldest = next(iter(self._entries.values())).start

@@ -1,4 +1,4 @@
-"""What the frozen vision part makes of pictures, computed once for each."""
+"""Caches the frozen vision tower's features, so that they are computed once per image."""
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger(__name__)
 
 _FIELDS = ("pooler_output", "deepstack_features")
-"""What decoders read of an output of ``get_image_features``: features by picture, and by inner layer and picture."""
+"""The fields of ``get_image_features`` outputs that decoders read: features by image, and features by inner layer and image."""
 
 
 class VisionFeatures:
-    """Outputs of a model's ``get_image_features``, kept up to a limit and fed in place of pictures.
+    """A cache of bounded size for the outputs of a model's ``get_image_features``, which the model gets instead of pixels.
 
-    Between pictures and decoder nothing trains, so that the features never change. They are kept by the tensors that the processor
-    made, so that a blurred copy of a picture is another picture.
+    Nothing between pixels and decoder trains, so the features never change. The cache key is computed from the processor's output, so an
+    edited copy of an image counts as another image.
 
     Args:
-        vlm: a model that ``serves``, before or after adapters were attached to its decoder.
-        max_bytes: how much to keep.
+        vlm: a model that ``serves`` accepts, before or after adapters are attached to its decoder.
+        max_bytes: size limit of the cache.
 
     Raises:
-        ModelError: if the model does not read features: it would train without its pictures.
+        ModelError: if the model does not accept features. It would train without its images.
     """
 
     def __init__(self, vlm: VisionLanguageModel, max_bytes: int) -> None:
         if not serves(vlm):
-            raise ModelError(f"model.name: {vlm.name!r} reads no features in place of pictures; set engine.feature_bytes to 0")
+            raise ModelError(f"model.name: {vlm.name!r} does not accept image features instead of images; set engine.feature_bytes to 0")
         self._vlm, self._store = vlm, TensorStore(max_bytes)
-        # Some models' hand all on to that of the model inside, whose signature alone says what that is.
+        # Some outer methods forward all arguments to the inner model, and only its signature names them.
         outer = without_adapters(vlm.model)
         methods = [model.get_image_features for model in (outer, getattr(outer, "model", outer)) if hasattr(model, "get_image_features")]
         self._taken = frozenset(name for method in methods for name in inspect.signature(method).parameters)
@@ -54,11 +54,13 @@ class VisionFeatures:
         self._lock = threading.Lock()
 
     def standing_for(self, sample: Encoded, again: Callable[[], Encoded]) -> Encoded:
-        """The sample without its pixels, once the features of its pictures are kept; as it is where they cannot be, or it has none.
+        """Compute and cache the features of a sample's images, and return the sample without pixels.
+
+        A sample without images, or whose features do not fit into the cache, is returned unchanged.
 
         Args:
-            sample: encoded.
-            again: encodes it once more, should its features have made room for others when they are needed.
+            sample: the encoded sample.
+            again: encodes the sample again. It is called if the cache has evicted the features by the time they are needed.
         """
         if not sample.pictured or sample.left_out is not None:
             return sample
@@ -66,7 +68,7 @@ class VisionFeatures:
         return sample.without_pixels(lambda: again().extras) if sample.picture in self._store else sample
 
     def inputs(self, samples: Sequence[Encoded]) -> dict[str, Any]:
-        """What ``forward`` takes in place of the pixels of some samples, each of which has a picture."""
+        """Return the arguments of ``forward`` that replace the pixels of samples. Every sample must have an image."""
         rows = [self._features(sample) for sample in samples]
         merged = {field: _merged([_grown(row, field) for row in rows]) for field in _FIELDS if any(n.startswith(field) for n in rows[0])}
         return {"mm_encoder_outputs": {"image": self._kind(**merged)}}
@@ -82,12 +84,12 @@ class VisionFeatures:
         return {name: tensor.to(self._vlm.device) for name, tensor in found.items()}
 
     def _tell_if_crowded(self, sample: Encoded) -> None:
-        """Say it the first time that features are computed again."""
+        """Log a warning the first time that evicted features must be computed again."""
         if sample.left_out is not None and not self._crowded:
             self._crowded = True
             _LOG.warning(
-                "engine.feature_bytes holds the features of %d pictures, which is less than are in use: pictures are read and their features "
-                "computed again; raise it",
+                "engine.feature_bytes holds the features of %d images, fewer than are in use, so images are read and their features computed "
+                "again; raise it",
                 len(self._store),
             )
 
@@ -106,13 +108,13 @@ class VisionFeatures:
 
 
 def serves(vlm: VisionLanguageModel) -> bool:
-    """Whether a model can be fed features in place of pictures."""
+    """Return whether a model accepts precomputed image features instead of pixels."""
     model = without_adapters(vlm.model)
     return hasattr(model, "get_image_features") and "mm_encoder_outputs" in inspect.signature(model.forward).parameters
 
 
 def _leaves(name: str, tree: Any) -> Iterable[tuple[str, Tensor]]:
-    """``pooler_output/0``, ``pooler_output/1``: the tensors of nested lists by their paths."""
+    """Yield the tensors of nested lists with their paths: ``pooler_output/0``, ``pooler_output/1``."""
     if isinstance(tree, Tensor):
         yield name, tree
     elif tree is not None:
@@ -121,7 +123,7 @@ def _leaves(name: str, tree: Any) -> Iterable[tuple[str, Tensor]]:
 
 
 def _grown(leaves: Mapping[str, Tensor], name: str) -> Any:
-    """The opposite of ``_leaves``."""
+    """Rebuild the nested lists from the output of ``_leaves``."""
     if name in leaves:
         return leaves[name]
     branches = dict.fromkeys(path[len(name) + 1 :].split("/")[0] for path in leaves if path.startswith(f"{name}/"))
@@ -129,7 +131,7 @@ def _grown(leaves: Mapping[str, Tensor], name: str) -> Any:
 
 
 def _merged(trees: Sequence[Any]) -> Any:
-    """The samples' pictures behind one another: tensors along their first axis, lists of pictures as one list, by layer where there are."""
+    """Concatenate the samples' features: tensors along their first axis, lists of images as one list, and lists of layers layer by layer."""
     if isinstance(trees[0], Tensor):
         return torch.cat(list(trees))
     if isinstance(trees[0][0], Tensor):

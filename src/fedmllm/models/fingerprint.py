@@ -1,4 +1,4 @@
-"""Which model it is: a short name of a folder's or hub id's settings and weights, whatever the folder is called."""
+"""Computes a model's fingerprint, a short hash of its settings and weights that does not depend on the folder's name."""
 
 from __future__ import annotations
 
@@ -12,23 +12,24 @@ import torch
 from safetensors import safe_open
 
 _VALUES = 256
-"""Of each tensor, in its first row: training moves nearly all of them."""
+"""Number of values of each tensor's first row that enter the fingerprint. Training changes nearly all values, so these suffice."""
 _ABOUT_FILES = ("_name_or_path", "transformers_version", "torch_dtype", "dtype")
-"""Settings that say how a model was saved, and nothing about what it computes."""
+"""Settings that describe how a model was saved and not what it computes."""
 
 
 def fingerprint(source: str, revision: str | None) -> str:
-    """``SHA-256(settings, and by tensor its name, shape and first values in bfloat16)``, 16 digits of it.
+    """Return 16 hex digits of ``SHA-256(settings, and each tensor's name, shape and first values in bfloat16)``.
 
-    A copy has the same, also one in bfloat16 or divided into files otherwise; a model that was trained on, or an adapter merged into, has another.
+    A copy has the same fingerprint, even if it is saved in bfloat16 or split into different files. A model that was trained further, or
+    that an adapter was merged into, has a different one.
 
     Args:
-        source: what ``from_pretrained`` is given; files of a hub are downloaded as for it.
-        revision: on the hub.
+        source: the argument of ``from_pretrained``. Files of a hub model are downloaded.
+        revision: the revision on the hub.
 
     Raises:
-        OSError: if files are missing or cannot be had.
-        ValueError, KeyError, SafetensorError: if they are damaged.
+        OSError: if files are missing or cannot be downloaded.
+        ValueError, KeyError, SafetensorError: if files are damaged.
     """
     digest = hashlib.sha256(json.dumps(_plain(_json(_file(source, "config.json", revision))), sort_keys=True).encode())
     for _, entry in sorted(entry for path in _weights(source, revision) for entry in _entries(path)):
@@ -37,7 +38,7 @@ def fingerprint(source: str, revision: str | None) -> str:
 
 
 def _plain(settings: Any) -> Any:
-    """Settings without those about files, at any depth."""
+    """Remove the settings in ``_ABOUT_FILES``, at any depth."""
     if isinstance(settings, list):
         return [_plain(value) for value in settings]
     if not isinstance(settings, dict):
@@ -46,7 +47,7 @@ def _plain(settings: Any) -> Any:
 
 
 def _weights(source: str, revision: str | None) -> list[Path]:
-    """The files that Transformers reads: a single one, or those of an index."""
+    """Return the weight files that Transformers reads: a single one, or those listed in an index."""
     single, index = "model.safetensors", "model.safetensors.index.json"
     if (found := _file(source, single, revision, optional=True)) is not None:
         return [found]
@@ -66,7 +67,7 @@ def _json(path: Path | None) -> Any:
 
 
 def _entries(path: Path) -> Iterator[tuple[str, bytes]]:
-    """Each tensor's name, and what is taken of it."""
+    """Yield each tensor's name, and the bytes that enter the fingerprint."""
     with safe_open(path, "pt") as file:
         for name in file.keys():  # noqa: SIM118 - it is no mapping
             shape = file.get_slice(name).get_shape()

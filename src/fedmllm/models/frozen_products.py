@@ -1,7 +1,7 @@
-"""Products with frozen matrices through oneDNN, on a CPU.
+"""Computes products with frozen matrices through oneDNN on a CPU.
 
-PyTorch's own float32 products go through MKL, which on some processors leaves half of the vector unit idle: on an AMD one with AVX-512,
-oneDNN makes twice as many a second.
+PyTorch's float32 products use MKL, which leaves half of the vector unit idle on some processors. On an AMD processor with AVX-512,
+oneDNN is twice as fast.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 _ROWS = 16
-"""Products of fewer rows are bound by memory, and MKL begins sooner."""
+"""Minimum number of rows. Smaller products are limited by memory bandwidth, and MKL has less overhead."""
 
 
 def available() -> bool:
-    """Whether there is something to gain here: AVX-512, and a build of PyTorch with oneDNN."""
+    """Return whether oneDNN can help on this machine: it needs AVX-512 and a PyTorch build with oneDNN."""
     vectors = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
     built: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     return vectors and built and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def direct(model: nn.Module) -> None:
-    """Let a model's linear layers, under adapters too, compute through oneDNN, to float tolerance as before.
+    """Make a model's linear layers, including those under adapters, compute through oneDNN. Results agree to float tolerance.
 
-    Only ``y = W x + bias`` in float32 on a CPU, with W frozen, is affected; whatever else a layer comes to is computed as before.
+    This affects only ``y = W x + bias`` in float32 on a CPU with frozen W. All other cases are computed as before.
     """
     for module in model.modules():
         if type(module) is nn.Linear:
@@ -35,7 +35,7 @@ def direct(model: nn.Module) -> None:
 
 
 class _Forward:
-    """A layer's ``forward``, through oneDNN where that is for it."""
+    """A layer's ``forward`` that uses oneDNN for suitable inputs."""
 
     def __init__(self, layer: nn.Linear) -> None:
         self._layer = layer
@@ -51,17 +51,17 @@ class _Forward:
 
 
 def adapted(layer: Any, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor | None:
-    """``y_i = W x_i + bias + scale B_k A_k x_i`` for the rows of every group k, as one operation with one gradient.
+    """Compute ``y_i = W x_i + bias + scale B_k A_k x_i`` for the rows of every group k, as one operation with its own gradient.
 
     Args:
-        layer: with W, and a bias or none.
-        x: shape (rows, length, inputs), the groups' rows behind one another, as many of each.
+        layer: a layer with weight W, with or without bias.
+        x: shape (rows, length, inputs), ordered by group, with equally many rows per group.
         a: shape (groups, r, inputs).
         b: shape (groups, outputs, r).
-        scale: LoRA's.
+        scale: LoRA's scale.
 
     Returns:
-        shape (rows, length, outputs); None where the layer does not compute through oneDNN.
+        shape (rows, length, outputs); None if the layer does not compute through oneDNN.
     """
     if not isinstance(layer.forward, _Forward) or a.dtype != torch.float32 or not _suits(x, layer.weight, layer.bias):
         return None
@@ -76,13 +76,13 @@ def _suits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 
 def frozen_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``x W' + bias`` through oneDNN, without a gradient."""
+    """Return ``x W' + bias``, computed through oneDNN without a gradient."""
     product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return product
 
 
 class _Product(torch.autograd.Function):
-    """``y = x W' + bias`` and, W being frozen, only ``dx = dy W`` in return."""
+    """``y = x W' + bias``. W is frozen, so the backward pass computes only ``dx = dy W``."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -97,7 +97,7 @@ class _Product(torch.autograd.Function):
 
 
 class _Adapted(torch.autograd.Function):
-    """By group, with ``l = x A'``: ``y = x W' + bias + s l B'``; in return
+    """For each group, with ``l = x A'``: ``y = x W' + bias + s l B'``. The backward pass computes
 
     ``dl = s dy B``, ``dx = dy W + dl A``, ``dA = dl' x``, ``dB = s dy' l``.
     """
@@ -128,5 +128,5 @@ class _Adapted(torch.autograd.Function):
 
 
 def _grouped(rows: Tensor, a: Tensor) -> Tensor:
-    """(rows, length, width) as (groups, rows of each behind one another, width)."""
+    """Reshape (rows, length, width) to (groups, rows per group * length, width)."""
     return rows.reshape(len(a), -1, rows.shape[-1])

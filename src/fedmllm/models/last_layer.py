@@ -1,4 +1,4 @@
-"""The last decoder layer where its output is read: nobody looks at what it makes of the prompt."""
+"""Restricts the last decoder layer to the columns that are read, because its output for the prompt is not used."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from torch.utils.hooks import RemovableHandle
 from fedmllm.models.current_pass import PASS, passing
 
 _SHORTENED: WeakKeyDictionary[nn.Module, list[RemovableHandle]] = WeakKeyDictionary()
-"""Attentions of the layers that are, and the hooks: a second time would cut what is cut."""
+"""Attention modules of shortened layers and their hooks, so that no layer is shortened twice."""
 _PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj"}
 
 
 def shorten(model: Any) -> bool:
-    """Let a Transformers model's last layer work on the last columns only, in passes that say how many are read (``reading``).
+    """Make a Transformers model's last layer compute only the last columns, in passes that declare how many are read (``reading``).
 
-    The keys and values of all columns are needed; queries, what follows attention and the feed-forward part are not. Their modules
-    are handed the last columns, and zeros stand for the others.
+    The keys and values of all columns are needed. The queries, the output projection and the feed-forward block are needed only for the
+    last columns: their modules get just these, and zeros fill the other columns of their output.
 
     Returns:
-        whether the last layer is one that this is known to be right for: softmax attention with separate projections.
+        whether the last layer is known to allow this: softmax attention with separate projections.
     """
     layer = _last_layer(model)
     attention, feed_forward = getattr(layer, "self_attn", nn.Module()), getattr(layer, "mlp", nn.Module())
@@ -33,7 +33,7 @@ def shorten(model: Any) -> bool:
     names = {name for name, _ in attention.named_children()}
     if not _PROJECTIONS <= names <= _PROJECTIONS | {"q_norm", "k_norm", "rotary_emb"}:
         return False
-    # Of a mixture of experts the router's numbers may be read too.
+    # In a mixture of experts, the router's outputs may be read as well, so its feed-forward block is not shortened.
     modules: list[Any] = [attention.q_proj, attention.o_proj, *([feed_forward] if type(feed_forward).__name__.endswith("MLP") else [])]
     hooks = [(module.register_forward_pre_hook(_cut), module.register_forward_hook(_fill)) for module in modules]
     _SHORTENED[attention] = [hook for pair in hooks for hook in pair]
@@ -41,28 +41,28 @@ def shorten(model: Any) -> bool:
 
 
 def lengthen(model: Any) -> None:
-    """Undo ``shorten``, if it was done; to be called before adapters come off that were there when it was."""
+    """Undo ``shorten``. Adapters that were attached before ``shorten`` must not be removed before this call."""
     for hook in _SHORTENED.pop(getattr(_last_layer(model), "self_attn", nn.Module()), []):
         hook.remove()
 
 
 def _last_layer(model: Any) -> Any:
-    """Of the decoder; None if it has no list of layers."""
+    """Return the decoder's last layer; None if it has no list of layers."""
     decoder = model.get_decoder()
-    # Some models' decoder comes with its output head around it.
+    # In some models the decoder is wrapped together with its output head.
     layers: Any = getattr(decoder, "layers", None) or getattr(getattr(decoder, "model", None), "layers", ())
     return next(reversed(layers), None)
 
 
 def narrow(model: Any) -> None:
-    """Let a model's output head work on the columns that are read, also where ``forward`` takes no ``logits_to_keep``."""
+    """Make a model's output head compute only the columns that are read, even if ``forward`` does not accept ``logits_to_keep``."""
     head = model.get_output_embeddings()
     if head is not None:
         head.register_forward_pre_hook(_last)
 
 
 def reading(columns: int) -> AbstractContextManager[None]:
-    """In this block only the last columns of the model's output are read."""
+    """Declare that only the last columns of the model's output are read in this block."""
     return passing(columns=columns)
 
 

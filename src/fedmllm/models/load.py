@@ -1,4 +1,4 @@
-"""Loading a vision-language model: the embedded one, a Transformers folder or a hub id, all on one path."""
+"""Loads a vision-language model: the embedded one, a Transformers folder or a hub id. All take the same path."""
 
 from __future__ import annotations
 
@@ -32,59 +32,65 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger(__name__)
 NANO_FOLDER = Path(__file__).parent / "nano" / "folder"
-"""The embedded model, an ordinary Transformers folder."""
+"""Folder of the embedded model, an ordinary Transformers folder."""
 
 
 class ModelConfig(BaseModel):
-    """Which model to fine-tune, and how to hold it."""
+    """The model to fine-tune, and how it is loaded."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: str = "nano"
-    """``nano`` (embedded), a Transformers folder, or a hub id."""
+    """``nano`` for the embedded model, the path of a Transformers folder, or a Hugging Face hub id."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Number format of the frozen weights; with bfloat16 the forward pass runs under autocast and LoRA stays float32."""
+    """Data type of the frozen weights. With ``bfloat16`` the forward pass runs under autocast; LoRA weights are always float32."""
     quantization: Literal["none", "4bit"] = "none"
-    """``4bit`` holds the frozen linear layers in 4 bits (NF4) and computes in bfloat16: a GPU and ``fedmllm[quantized]`` are needed."""
+    """``4bit`` quantizes the frozen linear layers to NF4 and computes in bfloat16. Requires ``dtype: bfloat16``, a GPU and
+    ``fedmllm[quantized]``."""
     max_length: int = Field(1024, gt=0)
-    """Longest prompt plus answer in tokens; the model's own limit applies where it is lower."""
+    """Maximum number of tokens in prompt plus answer. The model's own limit applies if it is lower."""
     max_image_side: int | None = Field(None, gt=0)
-    """Longest side of a picture in pixels; a larger one is made smaller before the processor sees it. Null for the processor's own limits."""
+    """Images with a longer side than this, in pixels, are scaled down before the processor sees them. Null applies only the processor's
+    own limits."""
     max_slices: int | None = Field(None, gt=0)
-    """Into how many slices a picture is cut at most, not counting the view of the whole. Null for the processor's own limit."""
+    """Maximum number of slices (tiles) into which the processor cuts an image, not counting the view of the whole image. Null keeps the
+    processor's own limit."""
     onednn: bool = True
-    """Frozen layers compute in float32 through oneDNN, on a CPU with AVX-512: up to twice as fast, to float tolerance the same."""
+    """Compute frozen float32 layers with oneDNN on CPUs with AVX-512. This is up to twice as fast; results agree to float tolerance."""
     gradient_checkpointing: bool = False
-    """Keep only what enters each layer of the decoder in training, and compute the rest again: less memory, more time."""
+    """In training, store only the inputs of each decoder layer and recompute the rest in the backward pass. Uses less memory and more time."""
     revision: str | None = None
-    """Branch, tag or commit on the hub."""
+    """Branch, tag or commit on the hub; null for the default branch."""
     trust_remote_code: bool = False
-    """Run Python code that comes with the model, of the commit in ``revision``. Off: such code can do anything that you can."""
+    """Run Python code that comes with the model. Such code can do anything that you can do. A hub model also needs ``revision``, the commit
+    that you trust."""
     fingerprint: str | None = None
-    """Which model it must be, whatever its folder is called; another is refused. A run notes that of its own model. Null for any."""
+    """The expected fingerprint of the model's settings and weights; any other model is rejected. Every run records its model's
+    fingerprint. Null accepts any model."""
 
     @model_validator(mode="after")
     def _computes_in_bfloat16(self) -> ModelConfig:
         if self.quantization != "none" and self.dtype != "bfloat16":
-            raise ValueError(f"quantization: {self.quantization} computes in bfloat16, dtype is {self.dtype}; set dtype to bfloat16")
+            raise ValueError(f"quantization: {self.quantization} computes in bfloat16, but dtype is {self.dtype}; set dtype to bfloat16")
         return self
 
 
 @dataclass(frozen=True)
 class VisionLanguageModel:
-    """A model with what is needed to feed it.
+    """A model with its processor and everything else needed to run it.
 
     Attributes:
-        name: as the user wrote it.
+        name: the name as the user wrote it.
         model: the Transformers model, or the PEFT model around it.
-        processor: turns chats and pictures into tensors.
-        family: what is particular to this kind of model.
-        device: where the model stands.
-        max_length: longest sequence in tokens.
-        max_image_side: longest side of a picture in pixels; None for the processor's own limits.
-        originals: frozen matrices as loaded, by module, of those that a method has changed.
-        beside: changes that are held beside frozen matrices, by module.
-        features: keeps what the frozen vision part makes of pictures; None to compute it every time.
+        processor: turns chats and images into tensors.
+        family: what is specific to this family of models.
+        device: the model's device.
+        max_length: maximum number of tokens in a sequence.
+        dtype: data type of the frozen weights.
+        max_image_side: maximum length of an image's longer side in pixels; None applies only the processor's own limits.
+        originals: the frozen matrices as loaded, by module, for those that a method has changed.
+        beside: changes held separately from their frozen matrices, by module.
+        features: cache of the frozen vision tower's outputs; None to compute them every time.
     """
 
     name: str
@@ -106,22 +112,22 @@ class VisionLanguageModel:
 
     @property
     def pad_token_id(self) -> int:
-        """The token that fills short rows; the end token where the tokenizer has no padding of its own."""
+        """The token used for padding; the end token if the tokenizer has no padding token."""
         pad = self.tokenizer.pad_token_id
         return int(self.tokenizer.eos_token_id if pad is None else pad)
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """The context for a forward pass: mixed precision if the frozen weights are bfloat16."""
+        """Return the context for a forward pass: mixed precision if the frozen weights are bfloat16."""
         if self.dtype == torch.float32:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
 
 
 def choose_device(device: str) -> torch.device:
-    """``auto`` is the GPU if there is one, else the CPU; any other name is taken as PyTorch writes it.
+    """Return a PyTorch device. ``auto`` is the GPU if there is one, else the CPU; any other name is a PyTorch device name.
 
     Raises:
-        ModelError: if the name is unknown or the device is not there.
+        ModelError: if the name is unknown or the device is not available.
     """
     name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     try:
@@ -133,40 +139,40 @@ def choose_device(device: str) -> torch.device:
 
 
 def model_source(name: str) -> str:
-    """What ``from_pretrained`` is given for a name: ``nano`` stands for the embedded folder."""
+    """Return the ``from_pretrained`` argument for a model name. ``nano`` stands for the embedded folder."""
     return str(NANO_FOLDER) if name == "nano" else str(Path(name).expanduser()) if name.startswith("~") else name
 
 
 OLDEST_TRANSFORMERS = "5.23"
-"""Before it models do not read features in place of pictures: they take them without a word, and train without the pictures."""
+"""The oldest supported version. Earlier models silently ignore precomputed image features and would train without the images."""
 
 
 def require_transformers(installed: str) -> None:
-    """Refuse a version of Transformers that is too old.
+    """Check the version of Transformers.
 
     Raises:
         ModelError: if it is older than ``OLDEST_TRANSFORMERS``.
     """
     if version.parse(installed) < version.parse(OLDEST_TRANSFORMERS):
         raise ModelError(
-            f"Transformers {OLDEST_TRANSFORMERS} or later is needed, {installed} is installed; pip install 'transformers>={OLDEST_TRANSFORMERS}'"
+            f"Transformers {OLDEST_TRANSFORMERS} or later is required, {installed} is installed; pip install 'transformers>={OLDEST_TRANSFORMERS}'"
         )
 
 
 def load_model(config: ModelConfig, device: torch.device) -> VisionLanguageModel:
-    """Load model and processor, frozen and in evaluation mode.
+    """Load a model and its processor. The model is frozen and in evaluation mode.
 
     Raises:
-        ModelError: if the folder has no config, weights, processor or chat template, it is another model than ``config.fingerprint`` says, its
-            code is not trusted, or Transformers is too old.
+        ModelError: if the config, weights, processor or chat template are missing, the model's fingerprint differs from
+            ``config.fingerprint``, its code is not trusted, or Transformers is too old.
     """
     require_transformers(metadata.version("transformers"))
     source, dtype = check_source(config), getattr(torch, config.dtype)
     _check_weights(config.name, Path(source))
     if config.fingerprint is not None and (there := fingerprint_of(config)) != config.fingerprint:
         raise ModelError(
-            f"model.name: {config.name!r} is another model than model.fingerprint says (there {there}, expected {config.fingerprint}); "
-            "give that model, or take this one with --force"
+            f"model.name: {config.name!r} does not match model.fingerprint (found {there}, expected {config.fingerprint}); "
+            "use the expected model, or accept this one with --force"
         )
     try:
         family, processor, model = _pretrained(config, source, dtype, device)
@@ -175,7 +181,7 @@ def load_model(config: ModelConfig, device: torch.device) -> VisionLanguageModel
     if not family.words_chats(processor):
         raise ModelError(f"model.name: {config.name!r} has no chat template; use an instruction-tuned checkpoint")
     if config.max_slices is not None and not family.limit_slices(model, processor, config.max_slices):
-        raise ModelError(f"model.max_slices: the processor of {config.name!r} does not cut pictures; use model.max_image_side")
+        raise ModelError(f"model.max_slices: the processor of {config.name!r} does not slice images; use model.max_image_side")
     narrow(model.requires_grad_(False).eval())
     if config.onednn and device.type == "cpu" and available():
         direct(model)
@@ -186,10 +192,10 @@ def load_model(config: ModelConfig, device: torch.device) -> VisionLanguageModel
 
 
 def fingerprint_of(config: ModelConfig) -> str:
-    """Which model a folder or hub id is, see ``fingerprint``; a hub's files are downloaded for it.
+    """Return the fingerprint of a folder's or hub id's model; see ``fingerprint``. Files of a hub model are downloaded.
 
     Raises:
-        ModelError: if there is no such model, or its files are damaged.
+        ModelError: if the model does not exist or its files are damaged.
     """
     source = check_source(config)
     _check_weights(config.name, Path(source))
@@ -200,7 +206,7 @@ def fingerprint_of(config: ModelConfig) -> str:
 
 
 def _pretrained(config: ModelConfig, source: str, dtype: torch.dtype, device: torch.device) -> tuple[ModelFamily, Any, Any]:
-    """A folder's or hub id's family, processor and model, on the device."""
+    """Load the family, processor and model of a folder or hub id, and put the model on the device."""
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
@@ -221,39 +227,41 @@ def _pretrained(config: ModelConfig, source: str, dtype: torch.dtype, device: to
 
 
 def _require_all(name: str, found: Mapping[str, Collection[str]]) -> None:
-    """Refuse a model with tensors that no file holds, which Transformers would draw at random; one that is tied to another is not missing."""
+    """Reject a model with tensors that no file contains, which Transformers would initialize at random. Tied tensors are not missing."""
     if missing := sorted(found["missing_keys"]):
         raise ModelError(
-            f"model.name: {name!r} cannot be loaded: its *.safetensors lack {len(missing)} of the model's tensors; download it again:\n"
+            f"model.name: {name!r} cannot be loaded: {len(missing)} of the model's tensors are missing from its *.safetensors; download it again:\n"
             f"{listing(missing)}"
         )
     if unexpected := sorted(found["unexpected_keys"]):
         shown = ", ".join(unexpected[:3])
-        _LOG.warning("model.name: %r: the model does not use %d tensors of its *.safetensors, e.g. %s", name, len(unexpected), shown)
+        _LOG.warning("model.name: %r: the model does not use %d of the tensors in its *.safetensors, e.g. %s", name, len(unexpected), shown)
 
 
 def _what_failed(error: Exception) -> str:
-    """Why a model cannot be loaded, and what to do."""
+    """Return why a model cannot be loaded, and the remedy."""
     text = " ".join(str(error).split())
     if "trust_remote_code" in text:
         return (
-            "brings code of its own, which is not run: read it, then set model.trust_remote_code to true and model.revision to its commit"
+            "comes with its own code, which was not run; read it, then set model.trust_remote_code to true and model.revision to its commit"
         )
     if "gated repo" in text:
-        return "is gated: accept its terms on its page on the hub, and log in with 'hf auth login' (or set HF_TOKEN)"
+        return "is gated; accept its terms on its hub page, and log in with 'hf auth login' (or set HF_TOKEN)"
     if "couldn't connect" in text or "outgoing traffic has been disabled" in text:
         return (
-            "is no folder here, is not in the hub's cache, and the hub cannot be reached: fetch it where it can, with 'hf download NAME "
-            "--local-dir FOLDER', and set model.name to that folder"
+            "is not a folder, is not in the hub's cache, and the hub cannot be reached; download it on a machine with access, with "
+            "'hf download NAME --local-dir FOLDER', and set model.name to that folder"
         )
     return f"cannot be loaded: {text[:400]}"
 
 
 def check_source(config: ModelConfig) -> str:
-    """What ``from_pretrained`` is given. Names what is missing of a local folder, rather than search a hub that was never meant.
+    """Return the ``from_pretrained`` argument for the configured model, after checking it.
+
+    A name that looks like a path must be a folder; it is never looked up on the hub.
 
     Raises:
-        ModelError: if a folder is meant that is not there, or it has no config, or code from the hub is trusted at no particular commit.
+        ModelError: if the folder does not exist or has no config.json, or if code from the hub is trusted without naming a commit.
     """
     name, source = config.name, model_source(config.name)
     folder = Path(source)
@@ -262,25 +270,25 @@ def check_source(config: ModelConfig) -> str:
     if not folder.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise ModelError(f"model.name: {name!r} is not a folder; give a Transformers folder, a hub id or 'nano'")
     if config.trust_remote_code and config.revision is None and not folder.is_dir():
-        raise ModelError(f"model.trust_remote_code runs code that comes with {name!r}: name the commit you trust in model.revision")
+        raise ModelError(f"model.trust_remote_code runs code that comes with {name!r}; name the commit you trust in model.revision")
     return source
 
 
 def _check_weights(name: str, folder: Path) -> None:
-    """Name what is wrong with a local folder's files, its weights above all."""
+    """Check that a local folder has its weights in safetensors and contains no git-lfs pointers."""
     if pointers := [path.name for path in sorted(folder.iterdir()) if is_pointer(path)] if folder.is_dir() else []:
         raise ModelError(
-            f"model.name: {name!r} holds git-lfs pointers in place of {', '.join(pointers)}; download the files, e.g. with 'git lfs pull'"
+            f"model.name: {name!r} contains git-lfs pointers instead of {', '.join(pointers)}; download the files, e.g. with 'git lfs pull'"
         )
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
         others = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
         hint = (
-            f"only {', '.join(others)}, which can run code when read: convert to safetensors" if others else "download them, or use 'nano'"
+            f"only {', '.join(others)}, which can run code when read; convert to safetensors" if others else "download them, or use 'nano'"
         )
         raise ModelError(f"model.name: {name!r} has no weights in *.safetensors ({hint})")
 
 
 def context(model: Any) -> int:
-    """How many tokens a model takes, whatever is set."""
+    """Return the maximum number of tokens that the model itself supports."""
     text = model.config.get_text_config()
     return int(getattr(text, "max_position_embeddings", None) or 1 << 30)

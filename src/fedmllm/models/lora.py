@@ -1,4 +1,4 @@
-"""What trains: attach it, read and write its tensors, and what is merged into the frozen ones."""
+"""The trainable tensors: attaches adapters, reads and writes tensors, and changes the frozen matrices under adapters."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ from fedmllm.types import Weights
 
 
 def attach_lora(vlm: VisionLanguageModel, config: LoraConfig, seed: int) -> VisionLanguageModel:
-    """The model with what trains: adapters with A random, drawn from the seed, and B zero, so that nothing changes yet; whole modules.
+    """Return the model with its trainable tensors: adapters and, if configured, fully trained modules.
 
-    All that trains is float32, whatever the frozen weights are.
+    A is drawn from the seed and B is zero, so that the model's output does not change. All trainable tensors are float32, whatever the data
+    type of the frozen weights.
 
     Raises:
-        ModelError: if what is asked for is not there.
+        ModelError: if the model lacks layers that the settings name.
     """
     import peft
 
@@ -48,22 +49,22 @@ def attach_lora(vlm: VisionLanguageModel, config: LoraConfig, seed: int) -> Visi
 
 
 def detach_lora(vlm: VisionLanguageModel) -> None:
-    """Undo ``attach_lora`` and all that followed: the model that was given to it is as it was loaded."""
+    """Undo ``attach_lora`` and later changes, so that the original model is as it was loaded."""
     from peft.utils import ModulesToSaveWrapper
 
     write_base(vlm, {})
     base = vlm.model.get_base_model()
     for name, module in list(base.named_modules()):
         if isinstance(module, ModulesToSaveWrapper):
-            # PEFT would leave the trained copy there.
+            # PEFT would leave the trained copy in place.
             base.set_submodule(name, module.original_module)
     vlm.model.unload()
 
 
 def widened(model: Any, dtype: torch.dtype) -> Any:
-    """The model with its whole trained modules in float32, as PEFT holds adapters: steps smaller than bfloat16 tells apart would be lost.
+    """Convert fully trained modules to float32, as PEFT does with adapters. bfloat16 would lose small optimizer steps.
 
-    What leaves them is of the model's own format, which some decoders rely on.
+    Their outputs are converted back to the model's data type, which some decoders rely on.
     """
     from peft.utils import ModulesToSaveWrapper
 
@@ -75,33 +76,33 @@ def widened(model: Any, dtype: torch.dtype) -> Any:
 
 
 def _in_format(output: Any, dtype: torch.dtype) -> Any:
-    """Tensors, or lists of them by picture, in a number format."""
+    """Convert a tensor, or lists of tensors by image, to a data type."""
     return output.to(dtype) if isinstance(output, Tensor) else [_in_format(part, dtype) for part in output]
 
 
 @contextmanager
 def without_deprecations() -> Iterator[None]:
-    """PEFT reads an attribute that Transformers has renamed; the warning is theirs to heed and nothing a user can act on."""
+    """Suppress a warning that PEFT triggers by reading an attribute renamed in Transformers. Users cannot act on it."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
         yield
 
 
 def trainable(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Trainable parameters under the names a PEFT file gives them."""
+    """Yield the trainable parameters under their names in a PEFT file."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             yield _in_file(name), parameter
 
 
 def _in_file(name: str) -> str:
-    """A parameter's name where PEFT writes it."""
+    """Return a parameter's name in a PEFT file."""
     return name.replace(".modules_to_save.default.", ".").replace("_vector.default.weight", "_vector").replace(".default.", ".")
 
 
 @contextmanager
 def training_only(model: nn.Module, chosen: Callable[[str], bool] | None) -> Iterator[None]:
-    """In this block only the chosen trainable parameters train; all of them for None."""
+    """Train only the chosen parameters in this block, or all of them if ``chosen`` is None."""
     paused = [parameter for name, parameter in trainable(model) if chosen is not None and not chosen(name)]
     for parameter in paused:
         parameter.requires_grad_(False)
@@ -113,16 +114,16 @@ def training_only(model: nn.Module, chosen: Callable[[str], bool] | None) -> Ite
 
 
 def read_weights(model: nn.Module) -> Weights:
-    """A float32 copy of the trainable parameters, on the CPU."""
+    """Return a float32 copy of the trainable parameters on the CPU."""
     return {name: parameter.detach().to("cpu", torch.float32, copy=True) for name, parameter in trainable(model)}
 
 
 def copies(own: Weights, weights: Weights) -> Weights:
-    """Weights as the model would hold them, apart from it: in its order, on its device, in its number format.
+    """Return copies of weights in the model's order, on its device and in its data types, separate from the model.
 
     Args:
         own: the model's ``trainable`` tensors.
-        weights: what to copy.
+        weights: the weights to copy.
 
     Raises:
         ModelError: if names or shapes differ from the model's.
@@ -150,7 +151,7 @@ def _require_fit(own: Weights, weights: Weights) -> None:
 
 
 def describe_mismatch(weights: Weights, expected: Weights) -> str | None:
-    """The first difference in names or shapes, in words; None if there is none."""
+    """Return the first difference in names or shapes as text; None if there is none."""
     if missing := sorted(expected.keys() - weights.keys()):
         return f"{len(missing)} tensors are missing, e.g. {missing[0]}"
     if unknown := sorted(weights.keys() - expected.keys()):
@@ -162,42 +163,42 @@ def describe_mismatch(weights: Weights, expected: Weights) -> str | None:
 
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """PEFT's layers by the names that their factors begin with."""
+    """Yield PEFT's layers and their names, which are the prefixes of their factors' names."""
     from peft.tuners.lora import LoraLayer
 
     return ((name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer))
 
 
 def lora_scale(model: nn.Module) -> float:
-    """LoRA's factor s: alpha / r, or alpha / sqrt(r) of rsLoRA."""
+    """Return LoRA's scale s: alpha / r, or alpha / sqrt(r) with rsLoRA."""
     return float(next(layer for _, layer in adapted_layers(model)).scaling["default"])
 
 
 def has_dropout(model: nn.Module) -> bool:
-    """Whether any part of the model draws random numbers in training."""
+    """Return whether any module of the model uses dropout in training."""
     rates = [module.p if isinstance(module, nn.Dropout) else getattr(module, "attention_dropout", None) for module in model.modules()]
     return any(isinstance(rate, float) and rate > 0 for rate in rates)
 
 
 def frozen_weights(vlm: VisionLanguageModel) -> Weights:
-    """The frozen matrices under the adapters, by module, as they were loaded; views, not copies; none that is held in few bits."""
+    """Return the frozen matrices under the adapters as loaded, by module. They are views, not copies; quantized ones are left out."""
     layers = [(name, layer) for name, layer in adapted_layers(vlm.model) if layer.get_base_layer().weight.is_floating_point()]
     return {name: vlm.originals.get(name, layer.get_base_layer().weight.detach()) for name, layer in layers}
 
 
 @torch.no_grad()
 def write_base(vlm: VisionLanguageModel, base: Mapping[str, Tensor]) -> None:
-    """Let the frozen layers compute with what was loaded plus ``s base``, s being LoRA's scale.
+    """Make the frozen layers compute with the loaded matrices plus ``s base``, where s is LoRA's scale.
 
-    Matrices in float32 are set to the sum, always from a kept original. Beside others, whose format would lose much of a small change, it
-    is held by itself (``models.beside``).
+    A float32 matrix is set to the sum, always computed from a stored copy of the original. In lower precision, where the sum would lose
+    much of a small change, ``s base`` is held separately (``models.beside``).
 
     Args:
-        vlm: the model; modules that ``base`` does not name get their original back.
-        base: by module, shape (outputs, inputs).
+        vlm: the model. Modules that ``base`` does not contain are restored to their originals.
+        base: the changes by module, each of shape (outputs, inputs).
 
     Raises:
-        ModelError: if a matrix is held in a quantized format, to which nothing can be added.
+        ModelError: if a matrix is quantized, because nothing can be added to it.
     """
     if not base and not vlm.originals and not vlm.beside:
         return
@@ -208,7 +209,9 @@ def write_base(vlm: VisionLanguageModel, base: Mapping[str, Tensor]) -> None:
             vlm.beside.pop(name).remove()
         if name in base:
             if not weight.is_floating_point():
-                raise ModelError(f"the method changes frozen weights, but {name} is held as {weight.dtype}; load the model in bfloat16")
+                raise ModelError(
+                    f"the method changes frozen weights, but {name} is quantized to {weight.dtype}; load the model in bfloat16"
+                )
             change = lora_scale(vlm.model) * base[name].to(weight.device, torch.float32)
             if too_coarse(weight.dtype):
                 vlm.beside[name] = Beside(frozen, change)

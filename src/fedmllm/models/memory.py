@@ -1,4 +1,4 @@
-"""How many tokens may go through a model at once, and how many clients may train side by side."""
+"""Memory limits: how many tokens fit in one training pass, and how many clients can train in parallel."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from fedmllm.models.lora import trainable
 _LOG = logging.getLogger(__name__)
 
 CPU_TOKENS = 1536
-"""On a CPU more gain nothing: its products are as fast as they get, and what is kept for the gradient leaves its caches."""
+"""Tokens per pass on a CPU. Larger passes are not faster, and the activations stored for the gradient no longer fit into the caches."""
 _SHARE = 0.6
-"""Of a GPU's free memory; the rest is for fragmentation, and for what kernels take besides their results."""
+"""Share of a GPU's free memory used for a pass. The rest is for fragmentation and for the kernels' own temporary memory."""
 OPTIMIZED_BYTES = 16
-"""Of a trained parameter in float32: itself, its gradient, AdamW's two means."""
+"""Bytes per trained parameter in float32: the parameter, its gradient, and AdamW's two moments."""
 _CLIENTS_SHARE = 0.2
-"""Of a GPU's free memory for what clients of a wave train."""
+"""Share of a GPU's free memory used for the trainable tensors of parallel clients."""
 
 
 def clients_at_once(vlm: VisionLanguageModel) -> int | None:
-    """How many clients' tensors fit beside one another on a GPU: ``0.2 * free bytes / (16 * trained parameters)``; None elsewhere."""
+    """Return how many clients can train in parallel on a GPU: ``0.2 * free bytes / (16 * trained parameters)``. None on other devices."""
     if vlm.device.type != "cuda":
         return None
     trained = sum(parameter.numel() for _, parameter in trainable(vlm.model))
@@ -38,30 +38,31 @@ def clients_at_once(vlm: VisionLanguageModel) -> int | None:
 
 
 class TokenBudget:
-    """Padded tokens of a training pass: as many as are set, or as suit the device; half as many after each pass that did not fit.
+    """The maximum number of tokens in a training pass, padding included. It is halved after each pass that does not fit into memory.
 
-    It is measured once, for as long as the same model trains with the same settings.
+    The budget is measured once per model and training settings, unless it is fixed.
 
     Args:
-        fixed: tokens; None to measure.
+        fixed: the number of tokens; None to measure it.
 
     Attributes:
-        tokens: of a pass; None until measured.
-        halvings: how often passes did not fit.
+        tokens: tokens per pass; None until measured.
+        halvings: number of passes that did not fit.
     """
 
     def __init__(self, fixed: int | None = None) -> None:
         self.tokens, self.halvings = fixed, 0
 
     def measure(self, device: torch.device, length: int, work: Callable[[], object]) -> None:
-        """Settle the tokens of a pass, unless they are settled.
+        """Determine the number of tokens per pass, unless it is known.
 
-        On a GPU ``0.6 * free bytes / bytes per token``, by what one sample's pass holds at its height; elsewhere ``CPU_TOKENS``.
+        On a GPU it is ``0.6 * free bytes / bytes per token``, measured by the peak memory of one sample's pass. On other devices it is
+        ``CPU_TOKENS``.
 
         Args:
-            device: the model's.
-            length: tokens of the sample, the longest there is.
-            work: its pass, forward and backward, in the mode in which the model trains.
+            device: the model's device.
+            length: number of tokens of the longest sample.
+            work: runs the forward and backward pass of that sample in training mode.
         """
         if self.tokens is None and device.type != "cuda":
             self.tokens = CPU_TOKENS
@@ -71,45 +72,45 @@ class TokenBudget:
             self.tokens = max(1, int(_SHARE * _free_bytes(device) * length / needed))
 
     def halve(self, tokens: int, reason: str) -> None:
-        """After a pass that did not fit the memory.
+        """Set the budget to half of a pass that did not fit into memory.
 
         Args:
-            tokens: of that pass, padding included.
-            reason: what the allocator said.
+            tokens: tokens of that pass, padding included.
+            reason: the allocator's message.
         """
         self.halvings += 1
         self.tokens = max(1, tokens // 2)
         _LOG.warning(
-            "a pass of %d tokens did not fit the memory (%s); passes have %d at most from here on, which training.max_batch_tokens can set "
-            "from the beginning",
+            "a pass of %d tokens did not fit into memory (%s); later passes have at most %d tokens; set training.max_batch_tokens to start with "
+            "this limit",
             *(tokens, reason, self.tokens),
         )
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed: on a GPU, within one of its libraries, or on a CPU."""
+    """Return whether an error is a failed memory allocation, on a GPU, in a GPU library, or on a CPU."""
     text = str(error).lower()
     words = ("out of memory", "alloc_failed", "can't allocate memory")
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(word in text for word in words))
 
 
 def release(device: torch.device) -> None:
-    """Give back what nothing refers to any more."""
+    """Free memory that is no longer referenced, including PyTorch's GPU cache."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 def _free_bytes(device: torch.device) -> int:
-    """What the driver has left, and what PyTorch holds without using it."""
+    """Return the memory that the driver reports as free plus the unused part of PyTorch's cache, in bytes."""
     return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def peak_bytes(work: Callable[[], object]) -> int:
-    """The most bytes alive at once of what some work allocates: what a pass keeps for the gradient, and what it needs on the way.
+    """Return the peak memory of the tensors that a function allocates, in bytes.
 
-    Each operation's results are followed until they are freed, so that layers that are computed again count with what they need then.
-    What a kernel allocates for itself is not seen.
+    The results of each operation count until they are freed, so gradient checkpointing is accounted for. The temporary memory of
+    kernels is not included.
     """
     with Alive() as alive:
         work()
@@ -118,11 +119,11 @@ def peak_bytes(work: Callable[[], object]) -> int:
 
 
 class Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """In this block the storages of operations' results are added up while they live.
+    """Tracks the memory of operations' results in this block until they are freed.
 
     Attributes:
-        now: bytes that live.
-        peak: the most that lived at once.
+        now: bytes currently in use.
+        peak: maximum number of bytes in use at once.
     """
 
     def __init__(self) -> None:
@@ -152,5 +153,5 @@ class Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _storages(tree: Any) -> list[torch.UntypedStorage]:
-    """Of all tensors among arguments or results."""
+    """Return the storages of all tensors in nested arguments or results."""
     return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]

@@ -1,4 +1,4 @@
-"""Several adapters on one model at once: each row of a batch goes through the adapter of its client."""
+"""Runs several clients' adapters on one model: each row of a batch goes through its client's adapter."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from fedmllm.models.lora import adapted_layers, trainable
 
 
 def stackable(model: Any) -> bool:
-    """Whether clients can go through a model side by side: all that trains are factors in the decoder, to which a batch comes row by row."""
+    """Return whether parallel clients can share a model's passes. Only LoRA factors in the decoder may train, because there each row of a
+    batch belongs to one client."""
     inside = decoder_modules(model)
     layers = all(id(layer) in inside for _, layer in adapted_layers(model))
     return layers and not factors.others(dict(trainable(model)))
@@ -26,7 +27,7 @@ def stackable(model: Any) -> bool:
 
 @contextmanager
 def side_by_side(model: nn.Module) -> Iterator[dict[str, Any]]:
-    """In this block the adapters of a PEFT model are off, and passes may be ``stacked``, in several threads at once.
+    """Disable a PEFT model's own adapters in this block, so that passes can be ``stacked``, also in several threads at once.
 
     Yields:
         the adapted layers by name.
@@ -43,17 +44,17 @@ def side_by_side(model: nn.Module) -> Iterator[dict[str, Any]]:
 
 @contextmanager
 def stacked(layers: Mapping[str, Any], members: Sequence[Mapping[str, Tensor]], counts: Sequence[int]) -> Iterator[None]:
-    """In this block every adapted layer computes for a row x_i of client k
+    """Make every adapted layer in this block compute, for a row x_i of client k,
 
         y_i = W x_i + (alpha / r) B_k A_k x_i
 
-    in one product of all rows with W and two batched ones with the clients' factors. Gradients reach each client's own factors and
-    are the same sums as when clients run one after another.
+    with one product of all rows with W and two batched products with the clients' factors. Each client's factors get the same gradient
+    as if the clients ran one after another.
 
     Args:
-        layers: from ``side_by_side``.
-        members: each client's tensors, named as in a PEFT file, all of the same shapes.
-        counts: how many rows of a batch are the first client's, the second's, and so on, in this order.
+        layers: the layers from ``side_by_side``.
+        members: each client's tensors, named as in a PEFT file, with equal shapes for all clients.
+        counts: each client's number of rows in a batch. Rows are ordered by client.
     """
     rows = None if len(set(counts)) == 1 else torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
     by_layer = {
@@ -65,13 +66,13 @@ def stacked(layers: Mapping[str, Any], members: Sequence[Mapping[str, Tensor]], 
 
 
 def _by_row(tensors: Sequence[Tensor], rows: Tensor | None) -> Tensor:
-    """The clients' factors side by side; one per row where clients have different numbers of rows."""
+    """Stack the clients' factors: one per client, or one per row if clients have different numbers of rows."""
     whole = torch.stack(list(tensors))
     return whole if rows is None else whole[rows.to(whole.device)]
 
 
 def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """A layer's product with its frozen matrix, and what the clients' adapters add to it."""
+    """Compute a layer's product with its frozen matrix plus the clients' adapters."""
     base = layer.get_base_layer()
     if PASS.factors is None:
         frozen: Tensor = base(x, *args, **kwargs)
@@ -82,7 +83,7 @@ def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def _with_low_rank(frozen: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """In the adapters' number format, whatever the frozen matrix is held in."""
+    """Add the low-rank products, computed in the adapters' data type, to the product with the frozen matrix."""
     low = torch.bmm(x.to(a.dtype).reshape(len(a), -1, x.shape[-1]), a.mT)
     grouped = frozen.reshape(len(b), -1, frozen.shape[-1]).to(low.dtype)
     return torch.baddbmm(grouped, low, b.to(low.dtype).mT, alpha=scale).reshape(frozen.shape).to(frozen.dtype)

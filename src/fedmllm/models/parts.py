@@ -1,4 +1,4 @@
-"""What of a model trains: adapters on the decoder, and beside them, if asked for, its connector and its embeddings."""
+"""Selects what trains: adapters on the decoder and, if configured, the connector and the embeddings."""
 
 from __future__ import annotations
 
@@ -20,50 +20,55 @@ class LoraConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     r: int = Field(8, gt=0)
-    """Rank of the update."""
+    """Rank of the adapters."""
     alpha: float = Field(16, gt=0)
-    """Scale; the update is multiplied by alpha / r."""
+    """Scale of the adapters: the product ``B A`` is multiplied by alpha / r."""
     dropout: float = Field(0.0, ge=0, lt=1)
-    """Probability with which an input of the adapter is zeroed in training."""
+    """Probability that an input of an adapter is set to zero in training."""
     targets: Literal["attention", "all-linear"] = "attention"
-    """Which linear layers of the decoder: q, k, v, o, or the feed-forward layers too."""
+    """Linear layers of the decoder that get adapters: ``attention`` for the projections q, k, v and o, ``all-linear`` for the feed-forward
+    layers as well."""
     rslora: bool = False
-    """Scale by alpha / sqrt(r) instead, for high ranks (Kalajdzievski, 2023, arXiv 2312.03732)."""
+    """Scale by alpha / sqrt(r) instead of alpha / r, which helps at high ranks (rsLoRA; Kalajdzievski, 2023, arXiv 2312.03732)."""
     dora: bool = False
-    """Train the length of every row of ``W + s B A`` apart from its direction (DoRA; Liu et al., ICML 2024). Clients train one by one."""
+    """Train the norm of every row of ``W + s B A`` separately from its direction (DoRA; Liu et al., ICML 2024). Clients then train one by
+    one instead of in parallel."""
     connector: Literal["frozen", "lora", "full"] = "frozen"
-    """The layers between vision tower and decoder: adapters on them too, or trained and sent whole. Not frozen, clients train one by one."""
+    """How the layers between vision tower and decoder train: not at all, with adapters, or in full. With ``full``, clients send the whole
+    layers. Unless frozen, clients train one by one instead of in parallel."""
     embeddings: Literal["frozen", "full"] = "frozen"
-    """The tokens' embeddings, with the output head where it is the same matrix. Trained they are sent whole, and clients train one by one."""
+    """Whether the token embeddings train, together with the output head if it is the same matrix. With ``full``, clients send the whole
+    matrix and train one by one instead of in parallel."""
     client_ranks: tuple[int, ...] = ()
-    """Ranks of the clients in turn, e.g. ``[2, 4, 8]``, none above r; empty for r everywhere. The scale stays that of r."""
+    """Ranks of the clients, at most r, e.g. ``[2, 4, 8]``. The list repeats if there are more clients. Empty gives every client rank r. The
+    scale is always that of r."""
 
     @field_validator("client_ranks")
     @classmethod
     def _within(cls, ranks: tuple[int, ...], info: ValidationInfo) -> tuple[int, ...]:
         r = info.data.get("r", 0)
         if wrong := [rank for rank in ranks if not 1 <= rank <= r]:
-            raise ValueError(f"a client's rank must lie between 1 and r = {r}, is {wrong[0]}; raise lora.r")
+            raise ValueError(f"a client's rank must be between 1 and r = {r}, got {wrong[0]}; raise lora.r")
         return ranks
 
     @property
     def side_by_side(self) -> bool:
-        """Whether clients can train side by side: nothing but factors on the decoder's layers trains."""
+        """Whether clients can train in parallel, which requires that only LoRA factors on the decoder's layers train."""
         return not self.dora and self.connector == self.embeddings == "frozen"
 
     def rank_of(self, position: int) -> int | None:
-        """The rank of the client at a position; None for r."""
+        """Return the rank of the client at a position; None for r."""
         return self.client_ranks[position % len(self.client_ranks)] if self.client_ranks else None
 
 
 @dataclass(frozen=True)
 class Part:
-    """Something that can train.
+    """A group of modules that can train.
 
     Attributes:
-        name: as in the report.
-        parameters: how many it would train, or trains.
-        trains: whether the settings ask for it.
+        name: the name shown in the report.
+        parameters: number of parameters that train if the group trains.
+        trains: whether the group trains under the settings.
     """
 
     name: str
@@ -72,10 +77,12 @@ class Part:
 
 
 def parts(model: Any, family: ModelFamily, config: LoraConfig) -> list[Part]:
-    """Everything that can train and what it comes to at these settings' rank; of a model without adapters, on any device.
+    """Return everything that can train, with its number of parameters at the configured rank.
 
-    Raises:
-        ModelError: if what is asked for is not there.
+    Args:
+        model: a model without adapters, on any device.
+        family: the model's family.
+        config: the settings.
     """
     modules, connector = dict(model.named_modules()), set(family.connector(model))
     decoder = [modules[name] for name in _linear(model, _matches(family.lora_modules(model, config.targets)))]
@@ -89,38 +96,39 @@ def parts(model: Any, family: ModelFamily, config: LoraConfig) -> list[Part]:
 
 
 def adapted_modules(model: Any, family: ModelFamily, config: LoraConfig) -> str:
-    """A pattern of the layers that get adapters.
+    """Return a regular expression that matches the layers that get adapters.
 
     Raises:
-        ModelError: if there is none of a kind that is asked for.
+        ModelError: if the decoder, or the connector if it gets adapters, has no such layer.
     """
     decoder = family.lora_modules(model, config.targets)
     if not _linear(model, _matches(decoder)):
-        raise ModelError(f"lora.targets: {config.targets} names no linear layer of the model's decoder ({decoder})")
+        raise ModelError(f"lora.targets: {config.targets} matches no linear layer of the model's decoder ({decoder})")
     if config.connector != "lora":
         return decoder
     connector = set(family.connector(model))
     found = _linear(model, lambda name: _inside(name, connector))
     if not found:
-        raise ModelError("lora.connector: the model's connector has no linear layer for an adapter; use full, or frozen")
+        raise ModelError("lora.connector: the model's connector has no linear layer for an adapter; use full or frozen")
     return "|".join([decoder, *map(re.escape, found)])
 
 
 def whole_modules(model: Any, family: ModelFamily, config: LoraConfig) -> list[str]:
-    """Names of the modules that train whole.
+    """Return the names of the modules that train in full.
 
     Raises:
-        ModelError: if there is none of a kind that is asked for.
+        ModelError: if the connector is to train but is not known.
     """
     connector = family.connector(model) if config.connector == "full" else []
     if config.connector == "full" and not connector:
-        raise ModelError("lora.connector: no connector is known of this model; leave it frozen, or write a family file that names it")
+        raise ModelError("lora.connector: this model's connector is not known; leave it frozen, or write a family file that names it")
     embeddings = model.get_input_embeddings()
     return [*connector, *(name for name, module in model.named_modules() if config.embeddings == "full" and module is embeddings)]
 
 
 def _linear(model: nn.Module, chosen: Callable[[str], Any]) -> list[str]:
-    """Linear layers by name. Not those of subclasses, whose weights others may use without calling them; held in few bits, they are called."""
+    """Return the names of linear layers. Subclasses of Linear are left out, because other modules may use their weights without calling
+    them; quantized linear layers are always called."""
     return [name for name, module in model.named_modules() if chosen(name) and type(module).__name__ in ("Linear", "Linear4bit")]
 
 
@@ -133,7 +141,7 @@ def _inside(name: str, modules: Iterable[str]) -> bool:
 
 
 def _adapters(layers: Iterable[Any], config: LoraConfig) -> int:
-    """Parameters of both factors and, of DoRA, the lengths of the rows."""
+    """Return the number of parameters of both factors and, with DoRA, of the row norms."""
     return sum(config.r * (layer.in_features + layer.out_features) + config.dora * layer.out_features for layer in layers)
 
 

@@ -1,4 +1,4 @@
-"""What fine-tuning a model takes, from its config alone: parameters, bytes to send, memory by tokens of a pass."""
+"""Estimates what fine-tuning a model takes from its config alone: parameters, bytes to send, and memory per token of a pass."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fedmllm.models.quantized import BITS
 from fedmllm.randomness import torch_randomness
 
 _TOKENS = 128
-"""Of the pass that is measured."""
+"""Number of tokens in the measured pass."""
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,10 @@ class Plan:
     """The cost of training a model.
 
     Attributes:
-        parameters: of the whole model.
-        parts: what can train and what does.
-        weight_bytes: of the frozen weights in memory.
-        bytes_per_token: what a training pass holds at its height, by token of the batch, padding included.
+        parameters: number of parameters of the whole model.
+        parts: what can train, and what does.
+        weight_bytes: memory of the frozen weights.
+        bytes_per_token: peak memory of a training pass per token of the batch, padding included.
     """
 
     parameters: int
@@ -42,27 +42,35 @@ class Plan:
 
     @property
     def trainable(self) -> int:
-        """Parameters that train."""
+        """Number of parameters that train."""
         return sum(part.parameters for part in self.parts if part.trains)
 
     @property
     def update_bytes(self) -> int:
-        """What one client sends in one round, and receives, in float32."""
+        """Bytes that one client sends in one round, and also receives, in float32."""
         return 4 * self.trainable
 
     def memory(self, tokens: int, clients: int = 1) -> float:
-        """Bytes at the height of a step: weights, what the clients train with gradient and optimizer, and what the pass holds."""
+        """Return the peak memory of a step in bytes.
+
+        It is the sum of the frozen weights, the parallel clients' trainable tensors with gradients and optimizer states, and the pass.
+
+        Args:
+            tokens: tokens in the pass, padding included.
+            clients: number of parallel clients.
+        """
         return self.weight_bytes + OPTIMIZED_BYTES * self.trainable * clients + self.bytes_per_token * tokens
 
 
 def make_plan(config: ModelConfig, lora: LoraConfig) -> Plan:
-    """Plan a model's training without its weights: from its config, on a folder or the hub.
+    """Estimate the cost of training a model from its config, in a folder or on the hub, without loading its weights.
 
-    Parameters are counted on a model without memory. What a pass holds is measured on the decoder of true width with one and two
-    of its layers, random weights and a small vocabulary, and continued to all layers, so that no formula has to know the architecture.
+    Parameters are counted on the meta device. The memory of a pass is measured on a decoder of full width with one and two layers, random
+    weights and a small vocabulary, and extrapolated to all layers. No formula depends on the architecture.
 
     Raises:
-        ModelError: if there is no such config, the model is not one of Transformers' image-text-to-text models, or it has not what is to train.
+        ModelError: if the config does not exist, Transformers cannot build the model as an image-text-to-text model, or the model lacks
+            the layers that should train.
     """
     import transformers
 
@@ -86,7 +94,7 @@ def make_plan(config: ModelConfig, lora: LoraConfig) -> Plan:
 
 
 def _weight_bytes(model: Any, family: ModelFamily, config: ModelConfig) -> float:
-    """Of the frozen weights as they are held."""
+    """Return the memory of the frozen weights in bytes, with quantization."""
     whole = {id(module) for name in family.connector(model) for module in model.get_submodule(name).modules()} | {
         id(model.get_output_embeddings())
     }
@@ -98,7 +106,7 @@ def _weight_bytes(model: Any, family: ModelFamily, config: ModelConfig) -> float
 
 
 def _bytes_per_token(text: Any, pattern: re.Pattern[str], config: ModelConfig, lora: LoraConfig) -> float:
-    """Of a pass through all layers, by those through the first one of each kind that the decoder has."""
+    """Return the peak memory of a pass per token, extrapolated from one and two layers of each type in the decoder."""
     kinds = list(getattr(text, "layer_types", None) or ["layer"] * text.num_hidden_layers)
     alone = {kind: _needed(text, [kind], pattern, config, lora) for kind in dict.fromkeys(kinds)}
     further = {kind: _needed(text, [kind, kind], pattern, config, lora) - alone[kind] for kind in alone}
@@ -107,7 +115,7 @@ def _bytes_per_token(text: Any, pattern: re.Pattern[str], config: ModelConfig, l
 
 
 def _needed(text: Any, kinds: list[str], pattern: re.Pattern[str], config: ModelConfig, lora: LoraConfig) -> int:
-    """Bytes that a pass through a decoder of these layers holds at its height, there and back."""
+    """Return the peak memory of a forward and backward pass through a decoder with these layers, in bytes."""
     import peft
     from transformers import AutoModel
 
@@ -139,5 +147,5 @@ def _needed(text: Any, kinds: list[str], pattern: re.Pattern[str], config: Model
 
 
 def _ends_alike(pattern: re.Pattern[str], name: str) -> bool:
-    """Whether the pattern of the whole model names a module of its decoder."""
+    """Return whether the whole model's pattern matches a module of its decoder, given the module's name inside the decoder."""
     return bool(re.search(rf"(^|\.)({pattern.pattern.rsplit('(', 1)[1]}$", name))

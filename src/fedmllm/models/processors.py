@@ -1,4 +1,4 @@
-"""Loading a model's processor, without its part for videos if that cannot be made."""
+"""Loads a model's processor, without its video processor if that cannot be created."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 _VIDEOS = re.compile(r"video.?processor|torchvision", re.IGNORECASE)
-"""In errors that are about processors of videos only."""
+"""Matches errors that concern only video processors."""
 
 
 def load_processor(source: str, **options: Any) -> Any:
-    """The processor of a folder or hub id.
+    """Return the processor of a folder or hub id.
 
-    Transformers makes processors of videos with torchvision only. Where that, or the processor's settings for videos, are missing, it
-    is made without: pictures and text, all that is fed to models here, need neither. The settings are kept, and saved with it.
+    Transformers creates video processors only with torchvision. If torchvision or the video settings are missing, the processor is
+    created without its video processor, because models here get only images and text. The video settings are kept and saved with it.
     """
     from transformers import AutoProcessor
 
@@ -29,12 +29,12 @@ def load_processor(source: str, **options: Any) -> Any:
 
 
 def needs_torchvision(processor: Any) -> bool:
-    """Whether Transformers by itself loads what the processor saves only where torchvision is installed."""
+    """Return whether plain Transformers needs torchvision to load the saved processor."""
     return "video_processor" in getattr(type(processor), "get_attributes", list)()
 
 
 def _class_of(source: str, options: dict[str, Any]) -> Any:
-    """The class that the processor's settings name, else that of the kind of model."""
+    """Return the class named in the processor's settings, or the default class for the model type."""
     from transformers import AutoConfig, ProcessorMixin
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES, processor_class_from_name
 
@@ -46,7 +46,7 @@ def _class_of(source: str, options: dict[str, Any]) -> Any:
 
 
 def _video_settings(source: str, options: dict[str, Any]) -> dict[str, Any]:
-    """A source's settings for videos; none where it has none of its own, with which Transformers takes the defaults for the kind of model."""
+    """Return a source's video settings. They are empty if it has none, and Transformers then uses the defaults for the model type."""
     from transformers.utils import cached_file
 
     quiet = {"_raise_exceptions_for_missing_entries": False, "revision": options.get("revision")}
@@ -59,10 +59,10 @@ def _video_settings(source: str, options: dict[str, Any]) -> dict[str, Any]:
 
 
 class NoVideos:
-    """Stands where a video processor would: every setting is None to who asks.
+    """Placeholder for a video processor. Every attribute of it is None.
 
     Args:
-        settings: those that a video processor would be made with.
+        settings: the settings of the video processor that it replaces.
     """
 
     _auto_class = None
@@ -76,7 +76,7 @@ class NoVideos:
 
 
 def without_videos(cls: Any) -> Any:
-    """The processor class with its checks and its loading told that there is no video processor; itself if it wants none."""
+    """Return a subclass of the processor class that works without a video processor, or the class itself if it has none."""
     from transformers import AutoImageProcessor, AutoTokenizer
 
     if "video_processor" not in cls.get_attributes():

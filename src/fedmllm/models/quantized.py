@@ -1,4 +1,4 @@
-"""Frozen weights in 4 bits: QLoRA's format (Dettmers et al., NeurIPS 2023, arXiv 2305.14314), by bitsandbytes."""
+"""Frozen weights quantized to 4 bits with bitsandbytes, in QLoRA's format (Dettmers et al., NeurIPS 2023, arXiv 2305.14314)."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from fedmllm.errors import ModelError
 from fedmllm.models.families.generic import CONNECTORS
 
 BITS = 4 + 8 / 64 + 32 / (64 * 256)
-"""Per weight: blocks of 64 share a scale of 8 bits, 256 of these one of 32."""
+"""Bits per weight: each block of 64 weights shares an 8-bit scale, and 256 of these scales share a 32-bit scale."""
 
 
 def four_bits(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """What ``from_pretrained`` takes for a model whose linear layers are held in 4 bits, but for the connector and the output head.
+    """Return the ``from_pretrained`` arguments that quantize all linear layers to 4 bits except the connector and the output head.
 
     Args:
-        dtype: in which products are computed.
-        device: where the model is put.
+        dtype: data type of the products.
+        device: the model's device.
     """
     from transformers import BitsAndBytesConfig
 
@@ -34,16 +34,18 @@ def four_bits(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
 
 
 def require_gpu(reason: str, device: torch.device) -> None:
-    """Refuse weights in few bits where nothing computes with them at a useful speed.
+    """Check that quantized weights can run at a useful speed.
 
     Args:
-        reason: which setting or model asks for them.
-        device: where they are to be.
+        reason: the setting or model that requires quantized weights, for the error message.
+        device: the model's device.
 
     Raises:
-        ModelError: if the device is no GPU, or bitsandbytes is not installed.
+        ModelError: if the device is a CPU, or bitsandbytes is not installed.
     """
     if device.type == "cpu":
-        raise ModelError(f"{reason} needs a GPU, engine.device is cpu; use an unquantized model, in bfloat16 for half of float32's memory")
+        raise ModelError(
+            f"{reason} needs a GPU, but engine.device is cpu; use an unquantized model, in bfloat16 for half of float32's memory"
+        )
     if find_spec("bitsandbytes") is None:
         raise ModelError(f"{reason} needs bitsandbytes, which is not installed: pip install 'fedmllm[quantized]'")

@@ -1,4 +1,4 @@
-"""What leaves a run: a standard PEFT folder, read back; or a whole model with the adapter merged in."""
+"""Saves and loads adapters as standard PEFT folders, and saves models with the adapter merged in."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from fedmllm.types import Weights
 
 
 def load_adapter(vlm: VisionLanguageModel, folder: Path) -> VisionLanguageModel:
-    """The model with the adapter of a PEFT folder, frozen.
+    """Return the model with the adapter of a PEFT folder, frozen.
 
     Raises:
-        ModelError: if the folder holds no adapter in safetensors, or it does not fit the model.
+        ModelError: if the folder contains no adapter in safetensors, or the adapter does not fit the model.
     """
     import peft
 
@@ -47,7 +47,7 @@ def load_adapter(vlm: VisionLanguageModel, folder: Path) -> VisionLanguageModel:
 
 
 def _require_fit(what: str, model: Any, held: Set[str]) -> None:
-    """Refuse an adapter of which tensors were left out, or left as they are drawn: PEFT does both in silence or nearly so."""
+    """Reject an adapter whose tensor names differ from the model's. PEFT drops extra tensors and keeps random values for missing ones."""
     from peft import get_peft_model_state_dict
 
     wanted = set(get_peft_model_state_dict(model, save_embedding_layers=False))
@@ -58,18 +58,22 @@ def _require_fit(what: str, model: Any, held: Set[str]) -> None:
 
 
 def save_adapter(vlm: VisionLanguageModel, weights: Weights, folder: Path, base: Mapping[str, Tensor] | None = None) -> None:
-    """Save as a folder that ``PeftModel.from_pretrained`` loads; a folder of that name is replaced as a whole.
+    """Save an adapter as a folder that ``PeftModel.from_pretrained`` loads. An existing folder is replaced.
 
-    What was merged into the frozen weights becomes part of the adapter, which grows in rank to hold it.
+    Args:
+        vlm: the model with adapters attached.
+        weights: the weights to save.
+        folder: the folder to write.
+        base: changes merged into the frozen weights, by module. They are added to the adapter, whose rank grows accordingly.
     """
     model: Any = vlm.model
     write_weights(model, weights)
     draft = folder.with_name(f".{folder.name}.draft")
     shutil.rmtree(draft, ignore_errors=True)
     with written(folder):
-        # "auto" would ask a hub whether the vocabulary was resized.
+        # "auto" would query the hub to find out whether the vocabulary was resized.
         model.save_pretrained(str(draft), save_embedding_layers=False)
-        # PEFT's model card is a form to be filled in, which names the folder of the base model on this machine.
+        # PEFT's model card is an unfilled template that contains the local path of the base model.
         (draft / "README.md").unlink(missing_ok=True)
         if base:
             _save_merged(draft, weights, base)
@@ -78,7 +82,7 @@ def save_adapter(vlm: VisionLanguageModel, weights: Weights, folder: Path, base:
 
 
 def _save_merged(folder: Path, weights: Weights, base: Mapping[str, Tensor]) -> None:
-    """Replace an adapter's factors by those of ``base + B A`` at the rank that holds it, and the rank in its settings."""
+    """Replace an adapter's factors with factors of ``base + B A`` at its exact rank, and update the rank in the adapter's settings."""
     merged = {module: tensor.double() + base[module].double().to(tensor.device) for module, tensor in factors.products(weights).items()}
     rank = max(int(torch.linalg.matrix_rank(tensor.float())) for tensor in merged.values()) or 1
     whole = {module: factors.Pair(torch.eye(t.shape[1], dtype=t.dtype), t) for module, t in merged.items()}
@@ -92,17 +96,17 @@ def _save_merged(folder: Path, weights: Weights, base: Mapping[str, Tensor]) -> 
 
 
 def save_merged(vlm: VisionLanguageModel, folder: Path) -> float:
-    """Save a model whose adapter is part of its weights, with its processor, as a Transformers folder in the model's number format.
+    """Merge the adapter into the model and save it with its processor as a Transformers folder, in the model's data type.
 
     Args:
-        vlm: with a loaded adapter, which it has no more afterwards.
-        folder: where; it is there whole or not at all.
+        vlm: a model with a loaded adapter. The adapter is removed from it.
+        folder: the folder to create. It is written completely or not at all.
 
     Returns:
-        how much of the adapters' change the number format loses, as a share of its Frobenius norm; about 0 in float32.
+        the share of the adapters' change, by Frobenius norm, that is lost to rounding; about 0 in float32.
 
     Raises:
-        RunError: if there is something at that place already, or it cannot be made.
+        RunError: if the folder exists or cannot be created.
     """
     require_new_folder(folder)
     lost = _merge(vlm)
@@ -118,7 +122,7 @@ def save_merged(vlm: VisionLanguageModel, folder: Path) -> float:
 
 @torch.no_grad()
 def _merge(vlm: VisionLanguageModel) -> float:
-    """Add every adapter to its frozen matrix, in float32, rounded once; what share of the change is lost by that."""
+    """Add every adapter to its frozen matrix in float32, round once, and return the share of the change that is lost."""
     lost = total = 0.0
     for _, layer in adapted_layers(vlm.model):
         frozen = layer.get_base_layer()

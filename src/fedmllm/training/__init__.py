@@ -1,1 +1,1 @@
-"""Training on one client's samples: the only local loop."""
+"""Local training on a client's samples. It contains the only local training loop."""

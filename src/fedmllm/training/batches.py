@@ -1,4 +1,4 @@
-"""Samples to optimizer steps: encoding with a cache, order, micro-batches and their weights in the loss."""
+"""From samples to optimizer steps: cached encoding, order, micro-batches and their weights in the loss."""
 
 from __future__ import annotations
 
@@ -22,17 +22,18 @@ from fedmllm.types import Message, Sample
 
 
 class Encoder:
-    """Samples as tensors, kept for the next time up to a limit of memory, the least recently used leaving first.
+    """Encodes samples as tensors, with a cache of limited memory that evicts the least recently used sample first.
 
-    They are kept by what they are made of: prompt, pictures and answer (``data.fingerprint.prompt_key``). Splits, scenarios and data sets can
-    therefore share an encoder, whatever they have done to a sample of the same id. The key of a sample is made once for as long as it lives.
+    The cache key is computed from a sample's prompt, images and answer (``data.fingerprint.prompt_key``). Splits, scenarios and datasets can
+    therefore share an encoder, even if they change a sample without changing its id. The key is computed once per sample object.
 
-    Where the model keeps features of pictures (``vlm.features``) they are computed here, and pixels, nearly all of a sample's memory, are dropped.
+    If the model caches image features (``vlm.features``), they are computed here and the pixels, which take nearly all of a sample's
+    memory, are dropped.
 
     Args:
         vlm: the model to encode for.
-        style: the wording of the prompts, or the name of one that is built in.
-        max_bytes: memory for kept samples.
+        style: the wording of the prompts, or the name of a built-in one.
+        max_bytes: memory limit of the cache.
     """
 
     def __init__(self, vlm: VisionLanguageModel, style: str | Wording, max_bytes: int = 1 << 30) -> None:
@@ -42,10 +43,10 @@ class Encoder:
         self._keys: dict[int, tuple[ReferenceType[Sample], bytes]] = {}
 
     def __call__(self, sample: Sample) -> Encoded:
-        """The sample's prompt and target as tensors.
+        """Return the sample's prompt and target as tensors.
 
         Raises:
-            ModelError, DataError: naming the sample that cannot be had as tensors.
+            ModelError, DataError: if the sample cannot be encoded; the message names it.
         """
         key = self._key(sample)
         if key in self._kept:
@@ -61,7 +62,7 @@ class Encoder:
         return encoded
 
     def _key(self, sample: Sample) -> bytes:
-        """Remembered by the object's identity: what it holds is not hashed again in every round."""
+        """Return the sample's cache key. Keys are remembered by object identity, so that content is not hashed again in every round."""
         known = self._keys.get(id(sample))
         if known is not None and known[0]() is sample:
             return known[1]
@@ -77,14 +78,14 @@ class Encoder:
         messages, answer = self._worded(sample)
         with _naming(sample):
             if sample.options:
-                # What no answer could be read of is found here, not when the first one is asked for.
+                # Checks that the options can be told apart, so that the error occurs here and not when the sample is scored.
                 option_tokens(self._vlm, sample)
             return encode(self._vlm, messages, answer)
 
 
 @contextmanager
 def _naming(sample: Sample) -> Iterator[None]:
-    """Errors in this block say which sample they are about."""
+    """Add the sample's id to errors raised in this block."""
     try:
         yield
     except (ModelError, DataError) as error:
@@ -103,12 +104,12 @@ class Step:
 
     @property
     def samples(self) -> list[Encoded]:
-        """All samples in order."""
+        """All samples of the step, in order."""
         return [sample for micro in self.micro_batches for sample in micro]
 
 
 def steps(samples: Sequence[Encoded], batch_size: int, accumulation: int, rng: np.random.Generator) -> Iterator[Step]:
-    """One epoch in random order: ``accumulation`` micro-batches of ``batch_size`` samples a step, the last one shorter."""
+    """Yield the steps of one epoch in random order: ``accumulation`` micro-batches of ``batch_size`` samples each; the last may be smaller."""
     order = rng.permutation(len(samples))
     micro = [tuple(samples[i] for i in order[k : k + batch_size]) for k in range(0, len(order), batch_size)]
     for first in range(0, len(micro), accumulation):
@@ -116,46 +117,46 @@ def steps(samples: Sequence[Encoded], batch_size: int, accumulation: int, rng: n
 
 
 def loss_weights(step: Step) -> list[float]:
-    """The weight of each sample's answer tokens in the step's loss, in the step's order.
+    """Return the weight of each sample's answer tokens in the step's loss, in the step's order.
 
-    Accumulation averages over micro-batches the mean over each one's M_m answer tokens, so that a token of micro-batch m
-    weighs 1 / (number of micro-batches * M_m). With these weights the micro-batches can run together or one by one.
+    Gradient accumulation averages the micro-batches' mean losses. A token of micro-batch m, which has M_m answer tokens, therefore
+    weighs 1 / (number of micro-batches * M_m). With these weights the micro-batches can run as one batch or one by one.
     """
     tokens = [sum(sample.answer_length for sample in micro) for micro in step.micro_batches]
     return [1 / (len(tokens) * count) for count, micro in zip(tokens, step.micro_batches, strict=True) for _ in micro]
 
 
 PASS_COST = {"cpu": 128}
-"""What a pass of the model costs beside its tokens, in tokens, by kind of device; elsewhere as much as the largest batch."""
+"""Fixed cost of a forward and backward pass by device type, in tokens. On other devices it equals the largest batch."""
 
 
-def passes(vlm: VisionLanguageModel, parts: Sequence[Step], max_tokens: int) -> Iterator[tuple[Batch, Tensor, list[int]]]:
-    """Steps of several clients as few padded batches as fit into ``max_tokens``, or more if that saves padding.
+def passes(vlm: VisionLanguageModel, clients: Sequence[Step], max_tokens: int) -> Iterator[tuple[Batch, Tensor, list[int]]]:
+    """Yield one step of each of several clients in as few padded batches of ``max_tokens`` as possible, or in more if that saves padding.
 
     Returns:
-        each batch, its samples' loss weights, shape (samples, 1), and to which part each sample belongs, in ascending order.
+        each batch, its samples' loss weights of shape (samples, 1), and the position of each sample's client, in ascending order.
     """
-    samples = [sample for part in parts for sample in part.samples]
-    weights = [weight for part in parts for weight in loss_weights(part)]
-    owners = [k for k, part in enumerate(parts) for _ in part.samples]
+    samples = [sample for step in clients for sample in step.samples]
+    weights = [weight for step in clients for weight in loss_weights(step)]
+    owners = [k for k, step in enumerate(clients) for _ in step.samples]
     for group in batched(vlm, samples, max_tokens):
         batch = collate(vlm, [samples[i] for i in group])
         yield batch, torch.tensor([[weights[i]] for i in group], device=vlm.device), [owners[i] for i in group]
 
 
 def batched(vlm: VisionLanguageModel, samples: Sequence[Encoded], max_tokens: int) -> list[list[int]]:
-    """Positions of samples that go through the model together, cheapest for its device."""
+    """Return the positions of the samples in each forward pass, grouped for the lowest cost on the model's device."""
     return pack([len(sample.input_ids) for sample in samples], max_tokens, PASS_COST.get(vlm.device.type, max_tokens))
 
 
 def pack(lengths: Sequence[int], max_tokens: int, pass_cost: int) -> list[list[int]]:
-    """The cheapest groups whose padded size (items x longest) stays within ``max_tokens``; a longer item stands alone.
+    """Return the cheapest groups whose padded size (items x longest item) is at most ``max_tokens``. A longer item forms its own group.
 
-    A group costs its padded size and ``pass_cost``. In an optimal division items of like length stand together, so that only
-    cuts of the sorted list need be tried.
+    A group costs its padded size plus ``pass_cost``. An optimal grouping has items of similar length together, so only cuts of the
+    sorted list need to be tried.
 
     Returns:
-        positions, ascending within each group.
+        the positions in each group, ascending.
     """
     order = sorted(range(len(lengths)), key=lambda i: lengths[i])
     best, cut = [0], [0]

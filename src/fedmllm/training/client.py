@@ -1,4 +1,4 @@
-"""One client's training, step by step: what the loop in ``training.local`` drives, alone or beside others."""
+"""The state of one client's local training, which the loop in ``training.local`` advances step by step, alone or for parallel clients."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from fedmllm.types import Weights
 
 @dataclass(frozen=True)
 class LocalTask:
-    """One client's turn.
+    """The local training of one client in one round.
 
     Attributes:
-        client, round_num, seed: name the turn; all its random numbers derive from them.
-        samples: encoded, in an order that is the same wherever the client runs.
-        received: the weights the client was sent.
-        learning_rate: this round's.
+        client, round_num, seed: identify the task; all its random numbers derive from them.
+        samples: the encoded samples, in an order that does not depend on where the client runs.
+        received: the weights that the client received.
+        learning_rate: the learning rate of this round.
     """
 
     client: str
@@ -39,14 +39,18 @@ class LocalTask:
 
 
 Adapters = Callable[[Sequence["ClientTraining"], Sequence[int]], AbstractContextManager[None]]
-"""(clients, rows of each) -> the context in which a batch of so many rows goes through their adapters."""
+"""(clients, number of rows of each) -> a context in which the rows of a batch go through their own client's adapters."""
 
 
 class ClientTraining:
-    """What lives as long as one client's training: its plan, parameters, optimizer, and the sums of its losses and gradients.
+    """The state of one client's local training: its plan, parameters and optimizer, and the sums of its losses and gradients.
 
     Args:
-        weights: its tensors; those that train require gradients.
+        vlm: the model.
+        task: the client's task.
+        rule: how the method departs from plain training.
+        config: the training settings.
+        weights: the client's tensors; those that train require gradients.
     """
 
     def __init__(self, vlm: VisionLanguageModel, task: LocalTask, rule: LocalRule, config: TrainingConfig, weights: Weights) -> None:
@@ -63,16 +67,16 @@ class ClientTraining:
 
     @property
     def longest(self) -> Encoded | None:
-        """Its longest sample; None if it has none."""
+        """The client's longest sample; None if it has no samples."""
         return max((sample for step in self.plan for sample in step.samples), key=lambda sample: len(sample.input_ids), default=None)
 
     def forget(self) -> None:
-        """Take its gradients back."""
+        """Discard the client's gradients."""
         for parameter in self._parameters.values():
             parameter.grad = None
 
     def add_terms(self, position: int, max_tokens: int, adapters: Adapters) -> None:
-        """Add the gradients of the rule's terms that have passes of their own."""
+        """Add the gradients of those loss terms that pass samples through the model themselves."""
         for term in self._rule.all_terms:
             if term.has_passes:
                 rng = generator(self._task.seed, term.name, self._task.round_num, self._task.client, position)
@@ -80,7 +84,7 @@ class ClientTraining:
                     term.backward(TermStep(self._vlm, self.plan[position].samples, rng, max_tokens))
 
     def update(self, position: int) -> None:
-        """The rule's penalty, and the optimizer's step."""
+        """Add the gradient of the rule's penalty, edit and clip the gradients, and take an optimizer step."""
         penalty = self._rule.penalty(self._parameters, self._received, position / len(self.plan))
         if penalty is not None:
             penalty.backward()  # type: ignore[no-untyped-call]
@@ -103,7 +107,7 @@ class ClientTraining:
                 parameter.grad = self._rule.edit_gradient(name, parameter.grad)
 
     def result(self, weights: Weights) -> LocalResult:
-        """What it came to, with the weights it ended with."""
+        """Return the result of the training, given the final weights."""
         if not self.plan:
             return LocalResult(weights, self._task.received, {"steps": 0.0})
         gradient = {name: (total / len(self.plan)).float().cpu() for name, total in self._gradient.items()}
@@ -113,7 +117,7 @@ class ClientTraining:
 
 
 def _plan(task: LocalTask, config: TrainingConfig) -> Iterator[Step]:
-    """The steps of all epochs."""
+    """Yield the steps of all epochs."""
     for epoch in range(config.local_epochs):
         rng = generator(task.seed, "order", task.round_num, task.client, epoch)
         yield from steps(task.samples, config.batch_size, config.accumulation, rng)

@@ -1,4 +1,4 @@
-"""The local training loop. There is no other: methods change it through a ``LocalRule``, which is data."""
+"""The only local training loop. Methods change it through a ``LocalRule``, which is data."""
 
 from __future__ import annotations
 
@@ -25,61 +25,71 @@ from fedmllm.types import Weights
 def train_locally(
     vlm: VisionLanguageModel, task: LocalTask, rule: LocalRule, config: TrainingConfig, budget: TokenBudget | None = None
 ) -> LocalResult:
-    """Train the adapters on one client's samples, from what it received, with a fresh AdamW.
+    """Train the adapters on one client's samples, starting from the weights it received, with a new AdamW optimizer.
 
-    A step minimizes the accumulated mean negative log-likelihood of the answer tokens plus the rule's further terms.
+    A step minimizes the accumulated mean negative log-likelihood of the answer tokens plus the rule's loss terms.
 
     Args:
         vlm: the model.
-        task: the client's turn.
+        task: the client's task.
         rule: how the method departs from plain training.
-        config: how clients train.
-        budget: of tokens of a pass, measured or found before; one of its own for None.
+        config: the training settings.
+        budget: the token budget of a pass, shared with earlier calls; None for a new one.
+
+    Returns:
+        the client's weights after training, and its metrics.
 
     Raises:
-        torch.OutOfMemoryError: if not even a pass of one sample fits the memory.
+        torch.OutOfMemoryError: if even a pass of one sample does not fit into memory.
     """
     write_weights(vlm.model, _start(task, rule))
     with training_only(vlm.model, rule.trains), torch_randomness(vlm.device, task.seed, "dropout", task.round_num, task.client):
-        turn = ClientTraining(vlm, task, rule, config, dict(trainable(vlm.model)))
+        training = ClientTraining(vlm, task, rule, config, dict(trainable(vlm.model)))
         with _training_mode(vlm):
-            _train(vlm, [turn], budget or TokenBudget(config.max_batch_tokens), lambda turns, counts: nullcontext())
-    return turn.result(read_weights(vlm.model))
+            _train(vlm, [training], budget or TokenBudget(config.max_batch_tokens), lambda trainings, counts: nullcontext())
+    return training.result(read_weights(vlm.model))
 
 
 def train_together(
-    vlm: VisionLanguageModel, turns: Sequence[tuple[LocalTask, LocalRule]], config: TrainingConfig, budget: TokenBudget | None = None
+    vlm: VisionLanguageModel, tasks: Sequence[tuple[LocalTask, LocalRule]], config: TrainingConfig, budget: TokenBudget | None = None
 ) -> list[LocalResult]:
-    """Train several clients side by side: the samples of all go through the model in common, each through its own client's adapter.
+    """Train several clients in parallel. Their samples share batches, and each sample goes through its own client's adapter.
 
-    For every client the same arithmetic as ``train_locally``, summed in another order: its own data order, gradient, penalty, clipping and
-    AdamW. One that has fewer steps than others drops out. Without dropout only, whose random numbers would be shared. On a CPU
-    the clients are divided among as many threads as PyTorch has, each of which computes alone: small products gain little from two.
+    The arithmetic for each client is that of ``train_locally``, summed in another order: every client has its own data order, gradient,
+    penalty, clipping and AdamW. A client with fewer steps than others finishes early. The model must not use dropout, because its random
+    numbers would be shared. On a CPU the clients are divided among PyTorch's threads and each thread computes alone, because small
+    matrix products gain little from a second thread.
 
     Args:
         vlm: the model.
-        turns: the clients' turns, and how the method departs from plain training.
-        config: how clients train.
-        budget: of tokens of a pass, measured or found before; one of its own for None.
+        tasks: for each client, its task, and how the method departs from plain training.
+        config: the training settings.
+        budget: the token budget of a pass, shared with earlier calls; None for a new one.
+
+    Returns:
+        one result for each task, in the same order.
 
     Raises:
-        torch.OutOfMemoryError: if not even a pass of one sample fits the memory.
+        torch.OutOfMemoryError: if even a pass of one sample does not fit into memory.
     """
     own = dict(trainable(vlm.model))
-    running = [ClientTraining(vlm, task, rule, config, _own_weights(own, task, rule)) for task, rule in turns]
-    threads = min(torch.get_num_threads(), len(turns)) if vlm.device.type == "cpu" else 1
+    running = [ClientTraining(vlm, task, rule, config, _own_weights(own, task, rule)) for task, rule in tasks]
+    threads = min(torch.get_num_threads(), len(tasks)) if vlm.device.type == "cpu" else 1
     common = budget or TokenBudget(config.max_batch_tokens)
     with _training_mode(vlm), side_by_side(vlm.model) as layers:
         _in_threads(
-            lambda group: _train(vlm, group, common, lambda some, counts: stacked(layers, [turn.weights for turn in some], counts)),
+            lambda group: _train(vlm, group, common, lambda some, counts: stacked(layers, [training.weights for training in some], counts)),
             _shared_out(running, threads),
         )
-    return [turn.result({name: tensor.detach().to("cpu", torch.float32) for name, tensor in turn.weights.items()}) for turn in running]
+    return [
+        training.result({name: tensor.detach().to("cpu", torch.float32) for name, tensor in training.weights.items()})
+        for training in running
+    ]
 
 
 @contextmanager
 def _training_mode(vlm: VisionLanguageModel) -> Iterator[None]:
-    """Left again whatever happens, with no gradient behind: a client may fail, and the model is needed for others."""
+    """Put the model in training mode, and restore evaluation mode without gradients on exit, even if a client fails."""
     vlm.model.train()
     try:
         yield
@@ -89,32 +99,32 @@ def _training_mode(vlm: VisionLanguageModel) -> Iterator[None]:
 
 
 def _own_weights(own: Weights, task: LocalTask, rule: LocalRule) -> Weights:
-    """What a client begins with, in tensors of its own; those that train require gradients."""
+    """Return copies of a client's initial weights. Those that train require gradients."""
     weights = copies(own, _start(task, rule))
     return {name: tensor.requires_grad_(rule.trains is None or rule.trains(name)) for name, tensor in weights.items()}
 
 
 _EFFICIENCY = 0.75
-"""How much of several threads' speed is left where they share single products: between 0.68 at 4 samples a pass and 0.9 at 16 on 2 cores."""
+"""Parallel efficiency of threads that share each product: measured 0.68 with 4 samples per pass and 0.9 with 16, on 2 cores."""
 
 
-def _shared_out(turns: Sequence[ClientTraining], threads: int) -> list[list[ClientTraining]]:
-    """Turns by thread, the longest first, each to the thread that has least to do; all in one group where that is faster.
+def _shared_out(trainings: Sequence[ClientTraining], threads: int) -> list[list[ClientTraining]]:
+    """Divide clients among threads: longest first, each to the thread with the least work. Return a single group if that is faster.
 
-    One group computes with all threads at ``_EFFICIENCY`` of their speed, several are done when the largest is.
+    A single group uses all threads at ``_EFFICIENCY`` of their combined speed. Several groups take as long as the largest one.
     """
     groups: list[list[ClientTraining]] = [[] for _ in range(threads)]
     tokens = [0] * threads
-    sizes = [sum(len(sample.input_ids) for step in turn.plan for sample in step.samples) for turn in turns]
-    for size, turn in sorted(zip(sizes, turns, strict=True), key=lambda row: -row[0]):
+    sizes = [sum(len(sample.input_ids) for step in training.plan for sample in step.samples) for training in trainings]
+    for size, training in sorted(zip(sizes, trainings, strict=True), key=lambda row: -row[0]):
         least = tokens.index(min(tokens))
-        groups[least].append(turn)
+        groups[least].append(training)
         tokens[least] += size
-    return groups if max(tokens) * threads * _EFFICIENCY <= sum(tokens) else [list(turns)]
+    return groups if max(tokens) * threads * _EFFICIENCY <= sum(tokens) else [list(trainings)]
 
 
 def _in_threads(work: Callable[[list[ClientTraining]], None], groups: Sequence[list[ClientTraining]]) -> None:
-    """Each group in a thread of its own, whose operations use no further threads."""
+    """Run each group in its own thread, with PyTorch limited to one thread per group."""
     if len(groups) == 1:
         work(groups[0])
         return
@@ -130,77 +140,79 @@ def _start(task: LocalTask, rule: LocalRule) -> Weights:
     return {**task.received, **rule.start}
 
 
-def _train(vlm: VisionLanguageModel, turns: Sequence[ClientTraining], budget: TokenBudget, adapters: Adapters) -> None:
-    """Every client's turn from its first step to its last, step by step."""
-    _measure(vlm, turns, budget, adapters)
-    for position in range(max(len(turn.plan) for turn in turns)):
-        active = [turn for turn in turns if position < len(turn.plan)]
+def _train(vlm: VisionLanguageModel, trainings: Sequence[ClientTraining], budget: TokenBudget, adapters: Adapters) -> None:
+    """Train all clients in lockstep, from the first step to the last."""
+    _measure(vlm, trainings, budget, adapters)
+    for position in range(max(len(training.plan) for training in trainings)):
+        active = [training for training in trainings if position < len(training.plan)]
         while (problem := _backward(vlm, active, position, budget, adapters)) is not None:
             _make_room(vlm, active, position, budget, problem)
-        for turn in active:
-            turn.update(position)
+        for training in active:
+            training.update(position)
 
 
-def _measure(vlm: VisionLanguageModel, turns: Sequence[ClientTraining], budget: TokenBudget, adapters: Adapters) -> None:
-    """Settle the budget by the longest sample, as it will train; nothing of that is left."""
-    turn, longest = max(((turn, turn.longest) for turn in turns), key=lambda pair: len(pair[1].input_ids) if pair[1] else 0)
+def _measure(vlm: VisionLanguageModel, trainings: Sequence[ClientTraining], budget: TokenBudget, adapters: Adapters) -> None:
+    """Measure the token budget with a pass of the longest sample, and discard its gradients."""
+    training, longest = max(
+        ((training, training.longest) for training in trainings), key=lambda pair: len(pair[1].input_ids) if pair[1] else 0
+    )
     if longest is None:
         return
 
     def work() -> None:
-        with adapters([turn], [1]), vlm.autocast():
+        with adapters([training], [1]), vlm.autocast():
             loss = answer_nll(vlm, collate(vlm, [longest])).sum()
         loss.backward()  # type: ignore[no-untyped-call]
 
     with torch_randomness(vlm.device, 0, "memory"):
         budget.measure(vlm.device, len(longest.input_ids), work)
-    turn.forget()
+    training.forget()
 
 
 def _backward(
-    vlm: VisionLanguageModel, turns: Sequence[ClientTraining], position: int, budget: TokenBudget, adapters: Adapters
+    vlm: VisionLanguageModel, trainings: Sequence[ClientTraining], position: int, budget: TokenBudget, adapters: Adapters
 ) -> str | None:
-    """Add the gradients of a step of each client.
+    """Compute the gradients of one step for each client.
 
     Returns:
-        None; or what the allocator said, if a pass did not fit the memory. The error itself would keep that pass's tensors alive.
+        None, or the allocator's message if a pass did not fit into memory. Returning the exception would keep that pass's tensors alive.
     """
     losses: list[tuple[list[int], Tensor]] = []
     max_tokens = budget.tokens or 1
     try:
-        for batch, weights, owners in passes(vlm, [turn.plan[position] for turn in turns], max_tokens):
+        for batch, weights, owners in passes(vlm, [training.plan[position] for training in trainings], max_tokens):
             present = sorted(set(owners))
-            with adapters([turns[k] for k in present], [owners.count(k) for k in present]):
+            with adapters([trainings[k] for k in present], [owners.count(k) for k in present]):
                 with vlm.autocast():
                     loss = (answer_nll(vlm, batch) * weights).sum(1)
                 loss.sum().backward()  # type: ignore[no-untyped-call]
             losses.append((owners, loss.detach()))
-        for turn in turns:
-            turn.add_terms(position, max_tokens, adapters)
+        for training in trainings:
+            training.add_terms(position, max_tokens, adapters)
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
         return str(error).split("\n")[0]
     for owners, loss in losses:
         for k, value in zip(owners, loss.tolist(), strict=True):
-            turns[k].loss += value
+            trainings[k].loss += value
     return None
 
 
-def _make_room(vlm: VisionLanguageModel, turns: Sequence[ClientTraining], position: int, budget: TokenBudget, problem: str) -> None:
-    """Take a step's gradients back, and let its passes be half as large.
+def _make_room(vlm: VisionLanguageModel, trainings: Sequence[ClientTraining], position: int, budget: TokenBudget, problem: str) -> None:
+    """Discard a step's gradients and halve the token budget.
 
     Raises:
-        torch.OutOfMemoryError: if they are of one sample already.
+        torch.OutOfMemoryError: if the largest pass already has a single sample.
     """
-    samples = [sample for turn in turns for sample in turn.plan[position].samples]
+    samples = [sample for training in trainings for sample in training.plan[position].samples]
     groups = [[len(samples[i].input_ids) for i in group] for group in batched(vlm, samples, budget.tokens or 1)]
     largest = max(groups, key=lambda group: len(group) * max(group))
     tokens = len(largest) * max(largest)
-    for turn in turns:
-        turn.forget()
-        turn.halvings += 1
+    for training in trainings:
+        training.forget()
+        training.halvings += 1
     release(vlm.device)
     if len(largest) == 1:
-        raise torch.OutOfMemoryError(f"a pass of one sample of {tokens} tokens does not fit the memory: {problem}")
+        raise torch.OutOfMemoryError(f"a pass of one sample with {tokens} tokens does not fit into memory: {problem}")
     budget.halve(tokens, problem)

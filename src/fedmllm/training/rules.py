@@ -1,4 +1,4 @@
-"""What a method changes about local training, as data."""
+"""How a method changes local training, expressed as data."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from fedmllm.types import Metrics, Slots, Weights
 
 @dataclass(frozen=True)
 class LocalResult:
-    """What local training came to.
+    """The result of local training.
 
     Attributes:
-        weights: all tensors, those that did not train included.
-        received: what the client was sent.
-        metrics: ``loss``, the mean over steps in nats per token, which is left out where no step was taken, and ``steps``.
-        gradient: mean over steps of the gradient before any edit or clipping; empty unless the rule asks for it.
+        weights: all tensors, including those that did not train.
+        received: the weights that the client received.
+        metrics: ``steps``, and ``loss``, the mean over steps in nats per token, unless no step was taken.
+        gradient: mean over steps of the gradient before editing and clipping; empty unless the rule requests it.
     """
 
     weights: Weights
@@ -32,12 +32,12 @@ class LocalResult:
 
 @dataclass(frozen=True)
 class Upload:
-    """What a client makes of its result.
+    """What a client sends and keeps after local training.
 
     Attributes:
-        weights: what it calls its weights; the update is their difference to what it received.
-        extras: further tensors for the server, named and shaped like the update.
-        keeps: what it keeps for its next turn.
+        weights: the weights to upload; the update is their difference from the weights received.
+        extras: extra tensor sets for the server, with the names and shapes of the update.
+        keeps: what the client keeps for its next local training.
     """
 
     weights: Weights
@@ -46,24 +46,25 @@ class Upload:
 
 
 def plain_upload(result: LocalResult) -> Upload:
-    """The result itself."""
+    """Upload the trained weights as they are, and keep nothing."""
     return Upload(result.weights)
 
 
 @dataclass(frozen=True)
 class LocalRule:
-    """How a method departs from plain local training. The neutral values are FedAvg.
+    """How a method departs from plain local training. The default values give FedAvg.
 
     Attributes:
-        terms: what the method adds to the loss.
-        added: what strategies add to it. They act for the federation's sake, so their penalties see what clients share and not what is ``own``.
-        edit_gradient: replaces a gradient before clipping: (name, gradient) -> gradient.
-        trains: which tensors train; all for None.
-        start: tensors that begin elsewhere than at what the client received.
-        own: names of the tensors that the client keeps for itself: what it received of them is nobody's, and no strategy pulls towards it.
-        records_gradient: whether ``LocalResult.gradient`` is wanted.
-        finish: result -> what is sent and kept.
-        personal: a second pass over the same samples, whose weights the client keeps under ``personal``.
+        terms: loss terms of the method.
+        added: loss terms of strategies. Their penalties act on shared tensors only and exclude those in ``own``.
+        edit_gradient: changes a gradient before clipping: (name, gradient) -> gradient.
+        trains: returns whether the tensor of a given name trains; None if all do.
+        start: tensors that start from these values instead of the values received.
+        own: names of the tensors that the client does not share. The values received for them are meaningless, so no strategy may pull
+            toward them.
+        records_gradient: whether to compute ``LocalResult.gradient``.
+        finish: turns the result into what the client sends and keeps.
+        personal: the rule of a second training on the same samples, whose weights the client keeps under ``personal``.
     """
 
     terms: tuple[LossTerm, ...] = ()
@@ -78,20 +79,20 @@ class LocalRule:
 
     @property
     def all_terms(self) -> tuple[LossTerm, ...]:
-        """The method's, then what strategies added."""
+        """The method's terms, then those of strategies."""
         return (*self.terms, *self.added)
 
     def with_term(self, term: LossTerm) -> LocalRule:
-        """The same rule with one more term, for a strategy to add."""
+        """Return the rule with one more term in ``added``. Strategies use it."""
         return replace(self, added=(*self.added, term))
 
     def without(self, kind: type[LossTerm]) -> LocalRule:
-        """The same rule without the terms of a class, whoever added them."""
+        """Return the rule without the terms of a class, whether the method or a strategy added them."""
         terms, added = (tuple(term for term in some if not isinstance(term, kind)) for some in (self.terms, self.added))
         return replace(self, terms=terms, added=added)
 
     def penalty(self, now: Parameters, received: Parameters, progress: float) -> Tensor | None:
-        """The sum of all terms' values, in their order; None if none has one. See ``LossTerm.value``."""
+        """Return the sum of all terms' penalties, in order; None if no term has one. See ``LossTerm.value``."""
         shared = {name: tensor for name, tensor in now.items() if name not in self.own}
         values = [term.value(now, received, progress) for term in self.terms]
         values += [term.value(shared, received, progress) for term in self.added]

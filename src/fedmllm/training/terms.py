@@ -1,4 +1,4 @@
-"""What a method or a strategy adds to a client's loss: a term, in a class of its own."""
+"""The interface of loss terms, which methods and strategies add to a client's loss."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from fedmllm.training.batches import Encoder
 from fedmllm.types import Sample
 
 Parameters = Mapping[str, Tensor]
-"""Tensors by name, on the model's device."""
+"""Tensors by parameter name, on the model's device."""
 
 
 @dataclass(frozen=True)
 class TermStep:
-    """One optimizer step of one client, as a term that passes samples through the model sees it.
+    """One optimizer step of one client, for terms that pass samples through the model.
 
     Attributes:
-        vlm: the model; what goes through it goes through the client's adapters.
-        samples: those of the step, as the rule's terms prepared them.
-        rng: for what the term draws; the same again if the step is repeated for lack of memory.
-        max_tokens: padded tokens of one forward pass.
+        vlm: the model, with the client's adapters active.
+        samples: the samples of the step, as prepared by the rule's terms.
+        rng: the term's random numbers. A step that is repeated after running out of memory draws the same numbers again.
+        max_tokens: maximum number of tokens in a forward pass, padding included.
     """
 
     vlm: VisionLanguageModel
@@ -36,49 +36,49 @@ class TermStep:
 
 
 class LossTerm:
-    """A term beside the loss of the answers. This one adds nothing: a term overrides the hooks that it needs.
+    """Base class of terms added to the loss. It adds nothing; a term overrides the hooks that it needs.
 
-    ``prepare`` is called once before a client trains; in every optimizer step ``backward`` follows the passes of the loss, and ``value``
-    follows that. A term may be asked about several clients at once, so it holds hyper-parameters and nothing that changes.
+    ``prepare`` is called once before a client trains. In every optimizer step, ``backward`` is called after the passes of the loss, and
+    then ``value``. One term may serve several clients at once, so it must hold only hyperparameters and nothing that changes.
     """
 
     @property
     def name(self) -> str:
-        """Names its random numbers and the companions it gives to samples; the name of the class."""
+        """Name of the term's random numbers and of the companions it attaches to samples; by default the class name."""
         return type(self).__name__
 
     @property
     def has_passes(self) -> bool:
-        """Whether it passes samples through the model: whether its class overrides ``backward``."""
+        """Whether the term passes samples through the model, i.e. whether its class overrides ``backward``."""
         return type(self).backward is not LossTerm.backward
 
     def prepare(self, vlm: VisionLanguageModel, encoder: Encoder, samples: Sequence[Sample], encoded: list[Encoded]) -> list[Encoded]:
-        """What it needs of a client's samples before the client trains.
+        """Prepare a client's samples before it trains, for example by adding ``companions`` or an ``option_bias``.
 
         Args:
             vlm: the model.
-            encoder: turns further samples into tensors.
-            samples: the client's.
-            encoded: the same samples in the same order, as the terms before this one prepared them.
+            encoder: encodes additional samples.
+            samples: the client's samples.
+            encoded: the same samples in the same order, as prepared by earlier terms.
 
         Returns:
-            one for each sample, in the same order: with ``companions`` or ``option_bias``, for instance.
+            the prepared samples, in the same order.
         """
         return encoded
 
     def backward(self, step: TermStep) -> None:
-        """Add the gradients of what it computes by passes of the model to those of the client's parameters.
+        """Pass samples through the model and add the term's gradients to those of the client's parameters.
 
-        It may be called again for the same step, if a pass did not fit the memory; the gradients of the first call are gone then.
+        If a pass does not fit into memory, the step's gradients are discarded and this method is called again for the same step.
         """
 
     def value(self, now: Parameters, received: Parameters, progress: float) -> Tensor | None:
-        """A penalty on the parameters.
+        """Return a penalty on the parameters.
 
         Args:
-            now: the parameters that train.
-            received: what the client was sent.
-            progress: how much of the client's training is done, in [0, 1).
+            now: the current values of the parameters that train.
+            received: the weights that the client received.
+            progress: the finished share of the client's local training, in [0, 1).
 
         Returns:
             a scalar; None for no penalty.
@@ -90,5 +90,5 @@ _Kind = TypeVar("_Kind", bound=LossTerm)
 
 
 def of_kind(terms: Iterable[LossTerm], kind: type[_Kind]) -> _Kind | None:
-    """The first term of a class; None if there is none."""
+    """Return the first term of a class; None if there is none."""
     return next((term for term in terms if isinstance(term, kind)), None)

@@ -108,7 +108,7 @@ def test_a_tweet_of_addresses_only_has_no_text(tmp_path: Path) -> None:
     )
 
     assert [sample.modalities for sample in dataset.train] == [("image",), ("image", "text")]
-    assert "1 tweet(s) of web addresses only: their text is missing" in dataset.notes
+    assert "1 tweet(s) contain only web addresses, so their text is missing" in dataset.notes
 
 
 def test_line_ends_blank_lines_and_a_byte_order_mark_are_no_matter(tmp_path: Path) -> None:
@@ -170,9 +170,9 @@ def test_counts_are_compared_with_the_published_ones(tmp_path: Path) -> None:
     notes = load(DatasetRequest(write(tmp_path), 0, validation_share=0)).notes
 
     assert notes[1:] == (
-        "train: rows: 1, published are 13,608",
-        "test: rows: 1, published are 2,237",
-        "test: rows by class: 0 / 0 / 0 / 0 / 0 / 1 / 0 / 0, published are 88 / 458 / 10 / 3 / 256 / 36 / 331 / 1,055",
+        "train: rows: 1, published: 13,608",
+        "test: rows: 1, published: 2,237",
+        "test: rows by class: 0 / 0 / 0 / 0 / 0 / 1 / 0 / 0, published: 88 / 458 / 10 / 3 / 256 / 36 / 331 / 1,055",
     )
 
 
@@ -181,14 +181,14 @@ BAD = {
     "label of the text alone": (tweet(3, "x", ""), "label_image must be one of affected_individuals, "),
     "no text": (tweet(3, " "), "tweet_text must be text that is not empty"),
     "no event": (tweet(3, "x", event_name=""), "event_name must be text that is not empty"),
-    "id of another row": (tweet(3, "x", image_id="905700001_0"), "id must occur once, 'crisismmd-train-905700001_0' is also at "),
-    "no such picture": (tweet(3, "x", image="data_image/gone.jpg"), "image 'data_image/gone.jpg' is no file in crisis/"),
+    "id of another row": (tweet(3, "x", image_id="905700001_0"), "id must be unique, but 'crisismmd-train-905700001_0' also occurs at "),
+    "no such picture": (tweet(3, "x", image="data_image/gone.jpg"), "image 'data_image/gone.jpg' is not a file in crisis/"),
     "picture above": (tweet(3, "x", image="data_image/../../x.jpg"), "image must be a path inside crisis/"),
-    "picture elsewhere": (tweet(3, "x", image="/etc/hostname"), "image must be a path inside crisis/, is '/etc/hostname'"),
-    "null character": (tweet(3, "x", image="data_image\0"), "image must be a path inside crisis/, is 'data_image\\x00'"),
+    "picture elsewhere": (tweet(3, "x", image="/etc/hostname"), "image must be a path inside crisis/, got '/etc/hostname'"),
+    "null character": (tweet(3, "x", image="data_image\0"), "image must be a path inside crisis/, got 'data_image\\x00'"),
     "no UTF-8": (tweet(3, "x\udcff"), "must be in UTF-8"),
-    "a tab in the text": (tweet(3, "x\ty"), "must have 9 fields, has 10"),
-    "cut short": (tweet(3, "x")[:40], "must have 9 fields, has 5"),
+    "a tab in the text": (tweet(3, "x\ty"), "must have 9 fields, got 10"),
+    "cut short": (tweet(3, "x")[:40], "must have 9 fields, got 5"),
 }
 
 

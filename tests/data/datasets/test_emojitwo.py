@@ -78,7 +78,10 @@ LEFT_OUT = {
 def test_what_is_no_kind_of_thing_is_left_out(code: str, row: Entry, tmp_path: Path) -> None:
     dataset = load(DatasetRequest(write(tmp_path, {code: row}, (code,)), 0, validation_share=0))
 
-    assert (len(everything(dataset)), dataset.notes[0]) == (8, "1 of 9 entries left out: no picture, no kind of thing or a skin tone")
+    assert (len(everything(dataset)), dataset.notes[0]) == (
+        8,
+        "1 of 9 entries left out: no image, no usable category, or a skin-tone variant",
+    )
 
 
 @pytest.mark.parametrize("code", ["1f900", "a" * 5000])
@@ -104,16 +107,16 @@ BAD = {
     "category null": ("1f900", entry("x", category=None), "category must be one of "),  # type: ignore[arg-type]
     "category a list": ("1f900", entry("x", category=[]), "category must be one of "),  # type: ignore[arg-type]
     "no category": ("1f900", {"name": "x"}, "lacks category"),
-    "no name": ("1f900", entry(""), "name must be text that is not empty, is ''"),
-    "keywords in one": ("1f900", entry("x", keywords="happy"), "keywords must be a list of words, is 'happy'"),
-    "an empty keyword": ("1f900", entry("x", keywords=["happy", ""]), "keywords must be a list of words, is ['happy', '']"),
-    "no object": ("1f900", ["x"], "must be an object with keys, is ['x']"),
+    "no name": ("1f900", entry(""), "name must be text that is not empty, got ''"),
+    "keywords in one": ("1f900", entry("x", keywords="happy"), "keywords must be a list of words, got 'happy'"),
+    "an empty keyword": ("1f900", entry("x", keywords=["happy", ""]), "keywords must be a list of words, got ['happy', '']"),
+    "no object": ("1f900", ["x"], "must be an object with keys, got ['x']"),
     "a path": ("../1f600", entry("x"), "an entry's name must be code points"),
     "a path elsewhere": ("/1f600", entry("x"), "an entry's name must be code points"),
     "a null character": ("1f900\0", entry("x"), "an entry's name must be code points"),
     "capital letters": ("1F900", entry("x"), "an entry's name must be code points"),
-    "nothing": ("", entry("x"), "code must be text that is not empty, is ''"),
-    "the same, padded": (" 1f600", entry("x"), "id must occur once, 'emojitwo-1f600' is also at emoji.json['1f600']"),
+    "nothing": ("", entry("x"), "code must be text that is not empty, got ''"),
+    "the same, padded": (" 1f600", entry("x"), "id must be unique, but 'emojitwo-1f600' also occurs at emoji.json['1f600']"),
 }
 
 
@@ -124,7 +127,11 @@ def test_a_bad_entry_is_named_or_skipped(code: str, row: object, message: str, t
     (problem,) = problems(DatasetRequest(tmp_path, 0, validation_share=0))
     assert problem.startswith(f"emoji.json[{code!r}]: {message}")
     dataset = load(DatasetRequest(tmp_path, 0, on_bad_sample="skip", validation_share=0))
-    assert dataset.notes[:3] == ("1 bad row(s) skipped", problem, "0 of 9 entries left out: no picture, no kind of thing or a skin tone")
+    assert dataset.notes[:3] == (
+        "1 bad row(s) skipped",
+        problem,
+        "0 of 9 entries left out: no image, no usable category, or a skin-tone variant",
+    )
     assert len(everything(dataset)) == 8
 
 

@@ -86,7 +86,7 @@ def test_every_labeled_file_of_the_later_release_can_be_evaluated_on(evaluated: 
     ("names", "evaluated", "known"), [(FIRST, "test_seen", "choose from dev$"), (LATER, "dev", "choose from dev_seen, dev_unseen,")]
 )
 def test_a_file_of_the_other_release_is_refused(names: tuple[str, ...], evaluated: str, known: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=rf"data\.options\.test: {evaluated} is no labeled file of .*{known}"):
+    with pytest.raises(ConfigError, match=rf"data\.options\.test: {evaluated} is not a labeled file of .*{known}"):
         load(DatasetRequest(release(tmp_path, names), 0, options={"test": evaluated}, validation_share=0))
 
 
@@ -120,24 +120,24 @@ def test_published_counts_are_recognized_for_each_file(tmp_path: Path) -> None:
     write(tmp_path, {"train": [line(1, 1, "x", False)], "dev": [line(1000 + i, i % 2, "x", False) for i in range(500)]})
 
     assert load(DatasetRequest(tmp_path, 0, validation_share=0)).notes[1:] == (
-        "train: rows without and with hate: 0 / 1, published are 5,450 / 3,050",
+        "train: rows without and with hate: 0 / 1, published: 5,450 / 3,050",
         "dev: rows without and with hate: 250 / 250, as published",
     )
 
 
 BAD = {
-    "no label": ({"label": None}, "label must be one of 0, 1, is None"),
-    "another label": ({"label": 2}, "label must be one of 0, 1, is 2"),
-    "a boolean": ({"label": True}, "label must be one of 0, 1, is True"),
-    "a fraction": ({"label": 0.0}, "label must be one of 0, 1, is 0.0"),
-    "no words": ({"text": " \n"}, "text must be text that is not empty, is ' \\n'"),
-    "half a character": ({"text": "\ud83d"}, "text must be text that is not empty, is '\\ud83d'"),
-    "no such picture": ({"img": "img/99999.png"}, "img 'img/99999.png' is no file in memes/"),
-    "the folder of pictures": ({"img": "img"}, "img 'img' is no file in memes/"),
-    "a picture above": ({"img": "../00001.png"}, "img must be a path inside memes/, is '../00001.png'"),
-    "a picture elsewhere": ({"img": "/etc/hostname"}, "img must be a path inside memes/, is '/etc/hostname'"),
-    "a null character": ({"img": "img/00001.png\0"}, "img must be a path inside memes/, is 'img/00001.png\\x00'"),
-    "the picture of another row": ({"img": "img/./00001.png"}, "id must occur once, "),
+    "no label": ({"label": None}, "label must be one of 0, 1, got None"),
+    "another label": ({"label": 2}, "label must be one of 0, 1, got 2"),
+    "a boolean": ({"label": True}, "label must be one of 0, 1, got True"),
+    "a fraction": ({"label": 0.0}, "label must be one of 0, 1, got 0.0"),
+    "no words": ({"text": " \n"}, "text must be text that is not empty, got ' \\n'"),
+    "half a character": ({"text": "\ud83d"}, "text must be text that is not empty, got '\\ud83d'"),
+    "no such picture": ({"img": "img/99999.png"}, "img 'img/99999.png' is not a file in memes/"),
+    "the folder of pictures": ({"img": "img"}, "img 'img' is not a file in memes/"),
+    "a picture above": ({"img": "../00001.png"}, "img must be a path inside memes/, got '../00001.png'"),
+    "a picture elsewhere": ({"img": "/etc/hostname"}, "img must be a path inside memes/, got '/etc/hostname'"),
+    "a null character": ({"img": "img/00001.png\0"}, "img must be a path inside memes/, got 'img/00001.png\\x00'"),
+    "the picture of another row": ({"img": "img/./00001.png"}, "id must be unique, but "),
 }
 
 
@@ -162,7 +162,7 @@ def test_all_bad_rows_of_both_files_are_listed_at_once(tmp_path: Path) -> None:
     assert [(place, rule.split(" (")[0]) for place, rule in places] == [
         ("train.jsonl:1", "lacks label"),
         ("train.jsonl:3", "must be a JSON object in UTF-8"),
-        ("train.jsonl:4", "must be an object with keys, is []"),
+        ("train.jsonl:4", "must be an object with keys, got []"),
         ("test_seen.jsonl:1", "lacks img"),
     ]
 

@@ -97,15 +97,15 @@ def test_bad_cards_are_named_at_once_or_skipped(tmp_path: Path) -> None:
     cards = [*(card(i) for i in range(16)), card(16, output=""), card(17, input=None), {"input": "?"}, "card"]
     write(tmp_path, cards)
     told = [
-        f"{FILE}[16]: output must be text that is not empty, is ''",
-        f"{FILE}[17]: input must be text that is not empty, is None",
+        f"{FILE}[16]: output must be text that is not empty, got ''",
+        f"{FILE}[17]: input must be text that is not empty, got None",
         f"{FILE}[18]: lacks output",
-        f"{FILE}[19]: must be an object with keys, is 'card'",
+        f"{FILE}[19]: must be an object with keys, got 'card'",
     ]
 
     assert problems(DatasetRequest(tmp_path, 0, validation_share=0)) == told
     dataset = load(DatasetRequest(tmp_path, 0, on_bad_sample="skip", validation_share=0))
-    assert dataset.notes == ("4 bad row(s) skipped", *told, "cards: 16, published are 33,955")
+    assert dataset.notes == ("4 bad row(s) skipped", *told, "cards: 16, published: 33,955")
     train, test = numbers(dataset)
     assert sorted(train + test) == list(range(16))
 

@@ -114,16 +114,18 @@ def test_the_reference_protocol_loses_no_row_of_classes_that_are_no_options() ->
 
 
 def test_what_no_client_can_hold_is_an_error() -> None:
-    with pytest.raises(DataError, match="no client can hold some of the training samples") as caught:
+    with pytest.raises(DataError, match="no client can hold some training samples") as caught:
         federated(MEDICAL, scenario="cross-1:0")
     assert "40 samples with text of digits-cards" in str(caught.value)
 
 
 def test_sizes_that_cannot_be_are_an_error_that_says_why() -> None:
     """Two of four clients hold texts, of which there are 40; pictures would be enough."""
-    with pytest.raises(DataError, match="2 clients of at least 21 samples need 42, but of the samples that they can hold") as caught:
+    with pytest.raises(
+        DataError, match="2 clients of at least 21 samples need 42, but there are only 40 samples that they can hold"
+    ) as caught:
         federated(MEDICAL, scenario="cross-5:5", min_partition_size=21)
-    assert r"(text) there are 40" in str(caught.value)
+    assert r"only 40 samples that they can hold under the scenario (text)" in str(caught.value)
     assert min(map(len, federated(MEDICAL, scenario="cross-5:5", min_partition_size=20).clients.values())) >= 20
 
 
@@ -143,10 +145,10 @@ def test_a_task_mix_is_scored_by_the_mean_of_each_task_s_own_score() -> None:
 @pytest.mark.parametrize(
     ("parts", "rule"),
     [
-        (MEDICAL[:1], r"data\.options\.parts: must have 2 or more entries"),
-        ([MEDICAL[0], {"dataset": "digit-cards"}], "'digit-cards' is no dataset that can be mixed"),
-        ([MEDICAL[0], {"dataset": "mixture"}], "'mixture' is no dataset that can be mixed"),
-        ([MEDICAL[0], MEDICAL[0]], "'digits-vqa' is named 2 times"),
+        (MEDICAL[:1], r"data\.options\.parts: must have at least 2 entries"),
+        ([MEDICAL[0], {"dataset": "digit-cards"}], "'digit-cards' is not a dataset that can be mixed"),
+        ([MEDICAL[0], {"dataset": "mixture"}], "'mixture' is not a dataset that can be mixed"),
+        ([MEDICAL[0], MEDICAL[0]], "'digits-vqa' is listed 2 times"),
         ([MEDICAL[0], {"dataset": "digits-cards", "folder": "x"}], r"data\.options\.parts\.1\.folder"),
     ],
 )
@@ -156,11 +158,11 @@ def test_what_cannot_be_mixed(parts: list[dict[str, Any]], rule: str) -> None:
 
 
 def test_sizes_are_the_parts_own() -> None:
-    with pytest.raises(ConfigError, match="give num_train, num_test and num_validation to the parts"):
+    with pytest.raises(ConfigError, match="set num_train, num_test and num_validation for each part"):
         mixture(MEDICAL, num_train=10)
 
 
 def test_a_domain_partition_needs_a_mixture() -> None:
     experiment = Experiment.parse({"data": {"num_train": 40, "num_test": 8}, "federation": {"partition": "domain", "num_clients": 4}})
-    with pytest.raises(ConfigError, match="spreads the datasets of a mixture, digits-claims is a single dataset"):
+    with pytest.raises(ConfigError, match="divides the datasets of a mixture, but digits-claims is a single dataset"):
         federate(experiment.data, experiment.federation, 0)

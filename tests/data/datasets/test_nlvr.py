@@ -65,8 +65,8 @@ def test_the_training_file_is_preferred_where_it_is(tmp_path: Path) -> None:
         (
             "trained on train, tested on test, validated on dev",
             "train: false and true sentences: 0 / 1",
-            "test: false and true sentences: 0 / 1, published are 434 / 556",
-            "dev: false and true sentences: 1 / 1, published are 442 / 547",
+            "test: false and true sentences: 0 / 1, published: 434 / 556",
+            "dev: false and true sentences: 1 / 1, published: 442 / 547",
         ),
     )
     assert all(sample.id.startswith("nlvr-dev-") for sample in dataset.validation)
@@ -92,18 +92,18 @@ def test_a_number_as_directory_is_read(tmp_path: Path) -> None:
     assert len(load(DatasetRequest(write(tmp_path, dev=[line("15-0", directory=2)]), 0, validation_share=0)).train) == 1
 
 
-NUMBERS = "identifier and directory must be numbers as in 1572-0 and 2, are "
+NUMBERS = "identifier and directory must be numbers as in 1572-0 and 2, got "
 BAD = {
-    "a boolean for a label": (line("9-0", label=True), "label must be one of false, true, is True"),  # type: ignore[arg-type]
-    "label of another case": (line("9-0", "True"), "label must be one of false, true, is 'True'"),
-    "label empty": (line("9-0", ""), "label must be one of false, true, is ''"),
-    "no words": (line("9-0", sentence=" "), "sentence must be text that is not empty, is ' '"),
-    "identifier twice": (line("15-0"), "id must occur once, 'nlvr-dev-15-0' is also at dev.json:1"),
+    "a boolean for a label": (line("9-0", label=True), "label must be one of false, true, got True"),  # type: ignore[arg-type]
+    "label of another case": (line("9-0", "True"), "label must be one of false, true, got 'True'"),
+    "label empty": (line("9-0", ""), "label must be one of false, true, got ''"),
+    "no words": (line("9-0", sentence=" "), "sentence must be text that is not empty, got ' '"),
+    "identifier twice": (line("15-0"), "id must be unique, but 'nlvr-dev-15-0' also occurs at dev.json:1"),
     "identifier of one number": (line("9"), NUMBERS + "'9' and '2'"),
     "identifier with a path": (line("9-0/../../x-0"), NUMBERS + "'9-0/../../x-0' and '2'"),
     "directory above": (line("9-0", directory=".."), NUMBERS + "'9-0' and '..'"),
     "directory with a null character": (line("9-0", directory="2\0"), NUMBERS + "'9-0' and '2\\x00'"),
-    "a picture that is not there": (line("9-0", directory="3"), "image 'dev/images/3/dev-9-0-0.png' is no file in nlvr/"),
+    "a picture that is not there": (line("9-0", directory="3"), "image 'dev/images/3/dev-9-0-0.png' is not a file in nlvr/"),
     "a name too long": (line("9-0", directory="3" * 300), "image 'dev/images/3333"),
     "no directory, as in hidden.json": ({k: v for k, v in line("9-0").items() if k != "directory"}, "lacks directory"),
 }
@@ -125,9 +125,9 @@ def test_all_bad_rows_of_both_files_are_listed_at_once(tmp_path: Path) -> None:
 
     assert [problem.split(" (")[0] for problem in problems(DatasetRequest(tmp_path, 0, validation_share=0))] == [
         "dev.json:1: must be a JSON object in UTF-8",
-        "dev.json:3: must be an object with keys, is 'row'",
+        "dev.json:3: must be an object with keys, got 'row'",
         "dev.json:4: lacks label",
-        "test.json:1: label must be one of false, true, is 'maybe'",
+        "test.json:1: label must be one of false, true, got 'maybe'",
     ]
 
 

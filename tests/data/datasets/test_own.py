@@ -122,7 +122,7 @@ def test_an_empty_field_is_a_missing_modality(nothing: str | None, tmp_path: Pat
     assert [s.modalities for s in dataset.train] == [("image", "text"), ("text",), ("image",)]
 
     write(tmp_path, [ROW, without("scan", "report")])
-    assert problems(tmp_path) == ["train.jsonl:2: all of scan, report are empty; one is needed"]
+    assert problems(tmp_path) == ["train.jsonl:2: all of scan, report are empty; at least one is required"]
     assert [s.modalities for s in read(tmp_path, {**OPTIONS, "keep_empty": True}).train] == [("image", "text"), ()]
 
 
@@ -130,7 +130,7 @@ def test_a_modality_of_another_name_is_a_file(tmp_path: Path) -> None:
     write(tmp_path, [{**ROW, "sound": "19.wav"}, {**ROW, "sound": None}, {**ROW, "sound": "20.wav"}])
     options = {**OPTIONS, "columns": {**COLUMNS, "audio": "sound"}}
 
-    assert problems(tmp_path, options) == [f"train.jsonl:3: sound '20.wav' is no file in {tmp_path.name}/"]
+    assert problems(tmp_path, options) == [f"train.jsonl:3: sound '20.wav' is not a file in {tmp_path.name}/"]
     dataset = read(tmp_path, options, on_bad_sample="skip")
     assert [s.content.get("audio") for s in dataset.train] == [tmp_path / "19.wav", None]
     assert (dataset.modalities, dataset.notes[0]) == (("audio", "image", "text"), "1 bad row(s) skipped")
@@ -151,7 +151,7 @@ def test_ids_of_a_column_occur_once_in_both_files(tmp_path: Path) -> None:
 
     assert [s.id for s in read(write(tmp_path, [{**ROW, "n": "u"}, {**ROW, "n": 7}], [{**TEST, "n": "v"}]), options).train] == ["7", "u"]
     write(tmp_path, [{**ROW, "n": "u"}, {**ROW, "n": 7}], [{**TEST, "n": "7"}])
-    assert problems(tmp_path, options) == ["test.jsonl:1: id must occur once, '7' is also at train.jsonl:2"]
+    assert problems(tmp_path, options) == ["test.jsonl:1: id must be unique, but '7' also occurs at train.jsonl:2"]
 
 
 def change(**changes: object) -> dict[str, Any]:
@@ -174,26 +174,26 @@ def test_the_headline_score_follows_the_choices(options: dict[str, Any], metric:
 
 
 CONTRADICTIONS = {
-    "no columns": (change(columns=None), "columns: is needed"),
-    "no answer": (change(columns={"text": "report", "question": "asked"}), "columns: answer is needed"),
+    "no columns": (change(columns=None), "columns: is required"),
+    "no answer": (change(columns={"text": "report", "question": "asked"}), "columns: answer is required"),
     "no modality": (change(columns={"answer": "finding", "question": "asked"}), "columns: name at least one modality"),
-    "two questions": (change(question="?"), "question: give either this or columns.question"),
-    "no question": (change(columns={"text": "report", "answer": "finding"}), "question: give either this or columns.question"),
-    "two kinds of options": (change(columns={**COLUMNS, "options": "o"}), "choices: give either these or columns.options"),
-    "one choice": (change(choices=["benign"]), "choices: two or more different ones are needed, not ['benign']"),
-    "choices repeated": (change(choices=["a", "b", "a"]), "choices: two or more different ones are needed"),
+    "two questions": (change(question="?"), "question: set either question or columns.question"),
+    "no question": (change(columns={"text": "report", "answer": "finding"}), "question: set either question or columns.question"),
+    "two kinds of options": (change(columns={**COLUMNS, "options": "o"}), "choices: set either choices or columns.options"),
+    "one choice": (change(choices=["benign"]), "choices: must be two or more different texts, got ['benign']"),
+    "choices repeated": (change(choices=["a", "b", "a"]), "choices: must be two or more different texts"),
     "a choice no answer can be": (change(choices=["a", "b "]), "choices: 'b ' must have words and single spaces"),
     "an empty choice": (change(choices=["a", ""]), "choices: '' must have words and single spaces"),
-    "YAML's yes and no": (change(choices=[True, False]), "choices.0: must be text, is true; quote it"),
-    "more choices than letters": (change(choices=[str(i) for i in range(63)]), "choices: there are 63, at most 62 can be lettered"),
+    "YAML's yes and no": (change(choices=[True, False]), "choices.0: must be text, got true; quote it"),
+    "more choices than letters": (change(choices=[str(i) for i in range(63)]), "choices: there are 63, but at most 62 can be lettered"),
     "auc of three": (change(metric="auc", choices=["a", "b", "c"]), "metric: auc needs exactly two choices"),
     "auc of free answers": (change(metric="auc", choices=None), "metric: auc needs exactly two choices"),
     "macro_f1 of free answers": (change(metric="macro_f1", choices=None), "metric: macro_f1 needs choices"),
     "an unknown metric": (change(metric="f1"), "metric: must be 'auc', 'macro_f1'"),
-    "tested on what is trained on": (change(test="train.jsonl"), "test: must be another file than train"),
-    "a file above": (change(train="../train.jsonl"), "train: must be a path inside root, or an absolute one, not '../train.jsonl'"),
-    "no share": (change(test=None, test_share=1), "test_share: must be below 1.0, is 1"),
-    "unknown": (change(labels=["a"]), "labels: is no known setting; known: train, test,"),
+    "tested on what is trained on": (change(test="train.jsonl"), "test: must differ from train"),
+    "a file above": (change(train="../train.jsonl"), "train: must be a path inside root or an absolute path, got '../train.jsonl'"),
+    "no share": (change(test=None, test_share=1), "test_share: must be less than 1.0, got 1"),
+    "unknown": (change(labels=["a"]), "labels: is not a known setting; known: train, test,"),
 }
 
 
@@ -215,15 +215,15 @@ def test_a_column_that_no_row_has_is_named_beside_those_there_are(role: str, nam
 
 
 BAD: dict[str, tuple[object, str]] = {
-    "answer of another case": ({**ROW, "finding": "Benign"}, "finding must be one of benign, malignant, is 'Benign'"),
+    "answer of another case": ({**ROW, "finding": "Benign"}, "finding must be one of benign, malignant, got 'Benign'"),
     "answer missing": ({key: value for key, value in ROW.items() if key != "finding"}, "lacks finding"),
-    "question empty": ({**ROW, "asked": ""}, "asked must be text that is not empty, is ''"),
-    "text a list": ({**ROW, "report": ["x"]}, "report must be text that is not empty, is ['x']"),
-    "picture above": ({**ROW, "scan": "../18.png"}, "scan must be a path inside own/, is '../18.png'"),
-    "picture elsewhere": ({**ROW, "scan": "/etc/hostname"}, "scan must be a path inside own/, is '/etc/hostname'"),
-    "picture with a null character": ({**ROW, "scan": "18.png\0"}, "scan must be a path inside own/, is '18.png\\x00'"),
-    "picture a number": ({**ROW, "scan": 18}, "scan must be a path inside own/, is 18"),
-    "no object": ("row", "must be an object with keys, is 'row'"),
+    "question empty": ({**ROW, "asked": ""}, "asked must be text that is not empty, got ''"),
+    "text a list": ({**ROW, "report": ["x"]}, "report must be text that is not empty, got ['x']"),
+    "picture above": ({**ROW, "scan": "../18.png"}, "scan must be a path inside own/, got '../18.png'"),
+    "picture elsewhere": ({**ROW, "scan": "/etc/hostname"}, "scan must be a path inside own/, got '/etc/hostname'"),
+    "picture with a null character": ({**ROW, "scan": "18.png\0"}, "scan must be a path inside own/, got '18.png\\x00'"),
+    "picture a number": ({**ROW, "scan": 18}, "scan must be a path inside own/, got 18"),
+    "no object": ("row", "must be an object with keys, got 'row'"),
 }
 
 
@@ -243,7 +243,7 @@ def test_options_of_a_row_are_two_or_more(options: object, tmp_path: Path) -> No
     write(tmp_path, [{**ROW, "o": "benign|malignant"}, {**ROW, "o": options}], [{**TEST, "o": CHOICES}])
 
     (problem,) = problems(tmp_path, change(columns=columns, choices=None))
-    assert problem.startswith("train.jsonl:2: o must be two or more different options (a list, or separated by |), is ")
+    assert problem.startswith("train.jsonl:2: o must be two or more different options (a list, or separated by |), got ")
 
 
 def test_a_row_with_more_options_than_letters_is_a_bad_row(tmp_path: Path) -> None:
@@ -252,7 +252,7 @@ def test_a_row_with_more_options_than_letters_is_a_bad_row(tmp_path: Path) -> No
     many = [*CHOICES, *map(str, range(61))]
     write(tmp_path, [{**ROW, "o": many[:62]}, {**ROW, "o": many}], [{**TEST, "o": CHOICES}])
     (problem,) = problems(tmp_path, change(columns=columns, choices=None))
-    assert problem.startswith("train.jsonl:2: o has 63 options, at most 62 can be lettered")
+    assert problem.startswith("train.jsonl:2: o has 63 options, but at most 62 can be lettered")
 
 
 def test_missing_files_and_empty_splits_are_refused(tmp_path: Path) -> None:
@@ -283,7 +283,7 @@ def test_quotation_marks_of_a_tsv_swallow_no_rows(tmp_path: Path) -> None:
     told = texts(tmp_path, 'text\tlabel\n"a b"\tcat\nc\tdog\n', "t.tsv")
     assert told == (
         ['"a b"', "c"],
-        ("1 cell(s) stand in quotation marks; if these only enclose them: data.options.quoted=true", "t.tsv:2: text"),
+        ("1 cell(s) are enclosed in quotation marks; to remove these, set data.options.quoted=true", "t.tsv:2: text"),
     )
     assert texts(tmp_path, 'text\tlabel\n"a b"\tcat\nc\tdog\n', "t.tsv", quoted=True) == (["a b", "c"], ())
 
@@ -342,7 +342,9 @@ def test_numbers_and_truth_values_of_json_are_labels(tmp_path: Path) -> None:
 @pytest.mark.parametrize("setting", ["choices", "question", "columns"])
 def test_words_that_yaml_takes_for_truth_values_are_to_be_quoted(setting: str, tmp_path: Path) -> None:
     value: Any = {"choices": [False, True], "question": True, "columns": {"text": "text", "answer": True}}[setting]
-    with pytest.raises(ConfigError, match=r"must be text, is (true|false); quote it, for YAML reads yes, no, on, off, true and false as"):
+    with pytest.raises(
+        ConfigError, match=r"must be text, got (true|false); quote it, because YAML reads yes, no, on, off, true and false as"
+    ):
         read(tmp_path, {**TABLE, setting: value}, "csv")
 
 
@@ -351,7 +353,7 @@ def test_choices_that_no_row_has_are_one_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as error:
         texts(tmp_path, "text,label\n" + "a,Cat\nb,Dog\nc,Dog\n")
     message = (
-        "no row's label is one of cat, dog; correct the choices, or columns.answer. There are:\n  - 'Dog': 2 row(s)\n  - 'Cat': 1 row(s)"
+        "no row's label is one of cat, dog; correct choices or columns.answer. The rows have:\n  - 'Dog': 2 row(s)\n  - 'Cat': 1 row(s)"
     )
     assert message in str(error.value)
 
@@ -362,7 +364,9 @@ def test_a_json_list_under_the_name_of_json_lines_is_read(tmp_path: Path) -> Non
     found = read(tmp_path, {**TABLE, "train": "t.jsonl"})
     assert len(found.train) + len(found.test) == 6
     (tmp_path / "t.jsonl").write_text(json.dumps(rows[0], indent=1))
-    with pytest.raises(DataError, match="must hold one JSON object a line, or one list of them, is a single object over several lines"):
+    with pytest.raises(
+        DataError, match="must contain one JSON object per line, or one list of objects; found a single object over several lines"
+    ):
         read(tmp_path, {**TABLE, "train": "t.jsonl"})
 
 
@@ -376,7 +380,7 @@ def test_a_json_list_under_the_name_of_json_lines_is_read(tmp_path: Path) -> Non
 )
 def test_pictures_that_are_no_files_are_one_error(value: str, kind: str, tmp_path: Path) -> None:
     write(tmp_path, [{**ROW, "scan": value}] * 3 + [ROW])
-    with pytest.raises(ConfigError, match=rf"scan must name files inside root, is {kind} in 3 row\(s\); save the pictures as files"):
+    with pytest.raises(ConfigError, match=rf"scan must name files inside root, got {kind} in 3 row\(s\); save the images as files"):
         read(tmp_path)
 
 
@@ -385,9 +389,9 @@ def test_what_a_scenario_and_a_partition_will_meet_is_told(tmp_path: Path) -> No
     rows = [{**ROW, "finding": str(i)} | ({"scan": ""} if i < 3 else {}) for i in range(10)]
     free = change(columns={key: name for key, name in COLUMNS.items() if key != "client"}, choices=None, test=None)
     assert read(write(tmp_path, rows), free).notes == (
-        "2 of 10 rows are held out to be tested on (data.options.test_share)",
-        "3 of 10 rows hold text only",
-        "columns.category names no column: all samples are of one kind, so that a Dirichlet partition is skewed in sizes only",
+        "2 of 10 rows are held out as the test split (data.options.test_share)",
+        "3 of 10 rows hold only text",
+        "columns.category names no column: all samples have the same category, so a Dirichlet partition only skews sizes",
     )
 
 
@@ -400,7 +404,9 @@ def test_a_dataset_of_ones_own_that_was_registered_without_needing_a_folder_is_t
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(DATASETS, "mine", DatasetEntry("mine", lambda request: pytest.fail("it is not loaded")))
-    with pytest.raises(ConfigError, match=r"data\.root: mine reads no folder, says its DatasetEntry; .* register it with needs_root=True"):
+    with pytest.raises(
+        ConfigError, match=r"data\.root: mine reads no folder according to its DatasetEntry; .* register it with needs_root=True"
+    ):
         load_dataset("mine", DatasetRequest(tmp_path, 0))
 
 

@@ -110,8 +110,8 @@ def test_pictures_can_lie_beside_as_files_named_in_words(hub: Any, tmp_path: Pat
     columns = {"image": "scan", "answer": "finding"}
 
     assert problems(tmp_path / "own", columns=columns) == [
-        "train[1]: scan must be a path inside own/, is '../b.png'",
-        "train[2]: scan 'c.png' is no file in own/",
+        "train[1]: scan must be a path inside own/, got '../b.png'",
+        "train[2]: scan 'c.png' is not a file in own/",
     ]
     (sample,) = read(tmp_path / "own", "skip", columns=columns).train
     assert sample.content == {"image": tmp_path / "own" / "a.png"}
@@ -127,7 +127,7 @@ def test_a_picture_that_was_not_taken_along_must_lie_inside_the_folder(hub: Any,
     plain = hub.Dataset.from_dict(table.to_pydict(), features=features)
     hub.DatasetDict(train=plain, test=plain).save_to_disk(str(tmp_path / "own"))
 
-    assert problems(tmp_path / "own")[0] == f"train[0]: scan must be a path inside own/, is '{tmp_path / 'elsewhere.png'}'"
+    assert problems(tmp_path / "own")[0] == f"train[0]: scan must be a path inside own/, got '{tmp_path / 'elsewhere.png'}'"
 
 
 def test_missing_modalities_classes_and_options(hub: Any, tmp_path: Path) -> None:
@@ -151,7 +151,7 @@ def test_a_class_that_is_none_is_a_bad_row(label: int | None, hub: Any, tmp_path
     """-1 is how the library writes the hidden labels of a test split."""
     row = {"scan": {"bytes": png(1)}, "report": "x", "finding": label}
 
-    assert problems(save(hub, tmp_path / "own", test=[row])) == ["test[0]: finding must be one of benign, malignant, is None"]
+    assert problems(save(hub, tmp_path / "own", test=[row])) == ["test[0]: finding must be one of benign, malignant, got None"]
 
 
 def test_a_dataset_without_splits_is_its_own_training_split(hub: Any, tmp_path: Path) -> None:
@@ -163,10 +163,10 @@ def test_a_dataset_without_splits_is_its_own_training_split(hub: Any, tmp_path: 
 
 
 def test_what_is_no_saved_dataset_is_refused(hub: Any, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"data\.root: .* holds no dataset that save_to_disk wrote"):
+    with pytest.raises(ConfigError, match=r"data\.root: .* contains no dataset written by save_to_disk"):
         read(tmp_path)
     root = save(hub, tmp_path / "own")
-    with pytest.raises(ConfigError, match=r"data\.options: 'dev' is no split of .*; it holds train, test"):
+    with pytest.raises(ConfigError, match=r"data\.options: 'dev' is not a split of .*; its splits are train, test"):
         read(root, test="dev")
     with pytest.raises(ConfigError, match=r"image: no row has a field picture$"):
         read(root, columns={**COLUMNS, "image": "picture"})
@@ -184,7 +184,7 @@ def test_a_damaged_dataset_is_refused(file: str, content: bytes, hub: Any, tmp_p
 def test_the_library_is_asked_for_where_it_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
 
-    with pytest.raises(ConfigError, match=r"huggingface needs the library: pip install 'fedmllm\[datasets\]'"):
+    with pytest.raises(ConfigError, match=r"huggingface needs the datasets library: pip install 'fedmllm\[datasets\]'"):
         read(tmp_path)
 
 
@@ -202,7 +202,7 @@ def test_a_damaged_picture_in_a_list_is_a_bad_one_like_others(hub: Any, tmp_path
     rows = {"scan": scans, "report": list("abcd"), "finding": [0, 1, 0, 1]}
     part = hub.Dataset.from_dict(rows, features=features)
     hub.DatasetDict({"train": part, "test": part.select([0])}).save_to_disk(str(tmp_path / "own"))
-    assert problems(tmp_path / "own") == ["train[3]: scan must be one file, is a list of 2"]
+    assert problems(tmp_path / "own") == ["train[3]: scan must be one file, got a list of 2"]
     data = DataConfig(dataset="huggingface", root=tmp_path / "own", options=OPTIONS, on_bad_sample="skip")
     found = load(data, 0)
     assert [sorted(s.content) for s in found.train] == [["image", "text"], ["text"]]

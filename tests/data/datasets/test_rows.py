@@ -40,14 +40,14 @@ BOM = b"\xef\xbb\xbf"
 READ = {
     "list": (json_list, b'[{"a": 1}, {"a": "x", "b": null}]', [("f[0]", 1), ("f[1]", "x")]),
     "list with a byte order mark": (json_list, BOM + b'[{"a": 1}]\r\n', [("f[0]", 1)]),
-    "list of other things": (json_list, b'[{"b": 1}, 7]', [("f[0]", "lacks a"), ("f[1]", "must be an object with keys, is 7")]),
+    "list of other things": (json_list, b'[{"b": 1}, 7]', [("f[0]", "lacks a"), ("f[1]", "must be an object with keys, got 7")]),
     "lines": (json_lines, BOM + b'{"a": 1}\r\n\r\n   \n{"a": 2}', [("f:1", 1), ("f:4", 2)]),
     "line separators inside": (json_lines, '{"a": "x\u2028\x85y"}\n{"a": 2}'.encode(), [("f:1", "x\u2028\x85y"), ("f:2", 2)]),
-    "lines of other things": (json_lines, b'[1]\n{"a": 2}', [("f:1", "must be an object with keys, is [1]"), ("f:2", 2)]),
+    "lines of other things": (json_lines, b'[1]\n{"a": 2}', [("f:1", "must be an object with keys, got [1]"), ("f:2", 2)]),
     "object": (entries, b'{"x": {"b": 1, "a": 2}}', [("f['x']", "x")]),
-    "object of other things": (entries, b'{"x": [1]}', [("f['x']", "must be an object with keys, is [1]")]),
+    "object of other things": (entries, b'{"x": [1]}', [("f['x']", "must be an object with keys, got [1]")]),
     "csv": (table, BOM + b'a,b\r\n1,"x\ny"\r\n\r\n,,\r\n , \r\n2,"say ""hi"""\r\n', [("f:3", "1"), ("f:7", "2")]),
-    "csv of uneven rows": (table, b"a,b\n1\n1,2,3\n4,5", [("f:2", "must have 2 fields, has 1"), ("f:3", "must have 2 fields, has 3"), ("f:4", "4")]),
+    "csv of uneven rows": (table, b"a,b\n1\n1,2,3\n4,5", [("f:2", "must have 2 fields, got 1"), ("f:3", "must have 2 fields, got 3"), ("f:4", "4")]),
     "csv in Latin-1": (table, b"a,b\n\xe9,1\n2,3", [("f:2", "must be in UTF-8"), ("f:3", "2")]),
     "csv without a column": (table, b"b,c\n1,2", [("f:2", "lacks a")]),
     "csv after empty lines": (table, b"\n\na,b\n1,2", [("f:4", "1")]),
@@ -76,19 +76,19 @@ NOT_READ = {
     "list cut short": (json_list, b"[{}", "must be JSON in UTF-8"),
     "list too deep": (json_list, b"[" * 100_000, "must be JSON in UTF-8"),
     "list in UTF-16": (json_list, "[{}]".encode("utf-16"), "must be JSON in UTF-8"),
-    "list that is none": (json_list, b"{}", "must be a list of rows, is {}"),
-    "object that is none": (entries, b"[]", "must be an object of entries, is []"),
-    "empty table": (table, b"", "must begin with a line of column names, is empty"),
-    "table of empty lines": (tsv, b"\r\n \t \n", "must begin with a line of column names, is empty"),
-    "column twice": (table, b"a,b,a\n1,2,3", "each once, begins with ['a', 'b', 'a']"),
-    "table in UTF-16": (table, "a,b\n1,2".encode("utf-16"), "must begin with a line of column names in UTF-8"),
+    "list that is none": (json_list, b"{}", "must be a list of rows, got {}"),
+    "object that is none": (entries, b"[]", "must be an object of entries, got []"),
+    "empty table": (table, b"", "must begin with a line of column names; the file is empty"),
+    "table of empty lines": (tsv, b"\r\n \t \n", "must begin with a line of column names; the file is empty"),
+    "column twice": (table, b"a,b,a\n1,2,3", "unique column names in UTF-8; it begins with ['a', 'b', 'a']"),
+    "table in UTF-16": (table, "a,b\n1,2".encode("utf-16"), "must begin with a line of unique column names in UTF-8"),
     "quotation never closed": (
         table,
         b'a,b\n1,"2\n3,4\n',
         "f:3: cannot be read as a table (unexpected end of data); check its quotation marks",
     ),
     "text after a quotation": (table, b'a,b\n"1"x,2\n', "f:2: cannot be read as a table"),
-    "field too long": (table, b"a,b\n1," + b"x" * 200_000, "f:2: a cell has more than 131,072 characters; save pictures as files"),
+    "field too long": (table, b"a,b\n1," + b"x" * 200_000, "f:2: a cell has more than 131,072 characters; save images as files"),
 }
 
 
@@ -125,7 +125,7 @@ def test_a_choice_is_told_from_what_only_looks_like_it() -> None:
 
     assert [Row("f:1", {"a": value}).choice("a", known) for value in (0, " 1\n", "")] == ["no", "yes", None]
     for value in (True, 1.0, "01", None, [], "  ", "\ud83e", ["1"]):
-        with pytest.raises(RowError, match=r"a must be one of 0, 1, , is "):
+        with pytest.raises(RowError, match=r"a must be one of 0, 1, , got "):
             Row("f:1", {"a": value}).choice("a", known)
 
 
@@ -139,10 +139,10 @@ def test_files_lie_inside_their_folder(tmp_path: Path) -> None:
 
     assert [file(name) for name in ("a..b.png", "./more//c.png")] == [tmp_path / "in/a..b.png", tmp_path / "in/more/c.png"]
     for name in ("../out.png", "more/../../out.png", "more/../a..b.png", str(tmp_path / "in/a..b.png"), "a\0", "", None, 7, ["a..b.png"]):
-        with pytest.raises(RowError, match="a must be a path inside in/, is "):
+        with pytest.raises(RowError, match="a must be a path inside in/, got "):
             file(name)
     for name in ("gone.png", "more", ".", "x" * 5000, "\ud83e.png"):
-        with pytest.raises(RowError, match="is no file in in/"):
+        with pytest.raises(RowError, match="is not a file in in/"):
             file(name)
 
 
@@ -162,8 +162,8 @@ def test_all_bad_rows_are_refused_at_once() -> None:
         sift("refuse", ["u", None, 0, "u", 0, "v"])
     assert str(error.value).splitlines() == [
         "files: 2 bad row(s); correct them or download the files again, or set data.on_bad_sample to skip:",
-        "  - f:1: a must be text that is not empty, is None",
-        "  - f:3: id must occur once, 'x-u' is also at f:0",
+        "  - f:1: a must be text that is not empty, got None",
+        "  - f:3: id must be unique, but 'x-u' also occurs at f:0",
     ]
 
 
@@ -171,7 +171,7 @@ def test_bad_rows_are_skipped_and_counted() -> None:
     assert sift("skip", ["u", 0, "v"]) == (["x-u", "x-v"], ())
     assert sift("skip", ["u", None, 0, "u", "v"]) == (
         ["x-u", "x-v"],
-        ("2 bad row(s) skipped", "f:1: a must be text that is not empty, is None", "f:3: id must occur once, 'x-u' is also at f:0"),
+        ("2 bad row(s) skipped", "f:1: a must be text that is not empty, got None", "f:3: id must be unique, but 'x-u' also occurs at f:0"),
     )
 
 
@@ -185,7 +185,7 @@ def test_a_long_list_is_cut_after_twenty() -> None:
 
 
 def test_skipping_never_hides_that_nothing_is_left() -> None:
-    with pytest.raises(DataError, match=r"2 bad row\(s\), and no other is left; .*\n  - f:0: .*\n  - f:2: "):
+    with pytest.raises(DataError, match=r"2 bad row\(s\), and no other rows are left; .*\n  - f:0: .*\n  - f:2: "):
         sift("skip", [None, 0, ""])
 
 

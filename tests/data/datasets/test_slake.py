@@ -105,9 +105,9 @@ def test_the_question_without_an_answer_is_left_out_and_counted(tmp_path: Path) 
             if n.startswith("train: ")
         )
 
-    assert note("en") == "train: questions (en): 2, published are 4,919; 1 of them has no answer and is left out"
-    assert note("zh") == "train: questions (zh): 1, published are 4,916"
-    assert note("all") == "train: questions (all): 3, published are 9,835; 1 of them has no answer and is left out"
+    assert note("en") == "train: questions (en): 2, published: 4,919; 1 without an answer left out"
+    assert note("zh") == "train: questions (zh): 1, published: 4,916"
+    assert note("all") == "train: questions (all): 3, published: 9,835; 1 without an answer left out"
 
 
 def test_only_that_question_may_lack_an_answer(tmp_path: Path) -> None:
@@ -116,7 +116,7 @@ def test_only_that_question_may_lack_an_answer(tmp_path: Path) -> None:
     assert ids(write(tmp_path, train=[item(1), answered])) == (["slake-train-1", "slake-train-1622"], ["slake-test-21"])
     assert not any("left out" in note for note in load(DatasetRequest(tmp_path, 0, validation_share=0)).notes)
     write(tmp_path, train=[item(1), {**UNANSWERED, "qid": 1623}])
-    assert problems(DatasetRequest(tmp_path, 0, validation_share=0)) == ["train.json[1]: answer must be text that is not empty, is ''"]
+    assert problems(DatasetRequest(tmp_path, 0, validation_share=0)) == ["train.json[1]: answer must be text that is not empty, got ''"]
 
 
 def test_numbers_padding_and_a_byte_order_mark_are_read(tmp_path: Path) -> None:
@@ -128,16 +128,16 @@ def test_numbers_padding_and_a_byte_order_mark_are_read(tmp_path: Path) -> None:
 
 
 BAD = {
-    "language": ({"q_lang": "fr"}, "q_lang must be one of en, zh, is 'fr'"),
-    "answer type": ({"answer_type": "closed"}, "answer_type must be one of OPEN, CLOSED, is 'closed'"),
-    "content type": ({"content_type": None}, "content_type must be text that is not empty, is None"),
-    "question": ({"question": ["?"]}, "question must be text that is not empty, is ['?']"),
-    "answer a boolean": ({"answer": False}, "answer must be text that is not empty, is False"),
-    "number twice": ({"qid": "1"}, "id must occur once, 'slake-train-1' is also at train.json[0]"),
-    "no such picture": ({"img_name": "xmlab9/source.jpg"}, "img_name 'xmlab9/source.jpg' is no file in imgs/"),
-    "picture above": ({"img_name": "../train.json"}, "img_name must be a path inside imgs/, is '../train.json'"),
-    "picture elsewhere": ({"img_name": "/etc/hostname"}, "img_name must be a path inside imgs/, is '/etc/hostname'"),
-    "null character": ({"img_name": "xmlab1\0"}, "img_name must be a path inside imgs/, is 'xmlab1\\x00'"),
+    "language": ({"q_lang": "fr"}, "q_lang must be one of en, zh, got 'fr'"),
+    "answer type": ({"answer_type": "closed"}, "answer_type must be one of OPEN, CLOSED, got 'closed'"),
+    "content type": ({"content_type": None}, "content_type must be text that is not empty, got None"),
+    "question": ({"question": ["?"]}, "question must be text that is not empty, got ['?']"),
+    "answer a boolean": ({"answer": False}, "answer must be text that is not empty, got False"),
+    "number twice": ({"qid": "1"}, "id must be unique, but 'slake-train-1' also occurs at train.json[0]"),
+    "no such picture": ({"img_name": "xmlab9/source.jpg"}, "img_name 'xmlab9/source.jpg' is not a file in imgs/"),
+    "picture above": ({"img_name": "../train.json"}, "img_name must be a path inside imgs/, got '../train.json'"),
+    "picture elsewhere": ({"img_name": "/etc/hostname"}, "img_name must be a path inside imgs/, got '/etc/hostname'"),
+    "null character": ({"img_name": "xmlab1\0"}, "img_name must be a path inside imgs/, got 'xmlab1\\x00'"),
 }
 
 

@@ -120,7 +120,7 @@ def test_the_original_is_preferred_where_both_layouts_are(tmp_path: Path) -> Non
 def test_notes_say_counts_rows_left_out_and_shared_images(tmp_path: Path) -> None:
     repackaged, original = load(everything(write_repackaged(tmp_path / "a"))), load(everything(write_original(tmp_path / "b")))
 
-    counts = "the files hold 3 train and 2 test questions, published are 1,797 train and 451 test"
+    counts = "the files hold 3 train and 2 test questions, published: 1,797 train and 451 test"
     shared = "1 of the 2 test images also occur in train"
     left_out = "1 training rows of phrase_type frame were left out: the published split has none"
     assert repackaged.notes == ("read from the repackaged layout", counts, left_out, shared)
@@ -161,7 +161,7 @@ def test_more_samples_than_there_are_is_refused(split: str, available: int, tmp_
     write_repackaged(tmp_path)
 
     load(DatasetRequest(tmp_path, 0, **{f"num_{split}": available}, validation_share=0))
-    with pytest.raises(DataError, match=rf"data\.num_{split}: {available + 1} samples asked for, there are {available}"):
+    with pytest.raises(DataError, match=rf"data\.num_{split}: {available + 1} samples requested, but there are {available}"):
         load(DatasetRequest(tmp_path, 0, **{f"num_{split}": available + 1}, validation_share=0))
 
 
@@ -215,35 +215,35 @@ def test_rows_left_out_are_not_held_to_the_rules(tmp_path: Path) -> None:
 
 
 BROKEN = {
-    "answer type of another case": ({"answer_type": "closed"}, "answer_type must be one of OPEN, CLOSED, is 'closed'"),
-    "answer type misspelled": ({"answer_type": "CLOSE"}, "answer_type must be one of OPEN, CLOSED, is 'CLOSE'"),
-    "answer type empty": ({"answer_type": None}, "answer_type must be one of OPEN, CLOSED, is None"),
-    "phrase type unknown": ({"phrase_type": "frames"}, "phrase_type must be one of freeform, para, frame, is 'frames'"),
-    "phrase type of the other layout": ({"phrase_type": "test_para"}, "phrase_type must be one of freeform, para, frame, is 'test_para'"),
-    "phrase type a list": ({"phrase_type": ["para"]}, "phrase_type must be one of freeform, para, frame, is ['para']"),
-    "organ misspelled": ({"image_organ": "ABDOMEN"}, "image_organ must be one of HEAD, CHEST, ABD, is 'ABDOMEN'"),
+    "answer type of another case": ({"answer_type": "closed"}, "answer_type must be one of OPEN, CLOSED, got 'closed'"),
+    "answer type misspelled": ({"answer_type": "CLOSE"}, "answer_type must be one of OPEN, CLOSED, got 'CLOSE'"),
+    "answer type empty": ({"answer_type": None}, "answer_type must be one of OPEN, CLOSED, got None"),
+    "phrase type unknown": ({"phrase_type": "frames"}, "phrase_type must be one of freeform, para, frame, got 'frames'"),
+    "phrase type of the other layout": ({"phrase_type": "test_para"}, "phrase_type must be one of freeform, para, frame, got 'test_para'"),
+    "phrase type a list": ({"phrase_type": ["para"]}, "phrase_type must be one of freeform, para, frame, got ['para']"),
+    "organ misspelled": ({"image_organ": "ABDOMEN"}, "image_organ must be one of HEAD, CHEST, ABD, got 'ABDOMEN'"),
     "question of blanks": ({"question": " \t\n"}, "question must be text that is not empty"),
-    "question null": ({"question": None}, "question must be text that is not empty, is None"),
-    "answer empty": ({"answer": ""}, "answer must be text that is not empty, is ''"),
-    "answer a boolean": ({"answer": True}, "answer must be text that is not empty, is True"),
-    "answer a fraction": ({"answer": 2.5}, "answer must be text that is not empty, is 2.5"),
-    "answer a list": ({"answer": ["yes"]}, "answer must be text that is not empty, is ['yes']"),
-    "half a surrogate pair": ({"answer": "a\ud83e"}, "answer must be text that is not empty, is 'a\\ud83e'"),
-    "qid null": ({"qid": None}, "qid must be text that is not empty, is None"),
-    "qid a path": ({"qid": "../1"}, "qid must be a whole number, is '../1'"),
-    "qid negative": ({"qid": -1}, "qid must be a whole number, is -1"),
-    "qid in other digits": ({"qid": "٣"}, "qid must be a whole number, is '٣'"),
-    "qid twice": ({"qid": "1"}, "id must occur once, '1' is also at trainset.json[0]"),
-    "image missing": ({"image_name": "synpic999.jpg"}, "image_name 'synpic999.jpg' is no file in images/"),
-    "image a folder": ({"image_name": "."}, "image_name '.' is no file in images/"),
-    "image name empty": ({"image_name": ""}, "image_name must be a path inside images/, is ''"),
-    "image name too long": ({"image_name": "x" * 5000}, "is no file in images/"),
-    "image name with a null": ({"image_name": "a\0b"}, "image_name must be a path inside images/, is 'a\\x00b'"),
-    "image name half a pair": ({"image_name": "\ud83e.jpg"}, "is no file in images/"),
-    "image name a number": ({"image_name": 7}, "image_name must be a path inside images/, is 7"),
-    "image above": ({"image_name": "../trainset.json"}, "image_name must be a path inside images/, is '../trainset.json'"),
+    "question null": ({"question": None}, "question must be text that is not empty, got None"),
+    "answer empty": ({"answer": ""}, "answer must be text that is not empty, got ''"),
+    "answer a boolean": ({"answer": True}, "answer must be text that is not empty, got True"),
+    "answer a fraction": ({"answer": 2.5}, "answer must be text that is not empty, got 2.5"),
+    "answer a list": ({"answer": ["yes"]}, "answer must be text that is not empty, got ['yes']"),
+    "half a surrogate pair": ({"answer": "a\ud83e"}, "answer must be text that is not empty, got 'a\\ud83e'"),
+    "qid null": ({"qid": None}, "qid must be text that is not empty, got None"),
+    "qid a path": ({"qid": "../1"}, "qid must be an integer, got '../1'"),
+    "qid negative": ({"qid": -1}, "qid must be an integer, got -1"),
+    "qid in other digits": ({"qid": "٣"}, "qid must be an integer, got '٣'"),
+    "qid twice": ({"qid": "1"}, "id must be unique, but '1' also occurs at trainset.json[0]"),
+    "image missing": ({"image_name": "synpic999.jpg"}, "image_name 'synpic999.jpg' is not a file in images/"),
+    "image a folder": ({"image_name": "."}, "image_name '.' is not a file in images/"),
+    "image name empty": ({"image_name": ""}, "image_name must be a path inside images/, got ''"),
+    "image name too long": ({"image_name": "x" * 5000}, "is not a file in images/"),
+    "image name with a null": ({"image_name": "a\0b"}, "image_name must be a path inside images/, got 'a\\x00b'"),
+    "image name half a pair": ({"image_name": "\ud83e.jpg"}, "is not a file in images/"),
+    "image name a number": ({"image_name": 7}, "image_name must be a path inside images/, got 7"),
+    "image above": ({"image_name": "../trainset.json"}, "image_name must be a path inside images/, got '../trainset.json'"),
     "image above, in disguise": ({"image_name": "../images/synpic100.jpg"}, "image_name must be a path inside images/"),
-    "image elsewhere": ({"image_name": "/etc/hostname"}, "image_name must be a path inside images/, is '/etc/hostname'"),
+    "image elsewhere": ({"image_name": "/etc/hostname"}, "image_name must be a path inside images/, got '/etc/hostname'"),
 }
 
 
@@ -267,12 +267,12 @@ def test_a_missing_key_is_named(key: str, tmp_path: Path) -> None:
 
 
 def test_a_template_row_in_the_test_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"testset\.json\[0\]: phrase_type must be one of freeform, para, is 'frame'"):
+    with pytest.raises(DataError, match=r"testset\.json\[0\]: phrase_type must be one of freeform, para, got 'frame'"):
         load(everything(write_repackaged(tmp_path, test=[FRAME_ROW])))
 
 
 def test_a_number_used_in_both_files_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"testset\.json\[0\]: id must occur once, '1' is also at trainset\.json\[0\]"):
+    with pytest.raises(DataError, match=r"testset\.json\[0\]: id must be unique, but '1' also occurs at trainset\.json\[0\]"):
         load(everything(write_repackaged(tmp_path, test=[{**TEST_ROWS[0], "qid": 1}])))
 
 
@@ -314,8 +314,8 @@ NOT_ROWS = {
     "nested too deep": (b"[" * 200_000, "must be JSON in UTF-8"),
     "a number of too many digits": (b"[" + b"1" * 5000 + b"]", "must be JSON in UTF-8"),
     "JSON lines": ("\n".join(map(json.dumps, TRAIN_ROWS)).encode(), "must be JSON in UTF-8"),
-    "an object": (b'{"data": []}', "must be a list of rows, is {'data': []}"),
-    "null": (b"null", "must be a list of rows, is None"),
+    "an object": (b'{"data": []}', "must be a list of rows, got {'data': []}"),
+    "null": (b"null", "must be a list of rows, got None"),
 }  # fmt: skip
 
 
@@ -340,10 +340,10 @@ def test_bad_rows_can_be_skipped(tmp_path: Path) -> None:
     assert (dataset.train, dataset.test) == expected(tmp_path / "images")
     assert dataset.notes[1:7] == (
         "3 bad row(s) skipped",
-        "trainset.json[0]: must be an object with keys, is 'row'",
-        "trainset.json[1]: answer must be text that is not empty, is ''",
-        "testset.json[2]: id must occur once, '1' is also at trainset.json[2]",
-        "the files hold 3 train and 2 test questions, published are 1,797 train and 451 test",
+        "trainset.json[0]: must be an object with keys, got 'row'",
+        "trainset.json[1]: answer must be text that is not empty, got ''",
+        "testset.json[2]: id must be unique, but '1' also occurs at trainset.json[2]",
+        "the files hold 3 train and 2 test questions, published: 1,797 train and 451 test",
         "1 training rows of phrase_type frame were left out: the published split has none",
     )
 

@@ -1,4 +1,4 @@
-"""The index of strategies, which compose with any method: one file each, found by the name in ``algorithm.strategies``."""
+"""The index of strategies, by the names used in ``algorithm.strategies``. Each strategy has its own file and composes with any method."""
 
 from __future__ import annotations
 

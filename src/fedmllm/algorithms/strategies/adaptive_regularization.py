@@ -22,16 +22,17 @@ class AdaptiveRegularization(Strategy):
 
         loss + (1 + adaptivity d_k) weight (mu / 2) ||w - w_global||^2,   w in layers s .. L - 1 - s of L
 
-    d_k in [0, 1] is the total variation distance between the client's modality profile and that of all clients: the further a
-    client is from the federation, the stronger it is held. ``adaptivity = 0`` is the published rule; ``weight = 1`` with
-    ``skip_fraction = 0`` besides is FedProx.
+    d_k in [0, 1] is the total variation distance between the client's modality profile and the profile of all clients. The further a
+    client is from the federation, the stronger its proximal term. ``adaptivity = 0`` is the published rule. With ``weight = 1`` and
+    ``skip_fraction = 0`` as well, it is FedProx.
 
     Attributes:
-        mu: the pull towards the global weights.
-        weight: factor of the term.
-        skip_fraction: s as a fraction of the depth, rounded down, in [0, 0.5); published is 4 of 28 layers.
-        skip_layers: s itself; -1 for the fraction's.
-        adaptivity: how much stronger the pull is on a client that shares no kind of sample with the others.
+        mu: strength of the pull toward the global weights.
+        weight: factor of the term in the loss.
+        skip_fraction: s as a fraction of L, rounded down, in [0, 0.5). The published value is 4 of 28 layers.
+        skip_layers: s itself; -1 to use ``skip_fraction``.
+        adaptivity: how strongly the term grows with d_k. A client whose modality profile has nothing in common with the others' gets
+            1 + adaptivity times the term.
     """
 
     mu: float = 0.01
@@ -46,64 +47,64 @@ class AdaptiveRegularization(Strategy):
 
     @property
     def needs(self) -> frozenset[Fact]:
-        """Of all clients, if the pull is to depend on it."""
+        """The modality profile, if the term depends on it."""
         return frozenset({"profile"} if self.adaptivity else ())
 
     def rule(self, rule: LocalRule, broadcast: Broadcast, client: Client) -> LocalRule:
-        """One more term; none where it would be zero."""
+        """Add the proximal term, unless its factor is zero."""
         mu = self.mu * self.weight * (1 + self.adaptivity * profile_distance(client.profile, broadcast.population.profile))
         window = self.window(depth(tuple(broadcast.weights)))
         return rule.with_term(Proximal(mu, lambda name: layer(name) in window)) if mu else rule
 
     def remark(self, holdings: Holdings) -> Remark | None:
-        """Idle without a pull; of a decoder too shallow for the fraction no layer is left out."""
+        """Report a factor of 0, which makes the strategy idle, or a decoder too shallow for ``skip_fraction`` to skip any layer."""
         if not self.mu * self.weight:
-            return Remark("its pull is 0", idle=True)
+            return Remark("mu * weight is 0", idle=True)
         layers = depth(holdings.tensors)
         if self.skip_layers < 0 and self.skip_fraction > 0 and self.window(layers) == range(layers):
             return Remark(
-                f"skip_fraction {self.skip_fraction:.3g} of {layers} layers, rounded down, is 0, so that it holds all of them; "
-                "set skip_layers to leave some out at each end",
+                f"skip_fraction {self.skip_fraction:.3g} of {layers} layers rounds down to 0, so it regularizes every layer; "
+                "set skip_layers to skip layers at each end",
                 idle=False,
             )
         return None
 
     def window(self, layers: int) -> range:
-        """The layers that are held, of a decoder with so many.
+        """Return the regularized layers of a decoder with ``layers`` layers.
 
         Raises:
-            ConfigError: if none is left.
+            ConfigError: if no layer is left.
         """
         skipped = int(self.skip_fraction * layers) if self.skip_layers < 0 else self.skip_layers
         if 2 * skipped >= layers:
             raise ConfigError(
-                f"adaptive_regularization.skip_layers: leaving out {skipped} layers at each end leaves none of {layers}; lower it"
+                f"adaptive_regularization.skip_layers: skipping {skipped} layers at each end leaves none of {layers}; use a smaller value"
             )
         return range(skipped, layers - skipped)
 
 
 @cache
 def layer(name: str) -> int | None:
-    """The decoder layer a tensor belongs to; None for one of the connector or the embeddings, which are not held."""
+    """Return the index of a tensor's decoder layer; None for tensors outside the decoder's layers, which are not regularized."""
     found = _LAYER.search(name)
     return None if found is None else int(found[1])
 
 
 @cache
 def depth(names: tuple[str, ...]) -> int:
-    """How many decoder layers the adapters span.
+    """Return the number of decoder layers that the adapters span.
 
     Raises:
-        ConfigError: if no name says.
+        ConfigError: if no tensor name contains a layer number.
     """
     found = [number for name in names if (number := layer(name)) is not None]
     if not found:
-        raise ConfigError(f"adaptive_regularization: {names[0]} names no decoder layer (.layers.N.); leave the strategy out for this model")
+        raise ConfigError(f"adaptive_regularization: {names[0]} names no decoder layer (.layers.N.); remove the strategy for this model")
     return 1 + max(found)
 
 
 def profile_distance(a: Profile, b: Profile) -> float:
-    """Total variation distance of two modality profiles as distributions, ``1/2 sum |a_i / |a| - b_i / |b||``; 0 if one is empty."""
+    """Return the total variation distance of two modality profiles: ``1/2 sum_i |a_i / sum a - b_i / sum b|``; 0 if one is empty."""
     total_a, total_b = sum(a.values()), sum(b.values())
     if not total_a or not total_b:
         return 0.0

@@ -9,10 +9,10 @@ from fedmllm.algorithms.strategies.base import Strategy
 
 @dataclass(frozen=True)
 class AgnosticPrompt(Strategy):
-    """One wording for every sample, whatever it holds, which asks to answer regardless of modality; in training and in testing.
+    """Uses the same wording for every sample, whatever its modalities, in training and testing. The prompt asks to answer regardless of modality.
 
-    It acts where samples become prompts: ``data.prompt: agnostic``, the default, is this strategy. Naming it here makes an
-    experiment with another prompt an error. ``data.prompt: neutral`` is the same without the sentence that asks so.
+    The setting ``data.prompt: agnostic``, which is the default, implements this strategy. Naming the strategy makes an experiment with
+    another prompt an error. ``data.prompt: neutral`` is the same wording without the sentence about modality.
     """
 
     wording = "agnostic"

@@ -1,4 +1,4 @@
-"""What a strategy is: something that is added to any method."""
+"""The interface of a strategy, an addition that composes with any method."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from fedmllm.types import Broadcast, Profile
 
 @dataclass(frozen=True)
 class Holdings:
-    """What a strategy meets in an experiment, as far as it is known before the first round.
+    """What is known about an experiment's clients and model before the first round.
 
     Attributes:
-        profiles: by client, its samples by modalities; empty for a client that does not say.
-        options: whether a client holds a question with options; None where samples are elsewhere.
-        tensors: names of what trains.
-        terms: what the method itself adds to its clients' loss.
+        profiles: each client's sample counts by modality; empty for a client that does not report them.
+        options: whether any client holds a question with options; None if the samples are remote.
+        tensors: names of the trainable tensors.
+        terms: the loss terms of the method itself.
     """
 
     profiles: Mapping[str, Profile]
@@ -31,11 +31,11 @@ class Holdings:
 
 
 class Remark(NamedTuple):
-    """What is to be known about a strategy in an experiment.
+    """A note that a strategy does not act as described in this experiment.
 
     Attributes:
-        text: what it does otherwise than its description has it, and why.
-        idle: whether it changes nothing at all: then the run is that of the method without it.
+        text: how it differs from its description, and why.
+        idle: whether it has no effect at all, so that the run equals a run without it.
     """
 
     text: str
@@ -43,46 +43,46 @@ class Remark(NamedTuple):
 
 
 class Strategy:
-    """Changes a method's client rule, what happens to its updates, or the wording of prompts. This one changes nothing."""
+    """Base class of strategies. A strategy changes the local rule, the update transforms or the wording; this class changes nothing."""
 
     wording: ClassVar[str | None] = None
-    """The wording of prompts that the strategy stands for, a value of ``data.prompt``; None for one that works with any."""
+    """The value of ``data.prompt`` that the strategy requires; None if it works with any wording."""
 
     @property
     def transforms(self) -> tuple[UpdateTransform, ...]:
-        """What happens to updates, after the method's own transforms."""
+        """Update transforms that run after the method's own."""
         return ()
 
     @property
     def reweighs(self) -> bool:
-        """Whether it changes what updates weigh."""
+        """Whether the strategy changes the weights of updates."""
         return any(transform.reweighs for transform in self.transforms)
 
     @property
     def needs(self) -> frozenset[Fact]:
-        """What clients must tell of themselves, as of a method."""
+        """What clients must report about themselves; see ``Algorithm.needs``."""
         return frozenset()
 
     @property
     def needs_labels(self) -> bool:
-        """Whether its rule reads how often each answer occurs over all clients."""
+        """Whether the strategy reads how often each answer occurs over all clients."""
         return False
 
     def rule(self, rule: LocalRule, broadcast: Broadcast, client: Client) -> LocalRule:
-        """The client's rule, from the method's."""
+        """Return the client's local rule, given the method's."""
         return rule
 
     def remark(self, holdings: Holdings) -> Remark | None:
-        """What is to be known about it before it runs; None if it does what it is described to."""
+        """Return how the strategy differs from its description in this experiment; None if it acts as described."""
         return None
 
 
 class Composed:
-    """A method with strategies, applied in their order; everything they do not touch is the method's own.
+    """A method with strategies, applied in order. Attributes that no strategy changes come from the method.
 
     Args:
         method: any method.
-        strategies: what is added to it.
+        strategies: the strategies to add.
     """
 
     def __init__(self, method: Algorithm, strategies: tuple[Strategy, ...]) -> None:
@@ -93,21 +93,21 @@ class Composed:
 
     @property
     def needs(self) -> frozenset[Fact]:
-        """What the method or a strategy needs to be told."""
+        """What the method or a strategy needs clients to report."""
         return self._method.needs.union(*(strategy.needs for strategy in self._strategies))
 
     @property
     def transforms(self) -> tuple[UpdateTransform, ...]:
-        """The method's, then each strategy's."""
+        """The method's transforms, then each strategy's."""
         return (*self._method.transforms, *(transform for strategy in self._strategies for transform in strategy.transforms))
 
     @property
     def needs_labels(self) -> bool:
-        """Whether the method or a strategy does."""
+        """Whether the method or a strategy needs answer counts."""
         return self._method.needs_labels or any(strategy.needs_labels for strategy in self._strategies)
 
     def local_rule(self, broadcast: Broadcast, client: Client) -> LocalRule:
-        """The method's rule with what the strategies add."""
+        """Return the method's rule as changed by each strategy in order."""
         rule = self._method.local_rule(broadcast, client)
         for strategy in self._strategies:
             rule = strategy.rule(rule, broadcast, client)

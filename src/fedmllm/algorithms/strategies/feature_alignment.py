@@ -1,4 +1,4 @@
-"""Modality-agnostic alignment: answers that do not depend on which modality is missing. Our own form of an idea of arXiv 2411.14717."""
+"""Modality-agnostic alignment: answers do not depend on which modality is missing. Our own form of an idea from arXiv 2411.14717."""
 
 from __future__ import annotations
 
@@ -24,11 +24,12 @@ from fedmllm.types import Broadcast, Sample
 class FeatureAlignment(Strategy):
     """Adds ``weight`` times the mean over answer tokens of ``KL(p(. | complete) || p(. | one modality less))`` to the clients' loss.
 
-    The distributions are the model's over the answer's tokens: for a question with options, over their letters. The complete
-    sample teaches, its copy learns. Only samples that hold two modalities or more have a copy; ``weight = 0`` changes nothing.
+    p is the model's distribution over the answer's tokens; for a question with options, over the options' letters. The complete
+    sample is the teacher and its copy without one modality is the student. Only samples with at least two modalities have a copy.
+    ``weight = 0`` changes nothing.
 
     Attributes:
-        weight: of the term.
+        weight: weight of the term in the loss.
     """
 
     weight: float = 0.5
@@ -37,45 +38,45 @@ class FeatureAlignment(Strategy):
         require_not_negative(weight=self.weight)
 
     def rule(self, rule: LocalRule, broadcast: Broadcast, client: Client) -> LocalRule:
-        """The rule with the alignment, in place of one that it has."""
+        """Add the alignment term, replacing one that the rule already has."""
         plain = rule.without(Alignment)
         return plain.with_term(Alignment(self.weight)) if self.weight else plain
 
     def remark(self, holdings: Holdings) -> Remark | None:
-        """Idle where nobody holds a sample that could lose a modality."""
+        """Report that the strategy is idle if its weight is 0 or no sample could lose a modality."""
         if not self.weight:
             return Remark("its weight is 0", idle=True)
         profiles = holdings.profiles.values()
         if all(profiles) and not any("+" in kind for profile in profiles for kind in profile):
-            return Remark("no client holds a sample of two modalities, so that there is nothing to align", idle=True)
+            return Remark("no client holds a sample with two modalities, so there is nothing to align", idle=True)
         return None
 
 
 @dataclass(frozen=True)
 class Alignment(LossTerm):
-    """A complete sample and its copy with one modality less should answer alike.
+    """Penalizes different answers to a complete sample and to its copy without one modality.
 
         weight / M * sum_i sum_t KL( p(. | complete sample i, a_<t) || p(. | sample i without one modality, a_<t) )
 
-    over the answer tokens of a step's complete samples; M counts the answer tokens of all its samples. Which modality a sample loses is
-    drawn in every step. The complete sample is the teacher: no gradient flows through its side.
+    The sum runs over the answer tokens t of the step's samples i that have at least two modalities. M is the number of answer tokens of
+    all samples in the step. The modality that a sample loses is drawn in every step. No gradient flows through the complete sample.
 
     Attributes:
-        weight: of this term beside the loss.
+        weight: weight of the term in the loss.
     """
 
     weight: float
     name = "alignment"
 
     def prepare(self, vlm: VisionLanguageModel, encoder: Encoder, samples: Sequence[Sample], encoded: list[Encoded]) -> list[Encoded]:
-        """Samples that hold several modalities with a copy for each that they can lose."""
+        """Attach to each sample with several modalities one copy for each modality that it can lose."""
         return [
             replace(whole, companions={**whole.companions, self.name: _copies(encoder, sample)}) if len(sample.content) > 1 else whole
             for sample, whole in zip(samples, encoded, strict=True)
         ]
 
     def backward(self, step: TermStep) -> None:
-        """Add the gradients of the term above."""
+        """Add the term's gradients to those of the client's parameters."""
         complete = [sample for sample in step.samples if self.name in sample.companions]
         copies = [sample.companions[self.name] for sample in complete]
         reduced = [some[step.rng.integers(len(some))] for some in copies]
@@ -90,17 +91,17 @@ class Alignment(LossTerm):
 
 
 def _copies(encoder: Encoder, sample: Sample) -> tuple[Encoded, ...]:
-    """A sample with each of its modalities left out in turn."""
+    """Return copies of a sample, each without one of its modalities."""
     return tuple(encoder(keep_only(sample, [m for m in sample.modalities if m != lost])) for lost in sample.modalities)
 
 
 def divergence(teacher: Tensor, student: Tensor, mask: Tensor) -> Tensor:
-    """``sum KL(softmax(teacher) || softmax(student))`` over the masked columns, in nats.
+    """Return ``sum KL(softmax(teacher) || softmax(student))`` over the columns that the mask selects, in nats.
 
     Args:
         teacher: logits, shape (samples, columns, vocabulary).
-        student: the same.
-        mask: which columns count, shape (samples, columns).
+        student: logits, same shape.
+        mask: 1 for columns that count, shape (samples, columns).
 
     Returns:
         a scalar.

@@ -21,20 +21,23 @@ from fedmllm.types import Broadcast, LabelCounts, Sample
 
 @dataclass(frozen=True)
 class LabelCalibration(Strategy):
-    """Clients train on logits to which ``strength log p_k(option)`` is added, p_k the client's own frequencies of answers.
+    """Adds ``strength log p_k(option)`` to the options' logits during training, where p_k are the client's own answer frequencies.
 
-    They are counted over the client's other samples with the same options: the sample itself would tell its right answer.
+    The frequencies are counted over the client's other samples with the same options. The sample itself is excluded, because its
+    count would reveal the correct answer.
 
-    What a client's skew explains need not be learnt, so that its update carries less of it; in testing nothing is added
-    (logit adjustment, Menon et al., ICLR 2021, client by client; the paper subtracts ``strength n_k(option)^(-1/4)`` instead).
-    Frequencies stay with the client. Questions without options are trained plainly; ``strength = 0`` changes nothing.
+    The adapter need not learn what the client's label skew already explains, so its update carries less of that skew. Nothing is added
+    during testing. This is logit adjustment (Menon et al., ICLR 2021) per client; the paper subtracts ``strength n_k(option)^(-1/4)``
+    instead. The frequencies never leave the client. Questions without options are trained without calibration. ``strength = 0`` changes
+    nothing.
 
-    ``global_prior`` is a control: p_k is the frequencies of answers over all clients then, which no real server knows. What remains of a gain
-    comes of removing a prior at all, as scores do reward that let rare classes weigh like frequent ones, and not of the clients' skew.
+    ``global_prior`` is a control experiment: p_k are then the answer frequencies over all clients, which no real server knows. Any
+    gain that remains comes from removing a prior at all, which scores that count rare classes like frequent ones reward, and not from
+    the clients' skew.
 
     Attributes:
-        strength: of the calibration.
-        global_prior: whether all clients' answers are counted instead of the client's own; for simulated clients only.
+        strength: strength of the calibration.
+        global_prior: whether to use the answers of all clients instead of the client's own. Only for simulated clients.
     """
 
     strength: float = 1.0
@@ -45,48 +48,48 @@ class LabelCalibration(Strategy):
 
     @property
     def needs_labels(self) -> bool:
-        """Those of all clients are the global prior."""
+        """Whether the prior is global: it consists of all clients' answer counts."""
         return self.global_prior
 
     def rule(self, rule: LocalRule, broadcast: Broadcast, client: Client) -> LocalRule:
-        """The rule with the calibration, in place of one that it has."""
+        """Add the calibration, replacing one that the rule already has."""
         plain, labels = rule.without(Calibration), broadcast.population.labels if self.global_prior else {}
         return plain.with_term(Calibration(self.strength, labels)) if self.strength else plain
 
     def remark(self, holdings: Holdings) -> Remark | None:
-        """Idle where no question has options, and beside a method that calibrates alike."""
+        """Report that the strategy is idle or replaces the calibration of the method itself."""
         own = of_kind(holdings.terms, Calibration)
         if own is not None and holdings.options is not False:
             if self.strength == own.strength and not self.global_prior:
-                return Remark("the method itself calibrates by as much", idle=True)
-            return Remark(f"it takes the place of the method's own calibration, whose strength is {own.strength:g}", idle=False)
+                return Remark("the method already calibrates with the same strength", idle=True)
+            return Remark(f"it replaces the method's own calibration, which has strength {own.strength:g}", idle=False)
         if not self.strength:
             return Remark("its strength is 0", idle=True)
         if holdings.options is False:
-            return Remark("no client holds a question with options, so that there is nothing to calibrate", idle=True)
+            return Remark("no client holds a question with options, so there is nothing to calibrate", idle=True)
         return None
 
 
 @dataclass(frozen=True)
 class Calibration(LossTerm):
-    """In training ``strength log p_k,-i(option)`` is added to the options' logits.
+    """Adds ``strength log p_k,-i(option)`` to the options' logits during training.
 
         p_k,-i(o) = (n_o - [o = y_i] + 1) / (n - 1 + number of options)
 
-    counts answers among the *other* samples of the same options, whatever their order; y_i is the sample's own answer. With that in the
-    counts, options that occur once would lean towards the right answer by log 2. Where ``n_o`` samples share it, leaving one out changes the
-    log-odds by ``log(1 + 1 / n_o)``. Samples without options stay as they are.
+    n_o counts the answer o among the samples with the same set of options in any order, and n counts these samples. The sample's own
+    answer y_i is left out. If it were included, an answer that occurs once would favor the correct option by log 2; an answer that
+    occurs n_o times would favor it by ``log(1 + 1 / n_o)``. Samples without options are not changed.
 
     Attributes:
-        strength: of the calibration.
-        labels: whose answers are counted; the client's own if empty.
+        strength: strength of the calibration.
+        labels: the answer counts to use; empty for the client's own.
     """
 
     strength: float
     labels: LabelCounts = field(default_factory=dict)
 
     def prepare(self, vlm: VisionLanguageModel, encoder: Encoder, samples: Sequence[Sample], encoded: list[Encoded]) -> list[Encoded]:
-        """The samples with what is added to their options' logits."""
+        """Attach to each sample with options the values to add to its options' logits."""
         counts = self.labels or answer_counts(samples)
         return [
             replace(tensors, option_bias=self._bias(vlm, sample, counts[options_key(sample.options)])) if sample.options else tensors

@@ -1,4 +1,4 @@
-"""Lightweight modelling of heterogeneity: updates count by what their clients cover. Our own form of an idea of arXiv 2411.14717."""
+"""Lightweight modeling of heterogeneity: updates weigh by their clients' modality coverage. Our own form of an idea from arXiv 2411.14717."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from fedmllm.types import ClientUpdate, Profile
 
 @dataclass(frozen=True)
 class ModalityCoverage(Strategy):
-    """Multiplies an update's weight by how much of every modality its client holds per sample.
+    """Multiplies an update's weight by its client's mean share of each modality, relative to its share of all samples.
 
         weight_k <- weight_k (c_k / s_k)^power,   c_k = 1/M sum_m n_km / N_m,   s_k = n_k / N
 
-    n_km counts the client's samples that hold modality m, N_m those of all clients, n_k and N samples in all. Each modality has
-    the same say, so that samples of a rare one, and samples that hold several, count for more. Where every sample is complete the
-    factor is 1. Clients send these counts and nothing else. Methods that count clients alike whatever updates weigh (median, trimmed mean,
-    Krum) are refused.
+    n_km is the client's number of samples with modality m and N_m that of all clients; n_k and N are the numbers of all samples, and M is
+    the number of modalities. Every modality counts equally, so samples with a rare modality or with several modalities count more. If
+    every sample is complete, the factor is 1. Clients report these counts and nothing else. The strategy cannot be combined with methods
+    that ignore the weights of updates (median, trimmed mean, Krum).
 
     Attributes:
-        power: 0 changes nothing.
+        power: exponent of the factor; 0 changes nothing.
     """
 
     power: float = 1.0
@@ -34,42 +34,42 @@ class ModalityCoverage(Strategy):
 
     @property
     def needs(self) -> frozenset[Fact]:
-        """n_km, and N_m which they add up to."""
+        """The modality profile: it gives n_km, and N_m is its sum over clients."""
         return frozenset({"profile"})
 
     @property
     def transforms(self) -> tuple[UpdateTransform, ...]:
-        """The rule above."""
+        """The transform that reweighs updates."""
         return (CoverageWeight(self.power),)
 
     def remark(self, holdings: Holdings) -> Remark | None:
-        """Idle where all clients cover the modalities alike: their factors, whose mean by samples is 1, are 1 then."""
+        """Report that the strategy is idle if every factor is 1 or no client reports its modalities."""
         if not self.power:
             return Remark("its power is 0", idle=True)
         profiles = holdings.profiles.values()
         if not any(profiles):
-            return Remark("no client says which modalities it holds", idle=True)
+            return Remark("no client reports its modalities", idle=True)
         everyone = sum((Counter(profile) for profile in profiles), Counter[str]())
         if all(profiles) and all(coverage(profile, everyone) == 1 for profile in profiles):
-            return Remark("all clients cover the modalities alike, so that updates weigh as they do without it", idle=True)
+            return Remark("all clients cover the modalities equally, so the weights of updates do not change", idle=True)
         return None
 
 
 @dataclass(frozen=True)
 class CoverageWeight(UpdateTransform):
-    """``weight_k <- weight_k (c_k / s_k)^power``."""
+    """``weight_k <- weight_k (c_k / s_k)^power``; see ``ModalityCoverage``."""
 
     power: float
     name = "modality_coverage"
 
     def weigh(self, weight: float, update: ClientUpdate, state: ServerState) -> float:
-        """By the counts that came with the update, and the population's."""
+        """Return the weight times the factor from the update's profile and the population's."""
         factor = coverage(update.profile, state.population.profile)
         return weight * float(float(factor) ** self.power)
 
 
 def coverage(own: Profile, everyone: Profile) -> Fraction:
-    """``c_k / s_k`` as above, exactly; 1 without counts."""
+    """Return ``c_k / s_k`` (see ``ModalityCoverage``) as an exact fraction; 1 without counts."""
     held, there = by_modality(own), by_modality(everyone)
     if not held or not there:
         return Fraction(1)
@@ -78,7 +78,7 @@ def coverage(own: Profile, everyone: Profile) -> Fraction:
 
 
 def by_modality(profile: Profile) -> Counter[str]:
-    """Samples that hold each modality."""
+    """Return the number of samples that hold each modality."""
     counts: Counter[str] = Counter()
     for kind, number in profile.items():
         counts.update(dict.fromkeys(kind.split("+"), number))

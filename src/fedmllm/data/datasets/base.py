@@ -1,4 +1,4 @@
-"""What every dataset file returns."""
+"""The types that dataset files use and return, and helpers for splits."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
 VALIDATION_SHARE = 0.1
-"""Of the training samples, held out where the data have no validation part of their own."""
+"""Default share of the training samples that is held out if a dataset has no validation split."""
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Samples of one benchmark, split, with what is known about them.
+    """A dataset's samples by split, and facts about them.
 
     Attributes:
-        name: as in the configuration.
+        name: the name in the configuration.
         metric: the headline score, in [0, 1]: area under the ROC curve, macro-averaged F1, exact-match accuracy, or
             the mean of these over the datasets of a mixture.
         train, test: the samples, in an order that does not depend on the file system.
-        validation: what a model in training is scored on, and what anything is chosen by; may be empty.
-        modalities: what a complete sample holds.
-        ceilings: for generated data, the best score any predictor can reach from ``both`` modalities or one alone.
-        notes: what the reader of a report should know, e.g. rows left out and why.
+        validation: the samples used to score models during training and to choose anything; may be empty.
+        modalities: the modalities of a complete sample.
+        ceilings: for generated data, the best score that any predictor can reach from ``both`` modalities or from one alone.
+        notes: remarks for the report, e.g. which rows were left out and why.
     """
 
     name: str
@@ -54,21 +54,21 @@ class Dataset:
         repeated = [f"id {key!r} occurs {n} times" for key, n in Counter(sample.id for sample in self.samples).items() if n > 1]
         problems += repeated
         if problems:
-            raise DataError(f"dataset {self.name}: every split needs samples and every sample an id of its own:\n{listing(problems)}")
+            raise DataError(f"dataset {self.name}: every split needs samples and every sample a unique id:\n{listing(problems)}")
 
     @property
     def samples(self) -> tuple[Sample, ...]:
-        """Of all splits."""
+        """The samples of all splits."""
         return (*self.train, *self.validation, *self.test)
 
     @property
     def mixed(self) -> bool:
-        """Whether it is several datasets in one."""
+        """Whether the dataset is a mixture of several datasets."""
         return self.name == "mixture"
 
 
 class DatasetOptions(BaseModel):
-    """What can be chosen about one dataset; a dataset file's ``Options`` adds its own fields. None by default."""
+    """Base class of ``data.options``. It has no fields; a dataset file's ``Options`` adds the dataset's own settings."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -77,23 +77,23 @@ Options = TypeVar("Options", bound=DatasetOptions)
 
 
 def picture_or_text(sample: Sample) -> object:
-    """What samples that must not be torn apart have in common unless a dataset knows better: their picture or, without one, their text."""
+    """Return the default key of samples that must stay in the same split: their image, or their text if they have no image."""
     pictures = [value for name, value in sorted(sample.content.items()) if name != "text" and isinstance(value, (Path, bytes))]
     return tuple(pictures) or sample.content.get("text") or sample.id
 
 
 @dataclass(frozen=True)
 class DatasetRequest:
-    """What a loader is asked for.
+    """The arguments of a dataset loader.
 
     Attributes:
-        root: the folder that holds the files; None for embedded data.
-        seed: for data that are generated or subsampled.
-        num_train, num_test: how many samples; None for all there are (embedded data: the default number).
-        num_validation: the same of the validation part; None for all there are, but no more than test samples.
-        validation_share: how much of the training samples becomes the validation part where the data have none of their own, in [0, 1).
-        on_bad_sample: whether bad rows are refused, all in one error, or skipped and counted in the notes.
-        options: the dataset's own settings, as ``data.options`` holds them.
+        root: the folder of the dataset's files; None for embedded data.
+        seed: the seed for generating or subsampling data.
+        num_train, num_test: numbers of samples; None for all available (for embedded data: the default number).
+        num_validation: number of validation samples; None for all available, but at most as many as test samples.
+        validation_share: share of the training samples to hold out if the dataset has no validation split, in [0, 1).
+        on_bad_sample: whether bad rows are rejected in one error, or skipped and counted in the notes.
+        options: the dataset's own settings from ``data.options``.
     """
 
     root: Path | None
@@ -106,20 +106,20 @@ class DatasetRequest:
     validation_share: float = VALIDATION_SHARE
 
     def folder(self, dataset: str) -> Path:
-        """The folder of files.
+        """Return the folder of the dataset's files.
 
         Raises:
-            ConfigError: if none is named.
+            ConfigError: if no folder is given.
         """
         if self.root is None:
             raise ConfigError(f"data.root: {dataset} reads files; give the folder that holds them, e.g. data.root=/path/to/{dataset}")
         return self.root
 
     def options_as(self, form: type[Options]) -> Options:
-        """The dataset's own settings, checked.
+        """Return the validated settings of the dataset.
 
         Raises:
-            ConfigError: naming each field that is unknown or out of range.
+            ConfigError: if fields are unknown or invalid; the message names each.
         """
         return check_options(form, self.options)
 
@@ -132,42 +132,44 @@ class DatasetRequest:
         notes: Iterable[str] = (),
         together: Callable[[Sample], object] = picture_or_text,
     ) -> Dataset:
-        """A dataset of as many samples of each split as are asked for.
+        """Return a dataset with the requested number of samples in each split.
 
         Args:
-            name: as in ``Dataset``, like the three that follow.
-            metric: its score.
-            modalities: of a complete sample.
-            notes: on what was read.
-            splits: all samples of ``train`` and ``test``, and of ``validation`` if the data have such a part. Else a share of the training samples
-                is held out, before ``num_train`` of the rest are taken.
-            together: what samples have in common that are held out all or none, such as a picture.
+            name: the name in the configuration.
+            metric: the headline score.
+            splits: all samples of ``train`` and ``test``, and of ``validation`` if the dataset has one. If not, a share of the training
+                samples is held out before ``num_train`` of the rest are drawn.
+            modalities: the modalities of a complete sample.
+            notes: remarks for the report.
+            together: returns a key such as the image. Samples with the same key stay in the same split when a share is held out.
 
         Raises:
-            DataError: if there are fewer samples than asked for.
+            DataError: if a split has fewer samples than requested.
         """
-        train, found, told = splits["train"], splits.get("validation", ()), [*notes]
+        train, found, remarks = splits["train"], splits.get("validation", ()), [*notes]
         if not found and self.validation_share:
             rest, held = hold_out_groups(train, self.validation_share, self.seed, together)
             train, found, note = (rest, held, _HELD_OUT) if len(held) >= _LEAST_VALIDATION else (train, (), _NOT_HELD_OUT)
-            told.append(note.format(held=len(held), of=len(splits["train"]), least=_LEAST_VALIDATION))
+            remarks.append(note.format(held=len(held), of=len(splits["train"]), least=_LEAST_VALIDATION))
         besides = f" and {gone} held out for validation (data.validation_share)" if (gone := len(splits["train"]) - len(train)) else ""
         chosen, test = _take(train, self.num_train, self.seed, "train", besides), _take(splits["test"], self.num_test, self.seed, "test")
         count = min(len(found), len(test)) if self.num_validation is None else self.num_validation
-        return Dataset(name, metric, chosen, test, modalities, notes=tuple(told), validation=_take(found, count, self.seed, "validation"))
+        return Dataset(
+            name, metric, chosen, test, modalities, notes=tuple(remarks), validation=_take(found, count, self.seed, "validation")
+        )
 
 
 _LEAST_VALIDATION = 10
-"""Samples; a score of fewer tells nothing that could be chosen by."""
+"""Minimum number of held-out validation samples. A score on fewer is too noisy to choose anything by."""
 _HELD_OUT = "validation: {held:,} of {of:,} training samples are held out (data.validation_share)"
-_NOT_HELD_OUT = "validation: none; of {of:,} training samples {held:,} would be held out, too few to choose by (at least {least}: data.validation_share)"
+_NOT_HELD_OUT = "validation: none; holding out {held:,} of {of:,} training samples would be too few, at least {least} are needed (data.validation_share)"
 
 
 def check_options(form: type[Options], values: Mapping[str, Any]) -> Options:
-    """The dataset's own settings.
+    """Return the validated settings of a dataset.
 
     Raises:
-        ConfigError: naming each field that is unknown or out of range.
+        ConfigError: if fields are unknown or invalid; the message names each.
     """
     try:
         return form.model_validate(dict(values))
@@ -175,21 +177,24 @@ def check_options(form: type[Options], values: Mapping[str, Any]) -> Options:
         known = list(form.model_fields)
         problems = [f"{'.'.join(('data.options', *map(str, e['loc'])))}: {rule(e, known)}" for e in error.errors()]
         raise ConfigError(
-            f"data.options does not suit the dataset, whose settings are {', '.join(known) or 'none'}:\n{listing(problems)}"
+            f"data.options does not fit the dataset, whose settings are {', '.join(known) or 'none'}:\n{listing(problems)}"
         ) from error
 
 
 class DatasetLoader(Protocol):
-    """A dataset file's one public function."""
+    """The type of a dataset file's loader."""
 
     def __call__(self, request: DatasetRequest) -> Dataset:
-        """The dataset, or a ``DataError`` listing every row that breaks a rule."""
+        """Return the dataset, or raise a ``DataError`` that lists every bad row."""
         ...
 
 
 @dataclass(frozen=True)
 class DatasetEntry:
-    """A row of the index: one line of description, the loader, and the form of ``data.options`` (each imported when used)."""
+    """A dataset in the index: a one-line description, the loader, whether it needs ``data.root``, and the class of ``data.options``.
+
+    Loader and class are imported on first use.
+    """
 
     summary: str
     load: Callable[[DatasetRequest], Dataset]
@@ -198,7 +203,7 @@ class DatasetEntry:
 
 
 def _take(samples: Sequence[Sample], count: int | None, seed: int, split: Split, besides: str = "") -> tuple[Sample, ...]:
-    """``count`` of the samples, drawn without replacement independently of their order; all of them for None.
+    """Draw ``count`` samples without replacement, independently of their order, or return all of them if ``count`` is None.
 
     Raises:
         DataError: if there are fewer.
@@ -207,7 +212,7 @@ def _take(samples: Sequence[Sample], count: int | None, seed: int, split: Split,
     if count is None:
         return tuple(ordered)
     if count > len(ordered):
-        raise DataError(f"data.num_{split}: {count} samples asked for, there are {len(ordered)}{besides}; ask for fewer or leave it out")
+        raise DataError(f"data.num_{split}: {count} samples requested, but there are {len(ordered)}{besides}; lower it or leave it out")
     chosen = generator(seed, "subset", split).choice(len(ordered), size=count, replace=False)
     return tuple(ordered[i] for i in sorted(chosen))
 
@@ -215,7 +220,10 @@ def _take(samples: Sequence[Sample], count: int | None, seed: int, split: Split,
 def hold_out_groups(
     samples: Sequence[Sample], share: float, seed: int, together: Callable[[Sample], object]
 ) -> tuple[list[Sample], list[Sample]]:
-    """(training, validation) samples: a share of the groups of samples that stay together, stratified by the category of each one's first."""
+    """Return (training, validation) samples. A share of the groups of samples with the same key is held out.
+
+    Groups are stratified by the category of their first sample.
+    """
     groups: dict[object, list[Sample]] = {}
     for sample in sorted(samples, key=lambda sample: sample.id):
         groups.setdefault(together(sample), []).append(sample)
@@ -225,16 +233,16 @@ def hold_out_groups(
 
 
 def hold_out(samples: Sequence[Sample], share: float, seed: int, purpose: str = "hold-out") -> tuple[list[Sample], list[Sample]]:
-    """(training, held out) samples where the files have one split; independent of the order of the samples.
+    """Return (training, held-out) samples of a single split. The result does not depend on the order of the samples.
 
-    Each category gives the held-out part its share, rounded so that the whole has its own (largest remainders, ties by lot); of a single one all are
-    drawn alike.
+    The held-out samples are stratified by category. Numbers per category are rounded so that the total is right (largest remainders, ties
+    broken at random).
 
     Raises:
         ConfigError: if the share is not in (0, 1).
     """
     if not 0 < share < 1:
-        raise ConfigError(f"data.options.test_share: {share} samples' share cannot be held out; it must lie above 0 and below 1")
+        raise ConfigError(f"data.options.test_share: must be greater than 0 and less than 1, got {share}")
     ordered = sorted(samples, key=lambda sample: sample.id)
     shuffled = [ordered[i] for i in generator(seed, purpose).permutation(len(ordered))]
     wanted = _stratified(Counter(sample.category for sample in shuffled), share)
@@ -247,18 +255,18 @@ def hold_out(samples: Sequence[Sample], share: float, seed: int, purpose: str = 
 
 
 def _stratified(counts: Counter[str], share: float) -> Counter[str]:
-    """How many of each category make up the share of all."""
+    """Return how many samples of each category to hold out."""
     wanted = Counter({name: int(share * count) for name, count in counts.items()})
     missing = round(share * counts.total()) - wanted.total()
-    # Of equal remainders, what was drawn first: else a split would favor the same names under every seed.
+    # Equal remainders keep the shuffled order. Otherwise the same category names would be favored under every seed.
     by_remainder = sorted(counts, key=lambda name: wanted[name] - share * counts[name])
     wanted.update(by_remainder[: max(missing, 0)])
     return wanted
 
 
 def count_note(what: str, found: tuple[int, ...], published: tuple[int, ...] | None) -> str:
-    """How many were found, and whether that is what was published."""
+    """Return a note with the numbers found, and whether they match the published ones."""
     numbers = " / ".join(f"{count:,}" for count in found)
     if published is None:
         return f"{what}: {numbers}"
-    return f"{what}: {numbers}, " + ("as published" if found == published else f"published are {' / '.join(f'{n:,}' for n in published)}")
+    return f"{what}: {numbers}, " + ("as published" if found == published else f"published: {' / '.join(f'{n:,}' for n in published)}")

@@ -1,14 +1,14 @@
-"""CrisisMMD v2.0, humanitarian task: what does a tweet with a picture from a disaster tell? Eight unbalanced classes, macro-F1.
+"""CrisisMMD v2.0, humanitarian task: which kind of information is in a tweet from a disaster? Eight unbalanced classes, macro-F1.
 
 F. Alam, F. Ofli and M. Imran, "CrisisMMD: Multimodal Twitter Datasets from Natural Disasters", ICWSM 2018; splits: F. Ofli,
 F. Alam and M. Imran, "Analysis of Social Media Data using Multimodal Deep Learning for Disaster Response", ISCRAM 2020.
 CC BY-NC-SA 4.0 and terms of its own: download the files from their authors.
 
-Two variants lie side by side in the download:
+The download contains two variants:
 
-    full      crisismmd_datasplit_all/task_humanitarian_text_img_{train,dev,test}.tsv; the label is the picture's
+    full      crisismmd_datasplit_all/task_humanitarian_text_img_{train,dev,test}.tsv; the label is the image's
     agreed    crisismmd_datasplit_agreed_label/task_humanitarian_text_img_agreed_lab_{train,dev,test}.tsv; only tweets whose
-              text and picture were labeled alike, eight classes merged into five
+              text and image have the same label, with eight classes merged into five
 
 A row as the files hold them (tab-separated, never quoted; invented), and the sample it becomes:
 
@@ -17,8 +17,8 @@ A row as the files hold them (tab-separated, never quoted; invented), and the sa
     Sample(id="crisismmd-train-100000000000000001_0", question="Which kind of information is it?", answer="other relevant information",
            content={"image": root / "data_image/...", "text": "The fire has reached our road."}, ...)
 
-Reading with quotation marks would merge rows: 25 of the 2,237 test rows change. Web addresses are cut from the text; a tweet
-that holds nothing else has no text.
+Quotation marks are read literally; interpreting them would merge rows and change 25 of the 2,237 test rows. Web addresses are removed
+from the text, and a tweet that contains nothing else has no text.
 """
 
 from __future__ import annotations
@@ -60,28 +60,28 @@ ROWS: Mapping[str, Mapping[str, int]] = {
     "agreed": {"train": 6126, "dev": 998, "test": 955},
 }
 LABELS: Mapping[str, tuple[int, ...]] = {"test": (88, 458, 10, 3, 256, 36, 331, 1055), "dev": (77, 405, 8, 2, 281, 38, 338, 1088)}
-"""``label_image`` of the full variant in the order of ``CLASSES``."""
+"""Numbers of rows by ``label_image`` in the full variant, in the order of ``CLASSES``."""
 
 
 class Options(DatasetOptions):
-    """Which rows, and whose label."""
+    """The rows and labels to use."""
 
     variant: Literal["full", "agreed"] = "full"
-    """All rows, or those whose text and picture were labeled alike (five classes)."""
+    """``full`` uses all rows; ``agreed`` only rows whose text and image have the same label, with five classes."""
     label: Literal["label_image", "label_text", "label"] = "label_image"
-    """Column of the label; the benchmark uses the picture's."""
+    """Column of the label. The benchmark uses the label of the image."""
     test: Literal["test", "dev"] = "test"
     """File to evaluate on."""
 
 
 def load(request: DatasetRequest) -> Dataset:
-    """Training rows and one evaluation file, with ``dev``, if it is not that one, as the validation part; scored by macro-F1.
+    """Load CrisisMMD. ``dev`` is the validation split unless it is the file to evaluate on. The score is macro-F1.
 
     Raises:
-        DataError: if files are missing or rows break a rule; all at once.
+        DataError: if files are missing or rows are invalid; the message lists all of them.
     """
     root, options = request.folder("crisismmd"), request.options_as(Options)
-    # The archive of the splits unpacks beside the pictures or inside their folder.
+    # Depending on where it is unpacked, the archive of the splits is next to the folder of images or inside it.
     images = root / "CrisisMMD_v2.0" if (root / "CrisisMMD_v2.0" / "data_image").is_dir() else root
     splits = next((base for base in (root, images) if (base / FILES[options.variant]).parent.is_dir()), root)
     parts: dict[Split, str] = {"train": "train", "test": options.test}
@@ -127,7 +127,7 @@ def _without_addresses(text: str) -> str:
 def _count_notes(splits: Mapping[str, list[Sample]], options: Options) -> tuple[str, ...]:
     notes = [count_note(f"{split}: rows", (len(rows),), (ROWS[options.variant][split],)) for split, rows in splits.items()]
     if bare := sum("text" not in sample.content for rows in splits.values() for sample in rows):
-        notes.append(f"{bare:,} tweet(s) of web addresses only: their text is missing")
+        notes.append(f"{bare:,} tweet(s) contain only web addresses, so their text is missing")
     if options.variant == "full" and options.label == "label_image":
         found = Counter(sample.answer for sample in splits[options.test])
         notes.append(count_note(f"{options.test}: rows by class", tuple(found[_words(name)] for name in CLASSES), LABELS[options.test]))

@@ -1,16 +1,16 @@
-"""EmojiTwo: which kind of thing is an emoji? Eight unbalanced classes, macro-F1; a redistributable stand-in for CrisisMMD.
+"""EmojiTwo: which kind of thing is an emoji? Eight unbalanced classes, macro-F1; a redistributable substitute for CrisisMMD.
 
 Artwork by EmojiTwo (https://github.com/EmojiTwo/emojitwo) after Emojione 2.x (https://www.emojione.com), CC BY 4.0; names and
 keywords MIT.
 
-Files: ``emoji.json``, an object of entries by code, and ``png/128/CODE.png``. One entry, and the sample it becomes:
+Files: ``emoji.json``, an object of entries by code, and ``png/128/CODE.png``. An entry, and the sample it becomes:
 
     "1f600": {"name": "grinning face", "category": "people", "keywords": ["happy", "smiley", "emotion"], ...}
     Sample(id="emojitwo-1f600", question="Which kind of thing is it?", answer="people", options=CLASSES,
            content={"image": root / "png/128/1f600.png", "text": "grinning face: happy, smiley, emotion"})
 
-Left out: entries without a picture, of no category or of categories that are parts of others (modifier, regional), and skin
-tones of another entry. The published files have one split; a share chosen by the seed is held out as the test split.
+Left out are entries without an image, entries without a category or with the categories modifier and regional, which are pieces of
+other emoji, and skin-tone variants. The published files have a single split; a share, drawn by the seed, is held out as the test split.
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ from fedmllm.types import Sample
 QUESTION = "Which kind of thing is it?"
 CLASSES = ("symbols", "flags", "people", "objects", "nature", "travel", "food", "activity")
 PUBLISHED = (291, 259, 226, 180, 160, 119, 85, 69)
-"""Usable entries in the order of ``CLASSES``, at commit 311eff5."""
+"""Numbers of usable entries in the order of ``CLASSES``, at commit 311eff5."""
 
 _LEFT_OUT = ("", "modifier", "regional")
 _SKIN_TONE = re.compile("1f3f[b-f]")
 
 
 class Options(DatasetOptions):
-    """How much to hold out."""
+    """The share of the entries to hold out."""
 
     test_share: float = Field(0.25, gt=0, lt=1)
-    """Share of the entries to test on, in (0, 1)."""
+    """Share of the entries to hold out as the test split."""
 
 
 def load(request: DatasetRequest) -> Dataset:
-    """All usable entries, a share held out; scored by macro-F1.
+    """Load all usable entries and hold out a share as the test split. The score is macro-F1.
 
     Raises:
-        DataError: if files are missing or entries break a rule; all at once.
+        DataError: if files are missing or entries are invalid; the message lists all of them.
     """
     root, options = request.folder("emojitwo"), request.options_as(Options)
     require(root, ("emoji.json", "png/128"), "EmojiTwo")
@@ -57,7 +57,7 @@ def load(request: DatasetRequest) -> Dataset:
     found, left_out = Counter(sample.answer for sample in samples), len(entries) - len(samples) - len(sieve.problems)
     notes = (
         *sieve.finish(),
-        f"{left_out:,} of {len(entries):,} entries left out: no picture, no kind of thing or a skin tone",
+        f"{left_out:,} of {len(entries):,} entries left out: no image, no usable category, or a skin-tone variant",
         count_note("entries by class", tuple(found[name] for name in CLASSES), PUBLISHED),
     )
     train, test = hold_out(samples, options.test_share, request.seed)
@@ -85,5 +85,5 @@ def _sample(root: Path, row: Row) -> Sample | None:
 def _text(row: Row) -> str:
     name, keywords = row.text("name"), row.record.get("keywords", [])
     if not isinstance(keywords, list) or not all(map(words_of, keywords)):
-        raise RowError(f"keywords must be a list of words, is {shown(keywords)}")
+        raise RowError(f"keywords must be a list of words, got {shown(keywords)}")
     return f"{name}: {', '.join(map(words_of, keywords))}" if keywords else name

@@ -1,6 +1,6 @@
-"""Files to rows: JSON lists, objects and lines, CSV, TSV and datasets that Hugging Face saved.
+"""Reads rows from files: JSON lists, objects and lines, CSV, TSV, and datasets saved by Hugging Face.
 
-A row that cannot be read says so when it is asked for something.
+A row that cannot be read raises its error when one of its values is accessed.
 """
 
 from __future__ import annotations
@@ -23,32 +23,32 @@ from fedmllm.types import Record
 
 
 def require(root: Path, names: Sequence[str], dataset: str) -> None:
-    """Every name is a file or folder inside the root.
+    """Check that every name is a file or folder inside the root.
 
     Raises:
-        DataError: naming those that are missing.
+        DataError: if some are missing; the message names them.
     """
     there = {name: os.path.exists(root / name) for name in names}  # noqa: PTH110 - Path.exists raises for a name that is too long
     if not all(there.values()):
         found = [f"{name} ({'found' if yes else 'missing'})" for name, yes in there.items()]
-        raise DataError(f"{root}: holds no complete copy of {dataset}; looked for all of these:\n{listing(found)}")
+        raise DataError(f"{root}: contains no complete copy of {dataset}; it must contain all of these:\n{listing(found)}")
 
 
 def json_list(path: Path) -> Iterator[Row]:
-    """The items of a file that is one JSON list; each is a record, or a bad row once it is read.
+    """Yield the items of a JSON list. Items that are not objects become bad rows.
 
     Raises:
-        DataError: if the file is no JSON list in UTF-8.
+        DataError: if the file is not a JSON list in UTF-8.
     """
     values = _json(path)
     if not isinstance(values, list):
-        raise DataError(f"{path}: must be a list of rows, is {shown(values)}; download the file again")
+        raise DataError(f"{path}: must be a list of rows, got {shown(values)}; download the file again")
     for index, value in enumerate(values):
         yield Row(f"{path.name}[{index}]", value) if isinstance(value, dict) else _broken(f"{path.name}[{index}]", value)
 
 
 def json_lines(path: Path) -> Iterator[Row]:
-    """One JSON object a line; empty lines are passed over.
+    """Yield one row per line of a JSON lines file. Empty lines are skipped.
 
     Raises:
         DataError: if the file cannot be read.
@@ -59,28 +59,28 @@ def json_lines(path: Path) -> Iterator[Row]:
 
 
 def json_rows(path: Path) -> Iterator[Row]:
-    """Rows of a file of JSON lines, or of one JSON list; which of the two it is, its beginning tells.
+    """Yield the rows of a JSON lines file or of a JSON list. The first character determines the format.
 
     Raises:
-        DataError: if the file cannot be read, or is one JSON object over several lines.
+        DataError: if the file cannot be read, or is a single JSON object over several lines.
     """
     content = _bytes(path).removeprefix(b"\xef\xbb\xbf").lstrip()
     if content.startswith(b"["):
         return json_list(path)
     if content.startswith(b"{") and not _is_json(content.split(b"\n", 1)[0]) and _is_json(content):
-        raise DataError(f"{path}: must hold one JSON object a line, or one list of them, is a single object over several lines")
+        raise DataError(f"{path}: must contain one JSON object per line, or one list of objects; found a single object over several lines")
     return json_lines(path)
 
 
 def json_object(path: Path, key: str) -> Iterator[Row]:
-    """The entries of a file that is one JSON object of objects; an entry's own name becomes its value of ``key``.
+    """Yield the entries of a JSON object of objects. The name of an entry becomes its value of ``key``.
 
     Raises:
-        DataError: if the file is no JSON object in UTF-8.
+        DataError: if the file is not a JSON object in UTF-8.
     """
     values = _json(path)
     if not isinstance(values, dict):
-        raise DataError(f"{path}: must be an object of entries, is {shown(values)}; download the file again")
+        raise DataError(f"{path}: must be an object of entries, got {shown(values)}; download the file again")
     for name, value in values.items():
         where = f"{path.name}[{shown(name)}]"
         yield Row(where, {**value, key: name}) if isinstance(value, dict) else _broken(where, value)
@@ -89,7 +89,7 @@ def json_object(path: Path, key: str) -> Iterator[Row]:
 def _json(path: Path) -> object:
     try:
         return json.loads(_bytes(path).decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON or a number of too many digits
+    except (ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, or a number with too many digits
         raise DataError(f"{path}: must be JSON in UTF-8 ({error}); download the file again") from error
 
 
@@ -110,17 +110,17 @@ def _json_row(where: str, line: bytes) -> Row:
 
 
 def _broken(where: str, value: object) -> Row:
-    return _Unreadable(where, {}, f"must be an object with keys, is {shown(value)}")
+    return _Unreadable(where, {}, f"must be an object with keys, got {shown(value)}")
 
 
 @dataclass(frozen=True)
 class _Unreadable(Row):
-    """A row that could not be read at all: whatever is asked of it, the answer is why."""
+    """A row that could not be read at all. Every access raises the reason."""
 
     problem: str
 
     def value(self, key: str) -> Any:
-        """Nothing.
+        """Raise the reason why the row could not be read.
 
         Raises:
             RowError: always.
@@ -129,11 +129,11 @@ class _Unreadable(Row):
 
 
 _SEPARATOR_LINE = re.compile("sep=.")
-"""What spreadsheets write, and read, to say what separates the fields."""
+"""The line with which spreadsheet programs declare the field separator."""
 
 
 def first_line(path: Path) -> str:
-    """The first line of a file that is not empty.
+    """Return the first nonempty line of a file; empty if there is none.
 
     Raises:
         DataError: if the file cannot be read.
@@ -143,12 +143,14 @@ def first_line(path: Path) -> str:
 
 
 def table(path: Path, delimiter: str = ",", quoted: bool = True) -> Iterator[Row]:
-    """Rows of a CSV or TSV file whose first line names the columns; rows of empty fields only, and ``sep=;`` before the header, are passed over.
+    """Yield the rows of a CSV or TSV file whose first line names the columns.
+
+    Rows with only empty fields, and a line such as ``sep=;`` before the header, are skipped.
 
     Args:
         path: the file, in UTF-8.
-        delimiter: between fields.
-        quoted: False: quotation marks and carriage returns are ordinary characters, every line is one row.
+        delimiter: the character between fields.
+        quoted: whether quotation marks enclose fields. If False, quotation marks are ordinary characters and every line is one row.
 
     Raises:
         DataError: if the file cannot be read or has no header.
@@ -163,7 +165,7 @@ def table(path: Path, delimiter: str = ",", quoted: bool = True) -> Iterator[Row
         else:
             header = _header(path, fields)
     if not header:
-        raise DataError(f"{path}: must begin with a line of column names, is empty")
+        raise DataError(f"{path}: must begin with a line of column names; the file is empty")
 
 
 def _quoted(path: Path, text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
@@ -175,7 +177,7 @@ def _quoted(path: Path, text: str, delimiter: str) -> Iterator[tuple[int, list[s
         if "field limit" in str(error):
             limit = f"{csv.field_size_limit():,} characters"
             raise DataError(
-                f"{path}:{reader.line_num}: a cell has more than {limit}; save pictures as files and name these in the table"
+                f"{path}:{reader.line_num}: a cell has more than {limit}; save images as files and name the files in the table"
             ) from error
         raise DataError(f"{path}:{reader.line_num}: cannot be read as a table ({error}); check its quotation marks") from error
 
@@ -187,20 +189,20 @@ def _unquoted(text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
 
 def _header(path: Path, names: list[str]) -> list[str]:
     if len(set(names)) != len(names) or SURROGATE.search("".join(names)):
-        raise DataError(f"{path}: must begin with a line of column names in UTF-8, each once, begins with {shown(names)}")
+        raise DataError(f"{path}: must begin with a line of unique column names in UTF-8; it begins with {shown(names)}")
     return names
 
 
 def _table_row(where: str, header: list[str], fields: list[str]) -> Row:
     if len(fields) != len(header):
-        return _Unreadable(where, {}, f"must have {len(header)} fields, has {len(fields)}")
+        return _Unreadable(where, {}, f"must have {len(header)} fields, got {len(fields)}")
     if SURROGATE.search("".join(fields)):
         return _Unreadable(where, {}, "must be in UTF-8")
     return Row(where, dict(zip(header, fields, strict=True)))
 
 
 def stored(root: Path, split: str) -> Iterator[Row]:
-    """Rows of a split that Hugging Face's ``save_to_disk`` wrote; pictures stay encoded, classes go by name.
+    """Yield the rows of a split written by Hugging Face's ``save_to_disk``. Images stay encoded, and classes are given by name.
 
     Raises:
         ConfigError: if the library, the dataset or the split is missing.
@@ -208,16 +210,16 @@ def stored(root: Path, split: str) -> Iterator[Row]:
     try:
         datasets: Any = importlib.import_module("datasets")
     except ImportError as error:
-        raise ConfigError("data.dataset: huggingface needs the library: pip install 'fedmllm[datasets]'") from error
+        raise ConfigError("data.dataset: huggingface needs the datasets library: pip install 'fedmllm[datasets]'") from error
     try:
         found = datasets.load_from_disk(str(root))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # the last three: what its JSON files hold is not checked
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # the last three: the library does not check its JSON files
         parquet = "; read its Parquet files with datasets.load_dataset and save that" if any(root.rglob("*.parquet")) else ""
-        raise ConfigError(f"data.root: {root} holds no dataset that save_to_disk wrote ({error}){parquet}") from error
+        raise ConfigError(f"data.root: {root} contains no dataset written by save_to_disk ({error}){parquet}") from error
     if not isinstance(found, datasets.DatasetDict):
         found = datasets.DatasetDict({"train": found})
     if split not in found:
-        raise ConfigError(f"data.options: {split!r} is no split of {root}; it holds {', '.join(found)}")
+        raise ConfigError(f"data.options: {split!r} is not a split of {root}; its splits are {', '.join(found)}")
     rows, names = found[split], {}
     for column, feature in rows.features.items():
         if (encoded := _undecoded(feature, datasets)) != feature:
@@ -228,21 +230,21 @@ def stored(root: Path, split: str) -> Iterator[Row]:
 
 
 def _undecoded(feature: Any, datasets: Any) -> Any:
-    """A column's form with files left encoded, also those in lists: a damaged one is then a bad row, and not the end of reading."""
+    """Return a column's feature type with decoding disabled, also inside lists, so that a damaged file is a bad row and not a crash."""
     if isinstance(feature, (datasets.List, datasets.LargeList)):
         return replace(feature, feature=_undecoded(feature.feature, datasets))
     return replace(feature, decode=False) if hasattr(feature, "decode") else feature
 
 
 def _named(record: Record, names: Mapping[str, Mapping[int, str]]) -> Record:
-    """Classes by name; a number that is no class, such as -1 for none, becomes empty."""
+    """Replace class numbers with class names. A number that is not a class, such as -1, becomes None."""
     return record | {column: known.get(record[column]) for column, known in names.items()}
 
 
 def _bytes(path: Path) -> bytes:
     try:
         if is_pointer(path):
-            raise DataError(f"{path}: is a git-lfs pointer in place of the file; download it, e.g. with 'git lfs pull'")
+            raise DataError(f"{path}: is a git-lfs pointer instead of the file; download the file, e.g. with 'git lfs pull'")
         return path.read_bytes()
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error}); check the folder's path") from error

@@ -1,9 +1,9 @@
-"""Hateful Memes: is a meme hateful? Two classes, AUC; neither its picture nor its words need say so alone.
+"""Hateful Memes: is a meme hateful? Two classes, AUC; often only image and text together show it.
 
-D. Kiela et al., "The Hateful Memes Challenge: Detecting Hate Speech in Multimodal Memes", NeurIPS 2020. The licence does
+D. Kiela et al., "The Hateful Memes Challenge: Detecting Hate Speech in Multimodal Memes", NeurIPS 2020. The license does
 not allow redistribution: download the files from its authors.
 
-Two releases are in circulation, told apart by their files. They hold the same training ids, but 823 of the labels differ:
+Two releases are in circulation and are recognized by their files. They have the same training ids, but 823 of the labels differ:
 
     first    train.jsonl, dev.jsonl, test.jsonl (without labels); evaluated on dev
     later    train.jsonl, dev_seen.jsonl, dev_unseen.jsonl, test_seen.jsonl, test_unseen.jsonl; evaluated on test_seen
@@ -14,7 +14,7 @@ A row as the files hold them (invented), and the sample it becomes:
     Sample(id="hateful_memes-train-img/00042.png", question="Is it hateful?", answer="no", options=("no", "yes"),
            category="no", content={"image": root / "img/00042.png", "text": "me on the first day of spring"})
 
-``id`` is an integer in one release and a zero-padded string in the other, so rows are keyed on ``img``.
+``id`` is an integer in one release and a zero-padded string in the other, so ``img`` identifies rows.
 """
 
 from __future__ import annotations
@@ -43,33 +43,33 @@ PUBLISHED: Mapping[str, Mapping[str, tuple[int, int]]] = {
         "test_unseen": (1250, 750),
     },
 }
-"""Rows with label 0 and 1 by release and file."""
+"""Numbers of rows with label 0 and 1 by release and file."""
 
 TEST = {"first": "dev", "later": "test_seen"}
 VALIDATION = {"first": (), "later": ("dev_seen", "dev_unseen")}
-"""The files, in this order, of which one that is not evaluated on is the validation part."""
+"""Candidates for the validation split: the first file that exists and is not used for evaluation."""
 
 
 class Options(DatasetOptions):
-    """Which rows to evaluate on."""
+    """The rows to evaluate on."""
 
     test: Literal["dev", "dev_seen", "dev_unseen", "test_seen", "test_unseen"] | None = None
-    """File to evaluate on; left out for ``test_seen`` (later release) or ``dev`` (first)."""
+    """File to evaluate on; null selects ``test_seen`` (later release) or ``dev`` (first release)."""
 
 
 def load(request: DatasetRequest) -> Dataset:
-    """Training rows, a validation part where the release has another labeled file, and one file to evaluate on; scored by the area under the ROC curve.
+    """Load Hateful Memes, with a validation split if the release has another labeled file. The score is the area under the ROC curve.
 
     Raises:
-        ConfigError: if the evaluation file is not one of the release at hand.
-        DataError: if files are missing or rows break a rule; all at once.
+        ConfigError: if the evaluation file does not belong to the release found.
+        DataError: if files are missing or rows are invalid; the message lists all of them.
     """
     root, options = request.folder("hateful_memes"), request.options_as(Options)
     release = "first" if (root / "dev.jsonl").is_file() and not (root / "dev_seen.jsonl").is_file() else "later"
     evaluated = options.test or TEST[release]
     if evaluated not in PUBLISHED[release]:
         raise ConfigError(
-            f"data.options.test: {evaluated} is no labeled file of the {release} release, which {root} holds; "
+            f"data.options.test: {evaluated} is not a labeled file of the {release} release, which {root} contains; "
             f"choose from {', '.join(list(PUBLISHED[release])[1:])}"
         )
     files: dict[Split, str] = {"train": "train", "test": evaluated}

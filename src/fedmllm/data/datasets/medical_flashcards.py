@@ -1,7 +1,7 @@
-"""Medical flashcards: questions and answers in words, no pictures; the text half of the benchmark's medical task.
+"""Medical flashcards: text-only questions and answers; the text half of the benchmark's medical task.
 
 T. Han et al., "MedAlpaca: An Open-Source Collection of Medical Conversational AI Models and Training Data", arXiv
-2304.08247. Of unclear licence: download the file from its authors.
+2304.08247. The license is unclear: download the file from its authors.
 
 One file, ``medical_meadow_wikidoc_medical_flashcards.json``, one split. A row as the file holds them (invented), and the sample
 it becomes:
@@ -28,17 +28,17 @@ PUBLISHED = 33_955
 
 
 class Options(DatasetOptions):
-    """How much to hold out."""
+    """The share of the cards to hold out."""
 
     test_share: float = Field(0.1, gt=0, lt=1)
-    """Share of the rows to test on, in (0, 1): the published file has one split only."""
+    """Share of the rows to hold out as the test split. The published file has a single split."""
 
 
 def load(request: DatasetRequest) -> Dataset:
-    """All cards, a share held out; scored by exact-match accuracy.
+    """Load all cards and hold out a share as the test split. The score is exact-match accuracy.
 
     Raises:
-        DataError: if the file is missing or rows break a rule; all at once.
+        DataError: if the file is missing or rows are invalid; the message lists all of them.
     """
     root, options = request.folder("medical_flashcards"), request.options_as(Options)
     require(root, (FILE,), "the medical flashcards")

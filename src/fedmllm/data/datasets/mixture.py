@@ -1,15 +1,15 @@
-"""Several datasets in one federation: domain skew (each client another dataset) and task mix (some classify, others answer).
+"""Combines several datasets in one federation, for domain skew (each client has one dataset) and mixed tasks.
 
     data:
       dataset: mixture
       options: {parts: [{dataset: digits-vqa, num_train: 800}, {dataset: digits-cards, num_train: 800}]}
     federation: {partition: domain}          # each client one of them; or dirichlet: every client some of each
 
-The benchmark's medical task is such a mixture: pictures with questions from VQA-RAD, texts from the flashcards. Under ``cross``
-and ``hybrid`` a client then holds the one, the other or a share of both: ``data.holders`` divides each dataset among its holders.
+The benchmark's medical task is such a mixture: images with questions from VQA-RAD, and texts from the flashcards. In the scenarios
+``cross`` and ``hybrid``, ``data.holders`` divides each dataset among the clients that can hold it.
 
-A sample's ``domain`` is its dataset's name, its id and category begin with it. The headline score is that of the parts if they
-share one, else ``mixed``: the mean over the parts of each one's own.
+A sample's ``domain`` is its dataset's name, and its id and category begin with that name. The headline score is the datasets' common
+one. If they have different scores, it is ``mixed``, the mean over the datasets of each one's own score.
 """
 
 from __future__ import annotations
@@ -28,45 +28,45 @@ from fedmllm.types import Sample
 
 
 class MixedPart(BaseModel):
-    """One dataset of the mixture; fields as in ``data``."""
+    """One dataset of a mixture. The fields are those of ``data``."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     dataset: str
-    """A name of the index of datasets."""
+    """Name of the dataset."""
     root: Path | None = None
-    """Folder of its files."""
+    """Folder of the dataset's files; null for embedded datasets."""
     num_train: int | None = Field(None, gt=0)
-    """Training samples; left out for all there are."""
+    """Number of training samples; null for all available."""
     num_test: int | None = Field(None, gt=0)
-    """Test samples; left out for all there are."""
+    """Number of test samples; null for all available."""
     num_validation: int | None = Field(None, gt=0)
-    """Validation samples; left out for as many as there are, but no more than test samples."""
+    """Number of validation samples; null for all available, but at most as many as test samples."""
     validation_share: float | None = Field(None, ge=0, lt=1)
-    """Share of the training samples held out where the dataset has no validation part; left out for ``data.validation_share``."""
+    """Share of the training samples to hold out if the dataset has no validation split; null uses ``data.validation_share``."""
     options: dict[str, Any] = Field(default_factory=dict)
-    """The dataset's own settings."""
+    """Settings specific to the dataset."""
 
     def request(self, whole: DatasetRequest) -> DatasetRequest:
-        """What this part's loader is asked for."""
+        """Return the arguments of this dataset's loader, given those of the mixture."""
         share = whole.validation_share if self.validation_share is None else self.validation_share
         found = replace(whole, root=self.root, options=self.options, validation_share=share)
         return replace(found, num_train=self.num_train, num_test=self.num_test, num_validation=self.num_validation)
 
 
 class Options(DatasetOptions):
-    """What to mix."""
+    """The datasets to mix."""
 
     parts: tuple[MixedPart, ...] = Field(min_length=2)
-    """Two or more datasets, each at most once."""
+    """Two or more different datasets."""
 
 
 def load(request: DatasetRequest) -> Dataset:
-    """The training and test samples of all parts.
+    """Return the samples of all datasets of the mixture.
 
     Raises:
-        ConfigError: if a part is unknown, a mixture itself or named twice, or numbers of samples are set for the whole.
-        DataError: as the parts' loaders do.
+        ConfigError: if a dataset is unknown, a mixture itself or listed twice, or numbers of samples are set for the whole mixture.
+        DataError: if a dataset's files are invalid.
     """
     from fedmllm.data.datasets import load_dataset
 
@@ -88,16 +88,16 @@ def load(request: DatasetRequest) -> Dataset:
 def _check(request: DatasetRequest, names: list[str]) -> None:
     from fedmllm.data.datasets import DATASETS
 
-    problems = [f"{name!r} is no dataset that can be mixed" for name in names if name not in DATASETS or name == "mixture"]
-    problems += [f"{name!r} is named {count} times" for name, count in Counter(names).items() if count > 1]
+    problems = [f"{name!r} is not a dataset that can be mixed" for name in names if name not in DATASETS or name == "mixture"]
+    problems += [f"{name!r} is listed {count} times" for name, count in Counter(names).items() if count > 1]
     if any(number is not None for number in (request.num_train, request.num_test, request.num_validation)):
-        problems.append("give num_train, num_test and num_validation to the parts instead of the whole")
+        problems.append("set num_train, num_test and num_validation for each part instead of the mixture")
     if problems:
         raise ConfigError("data.options.parts: " + "; ".join(problems))
 
 
 def _joined(parts: Iterable[tuple[str, Sequence[Sample]]]) -> tuple[Sample, ...]:
-    """All samples under their dataset's name, in the order of their ids."""
+    """Return the samples of all datasets, with the dataset's name in id, domain and category, in the order of their ids."""
     named = (
         replace(sample, id=f"{domain}/{sample.id}", domain=domain, category=f"{domain}/{sample.category}")
         for domain, samples in parts

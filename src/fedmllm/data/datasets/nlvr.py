@@ -1,16 +1,16 @@
-"""NLVR: is a sentence about a picture true? Two classes, AUC; a redistributable stand-in for Hateful Memes.
+"""NLVR: is a sentence about an image true? Two classes, AUC; a redistributable substitute for Hateful Memes.
 
 A. Suhr, M. Lewis, J. Yeh and Y. Artzi, "A Corpus of Natural Language for Visual Reasoning", ACL 2017. CC BY 4.0.
 
 Files: ``{split}/{split}.json``, JSON lines, and ``{split}/images/{directory}/{split}-{identifier}-{k}.png`` for box orders k;
-order 0 is used. One row, and the sample it becomes:
+order 0 is used. A row, and the sample it becomes:
 
     {"sentence": "Each grey box contains atleast one yellow object", "label": "true", "identifier": "1572-0", "directory": "2"}
     Sample(id="nlvr-dev-1572-0", question="Is it true?", answer="yes", options=("no", "yes"),
            content={"image": root / "dev/images/2/dev-1572-0-0.png", "text": "Each grey box ..."}, client="1572")
 
-The same sentence is asked of several pictures. Where the training file is not at hand, the dev file is trained on; else it is
-the validation part. The splits share no sentence's group (the part of ``identifier`` before the dash), nor does a held-out share.
+The same sentence is used with several images. The dev file is the validation split, or the training split if there is no training file.
+A group of samples with one sentence (the part of ``identifier`` before the dash) never spans two splits, held-out ones included.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from fedmllm.types import Sample
 QUESTION = "Is it true?"
 OPTIONS = ("no", "yes")
 PUBLISHED: Mapping[str, tuple[int, ...]] = {"dev": (442, 547), "test": (434, 556)}
-"""False and true sentences by split; of train only the number of both is published."""
+"""Numbers of false and true sentences by split. For train, only their sum is published."""
 
 
 def load(request: DatasetRequest) -> Dataset:
-    """Trained on ``train`` if it is there, else ``dev``; tested on ``test``; scored by the area under the ROC curve.
+    """Load NLVR, with ``train`` (or ``dev`` if it is missing) for training and ``test`` for testing. The score is the area under the ROC curve.
 
     Raises:
-        DataError: if files are missing or rows break a rule; all at once.
+        DataError: if files are missing or rows are invalid; the message lists all of them.
     """
     root = request.folder("nlvr")
     request.options_as(DatasetOptions)  # there are none to choose
@@ -50,7 +50,7 @@ def load(request: DatasetRequest) -> Dataset:
 
 
 def _files(there: set[str]) -> dict[Split, str]:
-    """By split, the file it is read from."""
+    """Return the file of each split."""
     if "train" not in there:
         return {"train": "dev", "test": "test"}
     files: dict[Split, str] = {"train": "train", "test": "test"}
@@ -61,7 +61,7 @@ def _sample(root: Path, split: str, row: Row) -> Sample:
     answer = row.choice("label", {"false": "no", "true": "yes"})
     identifier, directory = row.text("identifier"), row.text("directory")
     if not re.fullmatch(r"\d+-\d+", identifier) or not re.fullmatch(r"\d+", directory):
-        raise RowError(f"identifier and directory must be numbers as in 1572-0 and 2, are {shown(identifier)} and {shown(directory)}")
+        raise RowError(f"identifier and directory must be numbers as in 1572-0 and 2, got {shown(identifier)} and {shown(directory)}")
     name = f"{split}/images/{directory}/{split}-{identifier}-0.png"
     return Sample(
         id=f"nlvr-{split}-{identifier}",

@@ -1,8 +1,8 @@
-"""Your own data: JSON lines, CSV or a Hugging Face dataset, with the columns named in the experiment.
+"""Loads your own data from JSON lines, CSV or a Hugging Face dataset, with the columns named in the experiment.
 
     data:
       dataset: jsonl                       # or csv, huggingface
-      root: /data/mammography              # files and pictures lie here
+      root: /data/mammography              # contains the files and images
       options:
         train: train.jsonl
         test: test.jsonl                   # and validation: another one
@@ -10,9 +10,9 @@
         choices: [benign, malignant]       # the same options for every sample; or name a column: columns.options
         metric: auc
 
-Each key of ``columns`` beside those of ``ROLES`` is a modality: ``text`` is text, any other (``image``, ``audio``, ``video``) a
+Each key of ``columns`` that is not in ``ROLES`` is a modality: ``text`` is text, and any other (``image``, ``audio``, ``video``) is a
 file inside ``root``. A modality whose field is empty or absent is missing from that sample, but some row must have the field.
-Of a Hugging Face dataset, pictures stay encoded bytes and classes go by their names. One row, and the sample it becomes:
+In a Hugging Face dataset, images stay encoded bytes and classes are given by name. A row, and the sample it becomes:
 
     {"scan": "a/17.png", "report": "Scattered densities.", "asked": "Is it suspicious?", "finding": "benign", "site": "north"}
     Sample(id="train-1", question="Is it suspicious?", answer="benign", options=("benign", "malignant"), category="benign",
@@ -41,7 +41,7 @@ _FREE: Mapping[str, AnswerType] = {"open": "open", "closed": "closed"}
 
 @dataclass(frozen=True)
 class _Source:
-    """How one kind of file is read: rows of a split, and how a picture's field becomes content."""
+    """How one kind of file is read: the rows of a split, and the content of a field that is a file."""
 
     rows: Callable[[Path, str, Options], Iterator[Row]]
     content: Callable[[Row, str, Path], Content]
@@ -69,7 +69,7 @@ def _stored_file(row: Row, column: str, root: Path) -> Content:
     value = row.value(column)
     if isinstance(value, list):
         if len(value) != 1:
-            raise RowError(f"{column} must be one file, is a list of {len(value)}")
+            raise RowError(f"{column} must be one file, got a list of {len(value)}")
         return _stored_file(replace(row, record={column: value[0]}), column, root)
     if not isinstance(value, dict):
         return row.file(column, root)
@@ -84,7 +84,7 @@ _SOURCES = {
 
 
 def loader(name: str) -> Callable[[DatasetRequest], Dataset]:
-    """The loader of one kind of file."""
+    """Return the loader for one kind of file."""
     return partial(_load, name)
 
 
@@ -103,25 +103,25 @@ def _load(name: str, request: DatasetRequest) -> Dataset:
     if options.test is None:
         count = len(read["train"])
         read["train"], read["test"] = hold_out(read["train"], options.test_share, request.seed)
-        notes.append(f"{len(read['test']):,} of {count:,} rows are held out to be tested on (data.options.test_share)")
+        notes.append(f"{len(read['test']):,} of {count:,} rows are held out as the test split (data.options.test_share)")
     notes += _remarks(options, [sample for samples in read.values() for sample in samples])
     return request.dataset(name, options.headline, read, options.modalities, notes)
 
 
 def _remarks(options: Options, samples: Sequence[Sample]) -> list[str]:
-    """Notes on what a scenario and a partition will meet."""
+    """Return notes on facts that matter for scenarios and partitions."""
     held = Counter(" and ".join(sample.modalities) or "nothing" for sample in samples if len(sample.modalities) < len(options.modalities))
-    missing = [f"{count:,} of {len(samples):,} rows hold {what} only" for what, count in sorted(held.items())]
+    missing = [f"{count:,} of {len(samples):,} rows hold only {what}" for what, count in sorted(held.items())]
     if any(sample.options for sample in samples) or "category" in options.columns:
         return missing
     return [
         *missing,
-        "columns.category names no column: all samples are of one kind, so that a Dirichlet partition is skewed in sizes only",
+        "columns.category names no column: all samples have the same category, so a Dirichlet partition only skews sizes",
     ]
 
 
 def _plain(row: Row, options: Options) -> Row:
-    """Names of columns with accents in one form; what JSON writes as a number such as 1.0, or as a truth value, in words, but for files."""
+    """Normalize a row: column names in the Unicode form NFC, floats such as 1.0 as integers, and booleans as text. Files are not changed."""
     files = {options.columns[name] for name in options.modalities if name != "text"}
     record = {same_form(key): value if key in files else _word(value) for key, value in row.record.items()}
     return replace(row, record=record)
@@ -134,7 +134,7 @@ def _word(value: object) -> object:
 
 
 def _check_columns(options: Options, fields: Set[str]) -> None:
-    """Columns that no row has are misspelled, unless rows without content are expected."""
+    """Raise an error for columns that no row has, unless rows without content are allowed."""
     roles = [role for role in options.columns if role in ROLES or not options.keep_empty]
     absent = [f"{role}: no row has a field {options.columns[role]}" for role in roles if options.columns[role] not in fields]
     if fields and absent:
@@ -142,23 +142,23 @@ def _check_columns(options: Options, fields: Set[str]) -> None:
 
 
 def _check_answers(options: Options, rows: Sequence[Row]) -> None:
-    """Choices that no row's answer is one of are misspelled: one error in the place of one for each row."""
+    """Raise one error, instead of one for each row, if no row's answer is among the choices."""
     column = options.columns["answer"]
     answers = [row.record[column] for row in rows if column in row.record]
     if not options.choices or not answers or set(options.choices) & set(map(words_of, answers)):
         return
     found = listing(f"{value}: {count:,} row(s)" for value, count in Counter(map(shown, answers)).most_common())
     raise ConfigError(
-        f"data.options.choices: no row's {column} is one of {', '.join(options.choices)}; correct the choices, or columns.answer. There are:\n{found}"
+        f"data.options.choices: no row's {column} is one of {', '.join(options.choices)}; correct choices or columns.answer. The rows have:\n{found}"
     )
 
 
 _NO_PATHS = {"http://": "a web address", "https://": "a web address", "data:": "a picture in base64"}
-"""How values begin that stand for files elsewhere, and what they are."""
+"""Prefixes of values that are not paths of local files, and what such values are."""
 
 
 def _check_files(options: Options, rows: Sequence[Row]) -> None:
-    """Columns of web addresses or encoded pictures are one error in the place of one for each row."""
+    """Raise one error, instead of one for each row, for columns of web addresses or encoded images."""
     for column in (options.columns[name] for name in options.modalities if name != "text"):
         values = [value for row in rows if isinstance(value := row.record.get(column), str)]
         kinds = Counter(kind for value in values for start, kind in _NO_PATHS.items() if value.startswith(start))
@@ -166,12 +166,12 @@ def _check_files(options: Options, rows: Sequence[Row]) -> None:
             kinds["a picture in base64"] += too_long
         for kind, count in kinds.items():
             raise ConfigError(
-                f"data.options.columns: {column} must name files inside root, is {kind} in {count:,} row(s); save the pictures as files and name these"
+                f"data.options.columns: {column} must name files inside root, got {kind} in {count:,} row(s); save the images as files and give their paths"
             )
 
 
 _LONGEST_PATH = 4096
-"""Characters; systems allow no more."""
+"""The maximum length of a path on common systems, in characters."""
 
 
 def _sample(options: Options, source: _Source, root: Path, split: str, row: Row) -> Sample:
@@ -180,7 +180,7 @@ def _sample(options: Options, source: _Source, root: Path, split: str, row: Row)
     answer = row.choice(columns["answer"], {choice: choice for choice in choices}) if choices else row.text(columns["answer"])
     content = {name: value for name in options.modalities if (value := _content(row, name, columns[name], source, root)) is not None}
     if not content and not options.keep_empty:
-        raise RowError(f"all of {', '.join(columns[name] for name in options.modalities)} are empty; one is needed")
+        raise RowError(f"all of {', '.join(columns[name] for name in options.modalities)} are empty; at least one is required")
     return Sample(
         id=row.text(columns["id"]) if "id" in columns else f"{split}-{row.where.rstrip(']').replace('[', ':').rpartition(':')[2]}",
         question=row.text(columns["question"]) if "question" in columns else str(options.question),
@@ -195,7 +195,7 @@ def _sample(options: Options, source: _Source, root: Path, split: str, row: Row)
 
 
 def _answer_type(row: Row, columns: Mapping[str, str], answer: str, chosen: bool) -> AnswerType:
-    """As the column says; without one, yes and no are closed answers."""
+    """Return the answer type from its column. Without a column, yes and no are closed answers and all others are open."""
     if chosen:
         return "choice"
     if "answer_type" in columns:
@@ -204,14 +204,14 @@ def _answer_type(row: Row, columns: Mapping[str, str], answer: str, chosen: bool
 
 
 def _or_empty(row: Row, columns: Mapping[str, str], role: str) -> str:
-    """A role's text where there is a column for it and the row fills it."""
+    """Return a role's text; empty if it has no column or the field is empty."""
     if role not in columns or row.record.get(columns[role]) in ("", None):
         return ""
     return row.text(columns[role])
 
 
 def _content(row: Row, modality: Modality, column: str, source: _Source, root: Path) -> Content | None:
-    """A modality's value, None where the row has none."""
+    """Return a modality's content; None if the row has none."""
     value = row.record.get(column)
     if value is None or value == [] or (isinstance(value, str) and not value.strip()):
         return None
@@ -227,9 +227,9 @@ def _choices(row: Row, columns: Mapping[str, str]) -> tuple[str, ...]:
     parts = value.split("|") if isinstance(value, str) else value
     choices = tuple(map(words_of, parts)) if isinstance(parts, (list, tuple)) else ()
     if len(choices) < 2 or len(set(choices)) != len(choices) or not all(choices):
-        raise RowError(f"{columns['options']} must be two or more different options (a list, or separated by |), is {shown(value)}")
+        raise RowError(f"{columns['options']} must be two or more different options (a list, or separated by |), got {shown(value)}")
     if len(choices) > len(LETTERS):
         raise RowError(
-            f"{columns['options']} has {len(choices)} options, at most {len(LETTERS)} can be lettered; leave it empty for a free answer"
+            f"{columns['options']} has {len(choices)} options, but at most {len(LETTERS)} can be lettered; leave it empty for a free answer"
         )
     return choices

@@ -3,7 +3,7 @@
 B. Liu et al., "SLAKE: A Semantically-Labeled Knowledge-Enhanced Dataset for Medical Visual Question Answering", ISBI 2021.
 CC BY 4.0.
 
-Files: train.json, validate.json (validation.json on Hugging Face), test.json; pictures at imgs/xmlabN/source.jpg. One row,
+Files: train.json, validate.json (validation.json on Hugging Face), test.json; images at imgs/xmlabN/source.jpg. A row,
 and the sample it becomes:
 
     {"img_id": 102, "img_name": "xmlab102/source.jpg", "question": "What modality is used to take this image?",
@@ -31,29 +31,29 @@ PUBLISHED: Mapping[str, Mapping[str, int]] = {
     "zh": {"train": 4916, "validate": 1046, "test": 1033},
     "all": {"train": 9835, "validate": 2099, "test": 2094},
 }
-"""Questions by language and split."""
+"""Numbers of questions by language and split."""
 UNANSWERED = ("1622",)
-"""Published without an answer (training split, English): counted, not used."""
+"""Questions published without an answer (training split, English). They are counted but not used."""
 
 
 class Options(DatasetOptions):
-    """Which questions."""
+    """The questions to use."""
 
     language: Literal["en", "zh", "all"] = "en"
-    """Questions in English (the benchmark's), Chinese or both."""
+    """Language of the questions: English (as in the benchmark), Chinese, or both."""
     test: Literal["test", "validate"] = "test"
     """File to evaluate on."""
     images: bool = True
-    """False: the questions alone, where only their files are at hand. The question is then the text of the sample."""
+    """If false, only the question files are needed, and the question becomes the text of the sample."""
 
 
 def load(request: DatasetRequest) -> Dataset:
-    """Training questions and one evaluation file; ``validate``, if it is not that one, is the validation part.
+    """Load SLAKE. ``validate`` is the validation split unless it is the file to evaluate on.
 
-    Scored by exact-match accuracy, label skew is over ``content_type``.
+    The score is exact-match accuracy, and label skew is over ``content_type``.
 
     Raises:
-        DataError: if files are missing or rows break a rule; all at once.
+        DataError: if files are missing or rows are invalid; the message lists all of them.
     """
     root, options = request.folder("slake"), request.options_as(Options)
     named = {"validate": "validate" if (root / "validate.json").is_file() else "validation"}
@@ -93,4 +93,4 @@ def _count_note(split: str, rows: Sequence[Row], language: str) -> str:
     asked = [row for row in rows if words_of(row.record.get("q_lang")) in LANGUAGES[language]]
     empty = sum(map(_unanswered, asked))
     note = count_note(f"{split}: questions ({language})", (len(asked),), (PUBLISHED[language][split],))
-    return note + (f"; {empty} of them has no answer and is left out" if empty else "")
+    return note + (f"; {empty} without an answer left out" if empty else "")

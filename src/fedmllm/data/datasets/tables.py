@@ -1,4 +1,4 @@
-"""One's own tables: what separates their fields, whether quotation marks enclose them, and what looks as if it were read wrongly."""
+"""Reads your own tables: detects separators and quotation marks, and reports cells that look as if they were read wrongly."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from fedmllm.data.datasets.files import first_line, table
 from fedmllm.data.datasets.rows import Row, same_form, skipped
 
 SEPARATORS = {"comma": ",", "semicolon": ";", "tab": "\t", "bar": "|"}
-"""What separates fields, by ``data.options.delimiter``."""
+"""Field separators by the value of ``data.options.delimiter``."""
 
 
 def own_table(path: Path, wanted: Collection[str], delimiter: str | None, quoted: bool | None) -> Iterator[Row]:
-    """Rows of a CSV or TSV file.
+    """Yield the rows of a CSV or TSV file.
 
     Args:
         path: the file.
-        wanted: names of columns that should be in it.
-        delimiter: between fields, by its name; None for the one of ``SEPARATORS`` that the file's first line names (``sep=;``), or by which its header has
-            the most of the wanted columns.
-        quoted: whether quotation marks enclose fields; None for yes unless tabs separate them, as programs that write tabs seldom quote.
+        wanted: names of the columns that the file should have.
+        delimiter: name of the field separator. None takes the separator that the file's first line declares (``sep=;``), or else the one of
+            ``SEPARATORS`` with which the header has the most wanted columns.
+        quoted: whether quotation marks enclose fields. None means yes, except in tab-separated files, whose writers seldom quote.
     """
     chosen = SEPARATORS[delimiter] if delimiter else _separator(path, wanted)
     return table(path, chosen, chosen != "\t" if quoted is None else quoted)
@@ -36,7 +36,7 @@ def _separator(path: Path, wanted: Collection[str]) -> str:
     def fit(separator: str) -> tuple[int, int]:
         try:
             fields = [same_form(field) for field in next(csv.reader([line], delimiter=separator), [])]
-        except csv.Error:  # a field beyond the limit: whoever reads the rows says so
+        except csv.Error:  # a field beyond the size limit, which is reported when the rows are read
             fields = []
         return len(named.intersection(fields)), len(fields)
 
@@ -44,7 +44,7 @@ def _separator(path: Path, wanted: Collection[str]) -> str:
 
 
 def suspicions(rows: Sequence[Row]) -> tuple[str, ...]:
-    """Notes on cells that span lines, as behind a quotation mark that is never meant to open one, and on cells that kept their marks."""
+    """Return notes on cells that span lines, which a stray quotation mark may cause, and on cells still enclosed in quotation marks."""
     spanning = [
         f"{row.where}: {column} spans {value.count(chr(10)) + 1} lines"
         for row in rows
@@ -54,9 +54,9 @@ def suspicions(rows: Sequence[Row]) -> tuple[str, ...]:
     marked = [f"{row.where}: {column}" for row in rows for column, value in _cells(row) if len(value) > 1 and value[0] == value[-1] == '"']
     return (
         *skipped(
-            f"{len(spanning):,} cell(s) span lines; if they should not, a quotation mark is to blame: data.options.quoted=false", spanning
+            f"{len(spanning):,} cell(s) span several lines; if a stray quotation mark caused this, set data.options.quoted=false", spanning
         ),
-        *skipped(f"{len(marked):,} cell(s) stand in quotation marks; if these only enclose them: data.options.quoted=true", marked),
+        *skipped(f"{len(marked):,} cell(s) are enclosed in quotation marks; to remove these, set data.options.quoted=true", marked),
     )
 
 

@@ -3,13 +3,13 @@
 J. J. Lau, S. Gayen, A. Ben Abacha and D. Demner-Fushman, "A dataset of clinically generated visual questions and
 answers about radiology images", Scientific Data 5, 2018. CC0 1.0.
 
-Two layouts are in circulation, told apart by their files:
+Two layouts are in circulation and are recognized by their files:
 
-    original      one file, whose ``phrase_type`` says the split
-    repackaged    a file for each split, plus training rows of type ``frame``, questions made from a template. They are
-                  left out: the publication counts none, and 21 repeat question, answer and image of a test row.
+    original      one file, whose ``phrase_type`` names the split
+    repackaged    a file for each split, plus training rows of type ``frame`` with questions made from a template. These are
+                  left out: the publication does not count them, and 21 repeat question, answer and image of a test row.
 
-One row, and the sample it becomes:
+A row, and the sample it becomes:
 
     {"qid": 33, "image_name": "synpic1.jpg", "image_organ": "CHEST", "question": "Are there >12 of ribs? ",
      "answer": 12, "answer_type": "CLOSED ", "phrase_type": "test_para", ...}
@@ -35,7 +35,7 @@ from fedmllm.errors import DataError, listing
 from fedmllm.types import AnswerType, Content, Sample
 
 PUBLISHED: Mapping[Split, int] = {"train": 1797, "test": 451}
-"""Questions in each split of the publication."""
+"""Numbers of questions in each split of the publication."""
 
 ORGANS = ("HEAD", "CHEST", "ABD")
 ANSWER_TYPES: Mapping[str, AnswerType] = {"OPEN": "open", "CLOSED": "closed"}
@@ -45,7 +45,7 @@ Fate = Literal["train", "test", "left out"]
 
 @dataclass(frozen=True)
 class Layout:
-    """Where things are: by file name, what becomes of its rows by their ``phrase_type``; and the folder of pictures."""
+    """The files of a layout, with the split of their rows by ``phrase_type``, and the folder of images."""
 
     files: Mapping[str, Mapping[str, Fate]]
     images: str
@@ -58,28 +58,28 @@ LAYOUTS: Mapping[str, Layout] = {
     "original": Layout({"VQA_RAD Dataset Public.json": _ORIGINAL}, "VQA_RAD Image Folder"),
     "repackaged": Layout({"trainset.json": _TRAIN, "testset.json": _TEST}, "images"),
 }
-"""In the order they are looked for."""
+"""The layouts, in the order in which they are tried."""
 
 
 class Options(DatasetOptions):
-    """Which questions to train on."""
+    """The questions to train on."""
 
     image_disjoint: bool = False
-    """Leave out training questions about pictures of the test split: the published split shares nearly all of its test pictures."""
+    """Leave out training questions about images of the test split. In the published split, nearly all test images also occur in training."""
 
 
 def load(request: DatasetRequest) -> Dataset:
-    """Both splits of the publication; scored by exact-match accuracy, label skew is over the organ.
+    """Load both splits of the publication. The score is exact-match accuracy, and label skew is over the organ.
 
     Raises:
         ConfigError: if the request names no folder.
-        DataError: if neither layout is complete, a split is empty or rows break a rule of the format: not an object, a
-            key missing, an unknown type or organ, no question or answer, a ``qid`` twice, no such image. All such rows
-            are reported at once, by file and index (from 0), each with the first rule it breaks.
+        DataError: if neither layout is complete, a split is empty, or rows are invalid: not an object, a missing key, an
+            unknown type or organ, no question or answer, a repeated ``qid``, or a missing image. The message lists all such
+            rows by file and index (from 0), each with the first rule that it breaks.
     """
     root, options = request.folder("vqa_rad"), request.options_as(Options)
     name = _recognize(root)
-    # A number occurs once in all files, whatever its split.
+    # A qid must be unique across all files and splits.
     sieve = Sieve(str(root), request.on_bad_sample, identity=lambda sample: sample.id.rpartition("-")[2])
     splits, left_out = _read(root, LAYOUTS[name], sieve)
     notes = (f"read from the {name} layout", *sieve.finish(), *_count_notes(splits, left_out))
@@ -91,18 +91,18 @@ def load(request: DatasetRequest) -> Dataset:
 
 
 def _recognize(root: Path) -> str:
-    """The first layout whose files and folder are all there."""
+    """Return the first layout whose files and folder all exist."""
     wanted = []
     for name, layout in LAYOUTS.items():
         there = {file: (root / file).is_file() for file in layout.files} | {f"{layout.images}/": (root / layout.images).is_dir()}
         if all(there.values()):
             return name
         wanted.append(f"{name}: " + ", ".join(f"{item} ({'found' if found else 'missing'})" for item, found in there.items()))
-    raise DataError(f"{root}: holds no complete copy of VQA-RAD; looked for all the files of one of these layouts:\n{listing(wanted)}")
+    raise DataError(f"{root}: contains no complete copy of VQA-RAD; it must contain all files of one of these layouts:\n{listing(wanted)}")
 
 
 def _read(root: Path, layout: Layout, sieve: Sieve) -> tuple[dict[Split, list[Sample]], int]:
-    """Samples by split, and how many rows were left out."""
+    """Return the samples by split, and the number of rows left out."""
     splits: dict[Split, list[Sample]] = {split: [] for split in PUBLISHED}
     left_out = 0
     for file, fates in layout.files.items():
@@ -120,7 +120,7 @@ def _sample(images: Path, fates: Mapping[str, Fate], row: Row) -> Sample | None:
         return None
     qid = row.text("qid")
     if not re.fullmatch("[0-9]+", qid):
-        raise RowError(f"qid must be a whole number, is {shown(row.value('qid'))}")
+        raise RowError(f"qid must be an integer, got {shown(row.value('qid'))}")
     return Sample(
         id=f"vqa_rad-{fate}-{qid}",
         question=row.text("question"),
@@ -136,7 +136,7 @@ def _images(samples: Sequence[Sample]) -> set[Content]:
 
 
 def _without(train: Sequence[Sample], tested: Set[Content]) -> tuple[list[Sample], str]:
-    """The training samples about other pictures, and a note on the rest."""
+    """Return the training samples about images outside the test split, and a note on the rest."""
     kept = [sample for sample in train if sample.content["image"] not in tested]
     gone, shared = len(train) - len(kept), len(_images(train) & tested)
     return kept, f"image_disjoint: {gone:,} training questions about {shared} test images were left out, {len(kept):,} are left"
@@ -145,7 +145,7 @@ def _without(train: Sequence[Sample], tested: Set[Content]) -> tuple[list[Sample
 def _count_notes(splits: Mapping[Split, Sequence[Sample]], left_out: int) -> Iterator[str]:
     sizes = {split: len(samples) for split, samples in splits.items()}
     found, published = (f"{n['train']:,} train and {n['test']:,} test" for n in (sizes, PUBLISHED))
-    yield f"the files hold {found} questions, " + ("as published" if sizes == PUBLISHED else f"published are {published}")
+    yield f"the files hold {found} questions, " + ("as published" if sizes == PUBLISHED else f"published: {published}")
     if left_out:
         yield f"{left_out:,} training rows of phrase_type frame were left out: the published split has none"
 

@@ -43,7 +43,7 @@ class Buffered:
     def __post_init__(self) -> None:
         for name in ("concurrency", "buffer", "staleness"):
             if getattr(self, name) < 0:
-                raise ConfigError(f"{name} must not be negative, is {getattr(self, name)}")
+                raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
 
     def require(self, algorithm: Algorithm, method: str, num_clients: int, cohort: int) -> None:
         """Check that the method can mix updates from different weights, and that ``concurrency`` and ``buffer`` are possible."""

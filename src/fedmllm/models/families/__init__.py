@@ -1,6 +1,6 @@
-"""What differs between families of vision-language models, one file each, found by ``config.model_type``.
+"""What differs between families of vision-language models. Each family has its own file and is found by ``config.model_type``.
 
-A family whose file is missing is served by ``generic``, which needs no more than a processor with a chat template.
+All other model types use ``generic``, which needs only a processor with a chat template.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ TESTED: dict[str, str] = {
     "minicpmv4_6": "MiniCPM-V 4.6",
     "paligemma": "PaliGemma 1 and 2",
 }
-"""The ``model_type`` s that the contract suite holds to its promises, and the models of that type."""
+"""The values of ``model_type`` that the contract tests cover, and the models of each type."""
 
 
 def family_of(model_type: str) -> ModelFamily:
-    """The family for a Transformers ``model_type``."""
+    """Return the family for a Transformers ``model_type``."""
     return FAMILIES.get(model_type, GENERIC)

@@ -1,4 +1,4 @@
-"""Idefics3 and SmolVLM: a processor's pixels have a first axis for samples, a second for the tiles of their pictures."""
+"""Idefics3 and SmolVLM: the processor's pixels have one axis for samples and a second axis for the tiles of their images."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from fedmllm.models.families.generic import ModelFamily
 
 
 class Idefics3(ModelFamily):
-    """All tiles of a batch stand in one row: the model takes them in order and does not care whose they are.
+    """Puts all tiles of a batch in a single row, because the model reads tiles in order and ignores which row they are in.
 
-    Tiles have one size, so that rows of several samples fit together; in a row of its own each sample would have to be filled up
-    with empty tiles to the most that one has.
+    All tiles have the same size, so the tiles of several samples fit into one row. With a row per sample, every row would need padding
+    with empty tiles up to the longest one.
     """
 
     axes = MappingProxyType({"pixel_values": 1, "pixel_attention_mask": 1})
 
     def limit_slices(self, model: Any, processor: Any, count: int) -> bool:
-        """A picture is brought to a longest side and then cut: into n * n tiles at most if the side is that of n tiles."""
+        """Limit the longest side to that of n tiles, which gives at most n * n tiles. The processor resizes images before it cuts them."""
         images = processor.image_processor
         longest = isqrt(count) * images.max_image_size["longest_edge"]
         images.size = {"longest_edge": min(longest, images.size["longest_edge"])}

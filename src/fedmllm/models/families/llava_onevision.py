@@ -1,4 +1,4 @@
-"""LLaVA-OneVision: pictures are brought to one of a list of resolutions, which are cut into tiles of one size."""
+"""LLaVA-OneVision: images are resized to one of several resolutions and cut into tiles of equal size."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from fedmllm.models.families.generic import ModelFamily
 
 
 class LlavaOneVision(ModelFamily):
-    """``pixel_values`` has shape (pictures, tiles, channels, side, side); the model knows from a picture's size how many tiles it has."""
+    """``pixel_values`` has shape (images, tiles, channels, side, side). The model computes an image's number of tiles from its size."""
 
     def batch(self, extras: Sequence[Mapping[str, Tensor]], shifts: Sequence[int]) -> dict[str, Any]:
-        """Empty tiles behind those of pictures that have fewer than others."""
+        """Pad images with empty tiles up to the largest number of tiles, then combine the samples."""
         most = max((sample["pixel_values"].shape[1] for sample in extras if "pixel_values" in sample), default=0)
         return super().batch([_filled(sample, most) for sample in extras], shifts)
 
     def limit_slices(self, model: Any, processor: Any, count: int) -> bool:
-        """Leave out the resolutions of more tiles; a single tile is always there. Model and processor each hold the list, and must agree."""
+        """Remove resolutions with more tiles, but keep at least a single tile. Model and processor each hold the list and must agree."""
         images = processor.image_processor
         side = images.size["height"]
         kept = [list(point) for point in images.image_grid_pinpoints if (point[0] // side) * (point[1] // side) <= count] or [[side, side]]
@@ -29,7 +29,7 @@ class LlavaOneVision(ModelFamily):
 
 
 def _filled(sample: Mapping[str, Tensor], tiles: int) -> Mapping[str, Tensor]:
-    """A sample whose pictures have so many tiles."""
+    """Pad a sample's images with empty tiles to a given number of tiles."""
     if "pixel_values" not in sample:
         return sample
     pixels = sample["pixel_values"]

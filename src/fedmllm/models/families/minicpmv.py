@@ -1,4 +1,4 @@
-"""MiniCPM-V 2.6 and MiniCPM-Llama3-V 2.5, whose code comes with their weights: ``forward(data=...)``, pictures as lists by sample."""
+"""MiniCPM-V 2.6 and MiniCPM-Llama3-V 2.5, whose code comes with their weights: ``forward(data=...)``, with images as lists by sample."""
 
 from __future__ import annotations
 
@@ -17,23 +17,24 @@ if TYPE_CHECKING:
     from transformers import ProcessorMixin
 
 PICTURE = "(<image>./</image>)"
-"""What stands for a picture in a text; the processor puts its tokens there."""
+"""The placeholder of an image in a text. The processor replaces it with the image's tokens."""
 
 
 class MiniCPMV(ModelFamily):
-    """``data`` holds, by sample, the slices of its pictures, their sizes in patches, and the columns between which their features belong.
+    """``data`` contains, by sample, the slices of its images, their sizes in patches, and the column ranges of their features.
 
-    A sample's slices, each of shape (3, patch, patch * number of patches), are kept side by side as one tensor: ``tgt_sizes`` tells them apart.
+    A sample's slices, each of shape (3, patch, patch * number of patches), are concatenated into one tensor. ``tgt_sizes`` holds the sizes
+    that separate them again.
     """
 
     auto_class = "AutoModel"
 
     def words_chats(self, processor: ProcessorMixin) -> bool:
-        """The template is the tokenizer's."""
+        """Return whether the tokenizer, not the processor, has a chat template."""
         return getattr(processor.tokenizer, "chat_template", None) is not None
 
     def render(self, processor: ProcessorMixin, messages: Sequence[Message], answer: str) -> tuple[str, str]:
-        """Parts on lines of their own, pictures as ``PICTURE``."""
+        """Render every part of a message on its own line, with images as ``PICTURE``."""
         specials = [*special_tokens(processor), PICTURE]
         chat = [
             {"role": m.role, "content": "\n".join(PICTURE if p.type == "image" else defuse(str(p.value), specials) for p in m.parts)}
@@ -42,7 +43,7 @@ class MiniCPMV(ModelFamily):
         return continued(processor.tokenizer, chat, {"role": "assistant", "content": defuse(answer, specials)})
 
     def prompt_tensors(self, processor: ProcessorMixin, prompt: str, messages: Sequence[Message]) -> dict[str, Tensor]:
-        """``input_ids`` and, with pictures, ``pixel_values`` (3, patch, widths summed), ``tgt_sizes`` and ``image_bound`` (slices, 2)."""
+        """Return ``input_ids`` and, with images, ``pixel_values`` (3, patch, sum of widths), ``tgt_sizes`` and ``image_bound`` (slices, 2)."""
         self.require({part.type for message in messages for part in message.parts})
         images = [open_image(part.value) for message in messages for part in message.parts if part.type == "image"]
         tensors = processor(prompt, images or None, return_tensors="pt")
@@ -57,7 +58,7 @@ class MiniCPMV(ModelFamily):
         }
 
     def batch(self, extras: Sequence[Mapping[str, Tensor]], shifts: Sequence[int]) -> dict[str, Any]:
-        """A list by sample for each, empty for a sample without pictures; columns are counted from the padded row's beginning."""
+        """Return each tensor as a list by sample, empty for samples without images. Column ranges count from the start of the padded row."""
         return {
             "pixel_values": [_slices(sample) if sample else [] for sample in extras],
             "tgt_sizes": [sample["tgt_sizes"] if sample else [] for sample in extras],
@@ -65,11 +66,11 @@ class MiniCPMV(ModelFamily):
         }
 
     def call(self, model: Any, inputs: Mapping[str, Any], **settings: Any) -> Any:
-        """``forward(data, attention_mask=..., ...)``."""
+        """Run ``forward(data, attention_mask=..., ...)``."""
         return model(_data(inputs), attention_mask=inputs["attention_mask"], **settings)
 
     def generate(self, model: Any, inputs: Mapping[str, Any], **settings: Any) -> Tensor:
-        """By the language model on the embedded prompt, whose output is the new tokens alone."""
+        """Generate with the language model from the embedded prompt. Its output contains only the new tokens."""
         inner = without_adapters(model)
         embedded, _ = inner.get_vllm_embedding(_data(inputs))
         tokens: Tensor = inner.llm.generate(inputs_embeds=embedded, attention_mask=inputs["attention_mask"], **settings)
@@ -77,13 +78,13 @@ class MiniCPMV(ModelFamily):
 
 
 def _slices(sample: Mapping[str, Tensor]) -> list[Tensor]:
-    """A sample's slices, apart again."""
+    """Split a sample's concatenated slices."""
     pixels = sample["pixel_values"]
     ends = torch.cumsum(sample["tgt_sizes"].prod(1) * pixels.shape[1], 0).tolist()
     return [pixels[..., start:end] for start, end in pairwise([0, *ends])]
 
 
 def _data(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """What the model takes as one; positions are counted from each row's first token."""
+    """Return the model's ``data`` argument. Positions count from each row's first token that is not padding."""
     positions = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
     return {**{name: value for name, value in inputs.items() if name != "attention_mask"}, "position_ids": positions}

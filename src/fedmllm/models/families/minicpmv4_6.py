@@ -1,4 +1,4 @@
-"""MiniCPM-V 4.6: patches of all pictures stand side by side in one long strip."""
+"""MiniCPM-V 4.6: the patches of all images are concatenated into one long strip."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ from fedmllm.models.families.generic import ModelFamily
 
 
 class MiniCPMV46(ModelFamily):
-    """``pixel_values`` has shape (1, channels, patch, patch * number of patches); ``target_sizes`` says whose are which."""
+    """``pixel_values`` has shape (1, channels, patch, patch * number of patches); ``target_sizes`` assigns patches to images."""
 
     axes = MappingProxyType({"pixel_values": 3})

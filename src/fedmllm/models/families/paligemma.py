@@ -1,4 +1,4 @@
-"""PaliGemma: no chat, but pictures, a prompt that sees itself in both directions, and what is to be said after it."""
+"""PaliGemma: no chat format, but images and a prompt with bidirectional attention, followed by the answer."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ if TYPE_CHECKING:
 
 
 class PaliGemma(ModelFamily):
-    """``<image>...<image><bos>prompt``, a new line, the answer and its end token; ``token_type_ids`` are 0 before the answer, 1 in it."""
+    """The input is ``<image>...<image><bos>prompt``, a newline, the answer and its end token. ``token_type_ids`` are 0, and 1 in the answer."""
 
     answer_type = 1
 
     def words_chats(self, processor: ProcessorMixin) -> bool:
-        """No template is needed."""
+        """Return True: the format needs no chat template."""
         return True
 
     def render(self, processor: ProcessorMixin, messages: Sequence[Message], answer: str) -> tuple[str, str]:
-        """All pictures, then all texts, a line each; the processor adds the tokens around them."""
+        """Render all images, then each text on its own line. The processor adds the tokens around them."""
         parts, specials = [part for message in messages for part in message.parts], special_tokens(processor)
         pictures = processor.image_token * sum(part.type == "image" for part in parts)
         texts = [defuse(str(part.value), specials) for part in parts if part.type == "text"]
         return pictures + "\n".join(texts), defuse(answer, specials) + processor.tokenizer.eos_token
 
     def prompt_tensors(self, processor: ProcessorMixin, prompt: str, messages: Sequence[Message]) -> dict[str, Tensor]:
-        """As of any family; a prompt without a picture, which the processor refuses, is written as the processor would."""
+        """Return the processor's tensors. The processor rejects prompts without an image, so these are encoded in the same format here."""
         if processor.image_token in prompt:
             with warnings.catch_warnings():
-                # The processor makes labels, which nobody reads, of tensors in a way that NumPy is about to drop.
+                # The processor also computes labels, which are not used, in a way that NumPy has deprecated.
                 warnings.simplefilter("ignore", DeprecationWarning)
                 return super().prompt_tensors(processor, prompt, messages)
         self.require({part.type for message in messages for part in message.parts})

@@ -1,1 +1,1 @@
-"""The embedded model: its architecture, what it was pretrained on, and its weights in ``folder``."""
+"""The embedded model: its architecture, its pretraining, and its weights in ``folder``."""

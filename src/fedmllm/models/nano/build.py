@@ -1,7 +1,7 @@
-"""The nano model's architecture, tokenizer and processor: a LLaVA of 4.0 M parameters, untrained.
+"""The nano model's architecture, tokenizer and processor: an untrained LLaVA with 4.0 M parameters.
 
-Picture (64x64) -> SigLIP tower (16 patches) -> projector (16 visual tokens) -> Llama decoder. Every class is the
-library's own; only the sizes are ours.
+Image (64x64) -> SigLIP tower (16 patches) -> projector (16 visual tokens) -> Llama decoder. All classes come from
+Transformers; only the sizes are specific to this model.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ CHAT_TEMPLATE = (
 
 
 def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE (any text has tokens) in which every decimal digit is a token of its own."""
+    """Train a byte-level BPE tokenizer, which can encode any text, with a separate token for every decimal digit."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     bpe: Tokenizer = Tokenizer(models.BPE())
@@ -69,7 +69,7 @@ def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
 
 
 def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
-    """Pictures to 64x64 pixels in [-1, 1], one ``<image>`` per visual token."""
+    """Return a processor that scales images to 64x64 pixels in [-1, 1] and writes one ``<image>`` per visual token."""
     from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
     size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
@@ -84,7 +84,7 @@ def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGeneration:
-    """The model with fresh weights, drawn from PyTorch's current generator."""
+    """Return a model with random weights from PyTorch's current generator."""
     vision = SiglipVisionConfig(
         hidden_size=144,
         intermediate_size=432,
@@ -125,10 +125,10 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGenera
 
 @torch.no_grad()
 def _scale_to_width(model: nn.Module) -> None:
-    """Draw weights anew with standard deviation 1 / sqrt(inputs), embeddings with 0.1.
+    """Initialize weights with standard deviation 1 / sqrt(inputs), and embeddings with 0.1.
 
-    The library's constant 0.02 suits widths of thousands. At a width of 192 it leaves the signal from the picture so
-    weak that reading it took off only after several hundred steps; with this, after about a hundred.
+    The library's constant of 0.02 suits widths of thousands. At a width of 192 the signal from the image is then so weak
+    that the model starts to read images only after several hundred steps, instead of about one hundred.
     """
     for name, parameter in model.named_parameters():
         if "position_embedding" in name or "embed_tokens" in name:
@@ -142,9 +142,9 @@ def _scale_to_width(model: nn.Module) -> None:
 
 
 def _look_for_likeness(attention: nn.Module, correlation: float = 0.7) -> None:
-    """Make keys like queries, so that a token attends to its like from the start: what comparing is made of.
+    """Make keys similar to queries, so that tokens attend to equal tokens from the start, which comparing requires.
 
-    The mimetic initialization of Trockman and Kolter (arXiv 2305.09828), with K = c Q + sqrt(1 - c^2) noise.
+    This is the mimetic initialization of Trockman and Kolter (arXiv 2305.09828), with K = c Q + sqrt(1 - c^2) noise.
     """
     query, key = (attention.get_parameter(f"{name}_proj.weight") for name in "qk")
     key.mul_(math.sqrt(1 - correlation**2)).add_(query, alpha=correlation)

@@ -1,4 +1,4 @@
-"""What the nano model can do, measured, and the model card that says so."""
+"""Measures the nano model's skills and writes its model card."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def skills(vlm: VisionLanguageModel, seed: int, count: int) -> dict[str, tuple[float, int]]:
-    """(exact-match accuracy, number) of greedy answers by skill, to first questions, with the test split's handwriting."""
+    """Return, by skill, (exact-match accuracy, number of questions) of greedy answers to first questions in the test split's handwriting."""
     items = [dialogue(generator(seed, "nano-probe", i), "test") for i in range(count)]
     right: dict[str, list[bool]] = {}
     for first in range(0, count, 50):
@@ -30,14 +30,14 @@ def skills(vlm: VisionLanguageModel, seed: int, count: int) -> dict[str, tuple[f
 
 @torch.inference_mode()
 def _greedy(vlm: VisionLanguageModel, items: list[Dialogue]) -> list[str]:
-    """Answers to the first questions."""
+    """Return greedy answers to the first questions."""
     batch = collate(vlm, [encode(vlm, item.messages[:1], "") for item in items], with_answers=False)
     new = vlm.family.generate(vlm.model, batch.inputs, do_sample=False, max_new_tokens=12)
     return [text.strip() for text in vlm.tokenizer.batch_decode(new, skip_special_tokens=True)]
 
 
 def model_card(vlm: VisionLanguageModel, config: PretrainConfig, scores: dict[str, tuple[float, int]], minutes: float) -> str:
-    """The folder's README: what the model is, what it was trained on, what it can do."""
+    """Return the text of the folder's README: what the model is, its training data, and its scores."""
     count = sum(parameter.numel() for parameter in vlm.model.parameters())
     rows = "\n".join(f"| {skill} | {share:.3f} | {number} |" for skill, (share, number) in scores.items())
     return _CARD.format(count=count / 1e6, c=config, minutes=minutes, rows=rows)

@@ -1,9 +1,9 @@
-"""The last lessons: dialogues about a picture, a note, or both together, in varied words.
+"""The last pretraining stage: dialogues in varied words about a picture, a note, or both.
 
-They teach reading, looking up and comparing, not the benchmark's tasks. None speaks of sources, misleading messages,
-teams or parity, none asks for the larger digit or the next one, and picture-only, note-only and combined contexts all
-occur, with varied instructions, so that differences between modality scenarios downstream stem from the federation and
-not from a lopsided base model.
+They teach reading, looking up and comparing, but not the benchmark's tasks: none mentions sources, misleading messages,
+teams or parity, and none asks for the larger digit or the next one. Picture-only, note-only and combined contexts all occur
+with varied instructions, so that differences between modality scenarios come from the federation and not from an
+unbalanced base model.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fedmllm.models.nano.scenes import DIGITS, PLACES, THINGS, Dialogue, Scene, 
 Context = Literal["picture", "note", "both"]
 
 TURNS = 4
-"""Questions per dialogue: one context serves several, which teaches far more per second than one."""
+"""Questions per dialogue. Several questions about one context teach far more per second of computing than one."""
 
 _LABELS = ("Note: ", "Text: ", "Message: ", "", "It says: ")
 _LEADS = ("", "Look at what is given. ", "Use all information given. ", "Answer based on what is given. ", "Answer whatever form it has. ")
@@ -30,7 +30,7 @@ _MOST_OPTIONS = 8
 
 @dataclass(frozen=True)
 class Turn:
-    """A question, its answer, the answers that could stand beside it as options, and the skill it exercises."""
+    """A question, its answer, wrong answers that can be options, and the skill that it exercises."""
 
     question: str
     answer: str
@@ -54,12 +54,12 @@ def dialogue(rng: np.random.Generator, split: Split = "pretrain") -> Dialogue:
 
 
 def _kinds(rng: np.random.Generator) -> list[str]:
-    """What to ask about a scene: different things, so that an answer is not just a copy of an earlier one."""
+    """Draw different kinds of questions about a scene, so that no answer is a copy of an earlier one."""
     return [str(kind) for kind in rng.choice(["number", "left", "right", "ink", "present"], size=TURNS, replace=False)]
 
 
 def _about(scene: Scene, kind: str, rng: np.random.Generator, where: str, skill: str) -> Turn:
-    """A question of a kind about one scene."""
+    """Return a question of one kind about a scene."""
     if kind == "number":
         return Turn(pick(rng, f"Which number is written{where}?", f"Read the digits{where}."), scene.number, _numbers(rng), skill)
     if kind == "ink":
@@ -75,7 +75,7 @@ def _numbers(rng: np.random.Generator) -> tuple[str, ...]:
 
 
 def _statement(scene: Scene, rng: np.random.Generator) -> str:
-    """One statement about the scene, in words."""
+    """Return one statement about the scene in words."""
     kind = rng.random()
     if kind < 0.55:
         return pick(rng, f"the number is {scene.number}", f"it reads {scene.number}", f"{scene.number} is written", scene.number)
@@ -86,7 +86,7 @@ def _statement(scene: Scene, rng: np.random.Generator) -> str:
 
 
 def _note_only(scene: Scene, rng: np.random.Generator) -> tuple[str, list[Turn]]:
-    """A scene in words, or a story of a thing at a place."""
+    """Draw a note that describes a scene, or a story of a thing at a place, and the questions about it."""
     if rng.random() < 0.6:
         return description(scene, rng), [_about(scene, kind, rng, "", "lookup") for kind in _kinds(rng)]
     thing, place, ink = pick(rng, *THINGS), pick(rng, *PLACES), scene.ink
@@ -102,7 +102,10 @@ def _note_only(scene: Scene, rng: np.random.Generator) -> tuple[str, list[Turn]]
 
 
 def _both(scene: Scene, rng: np.random.Generator) -> tuple[str, list[Turn]]:
-    """A picture with a note: three in four to be compared, half of them at once, else each to be asked about by name."""
+    """Draw a note to go with a picture, and the questions.
+
+    In three of four cases they are compared, in half of these with the first question. Otherwise questions name the picture or the note.
+    """
     if rng.random() < 0.25:
         other = draw_scene(rng)
         asked = [(scene, " in the picture"), (other, " in the note")]
@@ -117,14 +120,14 @@ def _both(scene: Scene, rng: np.random.Generator) -> tuple[str, list[Turn]]:
 
 
 def _comparison(agree: bool, rng: np.random.Generator) -> Turn:
-    """Asked either way round as often, so that yes does not come to mean agreement."""
+    """Ask for agreement or for disagreement equally often, so that yes does not come to mean agreement."""
     asked_to_agree = rng.random() < 0.5
     question = pick(rng, *(_AGREE if asked_to_agree else _DISAGREE))
     return Turn(question, "yes" if agree == asked_to_agree else "no", ("yes", "no"), "comparing")
 
 
 def _asked(turn: Turn, rng: np.random.Generator) -> tuple[str, str]:
-    """Question and answer as written; one in three as multiple choice."""
+    """Return the texts of question and answer. One in three questions is multiple choice."""
     if rng.random() < 2 / 3:
         return pick(rng, "Question: ", "") + turn.question, turn.answer
     others = sorted({rival for rival in turn.rivals if rival != turn.answer})

@@ -1,7 +1,7 @@
 """The first lessons: short exercises with many answers per second of computing.
 
-A model that first meets whole dialogues spends most of its time on a plateau: it does not compare before it can read,
-and yes-or-no answers teach little about reading. Drills take the skills apart.
+A model that starts with whole dialogues spends most of its time on a plateau: it cannot compare before it can read, and
+yes-or-no answers teach little about reading. Drills train the skills separately.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ _KINDS = ("number", "left", "right", "ink")
 
 
 def caption(rng: np.random.Generator, split: Split) -> Dialogue:
-    """A picture; the answer is all there is to see: ``35 red``."""
+    """Draw a picture; the answer is everything it shows: ``35 red``."""
     scene = draw_scene(rng)
     return chat(sheet(scene.digits, scene.ink, split, rng), "", [("", f"{scene.number} {scene.ink}")], ["caption"])
 
 
 def short_questions(rng: np.random.Generator, split: Split) -> Dialogue:
-    """A picture or, one time in four, a note, and what is to be told of it in one word each: ``left?  3  ink?  red``."""
+    """Draw a picture or, one time in four, a note, with questions that have one-word answers: ``left?  3  ink?  red``."""
     scene = draw_scene(rng)
     turns = [(f"{kind}?", scene.fact(kind)) for kind in map(str, rng.permutation(_KINDS))]
     if rng.random() < 0.25:
@@ -33,14 +33,14 @@ def short_questions(rng: np.random.Generator, split: Split) -> Dialogue:
 
 
 def picture_checks(rng: np.random.Generator, split: Split) -> Dialogue:
-    """A picture and statements about it, each right or wrong: ``47?  no  left 3?  yes``."""
+    """Draw a picture and statements about it, each right or wrong: ``47?  no  left 3?  yes``."""
     scene = draw_scene(rng)
     turns = [_check(scene, rng) for _ in range(CHECKS)]
     return chat(sheet(scene.digits, scene.ink, split, rng), "", turns, ["picture check"] * CHECKS)
 
 
 def note_checks(rng: np.random.Generator, split: Split) -> Dialogue:
-    """The same about a scene in words, or whether words occur in a list. No picture: ``split`` plays no part."""
+    """Draw statements about a scene in words, or about whether words occur in a list. There is no picture, so ``split`` is not used."""
     if rng.random() < 0.5:
         scene = draw_scene(rng)
         note, turns = description(scene, rng), [_check(scene, rng) for _ in range(CHECKS)]
@@ -56,7 +56,7 @@ def _check(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
 
 
 def _word_list(rng: np.random.Generator) -> tuple[str, list[tuple[str, str]]]:
-    """Two to five words, and whether others are among them."""
+    """Draw two to five words, and questions whether words are among them."""
     pool = (*DIGITS, *PLACES, *THINGS, *INKS) if rng.random() < 0.7 else english_words()
     words = [str(word) for word in rng.choice(pool, size=int(rng.integers(2, 6)) + 3, replace=False)]
     present, absent = words[3:], words[:3]

@@ -1,4 +1,4 @@
-"""Pretraining the nano model from scratch: ``fedmllm pretrain-nano``."""
+"""Pretrains the nano model from scratch: ``fedmllm pretrain-nano``."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ WARMUP_STEPS = 30
 
 @dataclass(frozen=True)
 class Stage:
-    """A stretch of pretraining.
+    """A stage of pretraining.
 
     Attributes:
-        name: shown in the progress lines.
-        share: of all optimizer steps.
+        name: the name in the progress lines.
+        share: share of all optimizer steps.
         batch_size: pictures or dialogues per step.
-        learning_rate: reached after a linear warm-up.
-        lessons: what is drawn, and how often; none: the tower alone, as a classifier.
-        decays: whether the rate falls to a hundredth by half a cosine; else it stays.
+        learning_rate: the learning rate after a linear warmup.
+        lessons: the kinds of dialogues and their probabilities. If empty, the vision tower trains alone as a classifier.
+        decays: whether the learning rate falls to a hundredth along half a cosine instead of staying constant.
     """
 
     name: str
@@ -60,12 +60,12 @@ STAGES = (
     Stage("pictures", 0.26, 16, 4e-4, ((caption, 0.3), (short_questions, 0.2), (picture_checks, 0.3), (note_checks, 0.2))),
     Stage("dialogues", 0.35, 20, 5e-4, ((dialogue, 0.8), (short_questions, 0.1), (picture_checks, 0.1)), decays=True),
 )
-"""Small steps at a low rate leave the plateau on which yes-or-no questions start sooner than few large ones."""
+"""The stages. Many small steps at a low rate leave the initial plateau of yes-or-no questions sooner than few large steps."""
 
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """How the embedded model was made; the defaults are the shipped weights' settings."""
+    """Settings of pretraining. The defaults are those of the shipped weights."""
 
     seed: int = 0
     steps: int = 3450
@@ -74,7 +74,7 @@ class PretrainConfig:
 
 
 def new_nano(seed: int) -> VisionLanguageModel:
-    """The nano model with fresh weights, on the CPU."""
+    """Return a nano model with random weights on the CPU."""
     tokenizer = train_tokenizer(_tokenizer_texts(seed))
     device = torch.device("cpu")
     with torch_randomness(device, seed, "nano-weights"):
@@ -83,7 +83,7 @@ def new_nano(seed: int) -> VisionLanguageModel:
 
 
 def make_nano(folder: Path, config: PretrainConfig, progress: Progress, probes: int = 1000) -> None:
-    """Pretrain, score on unseen handwriting, and write a Transformers folder (float16) with its model card."""
+    """Pretrain a model, score it on unseen handwriting, and write a Transformers folder (float16) with its model card."""
     start = time.monotonic()
     vlm = pretrain(config, progress)
     vlm.model.to(torch.float16).save_pretrained(folder)
@@ -111,7 +111,7 @@ def pretrain(config: PretrainConfig, progress: Progress) -> VisionLanguageModel:
 def _optimize(
     module: nn.Module, stage: Stage, steps: int, config: PretrainConfig, backward: Callable[[], float], progress: Progress
 ) -> None:
-    """AdamW on the module; ``backward`` leaves the gradient of one batch and returns its loss."""
+    """Optimize a module with AdamW. ``backward`` computes the gradients of one batch and returns its loss."""
     optimizer = torch.optim.AdamW(module.parameters(), lr=0.0, betas=(0.9, 0.98), weight_decay=config.weight_decay)
     start, losses = time.monotonic(), []
     for step in range(steps):
@@ -150,7 +150,7 @@ def _teach(vlm: VisionLanguageModel, stage: Stage, rng: np.random.Generator) -> 
 
 
 def _tensors(vlm: VisionLanguageModel, item: Dialogue) -> tuple[Encoded, Tensor]:
-    """A dialogue as one sequence: its first question is the prompt; and which of the later tokens the assistant speaks."""
+    """Encode a dialogue as one sequence whose prompt is the first question, and return which later tokens are the assistant's."""
     (prompt, answer), *rest = _rounds(vlm, item)
     tensors = vlm.family.prompt_tensors(vlm.processor, prompt, item.messages)
     pieces = [(answer, True), *((text, spoken) for question, reply in rest for text, spoken in ((question, False), (reply, True)))]
@@ -161,13 +161,13 @@ def _tensors(vlm: VisionLanguageModel, item: Dialogue) -> tuple[Encoded, Tensor]
 
 
 def _rounds(vlm: VisionLanguageModel, item: Dialogue) -> list[tuple[str, str]]:
-    """(question up to the assistant's token, answer with its end token) of each turn, as the chat template writes them."""
+    """Return, for each question, (text up to the assistant's token, answer with its end token) as rendered by the chat template."""
     pairs = zip(item.messages[::2], item.messages[1::2], strict=True)
     return [vlm.family.render(vlm.processor, (user,), str(assistant.parts[0].value)) for user, assistant in pairs]
 
 
 def _backward(vlm: VisionLanguageModel, lessons: list[tuple[Encoded, Tensor]], chunk: int = 12) -> float:
-    """Gradient of the mean loss over the assistant's tokens; dialogues of like length go together, to pad less."""
+    """Compute the gradient of the mean loss over the assistant's tokens. Dialogues of similar length share a batch, which saves padding."""
     lessons = sorted(lessons, key=lambda lesson: len(lesson[0].input_ids))
     total = sum(int(spoken.sum()) for _, spoken in lessons)
     loss = 0.0
@@ -184,7 +184,7 @@ def _backward(vlm: VisionLanguageModel, lessons: list[tuple[Encoded, Tensor]], c
 
 
 def _tokenizer_texts(seed: int) -> Iterator[str]:
-    """What the tokenizer is trained on: lessons, real English, and the wordings of the embedded datasets."""
+    """Yield the tokenizer's training texts: lessons, real English, and the wordings of the embedded datasets."""
     from fedmllm.data.datasets.digits import wordings
 
     rng = generator(seed, "nano-tokenizer")
@@ -192,7 +192,7 @@ def _tokenizer_texts(seed: int) -> Iterator[str]:
         yield from (text for _ in range(4000) for text in _texts(lesson(rng, "pretrain").messages))
     yield english()
     for sample in wordings(seed, 2000):
-        # Made before closed questions asked for brevity; with that in its texts the shipped tokenizer could not be made again.
+        # The shipped tokenizer predates the request for brevity in closed questions, so that text must stay out to reproduce it.
         yield from _texts(to_messages(sample if sample.options else replace(sample, answer_type="open"), "agnostic"))
 
 

@@ -1,4 +1,4 @@
-"""What pretraining talks about: two digits in one ink, seen in a picture or told in a note."""
+"""The subject of pretraining: two digits in one ink, shown in a picture or described in a note."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Scene:
         return f"{self.digits[0]}{self.digits[1]}"
 
     def fact(self, kind: str) -> str:
-        """``number``, ``left``, ``right`` or ``ink`` as one word."""
+        """Return the scene's ``number``, ``left`` digit, ``right`` digit or ``ink`` as one word."""
         return {"number": self.number, "left": str(self.digits[0]), "right": str(self.digits[1]), "ink": self.ink}[kind]
 
 
@@ -44,24 +44,24 @@ class Dialogue:
 
 
 def pick(rng: np.random.Generator, *choices: str) -> str:
-    """One of the choices, uniformly."""
+    """Choose one of the choices uniformly."""
     return str(choices[rng.integers(len(choices))])
 
 
 def draw_scene(rng: np.random.Generator) -> Scene:
-    """Digits and ink, uniformly."""
+    """Draw digits and ink uniformly."""
     left, right = (int(digit) for digit in rng.integers(0, 10, size=2))
     return Scene((left, right), pick(rng, *INKS))
 
 
 def altered(scene: Scene, rng: np.random.Generator) -> Scene:
-    """A scene in which both digits and the ink differ, so that any statement about it is false of the first."""
+    """Draw a scene with other digits and another ink, so that every statement about it is false for the given scene."""
     left, right = ((digit + int(rng.integers(1, 10))) % 10 for digit in scene.digits)
     return Scene((left, right), pick(rng, *(ink for ink in INKS if ink != scene.ink)))
 
 
 def description(scene: Scene, rng: np.random.Generator) -> str:
-    """The whole scene in words."""
+    """Describe the whole scene in words."""
     left, right = scene.digits
     return pick(
         rng,
@@ -73,7 +73,7 @@ def description(scene: Scene, rng: np.random.Generator) -> str:
 
 @cache
 def english() -> str:
-    """Real English: the descriptions of scikit-learn's data sets."""
+    """Return real English text: the descriptions of scikit-learn's datasets."""
     from sklearn import datasets
 
     names = ("breast_cancer", "diabetes", "digits", "iris", "linnerud", "wine")
@@ -82,12 +82,12 @@ def english() -> str:
 
 @cache
 def english_words() -> tuple[str, ...]:
-    """The distinct words of ``english`` in small letters, sorted."""
+    """Return the distinct lowercase words of ``english``, sorted."""
     return tuple(sorted(set(re.findall(r"\b[a-z]{3,}\b", english()))))
 
 
 def chat(picture: Image.Image | None, lead: str, turns: Sequence[tuple[str, str]], skills: Sequence[str]) -> Dialogue:
-    """Questions and answers as messages; picture and lead come before the first question."""
+    """Return questions and answers as messages, with picture and lead before the first question."""
     messages = []
     for i, (question, answer) in enumerate(turns):
         text = "\n".join(line for line in (lead if i == 0 else "", question) if line)

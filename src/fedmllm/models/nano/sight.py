@@ -1,7 +1,7 @@
-"""The vision tower before it meets the decoder: it learns to tell digits and inks, as a classifier.
+"""Pretrains the vision tower alone, as a classifier of digits and inks.
 
-A whole model taught through its answers alone takes several times as long to read: the decoder has to find out that the
-picture matters first. Larger models start from a trained tower for the same reason.
+A whole model that trains only through its answers takes several times as long to read, because the decoder must first discover
+that the picture matters. Larger models start from a trained tower for the same reason.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fedmllm.models.nano.scenes import draw_scene
 
 
 class SightExam(nn.Module):
-    """Digits and ink from the tower's patches; only the tower outlives the lesson.
+    """Classifies digits and ink from the tower's patches. Only the tower is kept after this stage.
 
     Each half of the picture is averaged over its patches, h_left and h_right, and read by one linear map W:
     left digit ``(W h_left)[:10]``, right digit ``(W h_right)[:10]``, ink ``(W h_left + W h_right)[10:]``.
@@ -31,19 +31,19 @@ class SightExam(nn.Module):
         self.head = nn.Linear(vision.hidden_size, 10 + len(INKS))
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits of left digit, right digit and ink, each of shape (pictures, classes)."""
+        """Return the logits of left digit, right digit and ink, each of shape (pictures, classes)."""
         patches = self.tower(pixel_values=pixels).last_hidden_state.unflatten(1, (self.side, self.side))
         left, right = (self.head(half.mean((1, 2))) for half in patches.chunk(2, dim=2))
         return left[:, :10], right[:, :10], (left + right)[:, 10:]
 
     def loss(self, pixels: Tensor, truth: Tensor) -> Tensor:
-        """Sum of the three mean cross-entropies; ``truth`` holds left digit, right digit and ink per row."""
+        """Return the sum of the three mean cross-entropies. Each row of ``truth`` holds left digit, right digit and ink."""
         losses = [F.cross_entropy(logits, truth[:, i]) for i, logits in enumerate(self(pixels))]
         return torch.stack(losses).sum()
 
 
 def sheets(vlm: VisionLanguageModel, rng: np.random.Generator, count: int) -> tuple[Tensor, Tensor]:
-    """Pictures in the pretraining handwriting, preprocessed, and what they show, shape (pictures, 3)."""
+    """Draw preprocessed pictures in the pretraining handwriting, and their left digit, right digit and ink, shape (pictures, 3)."""
     scenes = [draw_scene(rng) for _ in range(count)]
     pictures = [sheet(scene.digits, scene.ink, "pretrain", rng) for scene in scenes]
     pixels = vlm.processor.image_processor(images=pictures, return_tensors="pt")["pixel_values"]

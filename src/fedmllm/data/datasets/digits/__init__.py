@@ -1,7 +1,7 @@
-"""The embedded data: real handwritten digits composed with text into small cousins of the benchmark's datasets.
+"""The embedded datasets: small counterparts of the benchmark's datasets, generated from real handwritten digits and text.
 
-Four tasks of one kind of picture, generated from the seed; because the generator is known, so is the best possible
-score, from the picture alone, the text alone and both (``ceilings``).
+The four tasks use the same kind of image and are generated from the seed. Because the generator is known, so are the best
+possible scores from the image alone, the text alone and both (``ceilings``).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _TASKS = {
 
 
 def loader(name: str) -> Callable[[DatasetRequest], Dataset]:
-    """The loader of one task. Sample i of a split depends on the seed and i alone, not on how many are asked for."""
+    """Return the loader of one task. Sample i of a split depends only on the seed and i, not on the number of samples."""
 
     def load(request: DatasetRequest) -> Dataset:
         task = _TASKS[name]
@@ -54,7 +54,7 @@ def loader(name: str) -> Callable[[DatasetRequest], Dataset]:
 
 
 def wordings(seed: int, count: int) -> Iterator[Sample]:
-    """Samples of all four tasks in turn, for a tokenizer to know their words."""
+    """Yield samples of the four tasks in rotation, for training a tokenizer on their words."""
     for i in range(count):
         name = list(_TASKS)[i % len(_TASKS)]
         yield _TASKS[name].generate(i, "train", generator(seed, "wordings", i))

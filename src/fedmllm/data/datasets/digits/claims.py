@@ -1,10 +1,10 @@
-"""digits-claims: is a message about a picture of two digits misleading? Two classes, AUC; cousin of Hateful-Memes.
+"""digits-claims: is a message about an image of two digits misleading? Two classes, AUC; a counterpart of Hateful Memes.
 
-The world, from which samples are drawn and the ceilings computed:
+The generative model, from which samples are drawn and the ceilings computed:
 
     misleading      y ~ Bernoulli(0.4)
-    picture         two digits, uniform; ink ~ P(ink | y), so the picture alone says something
-    text            a source ~ P(source | y), so the text alone says something, and a statement of the number, false
+    image           two digits, uniform; ink ~ P(ink | y), so the image alone is informative
+    text            a source ~ P(source | y), so the text alone is informative; and a statement of the number, which is false
                     (both digits differ) with probability 0.95 if misleading, 0.05 if not, so both together say much more
 """
 
@@ -28,7 +28,7 @@ _WORDINGS = ("{source} says it reads {number}", "{number} is written, says {sour
 
 
 def generate(index: int, split: Split, rng: np.random.Generator) -> Sample:
-    """One sample of the world above."""
+    """Draw one sample from the generative model."""
     misleading = bool(rng.random() < P_MISLEADING)
     digits = tuple(int(d) for d in rng.integers(0, 10, size=2))
     ink = str(rng.choice(list(INKS), p=P_INK[misleading]))
@@ -48,7 +48,7 @@ def generate(index: int, split: Split, rng: np.random.Generator) -> Sample:
 
 
 def ceilings() -> dict[str, float]:
-    """The exact AUC of ranking by the likelihood ratio: the optimum (Neyman-Pearson), from each source of evidence."""
+    """Return the exact AUC of ranking by the likelihood ratio, which is optimal (Neyman-Pearson), for each source of evidence."""
     ink = {y: np.array(P_INK[y]) for y in (False, True)}
     source = {y: np.array(P_SOURCE[y]) for y in (False, True)}
     false = {y: np.array((1 - P_FALSE[y], P_FALSE[y])) for y in (False, True)}
@@ -57,7 +57,7 @@ def ceilings() -> dict[str, float]:
 
 
 def _auc(honest: np.ndarray, misleading: np.ndarray) -> float:
-    """P(ratio of a misleading draw > ratio of an honest one) + P(equal) / 2, by enumeration of all outcomes."""
+    """Return P(ratio of a misleading draw > ratio of an honest one) + P(equal) / 2, by enumerating all outcomes."""
     ratio = np.round(misleading / honest, 12)
     wins = (ratio[:, None] > ratio[None, :]) + 0.5 * (ratio[:, None] == ratio[None, :])
     return float(misleading @ wins @ honest)

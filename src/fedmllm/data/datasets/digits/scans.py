@@ -1,4 +1,4 @@
-"""Pictures for the embedded datasets: real handwritten digits, composed on a small sheet.
+"""Images for the embedded datasets: real handwritten digits, composed on a small sheet.
 
 The 1,797 scans of 8x8 pixels ship with scikit-learn (E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten
 Digits, UCI, 1998, CC BY 4.0). They come from 13 writers in writing order, about 138 scans each, so contiguous blocks
@@ -27,7 +27,7 @@ _BLOCKS: dict[Split, tuple[int, int]] = {"pretrain": (0, 1000), "train": (1000, 
 
 @cache
 def scans_by_digit(split: Split) -> tuple[NDArray[np.uint8], ...]:
-    """Scans of a split, one array of shape (scans, 8, 8) with values 0 (paper) to 255 (ink) per digit 0-9."""
+    """Return a split's scans: for each digit 0-9 an array of shape (scans, 8, 8) with values from 0 (paper) to 255 (ink)."""
     from sklearn.datasets import load_digits
 
     pixels, digits = load_digits(return_X_y=True)
@@ -37,13 +37,13 @@ def scans_by_digit(split: Split) -> tuple[NDArray[np.uint8], ...]:
 
 
 def sheet(digits: tuple[int, ...], ink: str, split: Split, rng: np.random.Generator) -> Image.Image:
-    """A sheet of 64x64 RGB pixels with the digits written from left to right in one ink.
+    """Draw a sheet of 64x64 RGB pixels with the digits from left to right in one ink.
 
     Args:
-        digits: one or two digits; one stands near the middle.
+        digits: one or two digits; a single digit is near the middle.
         ink: a key of ``INKS``.
-        split: which writers' scans to use.
-        rng: draws scan, size, slant and place of each digit, and the tint of the paper.
+        split: the split whose writers' scans are used.
+        rng: draws scan, size, slant and position of each digit, and the tint of the paper.
     """
     paper = tuple(int(v) for v in rng.integers(225, 256, size=3))
     page = Image.new("RGB", (SHEET, SHEET), paper)

@@ -1,12 +1,12 @@
-"""digits-triage: which of eight teams should go? Eight unbalanced classes, macro-F1; cousin of CrisisMMD.
+"""digits-triage: which of eight teams should go? Eight unbalanced classes, macro-F1; a counterpart of CrisisMMD.
 
-The world, from which samples are drawn and the ceilings computed:
+The generative model, from which samples are drawn and the ceilings computed:
 
     team            c ~ PRIOR
-    picture         shows a sector number; its left digit is one of the two of zone c // 2 with probability 0.92,
-                    otherwise of a random zone. The zone names a pair of teams, never one.
+    image           shows a sector number; its left digit is one of the two digits of zone c // 2 with probability 0.92,
+                    otherwise of a random zone. The zone identifies a pair of teams, never a single one.
     text            an eyewitness message about event c % 4 with probability 0.9, otherwise about a random event.
-                    The event names another pair of teams. Zone and event together name one.
+                    The event identifies another pair of teams. Zone and event together identify one team.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _PLACES = ("school", "bridge", "market", "station", "hotel", "farm")
 
 
 def generate(index: int, split: Split, rng: np.random.Generator) -> Sample:
-    """One sample of the world above."""
+    """Draw one sample from the generative model."""
     team = int(rng.choice(len(TEAMS), p=PRIOR))
     zone = team // 2 if rng.random() < P_ZONE else int(rng.integers(4))
     event = team % 4 if rng.random() < P_EVENT else int(rng.integers(4))
@@ -61,11 +61,11 @@ def generate(index: int, split: Split, rng: np.random.Generator) -> Sample:
 
 @cache
 def ceilings() -> dict[str, float]:
-    """The best macro-F1 of any rule, in the limit of many test samples.
+    """Return the best macro-F1 of any rule, in the limit of many test samples.
 
-    A rule is a team for every observable cell: (zone), (event) or (zone, event). One source has 4 cells, and all 8^4
-    rules are tried. With both, the 8^16 rules are searched by coordinate ascent from the most probable team of each
-    cell and from 20 random rules; the starts agree.
+    A rule assigns a team to every observable cell: (zone), (event) or (zone, event). A single source has 4 cells, and all
+    8^4 rules are tried. With both, the 8^16 rules are searched by coordinate ascent, starting from the most probable team
+    of each cell and from 20 random rules; all starts reach the same score.
     """
     zone, event = _given_team(4, P_ZONE, lambda c: c // 2), _given_team(4, P_EVENT, lambda c: c % 4)
     both = np.einsum("cz,ce->cze", zone, event).reshape(len(TEAMS), 16)
@@ -74,7 +74,7 @@ def ceilings() -> dict[str, float]:
 
 
 def _given_team(cells: int, p_right: float, right_cell: Callable[[int], int]) -> NDArray[np.float64]:
-    """P(cell | team), shape (teams, cells)."""
+    """Return P(cell | team), shape (teams, cells)."""
     table = np.full((len(TEAMS), cells), (1 - p_right) / cells)
     for team in range(len(TEAMS)):
         table[team, right_cell(team)] += p_right
@@ -82,7 +82,7 @@ def _given_team(cells: int, p_right: float, right_cell: Callable[[int], int]) ->
 
 
 def macro_f1(joint: NDArray[np.float64], rule: NDArray[np.int64]) -> float:
-    """Population macro-F1, mean over teams of 2 P(right and predicted) / (P(team) + P(predicted)).
+    """Return the population macro-F1: the mean over teams of 2 P(correct and predicted) / (P(team) + P(predicted)).
 
     Args:
         joint: P(team, cell), shape (teams, cells).
@@ -104,7 +104,7 @@ def _ascend(joint: NDArray[np.float64]) -> float:
 
 
 def _climb(joint: NDArray[np.float64], rule: NDArray[np.int64]) -> float:
-    """Change one cell at a time for the better until no change helps."""
+    """Improve one cell at a time until no change helps, and return the score."""
     best, improved = macro_f1(joint, rule), True
     while improved:
         improved = False

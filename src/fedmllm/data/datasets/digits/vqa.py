@@ -1,8 +1,8 @@
-"""digits-vqa: open and closed questions about a picture of two digits; cousin of VQA-RAD and SLAKE.
-digits-cards: the same knowledge asked in words, without a picture; cousin of the medical flashcards.
+"""digits-vqa: open and closed questions about an image of two digits; a counterpart of VQA-RAD and SLAKE.
+digits-cards: the same knowledge in text-only questions; a counterpart of the medical flashcards.
 
-Questions with a picture need it; a question alone only narrows down the answers. Digits are drawn uniformly, so the
-ceilings without the picture, or without the question, follow by enumeration of the 100 pairs.
+Questions about an image cannot be answered without it; the question alone only narrows down the answers. Digits are drawn uniformly, so
+the ceilings without the image, or without the question, follow from enumerating the 100 pairs.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ CARDS: dict[str, tuple[str, Rule]] = {
 
 
 def generate_vqa(index: int, split: Split, rng: np.random.Generator) -> Sample:
-    """A picture and a question about it."""
+    """Draw an image and a question about it."""
     kind = str(rng.choice([*OPEN, *CLOSED]))
     left, right = (int(d) for d in rng.integers(0, 10, size=2))
     question, rule = (OPEN | CLOSED)[kind]
@@ -60,7 +60,7 @@ def generate_vqa(index: int, split: Split, rng: np.random.Generator) -> Sample:
 
 
 def generate_card(index: int, split: Split, rng: np.random.Generator) -> Sample:
-    """A question in words. The card itself is the content, so that a scenario can take it away."""
+    """Draw a text-only question. The card itself is the content, so that a scenario can remove it."""
     kind = str(rng.choice(list(CARDS)))
     a, b = (int(d) for d in rng.integers(0, 10, size=2))
     card, rule = CARDS[kind]
@@ -75,7 +75,7 @@ def generate_card(index: int, split: Split, rng: np.random.Generator) -> Sample:
 
 
 def vqa_ceilings() -> dict[str, float]:
-    """Best accuracy: 1 with picture and question; without either, the share of the most frequent answer."""
+    """Return the best accuracy: 1 with image and question, and without one of them the share of the most frequent answer."""
     rules = [rule for _, rule in (OPEN | CLOSED).values()]
     pairs = list(product(range(10), repeat=2))
     text = np.mean([_top_share(rule(*pair) for pair in pairs) for rule in rules])
@@ -84,7 +84,7 @@ def vqa_ceilings() -> dict[str, float]:
 
 
 def card_ceilings() -> dict[str, float]:
-    """Best accuracy: 1 with the card, and without it the share of the most frequent answer."""
+    """Return the best accuracy: 1 with the card, and without it the share of the most frequent answer."""
     answers = _top_share(rule(*pair) for _, rule in CARDS.values() for pair in product(range(10), repeat=2))
     return {"both": 1.0, "image": answers, "text": 1.0}
 
