@@ -45,8 +45,8 @@ class FederatedData:
     @property
     def profiles(self) -> dict[str, Profile]:
         """Each client's sample counts by modality; empty for a client that does not report them."""
-        elsewhere = {name: held.profile for name, held in self.told.items()}
-        return {name: elsewhere.get(name, {}) if self.told else profile(samples) for name, samples in self.clients.items()}
+        remote = {name: held.profile for name, held in self.told.items()}
+        return {name: remote.get(name, {}) if self.told else profile(samples) for name, samples in self.clients.items()}
 
 
 def federate(data: DataConfig, federation: FederationConfig, seed: int) -> FederatedData:
@@ -100,10 +100,14 @@ def load(data: DataConfig, seed: int) -> Dataset:
 
 
 def decodable(dataset: Dataset, policy: OnBadSample) -> Dataset:
-    """The dataset, every picture of which decodes.
+    """Check that every image of a dataset can be decoded, and add notes on images that may not be upright.
+
+    Args:
+        dataset: the dataset.
+        policy: whether broken images raise an error, or their samples are skipped and counted in the notes.
 
     Raises:
-        DataError: listing all pictures that do not, if the policy is to refuse.
+        DataError: if images are broken and the policy is to refuse; the message lists all of them.
     """
     broken, turned = check_images(source for sample in dataset.samples for source in _pictures(sample))
     dataset = replace(dataset, notes=(*dataset.notes, *skipped(f"{len(turned):,} picture(s) may not be upright", turned)))
@@ -237,9 +241,9 @@ def manifest(data: FederatedData, scenario: str, seed: int) -> Record:
     }
 
 
-def _withheld(told: Mapping[str, Holding]) -> list[str]:
+def _withheld(reported: Mapping[str, Holding]) -> list[str]:
     """Return a note on clients that do not report their number of samples; empty if all do."""
-    if not (names := [name for name, held in told.items() if held.num_samples is None]):
+    if not (names := [name for name, held in reported.items() if held.num_samples is None]):
         return []
     return [
         f"{len(names)} client(s) do not report their number of samples and have weight 1 in averages by sample counts: {', '.join(names)}"
