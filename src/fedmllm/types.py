@@ -96,7 +96,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a chat."""
+    """One message of a chat."""
 
     role: Literal["system", "user", "assistant"]
     parts: tuple[Part, ...]

@@ -55,7 +55,7 @@ class WeightedMean:
         self._weight = 0.0
 
     def add(self, term: Weights, weight: float) -> None:
-        """Add a term.
+        """Add a term to the mean, with its weight.
 
         Raises:
             FederationError: if the weight is negative.

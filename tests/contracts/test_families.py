@@ -234,7 +234,7 @@ def test_too_long_a_sample_is_refused_not_cut(model: VisionLanguageModel, federa
     turn = (Message("user", (picture, Part("text", "Which number is written?"))),)
     length = len(encode(model, turn, "7").input_ids)
     assert len(encode(replace(model, max_length=length), turn, "7").input_ids) == length
-    with pytest.raises(ModelError, match=rf"take {length} tokens, the limit is {length - 1}"):
+    with pytest.raises(ModelError, match=rf"take {length} tokens, but the limit is {length - 1}"):
         encode(replace(model, max_length=length - 1), turn, "7")
 
 

@@ -59,7 +59,7 @@ def test_a_text_too_long_for_the_model_is_a_bad_row(split: str, tmp_path: Path) 
         DataError, match=r"the model cannot encode 1 sample\(s\); .*\n.*-(11|3): prompt and answer take .* the limit is 512, the"
     ) as told:
         train(experiment(tmp_path), tmp_path / "run")
-    assert "the model's own: shorten the text" in str(told.value)
+    assert "the model's own limit; shorten the text" in str(told.value)
     assert not (tmp_path / "run").exists()
     train(experiment(tmp_path, data={"on_bad_sample": "skip"}), tmp_path / "run")
     found = read_run(tmp_path / "run").manifest
@@ -72,7 +72,8 @@ def test_the_limit_that_is_set_is_told_from_the_models_own(tmp_path: Path) -> No
     write(tmp_path, long="train")
     short = experiment(tmp_path).model_copy(update={"model": ModelConfig(max_length=100)})
     with pytest.raises(
-        DataError, match=r"the limit is 100 by model\.max_length: shorten the text, or raise that up to the model's own 512"
+        DataError,
+        match=r"the limit is 100 \(model\.max_length\); shorten the text, or raise model\.max_length up to the model's own limit of 512",
     ):
         train(short, tmp_path / "run")
 

@@ -45,8 +45,8 @@ class FederatedData:
     @property
     def profiles(self) -> dict[str, Profile]:
         """Each client's sample counts by modality; empty for a client that does not report them."""
-        elsewhere = {name: held.profile for name, held in self.reported.items()}
-        return {name: elsewhere.get(name, {}) if self.reported else profile(samples) for name, samples in self.clients.items()}
+        remote = {name: held.profile for name, held in self.reported.items()}
+        return {name: remote.get(name, {}) if self.reported else profile(samples) for name, samples in self.clients.items()}
 
 
 def federate(data: DataConfig, federation: FederationConfig, seed: int) -> FederatedData:
@@ -100,10 +100,14 @@ def load(data: DataConfig, seed: int) -> Dataset:
 
 
 def decodable(dataset: Dataset, policy: OnBadSample) -> Dataset:
-    """The dataset, every picture of which decodes.
+    """Check that every image of a dataset can be decoded, and add notes on images that may not be upright.
+
+    Args:
+        dataset: the dataset.
+        policy: whether broken images raise an error, or their samples are skipped and counted in the notes.
 
     Raises:
-        DataError: listing all pictures that do not, if the policy is to refuse.
+        DataError: if images are broken and the policy is to refuse; the message lists all of them.
     """
     broken, turned = check_images(source for sample in dataset.samples for source in _pictures(sample))
     dataset = replace(dataset, notes=(*dataset.notes, *skipped(f"{len(turned):,} picture(s) may not be upright", turned)))

@@ -134,7 +134,7 @@ def copies(own: Weights, weights: Weights) -> Weights:
 
 @torch.no_grad()
 def write_weights(model: nn.Module, weights: Weights) -> None:
-    """Set the trainable parameters.
+    """Set the model's trainable parameters to the given weights.
 
     Raises:
         ModelError: if names or shapes differ from the model's.

@@ -26,7 +26,7 @@ _TOKENS = 128
 
 @dataclass(frozen=True)
 class Plan:
-    """The cost of training a model.
+    """The estimated cost of training a model.
 
     Attributes:
         parameters: number of parameters of the whole model.

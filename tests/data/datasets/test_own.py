@@ -291,8 +291,8 @@ def test_quotation_marks_of_a_tsv_swallow_no_rows(tmp_path: Path) -> None:
 def test_a_cell_that_spans_lines_is_told_with_its_lines(tmp_path: Path) -> None:
     found, notes = texts(tmp_path, 'text,label\n"a,dog\nb,cat\nc",dog\nd,cat\n')
     assert found == ["a,dog b,cat c", "d"]
-    remedy = "if they should not, a quotation mark is to blame: data.options.quoted=false"
-    assert notes == (f"1 cell(s) span lines; {remedy}", "t.csv:4: text spans 3 lines")
+    remedy = "if a stray quotation mark caused this, set data.options.quoted=false"
+    assert notes == (f"1 cell(s) span several lines; {remedy}", "t.csv:4: text spans 3 lines")
 
 
 @pytest.mark.parametrize(("name", "separator"), SEPARATORS.items())

@@ -44,8 +44,8 @@ def load(request: DatasetRequest) -> Dataset:
     require(root, tuple(f"{name}/{part}" for name in files.values() for part in (f"{name}.json", "images")), "NLVR")
     sieve = Sieve(str(root), request.on_bad_sample)
     read = {split: sieve.samples(json_lines(root / name / f"{name}.json"), partial(_sample, root, name)) for split, name in files.items()}
-    told = f"trained on {files['train']}, tested on test" + (", validated on dev" if "validation" in files else "")
-    notes = (told, *sieve.finish(), *_label_notes({files[split]: rows for split, rows in read.items()}))
+    summary = f"trained on {files['train']}, tested on test" + (", validated on dev" if "validation" in files else "")
+    notes = (summary, *sieve.finish(), *_label_notes({files[split]: rows for split, rows in read.items()}))
     return request.dataset("nlvr", "auc", read, ("image", "text"), notes, together=lambda sample: sample.client)
 
 

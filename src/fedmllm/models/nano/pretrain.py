@@ -94,9 +94,9 @@ def make_nano(folder: Path, config: PretrainConfig, progress: Progress, probes: 
 
 
 def pretrain(config: PretrainConfig, progress: Progress) -> VisionLanguageModel:
-    """Train from scratch through ``STAGES``.
+    """Train a model from scratch through ``STAGES``.
 
-    Minimizes the mean negative log-likelihood of the answer tokens (first stage: of digits and ink) with AdamW.
+    Each stage minimizes the mean negative log-likelihood of the answer tokens (first stage: of digits and ink) with AdamW.
     """
     vlm = new_nano(config.seed)
     vlm.model.train()

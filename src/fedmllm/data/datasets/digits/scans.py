@@ -54,7 +54,7 @@ def sheet(digits: tuple[int, ...], ink: str, split: Split, rng: np.random.Genera
 
 
 def _write(page: Image.Image, digit: int, ink: str, split: Split, rng: np.random.Generator, center: tuple[int, int]) -> None:
-    """Draw one scan, enlarged to 26-32 pixels, slanted by up to 8 degrees and moved by a few pixels."""
+    """Paste one scan on the page, enlarged to 26-32 pixels, slanted by up to 8 degrees and moved by a few pixels."""
     scans = scans_by_digit(split)[digit]
     scan = Image.fromarray(scans[rng.integers(len(scans))])
     side = int(rng.integers(26, 33))
