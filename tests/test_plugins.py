@@ -134,6 +134,7 @@ def nothing_stays(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(registry, "_ALLOWED", [])
     modules = set(sys.modules)
     plugin_version.cache_clear()
+    registry._installed.cache_clear()
     yield
     for kind, rows in INDEXES.items():
         rows.clear()
@@ -142,6 +143,7 @@ def nothing_stays(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         if not name.startswith(("fedmllm", "torch", "transformers")):
             del sys.modules[name]
     plugin_version.cache_clear()
+    registry._installed.cache_clear()
 
 
 @pytest.fixture
@@ -269,7 +271,7 @@ def test_a_site_imports_what_its_own_settings_name_and_nothing_else(folder: Path
     sys.modules.pop("mine")
     told = yaml.safe_load(settings) | {"plugins": [str(folder / "mine.py")]}
     (folder / "site.yaml").write_text(yaml.safe_dump({"name": "client-00", "server": "127.0.0.1:9092"}))
-    with pytest.raises(ConfigError, match="'half_step' is no method"):
+    with pytest.raises(ConfigError, match="'half_step' is not a known method"):
         SiteWorker(SiteConfig.load(folder / "site.yaml")).experiment(yaml.safe_dump(told))
     assert "mine" not in sys.modules
     (folder / "site.yaml").write_text(yaml.safe_dump({"name": "client-00", "server": "127.0.0.1:9092", "plugins": ["mine.py"]}))

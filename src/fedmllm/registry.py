@@ -12,7 +12,8 @@ import importlib.util
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from importlib.metadata import entry_points
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
@@ -104,7 +105,7 @@ def load_plugins(names: Sequence[str] = (), installed: bool = True) -> None:
         if foreign := [name for name in names if name not in _ALLOWED[0]]:
             raise ConfigError(f"plugins: {foreign[0]!r} is not in this site's own settings; nothing else is imported here")
     elif installed:
-        for point in entry_points(group=GROUP):
+        for point in _installed():
             _load(point.value, lambda point=point: importlib.import_module(point.module))
     for name in names:
         _load(name, lambda name=name: _module(name))
@@ -129,6 +130,12 @@ def sources(names: Sequence[str]) -> Iterator[Path]:
     for module in {id(module): module for module in _LOADED.values()}.values():
         place = Path(module.__file__ or "")
         yield from sorted(place.parent.rglob("*.py")) if hasattr(module, "__path__") else [place]
+
+
+@cache
+def _installed() -> tuple[EntryPoint, ...]:
+    """The installed plugins. Looking for them reads the metadata of every installed package."""
+    return tuple(entry_points(group=GROUP))
 
 
 def _load(name: str, importing: Any) -> None:

@@ -607,4 +607,4 @@ def test_refusal_names_what_is_wrong_with_what_comes_beside_an_update() -> None:
     expected = start()
     update = ClientUpdate("c", start(), 1, extras={"control": {A: start()[A]}})
     assert "control: 1 tensors are missing" in str(refusal(update, expected, ("control",)))
-    assert "expected nothing" in str(refusal(update, expected))
+    assert "expected none" in str(refusal(update, expected))

@@ -159,6 +159,6 @@ def test_fewer_clients_at_once_where_theirs_does_not_fit(
     found = list(answers(engine[0], engine[1], four))
     assert tried == ([4, 2, 2] if room else [4, 2, 1, 1, 2, 1, 1])
     assert {type(answer) for answer in found} == {kind}
-    assert "4 clients side by side failed (OutOfMemoryError: CUDA out of memory); they train again, 2 at once" in caplog.text
+    assert "Training 4 clients in parallel failed (OutOfMemoryError: CUDA out of memory); retrying with 2 at a time" in caplog.text
     if not room:
         assert found[0] == ClientFailure(first, "OutOfMemoryError: CUDA out of memory")
