@@ -202,7 +202,7 @@ def test_every_method_that_takes_stale_updates_trains_buffered(
     for kind, schedule in (("synchronous", SYNCHRONOUS), ("full", Buffered(4, 4)), ("buffered", Buffered(4, 3))):
         engine = InProcessEngine(vlm, encoder, training)
         loop = Loop(method, engine, training, unscored(), RunStore(tmp_path / kind), 0, schedule=schedule)
-        state = run_stage(loop, Stage("federated", clients, 2, 4), start)
+        state = run_stage(loop, Stage("federated", clients, 3, 4), start)
         assert not any(record["refused"] for record in loop.store.records("federated"))
         ends[kind] = state.weights
     assert all(torch.equal(ends["full"][key], tensor) for key, tensor in ends["synchronous"].items())

@@ -109,12 +109,12 @@ def test_the_last_of_a_chain_writes_the_update() -> None:
     assert Chain((Clipped(1.0), writes)).codec is writes.codec
 
 
-def trained(name: str, trial: Trial, folder: Path, *transforms: UpdateTransform) -> tuple[ServerState, Loop]:
+def trained(name: str, trial: Trial, folder: Path, *transforms: UpdateTransform, rounds: int = 2) -> tuple[ServerState, Loop]:
     method, training = build_algorithm(AlgorithmConfig(name=name)), TrainingConfig(learning_rate=1e-3)
     engine = InProcessEngine(trial.vlm, trial.encoder, training)
     loop = Loop(method, engine, training, unscored(), RunStore(folder), 0, transforms, FailureConfig(norm_limit=None))
     start = method.init(trial.start, frozen_weights(trial.vlm))
-    return run_stage(loop, Stage("federated", trial.clients, 1, 5), start), loop
+    return run_stage(loop, Stage("federated", trial.clients, rounds, 5), start), loop
 
 
 def of(state: ServerState) -> Weights:

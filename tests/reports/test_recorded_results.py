@@ -15,7 +15,8 @@ ROOT = Path(__file__).parents[2]
 GRIDS = {"nano-settings": ("settings.yaml", 1296), "nano-medical": ("medical.yaml", 72)}
 
 
-@pytest.fixture(scope="module", params=GRIDS)
+# The large grid takes as long as a twentieth of all fast tests.
+@pytest.fixture(scope="module", params=[pytest.param("nano-settings", marks=pytest.mark.slow), "nano-medical"])
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Sweep]:
     folder = tmp_path_factory.mktemp("results")
     with tarfile.open(ROOT / "docs" / "results" / request.param / "cells.tar.xz") as archive:
