@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from matplotlib import pyplot
 from PIL import Image
 
 import fedmllm
+from fedmllm.algorithms import ALGORITHMS, build_algorithm
 from fedmllm.config import Experiment
 from fedmllm.reports.progress import Display
 from fedmllm.run.results import RunResult
@@ -44,6 +47,7 @@ def test_the_history_is_a_flat_row_for_each_round(result: RunResult) -> None:
 
 def test_the_plot_shows_the_score_by_round(result: RunResult) -> None:
     axes = result.plot()
+    pyplot.close(axes.figure)
     labels = {line.get_label(): list(line.get_ydata()) for line in axes.get_lines()}
     assert labels["test split"] == [result.scores["federated"]]
     assert len(labels["validation part"]) == 2
@@ -119,6 +123,46 @@ def test_a_sweep_goes_on_where_it_stopped_and_has_a_report(tiny: Experiment, tmp
     assert all(outcome.score is not None for outcome in outcomes), outcomes
     assert fedmllm.sweep(tmp_path / "grid.yaml", tmp_path / "sweep") == []
     assert fedmllm.report(tmp_path / "sweep") == tmp_path / "sweep" / "report.html"
+
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_page_about_python_does_what_it_says(
+    result: RunResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All of its own snippets but the first, which trains the quickstart."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(ALGORITHMS, "cooling", None)
+    del ALGORITHMS["cooling"]
+    page = (ROOT / "docs" / "python.md").read_text().partition("## Use the adapter without fedmllm")[0]
+    _, *snippets = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    code = "\n".join(snippets).replace("runs/mine", str(result.folder)).replace("experiments/", f"{ROOT}/experiments/")
+    names: dict[str, Any] = {"fedmllm": fedmllm, "result": result}
+    exec(code, names)
+    assert names["answer"].answer in ("no", "yes")
+    assert build_algorithm(names["experiment"].algorithm).decay == 0.3  # type: ignore[attr-defined]
+    assert capsys.readouterr().out.startswith(str(result.folder))
+
+
+def test_the_notebook_holds_what_it_printed_and_is_small() -> None:
+    notebook = json.loads((ROOT / "examples" / "notebook.ipynb").read_text())
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert all(cell["outputs"] or "print" not in "".join(cell["source"]) for cell in code)
+    assert (ROOT / "examples" / "notebook.ipynb").stat().st_size < 200_000
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_from_its_first_cell_to_its_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(ALGORITHMS, "cooling", None)
+    del ALGORITHMS["cooling"]
+    notebook = json.loads((ROOT / "examples" / "notebook.ipynb").read_text())
+    names: dict[str, Any] = {"__name__": "__main__"}
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]).replace('"num_rounds": 4', '"num_rounds": 1'), names)
+    assert set(names["results"]) == {"fedavg", "fedprox", "cooling"}
 
 
 def test_the_report_of_a_run_is_written_any_time(result: RunResult) -> None:

@@ -60,7 +60,8 @@ def use_a_method_that_only_a_script_knows(folder: Path) -> None:
 def use_as_in_the_docs(folder: Path) -> None:
     """The snippets of docs/python.md that load the adapter and ask it; none of a library's plans is shown to a reader who runs them."""
     text = (Path(__file__).parents[2] / "docs" / "python.md").read_text()
-    code = "\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL)[1:]).replace("runs/mine", str(folder))
+    text = text.partition("## Use the adapter without fedmllm")[2]
+    code = "\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL)).replace("runs/mine", str(folder))
     with warnings.catch_warnings(), redirect_stdout(io.StringIO()) as printed:
         warnings.simplefilter("error", FutureWarning)
         exec(code, {})

@@ -109,10 +109,11 @@ class RunResult:
         Raises:
             RunError: if the result does not know its folder.
         """
-        from matplotlib.figure import Figure
+        from matplotlib import pyplot
 
         rows = [row for row in self.history() if row["stage"] == stage]
-        axes = Figure(figsize=(6, 3.5), layout="constrained").add_subplot(xlabel="round", ylabel=self.metric)
+        # As pandas does it: notebooks then show the figure by themselves.
+        _, axes = pyplot.subplots(figsize=(6, 3.5), layout="constrained", subplot_kw={"xlabel": "round", "ylabel": self.metric})
         for name, label in (("validation_score", "validation part"), ("test_score", "test split")):
             points = [(row["round"], row[name]) for row in rows if row.get(name) is not None]
             if points:
@@ -120,6 +121,7 @@ class RunResult:
         for name in ("zero_shot", "centralized"):
             if (score := self.scores.get(name)) is not None:
                 axes.axhline(score, linestyle="--", color="gray", label=f"{name.replace('_', '-')}, test split")
+        axes.locator_params(axis="x", integer=True)
         axes.legend()
         return axes
 
