@@ -14,22 +14,16 @@ from hypothesis import strategies as st
 
 from fedmllm.algorithms import AlgorithmConfig, ServerState, build_algorithm
 from fedmllm.algorithms.fedavg import FedAvg
-from fedmllm.data.federated import FederatedData
 from fedmllm.engine.base import Assignment, Split
 from fedmllm.engine.checkpoint import RunStore
 from fedmllm.engine.failures import FailureConfig
-from fedmllm.engine.in_process import InProcessEngine
 from fedmllm.engine.observer import Observer
 from fedmllm.engine.rounds import Loop, run_stage
 from fedmllm.engine.stages import Stage
-from fedmllm.errors import DataError, FederationError
-from fedmllm.models.load import VisionLanguageModel
-from fedmllm.models.lora import read_weights
-from fedmllm.training.batches import Encoder
+from fedmllm.errors import FederationError
 from fedmllm.training.settings import TrainingConfig, reach
-from fedmllm.training.terms import LossTerm, Parameters
 from fedmllm.types import Answer, ClientFailure, ClientUpdate, Record, Sample
-from scripted import Scripted, answers
+from scripted import Scripted
 
 START = {"w": torch.zeros(2)}
 SAMPLE = Sample("s", "?", "a", {"text": "t"})
@@ -238,70 +232,3 @@ def test_the_reach_of_one_step_is_one_learning_rate_and_of_any_number_at_hand_at
     assert reach(training, 0.01, 10**15, 1) == pytest.approx(0.01 * 10**15 * np.sqrt(0.2 / (1 - 0.81 / 0.95)), rel=1e-3)
     assert reach(TrainingConfig(batch_size=1, beta2=0.5), 0.01, 10**15, 1) == float("inf")
     assert reach(training, 0.01, 0, 1) == 0
-
-
-def real(vlm: VisionLanguageModel, together: int = 16, seconds: float | None = None) -> tuple[InProcessEngine, Assignment]:
-    method = build_algorithm(AlgorithmConfig())
-    broadcast = method.broadcast(ServerState(read_weights(vlm.model)))
-    training = TrainingConfig(batch_size=8)
-    assignment = Assignment(broadcast, method, 1e-3, 0, RunStore(Path("unused")).client_states("federated"), deadline=seconds)
-    return InProcessEngine(vlm, Encoder(vlm, "agnostic"), training, together), assignment
-
-
-@dataclass(frozen=True)
-class Raises(LossTerm):
-    """A loss term that raises when it is asked."""
-
-    error: Exception
-
-    def value(self, now: Parameters, received: Parameters, progress: float) -> torch.Tensor:
-        raise self.error
-
-
-@dataclass(frozen=True)
-class Breaks:
-    """A method's client rule that raises at one client while it trains."""
-
-    method: object
-    client: str
-    error: Exception
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self.method, name)
-
-    def local_rule(self, broadcast: object, client: object) -> object:
-        rule = self.method.local_rule(broadcast, client)  # type: ignore[attr-defined]
-        return rule.with_term(Raises(self.error)) if client.name == self.client else rule  # type: ignore[attr-defined]
-
-
-@pytest.mark.parametrize("together", [1, 16])
-def test_a_client_that_raises_takes_no_other_with_it(
-    vlm: VisionLanguageModel, federation: FederatedData, together: int, caplog: pytest.LogCaptureFixture
-) -> None:
-    engine, assignment = real(vlm, together)
-    names = sorted(federation.clients)[:3]
-    clients = {name: federation.clients[name] for name in names}
-    alone = list(answers(engine, assignment, {name: clients[name] for name in (names[0], names[2])}))
-    broken = replace(assignment, algorithm=Breaks(assignment.algorithm, names[1], RuntimeError("CUDA out of memory")))  # type: ignore[arg-type]
-    first, second, third = answers(engine, broken, clients)
-    assert second == ClientFailure(names[1], "RuntimeError: CUDA out of memory")
-    assert "test_failures" in caplog.text
-    for expected, found in zip(alone, (first, third), strict=True):
-        assert isinstance(expected, ClientUpdate)
-        assert isinstance(found, ClientUpdate)
-        for name, tensor in expected.update.items():
-            torch.testing.assert_close(found.update[name], tensor, atol=2e-5, rtol=0)
-
-
-def test_what_is_wrong_with_settings_or_data_is_no_failure_of_a_client(vlm: VisionLanguageModel, federation: FederatedData) -> None:
-    engine, assignment = real(vlm)
-    name = min(federation.clients)
-    broken = replace(assignment, algorithm=Breaks(assignment.algorithm, name, DataError("row 3 is bad")))  # type: ignore[arg-type]
-    with pytest.raises(DataError, match="row 3 is bad"):
-        list(answers(engine, broken, federation.clients))
-
-
-def test_clients_that_have_not_begun_by_the_deadline_are_left_out(vlm: VisionLanguageModel, federation: FederatedData) -> None:
-    engine, assignment = real(vlm, together=1, seconds=1e-9)
-    found = list(answers(engine, assignment, federation.clients))
-    assert found == [ClientFailure(name, "did not start within the deadline of 1e-09 s") for name in federation.clients]

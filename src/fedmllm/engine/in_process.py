@@ -101,6 +101,7 @@ class InProcessEngine:
     _pending: list[_Work] = field(default_factory=list, init=False)
     _running: Iterator[Answer] = field(default_factory=lambda: iter(()), init=False)
     _done: dict[str, Answer] = field(default_factory=dict, init=False)
+    _outstanding: dict[str, None] = field(default_factory=dict, init=False)
 
     @property
     def remote(self) -> bool:
@@ -110,16 +111,18 @@ class InProcessEngine:
     def submit(self, assignment: Assignment, clients: Mapping[str, Sequence[Sample]]) -> None:
         """Queue a task. Training starts when the caller takes an answer."""
         self._pending.append(_Work(assignment, dict(clients)))
+        self._outstanding |= dict.fromkeys(clients)
 
     def completed(self, order: Sequence[str] | None = None) -> Iterator[Answer]:
-        """Yield answers in the given order. The default is answers already computed, then the order of submission."""
-        for name in [*self._done, *(name for work in self._pending for name in work.clients)] if order is None else order:
+        """Yield answers in the given order. The default is the order of submission."""
+        for name in list(self._outstanding) if order is None else order:
             yield self._answer(name)
 
     def cancel(self) -> None:
         """Drop queued tasks and answers that the caller has not taken."""
         self._pending.clear()
         self._done.clear()
+        self._outstanding.clear()
         self._running = iter(())
 
     def scores(self, assignment: Assignment, clients: Sequence[str], split: Split) -> dict[str, Metrics]:
@@ -127,7 +130,13 @@ class InProcessEngine:
         return scores_here(assignment, clients, split)
 
     def _answer(self, name: str) -> Answer:
-        """Return a client's answer. If the client is not in the running wave, start its own."""
+        """Return a client's answer. If the client is not in the running wave, start its own.
+
+        Raises:
+            LookupError: if the client is not outstanding.
+        """
+        if name not in self._outstanding:
+            raise LookupError(f"{name!r} is not outstanding")
         try:
             while name not in self._done:
                 answer = next(self._running, None)
@@ -138,17 +147,12 @@ class InProcessEngine:
         except BaseException:
             self.cancel()
             raise
+        del self._outstanding[name]
         return self._done.pop(name)
 
     def _begun(self, name: str) -> Iterator[Answer]:
-        """Start the wave of a client: the client and the next ones that were submitted with it.
-
-        Raises:
-            LookupError: if the client is not outstanding.
-        """
-        work = next((work for work in self._pending if name in work.clients), None)
-        if work is None:
-            raise LookupError(f"{name!r} is not outstanding")
+        """Start the wave of a client: the client and the next ones that were submitted with it."""
+        work = next(work for work in self._pending if name in work.clients)
         assignment, wave = work.assignment, work.wave(name, self._size)
         if not work.clients:
             self._pending.remove(work)
