@@ -228,7 +228,8 @@ def test_buffered_ends_alike_in_one_process_and_over_messages(tmp_path: Path, mo
     monkeypatch.setattr(federations, "require_flower", lambda *modules: None)
     found = []
     for engine in ("in_process", "flower"):
-        run.train(settings(engine, compression={"name": "int8"}), tmp_path / engine, report=False)
+        result = run.train(settings(engine, compression={"name": "int8"}), tmp_path / engine, report=False)
+        assert result.clients_per_round == 2
         store = RunStore(tmp_path / engine)
         state = store.load_state("federated")
         assert state is not None

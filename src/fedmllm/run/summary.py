@@ -8,6 +8,7 @@ from fedmllm.algorithms import STRATEGIES, build_algorithm
 from fedmllm.config import Experiment
 from fedmllm.data.federated import FederatedData
 from fedmllm.engine.checkpoint import RunStore
+from fedmllm.engine.schedules import build_schedule
 from fedmllm.engine.stages import Stage
 from fedmllm.evaluation.metrics import error_over_models, majority_score, over_models, question_score
 from fedmllm.models.parts import Part
@@ -43,7 +44,7 @@ def summarize(
         versions=versions(),
         num_rounds=e.federation.num_rounds,
         num_clients=e.federation.num_clients,
-        clients_per_round=e.federation.clients_per_round,
+        clients_per_round=build_schedule(e.schedule).updates(stages[0]),
         trainable_parameters=sum(part.parameters for part in parts if part.trains),
         parts={part.name: part.parameters for part in parts},
         trained=[part.name for part in parts if part.trains],
