@@ -28,7 +28,7 @@ Sections = dict[str, Any]
 _RUN = "fedmllm.run.train"
 """The module that trains a cell."""
 _NO_MATTER = frozenset(
-    {"fedmllm.engine.observer", *(f"fedmllm.run.{name}" for name in ("card", "folders", "roll_call", "tracking"))}
+    {"fedmllm.engine.observer", "fedmllm.format", *(f"fedmllm.run.{name}" for name in ("card", "folders", "roll_call", "tracking"))}
     | {f"fedmllm.flower.{name}" for name in ("installed", "run_grid", "settings", "simulation", "superlink")}
 )
 """Modules that a run imports only to show its numbers or to reach its clients. They do not affect results."""
