@@ -178,6 +178,7 @@ def test_keys_start_out_like_queries(fresh: VisionLanguageModel) -> None:
     assert key.std().item() == pytest.approx(192**-0.5, rel=0.02)
 
 
+@pytest.mark.slow
 def test_pretraining_is_seeded_and_writes_a_loadable_folder(tmp_path: Path) -> None:
     lines: list[str] = []
     # One step of each stage.
