@@ -35,6 +35,7 @@ from fedmllm.errors import ConfigError, DataError, ModelError, RunError
 from fedmllm.evaluation.predictions import SIDE_BY_SIDE
 from fedmllm.models.load import VisionLanguageModel, model_source
 from fedmllm.models.lora import adapted_layers, write_base, write_weights
+from fedmllm.run.card import adapter_card
 from fedmllm.run.reader import Round, read_run
 from fedmllm.run.results import SCORES, RunResult
 from fedmllm.run.scoring import chat, merge, score_adapter
@@ -182,6 +183,7 @@ def test_the_adapter_s_card_says_what_it_is_and_nothing_of_this_machine(finished
     assert f"| federated | {record.scores['federated']:.3f} | {record.standard_errors['federated']:.3f} |" in body
     assert f"{record.trainable_parameters:,} trained parameters" in body
     assert "digits-claims, 3 clients" in body
+    assert "All clients of this run were simulated on one machine." in body
     (code,) = re.findall(r"```python\n(.*?)```", body, re.DOTALL)
     loaded: dict[str, Any] = {}
     exec(code.replace("this folder", str(finished / "adapter")), loaded)
@@ -190,6 +192,14 @@ def test_the_adapter_s_card_says_what_it_is_and_nothing_of_this_machine(finished
     for text in (card, settings):
         assert str(Path.home()) not in text
         assert str(Path(model_source("nano")).parent) not in text
+
+
+def test_the_card_of_a_run_over_sites_says_so(finished: Path) -> None:
+    experiment = Experiment.load(finished / "config.yaml")
+    over_sites = experiment.model_copy(update={"engine": experiment.engine.model_copy(update={"server": Path("server.yaml")})})
+    card = adapter_card(outcome(finished), over_sites)
+    assert "The clients of this run were sites, which trained on their own machines." in card
+    assert "simulated" not in card
 
 
 def plain(model: Any, source: str | Path, samples: Sequence[Sample]) -> torch.Tensor:

@@ -38,7 +38,7 @@ A LoRA adapter of `{model}`, fine-tuned across clients with fedmllm {version}.
 ## Privacy
 
 Clients kept their samples and sent updates of the adapter{compressed}. Updates can reveal information about the samples that they were trained on:
-this run used neither differential privacy nor secure aggregation. In this run all clients were simulated in one process.
+this run used neither differential privacy nor secure aggregation. {where}
 
 ## Use
 
@@ -125,8 +125,16 @@ def adapter_card(result: RunResult, experiment: Experiment, client: str = "", to
         rule="---|" * len(result.beside),
         compressed="" if compression == "none" else f", compressed ({compression})",
         prompt=experiment.data.prompt,
+        where=_where(experiment),
         needs=NEEDS if torchvision else "",
     )
+
+
+def _where(experiment: Experiment) -> str:
+    """Say where the clients of a run were."""
+    if experiment.engine.server is not None:
+        return "The clients of this run were sites, which trained on their own machines."
+    return "All clients of this run were simulated on one machine."
 
 
 def _beside(result: RunResult, stage: str) -> str:
