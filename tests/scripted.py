@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import pytest
+
+from fedmllm.algorithms import ServerState
 from fedmllm.engine.base import Assignment, Engine, Split, scores_here
+from fedmllm.engine.checkpoint import RunStore
 from fedmllm.types import Answer, Metrics, Sample
 
 Clients = Mapping[str, Sequence[Sample]]
@@ -46,3 +51,19 @@ def answers(engine: Engine, assignment: Assignment, clients: Clients) -> Iterato
 def unscored() -> Split:
     """A split that every model scores alike on."""
     return Split(lambda weights, base: {"score": 0.0})
+
+
+@contextmanager
+def cut_short(monkeypatch: pytest.MonkeyPatch, after: int) -> Iterator[None]:
+    """The body's run is interrupted before the checkpoint of any round after this one is written."""
+    save = RunStore.save_state
+
+    def fail(store: RunStore, stage: str, state: ServerState) -> None:
+        if state.round_num > after:
+            raise KeyboardInterrupt
+        save(store, stage, state)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RunStore, "save_state", fail)
+        with pytest.raises(KeyboardInterrupt):
+            yield

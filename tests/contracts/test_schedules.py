@@ -35,7 +35,7 @@ from fedmllm.training.batches import Encoder
 from fedmllm.training.settings import TrainingConfig
 from fedmllm.types import Answer, ClientFailure, ClientUpdate, Record, Sample
 from loopback import loopback
-from scripted import Scripted, unscored
+from scripted import Scripted, cut_short, unscored
 from tiny_families import folder_of
 
 SAMPLE = Sample("s", "?", "a", {"text": "t"})
@@ -131,17 +131,8 @@ def test_a_run_that_was_cut_short_ends_bit_for_bit_alike(tmp_path: Path, cut: in
     """Clients that were at work train again from the weights they had been sent."""
     schedule = Buffered(6, 2, 0.5)
     whole, rounds, _ = pulled(tmp_path / "whole", schedule, 8)
-    save = RunStore.save_state
-
-    def fail(store: RunStore, stage: str, state: ServerState) -> None:
-        if state.round_num > cut:
-            raise KeyboardInterrupt
-        save(store, stage, state)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(RunStore, "save_state", fail)
-        with pytest.raises(KeyboardInterrupt):
-            pulled(tmp_path / "parts", schedule, 8)
+    with cut_short(monkeypatch, cut):
+        pulled(tmp_path / "parts", schedule, 8)
     parts, again, engine = pulled(tmp_path / "parts", schedule, 8)
     assert {round_num for _, round_num in engine.asked if round_num < cut} or cut == 1
     assert torch.equal(parts.weights["w"], whole.weights["w"])

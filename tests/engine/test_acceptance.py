@@ -27,7 +27,7 @@ from fedmllm.models.lora import frozen_weights, read_weights
 from fedmllm.training.batches import Encoder
 from fedmllm.training.settings import TrainingConfig
 from fedmllm.types import Answer, Broadcast, ClientFailure, ClientUpdate, Sample, Slots, Weights
-from scripted import Scripted, answers
+from scripted import Scripted, answers, cut_short
 
 PLAIN, INT4 = CompressionConfig(), CompressionConfig(name="int4")
 Change = Callable[[ClientUpdate], Answer]
@@ -203,17 +203,8 @@ def test_with_updates_refused_a_run_that_was_cut_short_ends_alike(
     name, compressed, _ = KEEPERS[what]
     spoiled = dict.fromkeys([(0, "a"), (1, "b"), (2, "c"), (2, "b"), (3, "b")], 1)
     whole = trial.run(name, spoiled, FAULTS["NaN"], 5, folder="whole", compressed=compressed)
-    save = RunStore.save_state
-
-    def fail(store: RunStore, stage: str, state: ServerState) -> None:
-        if state.round_num > cut:
-            raise KeyboardInterrupt
-        save(store, stage, state)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(RunStore, "save_state", fail)
-        with pytest.raises(KeyboardInterrupt):
-            trial.run(name, spoiled, FAULTS["NaN"], 5, folder="parts", compressed=compressed)
+    with cut_short(monkeypatch, cut):
+        trial.run(name, spoiled, FAULTS["NaN"], 5, folder="parts", compressed=compressed)
     parts = trial.run(name, spoiled, FAULTS["NaN"], 5, folder="parts", compressed=compressed)
     for client in "abc":
         ends = [loop.store.client_states("federated").load(client, end.accepted[client]) for _, loop, _, end in (whole, parts)]

@@ -23,7 +23,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from fedmllm.algorithms import STRATEGIES, ServerState
+from fedmllm.algorithms import STRATEGIES
 from fedmllm.algorithms.strategies import Strategy
 from fedmllm.api import train
 from fedmllm.config import Experiment
@@ -41,6 +41,7 @@ from fedmllm.run.results import SCORES, RunResult
 from fedmllm.run.scoring import chat, merge, score_adapter
 from fedmllm.run.train import pooled
 from fedmllm.types import Record, Sample
+from scripted import cut_short
 
 
 def change(experiment: Experiment, **sections: dict[str, Any]) -> Experiment:
@@ -547,15 +548,10 @@ def test_interrupted_after_a_round_and_within_one_the_end_is_bit_identical(
     def stop(record: Record) -> None:
         raise KeyboardInterrupt
 
-    def fail(store: RunStore, stage: str, state: ServerState) -> None:
-        raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
         train(experiment, parts, name="x", observer=Observer(round_done=stop))
-    with monkeypatch.context() as patched:
-        patched.setattr(RunStore, "save_state", fail)
-        with pytest.raises(KeyboardInterrupt):
-            train(experiment, parts, name="x", resume=True)
+    with cut_short(monkeypatch, 0):
+        train(experiment, parts, name="x", resume=True)
     assert count_lines(parts) == 3
     assert list((parts / "checkpoints" / "federated-clients").glob("*/2.safetensors"))
     train(experiment, parts, name="x", resume=True)
