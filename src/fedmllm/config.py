@@ -134,6 +134,11 @@ class Experiment(BaseModel):
                 raise ValueError(f"data.prompt: algorithm.strategies has {name}, data.prompt is {self.data.prompt}; change one of them")
         return self
 
+    @property
+    def updates_per_round(self) -> int:
+        """Number of updates that the server steps on: the cohort, or the buffer of a schedule that has one."""
+        return build_schedule(self.schedule).updates(self.federation.clients_per_round)
+
     def with_fingerprint(self, fingerprint: str | None) -> Experiment:
         """The same on one model only, or on any for None."""
         return self.model_copy(update={"model": self.model.model_copy(update={"fingerprint": fingerprint})})

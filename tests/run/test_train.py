@@ -469,6 +469,15 @@ def test_a_strategy_that_stands_for_a_wording_is_listed_where_that_is_used(
         change(tiny, algorithm={"name": "fedavg", "strategies": ["neutral_prompt"]})
 
 
+def test_baselines_visit_samples_as_often_as_the_federation(tmp_path: Path, tiny: Experiment) -> None:
+    """Under a buffered schedule the clients that train in a round are those in the buffer, not those at work."""
+    federation = {"num_clients": 4, "clients_per_round": 4, "num_rounds": 4, "min_partition_size": 1}
+    for schedule, rounds in ({"name": "synchronous"}, 4), ({"name": "buffered", "parameters": {"buffer": 2}}, 2):
+        sections = {"federation": federation, "schedule": schedule, "evaluation": {"every": 0, "baselines": ["centralized"]}}
+        train(change(tiny, **sections), tmp_path / str(rounds), report=False)
+        assert len(RunStore(tmp_path / str(rounds)).records("centralized")) == rounds
+
+
 def test_calibrated_baselines_are_plain_training_with_calibration(tmp_path: Path, tiny: Experiment) -> None:
     """Controls of ``label_calibration``: a federation of one client under it is calibrated centralized, and local, training."""
     alone = change(

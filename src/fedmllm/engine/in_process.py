@@ -74,11 +74,9 @@ class _Work:
         deadline = self.assignment.deadline
         return deadline is not None and time.monotonic() - self.begun > deadline
 
-    def wave(self, first: str, size: int) -> dict[str, Sequence[Sample]]:
-        """Remove and return up to ``size`` clients, beginning with ``first``."""
-        names = list(self.clients)
-        place = names.index(first)
-        return {name: self.clients.pop(name) for name in names[place : place + size]}
+    def wave(self, wanted: Sequence[str], size: int) -> dict[str, Sequence[Sample]]:
+        """Remove and return the first clients that are wanted, up to ``size``."""
+        return {name: self.clients.pop(name) for name in [name for name in wanted if name in self.clients][:size]}
 
 
 @dataclass
@@ -115,8 +113,9 @@ class InProcessEngine:
 
     def completed(self, order: Sequence[str] | None = None) -> Iterator[Answer]:
         """Yield answers in the given order. The default is the order of submission."""
-        for name in list(self._outstanding) if order is None else order:
-            yield self._answer(name)
+        names = list(self._outstanding) if order is None else list(order)
+        for place, name in enumerate(names):
+            yield self._answer(name, names[place:])
 
     def cancel(self) -> None:
         """Drop queued tasks and answers that the caller has not taken."""
@@ -129,8 +128,8 @@ class InProcessEngine:
         """Score the clients' personalized models one after another."""
         return scores_here(assignment, clients, split)
 
-    def _answer(self, name: str) -> Answer:
-        """Return a client's answer. If the client is not in the running wave, start its own.
+    def _answer(self, name: str, wanted: Sequence[str]) -> Answer:
+        """Return a client's answer. If the client is not in the running wave, start its own, with those wanted after it.
 
         Raises:
             LookupError: if the client is not outstanding.
@@ -141,7 +140,7 @@ class InProcessEngine:
             while name not in self._done:
                 answer = next(self._running, None)
                 if answer is None:
-                    self._running = self._begun(name)
+                    self._running = self._begun(name, wanted)
                 else:
                     self._done[answer.client] = answer
         except BaseException:
@@ -150,10 +149,10 @@ class InProcessEngine:
         del self._outstanding[name]
         return self._done.pop(name)
 
-    def _begun(self, name: str) -> Iterator[Answer]:
-        """Start the wave of a client: the client and the next ones that were submitted with it."""
+    def _begun(self, name: str, wanted: Sequence[str]) -> Iterator[Answer]:
+        """Start the wave of a client: the client and the next ones that are wanted and were submitted with it."""
         work = next(work for work in self._pending if name in work.clients)
-        assignment, wave = work.assignment, work.wave(name, self._size)
+        assignment, wave = work.assignment, work.wave(wanted, self._size)
         if not work.clients:
             self._pending.remove(work)
         if work.late:

@@ -92,7 +92,7 @@ class Round:
     @property
     def needed(self) -> int:
         """Number of accepted updates that complete the round."""
-        return self.loop.failures.needed(self.loop.algorithm.smallest_cohort, self.loop.schedule.updates(self.stage))
+        return self.loop.failures.needed(self.loop.algorithm.smallest_cohort, self.loop.schedule.updates(self.stage.clients_per_round))
 
     @property
     def complete(self) -> bool:
@@ -124,19 +124,26 @@ class Round:
             self._origins[sent.round_num] = Origin(sent, largest_norm(self.loop, assignment))
         return self._origins[sent.round_num]
 
-    def again(self, attempt: int, clients: Sequence[str]) -> None:
-        """Report to the observer that clients will be retried, then wait ``failures.pause`` seconds."""
-        record = {"stage": self.stage.name, "round": self.state.round_num + 1, "attempt": attempt, "clients": list(clients)}
-        self.loop.observer.waiting(record)
-        time.sleep(self.loop.failures.pause)
+    def complete_by(self, ask: Callable[[int], None], missing: Callable[[], Sequence[str]]) -> None:
+        """Ask clients until the round is complete, with the retries of ``failures``. If ``failures.below`` is ``skip``, the round may stay incomplete.
 
-    def too_few(self) -> None:
-        """Accept an incomplete round if ``failures.below`` is ``skip``.
+        Args:
+            ask: submits tasks and takes answers, given the number of the attempt from 1.
+            missing: returns the clients to name when a further attempt begins.
 
         Raises:
-            FederationError: if it is not ``skip``.
+            FederationError: if the round has too few usable updates and must not be skipped.
         """
-        if self.loop.failures.below != "skip":
+        policy = self.loop.failures
+        for attempt in range(1, (policy.attempts if policy.below == "wait" else 1) + 1):
+            if attempt > 1:
+                record = {"stage": self.stage.name, "round": self.state.round_num + 1, "attempt": attempt, "clients": list(missing())}
+                self.loop.observer.waiting(record)
+                time.sleep(policy.pause)
+            ask(attempt)
+            if self.complete:
+                return
+        if policy.below != "skip":
             raise FederationError(self.intake.missing(self.stage.name, self.needed))
 
 

@@ -54,11 +54,6 @@ class Federation:
     grid: RunGrid | None = None
     trial: bool = False
 
-    @property
-    def at_sites(self) -> bool:
-        """Whether clients, and what they keep, are at remote sites."""
-        return self.grid is not None
-
     @contextmanager
     def engine(self, stage: Stage, folder: Path, here: Engine) -> Iterator[Engine]:
         """Yield the engine that trains the federation's clients, local or remote.
@@ -75,7 +70,7 @@ class Federation:
             yield FlowerEngine(self.grid, stage.name, about, self.grid.online, history, remote=True)
         elif e.name == "flower":
             states = folder.resolve() / "checkpoints" / f"{stage.name}-clients"
-            at_once = build_schedule(self.experiment.schedule).concurrency_of(stage)
+            at_once = build_schedule(self.experiment.schedule).concurrent(stage.clients_per_round)
             with simulation(client_app(resident_worker), at_once, e.worker_cpus, e.worker_gpus) as (grid, nodes):
                 # Every node can run any client. Round-robin assignment puts clients that train in parallel on different nodes.
                 round_robin = cycle(nodes)
@@ -115,7 +110,7 @@ def _sites(experiment: Experiment, held: Resident, server: ServerConfig, observe
     _require_fit(experiment, server)
     policy, method = experiment.failures, build_algorithm(experiment.algorithm)
     with serving(_within(server.link, policy)) as grid:
-        needed = policy.needed(method.smallest_cohort, experiment.federation.clients_per_round)
+        needed = policy.needed(method.smallest_cohort, experiment.updates_per_round)
         present = RollCall(server.sites, grid, settings(experiment), policy, needed, observer).present()
         trial = {presence.trial for presence in present.values()}
         if len(trial) > 1:

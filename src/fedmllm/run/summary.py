@@ -8,7 +8,6 @@ from fedmllm.algorithms import STRATEGIES, build_algorithm
 from fedmllm.config import Experiment
 from fedmllm.data.federated import FederatedData
 from fedmllm.engine.checkpoint import RunStore
-from fedmllm.engine.schedules import build_schedule
 from fedmllm.engine.stages import Stage
 from fedmllm.evaluation.metrics import error_over_models, majority_score, over_models, question_score
 from fedmllm.models.parts import Part
@@ -44,7 +43,7 @@ def summarize(
         versions=versions(),
         num_rounds=e.federation.num_rounds,
         num_clients=e.federation.num_clients,
-        clients_per_round=build_schedule(e.schedule).updates(stages[0]),
+        clients_per_round=e.updates_per_round,
         trainable_parameters=sum(part.parameters for part in parts if part.trains),
         parts={part.name: part.parameters for part in parts},
         trained=[part.name for part in parts if part.trains],

@@ -220,7 +220,7 @@ class _Run:
     def _solo_rounds(self) -> int:
         """Return the mean number of rounds per client, so that every baseline visits each sample equally often."""
         federation = self.experiment.federation
-        return max(1, round(federation.num_rounds * federation.clients_per_round / federation.num_clients))
+        return max(1, round(federation.num_rounds * self.experiment.updates_per_round / federation.num_clients))
 
     def _loop(self) -> Loop:
         e, dataset = self.experiment, self.data.dataset

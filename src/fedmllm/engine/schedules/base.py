@@ -28,11 +28,11 @@ class Schedule(Protocol):
         """
         ...
 
-    def updates(self, stage: Stage) -> int:
+    def updates(self, cohort: int) -> int:
         """Return the number of updates that the server needs for a step."""
         ...
 
-    def concurrency_of(self, stage: Stage) -> int:
+    def concurrent(self, cohort: int) -> int:
         """Return the maximum number of clients that train at the same time."""
         ...
 

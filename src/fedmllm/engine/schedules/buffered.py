@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from fedmllm.algorithms import Algorithm, Outstanding, ServerState
+from fedmllm.algorithms.base import require_not_negative
 from fedmllm.engine.stages import Stage, drawn
 from fedmllm.errors import ConfigError
 from fedmllm.types import Weights
@@ -41,14 +42,11 @@ class Buffered:
     staleness: float = 0.5
 
     def __post_init__(self) -> None:
-        for name in ("concurrency", "buffer", "staleness"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
+        require_not_negative(concurrency=self.concurrency, buffer=self.buffer, staleness=self.staleness)
 
     def require(self, algorithm: Algorithm, method: str, num_clients: int, cohort: int) -> None:
         """Check that the method can mix updates from different weights, and that ``concurrency`` and ``buffer`` are possible."""
-        concurrency = self.concurrency or cohort
-        buffer = self.buffer or concurrency
+        concurrency, buffer = self.concurrent(cohort), self.updates(cohort)
         if not algorithm.takes_stale_updates:
             raise ConfigError(f"schedule.name: {method} cannot mix updates that began from different weights; use synchronous")
         if concurrency > num_clients:
@@ -60,13 +58,13 @@ class Buffered:
         if buffer < algorithm.smallest_cohort:
             raise ConfigError(f"schedule.parameters: {method} needs {algorithm.smallest_cohort} updates or more, buffer is {buffer}")
 
-    def updates(self, stage: Stage) -> int:
+    def updates(self, cohort: int) -> int:
         """Return the size of the buffer."""
-        return self.buffer or self.concurrency_of(stage)
+        return self.buffer or self.concurrent(cohort)
 
-    def concurrency_of(self, stage: Stage) -> int:
+    def concurrent(self, cohort: int) -> int:
         """Return the concurrency."""
-        return self.concurrency or stage.clients_per_round
+        return self.concurrency or cohort
 
     def resume(self, loop: Loop, stage: Stage, state: ServerState) -> None:
         """Resubmit outstanding clients with the weights that they received before."""
@@ -75,14 +73,8 @@ class Buffered:
 
     def collect(self, this: Round) -> Outstanding:
         """Submit tasks up to the concurrency, then take answers until the buffer is full."""
-        work, policy = _AtWork(this, self), this.loop.failures
-        for attempt in range(1, (policy.attempts if policy.below == "wait" else 1) + 1):
-            if attempt > 1:
-                this.again(attempt, sorted(work.failed))
-            work.fill(attempt)
-            if this.complete:
-                return work.left()
-        this.too_few()
+        work = _AtWork(this, self)
+        this.complete_by(work.fill, lambda: sorted(work.failed))
         return work.left()
 
 
@@ -99,11 +91,12 @@ class _AtWork:
 
     def fill(self, attempt: int) -> None:
         """Take answers until the buffer is full or no client is outstanding."""
-        this, concurrency = self._this, self._schedule.concurrency_of(self._this.stage)
+        this, cohort = self._this, self._this.stage.clients_per_round
+        concurrency, updates = self._schedule.concurrent(cohort), self._schedule.updates(cohort)
         self.failed.clear()
         self._ask(concurrency - len(self._clients), *([attempt] if attempt > 1 else []))
         this.tell(list(self._clients))
-        while len(this.intake.accepted) < self._schedule.updates(this.stage) and self._clients:
+        while len(this.intake.accepted) < updates and self._clients:
             self._take()
             if self.failed and len(self.failed) <= concurrency and len(self._clients) + len(this.intake.accepted) < concurrency:
                 self._ask(1, attempt, len(self.failed))
@@ -114,10 +107,12 @@ class _AtWork:
         this = self._this
         taken = {*self._clients, *this.intake.accepted, *self.failed}
         free = [name for name in sorted(this.stage.clients) if name not in taken]
-        for name in drawn(free, min(count, len(free)), this.loop.seed, this.state.round_num, *again):
-            samples = this.stage.clients[name]
-            this.loop.engine.submit(this.assignment, {name: samples})
-            self._clients[name] = (this.state.round_num, self._clock + len(samples))
+        chosen = {
+            name: this.stage.clients[name] for name in drawn(free, min(count, len(free)), this.loop.seed, this.state.round_num, *again)
+        }
+        if chosen:
+            this.loop.engine.submit(this.assignment, chosen)
+        self._clients |= {name: (this.state.round_num, self._clock + len(samples)) for name, samples in chosen.items()}
 
     def _take(self) -> None:
         """Take the next answer, from the client that finishes first."""

@@ -19,28 +19,25 @@ class Synchronous:
     def require(self, algorithm: Algorithm, method: str, num_clients: int, cohort: int) -> None:
         """Accept every method and every number of clients."""
 
-    def updates(self, stage: Stage) -> int:
+    def updates(self, cohort: int) -> int:
         """Return the size of the cohort."""
-        return stage.clients_per_round
+        return cohort
 
-    def concurrency_of(self, stage: Stage) -> int:
+    def concurrent(self, cohort: int) -> int:
         """Return the size of the cohort."""
-        return stage.clients_per_round
+        return cohort
 
     def resume(self, loop: Loop, stage: Stage, state: ServerState) -> None:
         """Do nothing: no client is outstanding between rounds."""
 
     def collect(self, this: Round) -> Outstanding:
         """Train the cohort. If ``failures.below`` is ``wait``, retry the clients whose updates are missing."""
-        cohort, policy = this.stage.cohort(this.loop.seed, this.state.round_num), this.loop.failures
-        for attempt in range(1, (policy.attempts if policy.below == "wait" else 1) + 1):
-            missing = [name for name in cohort if name not in this.intake.accepted]
-            if attempt > 1:
-                this.again(attempt, missing)
-            self._ask(this, missing)
-            if this.complete:
-                return NONE_OUTSTANDING
-        this.too_few()
+        cohort = this.stage.cohort(this.loop.seed, this.state.round_num)
+
+        def missing() -> list[str]:
+            return [name for name in cohort if name not in this.intake.accepted]
+
+        this.complete_by(lambda attempt: self._ask(this, missing()), missing)
         return NONE_OUTSTANDING
 
     def _ask(self, this: Round, clients: list[str]) -> None:
