@@ -108,7 +108,7 @@ def test_a_client_that_has_lost_it_says_so_and_is_sent_it_again(tmp_path: Path) 
     assert same(kept.brought_up(server.missing("a", now), 3, {}), now.base)
 
 
-def test_what_was_kept_in_an_earlier_sitting_is_not_gone_on_from(tmp_path: Path) -> None:
+def test_what_was_kept_in_an_earlier_session_is_not_gone_on_from(tmp_path: Path) -> None:
     """The server was killed after a round of which it keeps nothing; trained again, the round comes to something else."""
     kept = KeptBase(tmp_path / "a")
     kept.brought_up(Missing(0, {1: step_of(77)}, session="1" * 8), 1, {})

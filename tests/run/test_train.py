@@ -387,7 +387,7 @@ def test_resuming_with_other_settings_is_refused(finished: Path) -> None:
 
 @pytest.mark.parametrize("file", ["train.csv", "test.csv", "a.png"])
 def test_resuming_with_other_data_is_refused(file: str, tmp_path: Path) -> None:
-    """A row of either split, or a picture, is edited between two sittings; the manifest stays that of the run."""
+    """A row of either split, or a picture, is edited between two sessions; the manifest stays that of the run."""
     Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png")
     for split in ("train", "test"):
         (tmp_path / f"{split}.csv").write_text("p,t,a\n" + "".join(f"a.png,{split} {i},{'yes' if i % 2 else 'no'}\n" for i in range(8)))
@@ -579,7 +579,7 @@ engine: {device: cpu}
 
 @pytest.mark.slow
 def test_killed_at_random_moments_the_end_is_bit_identical(tmp_path: Path) -> None:
-    """SIGKILL, at least five times, at moments between the first line of a sitting and the end of the run."""
+    """SIGKILL, at least five times, at moments between the first line of a session and the end of the run."""
     (tmp_path / "demo.yaml").write_text(RESUMED)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert start(tmp_path, whole).wait() == 0
@@ -606,7 +606,7 @@ def start(folder: Path, output: Path, *more: str) -> subprocess.Popen[bytes]:
 
 
 def wait_for_progress(process: subprocess.Popen[bytes], folder: Path) -> None:
-    """Until the process has trained a round in this sitting, or has ended."""
+    """Until the process has trained a round in this session, or has ended."""
     lines = count_lines(folder)
     while process.poll() is None and count_lines(folder) <= lines:
         time.sleep(0.005)

@@ -137,10 +137,7 @@ def ask(
     outstanding = deque(islice(sent, ahead))
     while outstanding:
         client, message_id = outstanding.popleft()
-        if isinstance(message_id, ClientFailure):
-            yield client, message_id
-        else:
-            yield client, receive(grid, client, message_id, largest(client), time_left)
+        yield client, receive(grid, client, message_id, largest(client), time_left)
         outstanding.extend(islice(sent, 1))
 
 
@@ -149,7 +146,7 @@ def send(grid: Carrier, kind: str, client: str, content: bytes, node: int | None
     from flwr.app import Message
 
     if node is None:
-        return ClientFailure(client, "not connected", reached=False)
+        return unreachable(client)
     life = _NEVER if time_left.deadline is None else time_left.deadline + _GRACE
     # Every attempt sends the same message, so that the SuperLink recognizes it and the client does not get the task twice.
     message = Message(enclose(content), dst_node_id=node, message_type=kind, ttl=life)
@@ -165,17 +162,29 @@ def send(grid: Carrier, kind: str, client: str, content: bytes, node: int | None
         return taken[0] if taken and taken[0] else ClientFailure(client, "Flower did not accept the message", reached=False)
 
 
-def receive(grid: Carrier, client: str, message_id: str, largest: int, time_left: TimeLeft) -> bytes | ClientFailure:
-    """Wait for a client's answer until the deadline."""
+def unreachable(client: str, reason: str = "not connected") -> ClientFailure:
+    """Return the failure of a client that no message can be sent to."""
+    return ClientFailure(client, reason, reached=False)
+
+
+def receive(grid: Carrier, client: str, message_id: str | ClientFailure, largest: int, time_left: TimeLeft) -> bytes | ClientFailure:
+    """Wait for a client's answer until the deadline. If the message could not be sent, return that failure."""
     begun = time.monotonic()
     while (found := look(grid, client, message_id, largest, time_left)) is None:
-        # Each check costs work at the SuperLink, which transfers messages at the same time.
-        time.sleep(min(max(POLL[0], POLL_SHARE * (time.monotonic() - begun)), POLL[1]))
+        pause(time.monotonic() - begun)
     return found
 
 
-def look(grid: Carrier, client: str, message_id: str, largest: int, time_left: TimeLeft) -> bytes | ClientFailure | None:
-    """Return the answer if it has arrived, a failure if the deadline has passed, and None otherwise."""
+def pause(waited: float) -> None:
+    """Sleep between two checks: the longer, the more seconds have passed without an answer."""
+    # Each check costs work at the SuperLink, which transfers messages at the same time.
+    time.sleep(min(max(POLL[0], POLL_SHARE * waited), POLL[1]))
+
+
+def look(grid: Carrier, client: str, message_id: str | ClientFailure, largest: int, time_left: TimeLeft) -> bytes | ClientFailure | None:
+    """Return the answer if it has arrived, a failure if the message was not sent or the deadline has passed, and None otherwise."""
+    if isinstance(message_id, ClientFailure):
+        return message_id
     # Read the clock before the check: an answer that has arrived by the deadline counts, even if taking earlier answers took long.
     late, trouble = time_left.late, ""
     try:

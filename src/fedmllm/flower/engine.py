@@ -9,10 +9,10 @@ from typing import Any
 
 from fedmllm.engine.base import Assignment, Split, scores_here
 from fedmllm.errors import FederationError, listing
-from fedmllm.flower.carrier import POLL, POLL_SHARE, Carrier, TimeLeft, ask, look, receive, send
+from fedmllm.flower.carrier import Carrier, TimeLeft, ask, look, pause, receive, send, unreachable
 from fedmllm.flower.facts import Scores, read_message
 from fedmllm.flower.frozen import BaseHistory
-from fedmllm.flower.messages import expected, read_answer, write_task
+from fedmllm.flower.messages import Expected, expected, read_answer, write_task
 from fedmllm.types import Answer, ClientFailure, Metrics, Sample
 
 
@@ -21,18 +21,18 @@ class _Submitted:
     """A submitted client whose task has not been sent yet."""
 
     assignment: Assignment
-    node: int | None
+    node: int
     time_left: TimeLeft
-    unreachable: str = "not connected"
 
 
 @dataclass(frozen=True)
 class _Sent:
-    """A client whose task was sent, with the message's id or the failure to send it."""
+    """A client whose task was sent, with the message's id or the failure to send it, and the format of its answer."""
 
     assignment: Assignment
     message_id: str | ClientFailure
     time_left: TimeLeft
+    expected: Expected
 
 
 @dataclass
@@ -64,12 +64,16 @@ class FlowerEngine:
     def submit(self, assignment: Assignment, clients: Mapping[str, Sequence[Sample]]) -> None:
         """Send up to ``ahead`` tasks. The others follow as the caller takes answers."""
         self.history.note(assignment.broadcast)
-        time_left, unreachable, nodes = TimeLeft(assignment.deadline), "not connected", dict[str, int]()
+        time_left, nodes, reason = TimeLeft(assignment.deadline), dict[str, int](), "not connected"
         try:
             nodes = dict(self.nodes(list(clients)))
         except ConnectionError as error:
-            unreachable = str(error)
-        self._submitted |= {name: _Submitted(assignment, nodes.get(name), time_left, unreachable) for name in clients}
+            reason = str(error)
+        for name in clients:
+            if name in nodes:
+                self._submitted[name] = _Submitted(assignment, nodes[name], time_left)
+            else:
+                self._sent[name] = _Sent(assignment, unreachable(name, reason), time_left, expected(assignment, name))
         self._send_ahead()
 
     def completed(self, order: Sequence[str] | None = None) -> Iterator[Answer]:
@@ -81,8 +85,7 @@ class FlowerEngine:
             if name not in self._sent:
                 self._send(name)
             sent = self._sent[name]
-            content = _received(self.grid, name, sent, self._largest(name))
-            yield self._answer(name, content)
+            yield self._answer(name, receive(self.grid, name, sent.message_id, sent.expected.largest, sent.time_left))
 
     def cancel(self) -> None:
         """Drop all outstanding clients and ignore their answers."""
@@ -115,7 +118,7 @@ class FlowerEngine:
         try:
             nodes = self.nodes(clients)
         except ConnectionError as error:
-            return iter([(name, ClientFailure(name, str(error), reached=False)) for name in clients])
+            return iter([(name, unreachable(name, str(error))) for name in clients])
         contents = ((name, self._task(assignment, name, about)) for name in clients)
         return ask(self.grid, "evaluate", contents, nodes, assignment.deadline, ahead=self.ahead)
 
@@ -135,37 +138,33 @@ class FlowerEngine:
         if name not in self._submitted:
             raise LookupError(f"{name!r} is not outstanding")
         work = self._submitted.pop(name)
-        message_id: str | ClientFailure = ClientFailure(name, work.unreachable, reached=False)
-        if work.node is not None:
-            content = self._task(work.assignment, name, self.about)
-            message_id = send(self.grid, "train", name, content, work.node, work.time_left)
-        self._sent[name] = _Sent(work.assignment, message_id, work.time_left)
+        content = self._task(work.assignment, name, self.about)
+        message_id = send(self.grid, "train", name, content, work.node, work.time_left)
+        self._sent[name] = _Sent(work.assignment, message_id, work.time_left, expected(work.assignment, name))
 
     def _as_they_arrive(self) -> Iterator[Answer]:
         """Poll all clients whose task was sent, and yield answers as they arrive. With a deadline this ends, because a late client is a failure."""
-        pause = POLL[0]
+        last = time.monotonic()
         while self._sent:
             found = False
             for name, sent in list(self._sent.items()):
-                content = _looked(self.grid, name, sent, self._largest(name))
+                content = look(self.grid, name, sent.message_id, sent.expected.largest, sent.time_left)
                 if content is not None:
                     found = True
                     yield self._answer(name, content)
-            pause = POLL[0] if found else min(pause * (1 + POLL_SHARE), POLL[1])
-            if not found:
-                time.sleep(pause)
-
-    def _largest(self, name: str) -> int:
-        return expected(self._sent[name].assignment, name).largest
+            if found:
+                last = time.monotonic()
+            else:
+                pause(time.monotonic() - last)
 
     def _answer(self, name: str, content: bytes | ClientFailure) -> Answer:
         """Return a client's answer, mark it as no longer outstanding, and send the next task."""
-        assignment = self._sent.pop(name).assignment
+        sent = self._sent.pop(name)
         self._send_ahead()
         if isinstance(content, ClientFailure):
             return content
-        answer = read_answer(content, name, expected(assignment, name))
-        self.history.answered(name, assignment.broadcast, isinstance(answer, ClientFailure))
+        answer = read_answer(content, name, sent.expected)
+        self.history.answered(name, sent.assignment.broadcast, isinstance(answer, ClientFailure))
         return answer
 
 
@@ -176,17 +175,3 @@ def _scores(content: bytes, client: str, metric: str, round_num: int) -> Scores 
     if isinstance(message, Scores) and (message.round_num != round_num or "score" not in message.metrics):
         return ClientFailure(client, "the scores belong to another round, or lack the field score")
     return message
-
-
-def _received(grid: Carrier, client: str, sent: _Sent, largest: int) -> bytes | ClientFailure:
-    """Wait for a client's answer as ``receive`` does. If the task could not be sent, return that failure."""
-    if isinstance(sent.message_id, ClientFailure):
-        return sent.message_id
-    return receive(grid, client, sent.message_id, largest, sent.time_left)
-
-
-def _looked(grid: Carrier, client: str, sent: _Sent, largest: int) -> bytes | ClientFailure | None:
-    """Check for a client's answer as ``look`` does. If the task could not be sent, return that failure."""
-    if isinstance(sent.message_id, ClientFailure):
-        return sent.message_id
-    return look(grid, client, sent.message_id, largest, sent.time_left)

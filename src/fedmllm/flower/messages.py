@@ -28,7 +28,7 @@ class TaskFacts(Facts):
     Attributes:
         accepted: the last two rounds in which the server accepted the client's update. The client uses what it kept in the last of them.
         base_since: ``Missing.since``.
-        sitting: the server's session, ``Missing.session``.
+        session: the server's session, ``Missing.session``.
         about: further values for the worker, e.g. the experiment's settings. The engine does not read them.
     """
 
@@ -43,7 +43,7 @@ class TaskFacts(Facts):
     accepted: list[int] = Field(max_length=2)
     labels: dict[str, dict[str, int]] = Field(default_factory=dict)
     base_since: int | None
-    sitting: str = Field(pattern=r"^[0-9a-f]{8}$")
+    session: str = Field(pattern=r"^[0-9a-f]{8}$")
     about: dict[str, Any]
 
 
@@ -113,7 +113,7 @@ def write_task(assignment: Assignment, stage: str, client: str, about: Mapping[s
         accepted=list(assignment.accepted.get(client, ())),
         labels={options: dict(counts) for options, counts in broadcast.population.labels.items()},
         base_since=missing.since,
-        sitting=missing.session,
+        session=missing.session,
         about=dict(about),
     )
     steps = {f"step.{number}": step for number, step in missing.steps.items()}
@@ -130,7 +130,7 @@ def read_task(content: bytes) -> Task:
     facts = TaskFacts.model_validate(values)
     extras = {kind.removeprefix("extras."): tensors for kind, tensors in groups.items() if kind.startswith("extras.")}
     steps = {int(kind.removeprefix("step.")): tensors for kind, tensors in groups.items() if kind.startswith("step.")}
-    missing = Missing(facts.base_since, steps, groups.get("base", {}), facts.sitting)
+    missing = Missing(facts.base_since, steps, groups.get("base", {}), facts.session)
     return Task(facts, groups.get("weights", {}), extras, missing)
 
 
@@ -169,7 +169,7 @@ def write_question(client: str, about: Mapping[str, Any]) -> bytes:
         profile={},
         accepted=[],
         base_since=0,
-        sitting=Missing().session,
+        session=Missing().session,
         about=dict(about),
     )
     return pack({}, facts.model_dump())
