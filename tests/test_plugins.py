@@ -134,7 +134,7 @@ def nothing_stays(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(registry, "_ALLOWED", [])
     modules = set(sys.modules)
     plugin_version.cache_clear()
-    registry._installed.cache_clear()
+    registry.installed_plugins.cache_clear()
     yield
     for kind, rows in INDEXES.items():
         rows.clear()
@@ -143,7 +143,7 @@ def nothing_stays(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         if not name.startswith(("fedmllm", "torch", "transformers")):
             del sys.modules[name]
     plugin_version.cache_clear()
-    registry._installed.cache_clear()
+    registry.installed_plugins.cache_clear()
 
 
 @pytest.fixture
@@ -254,6 +254,14 @@ def test_a_sweep_knows_its_cells_by_the_plugins_code(folder: Path) -> None:
     assert not {cell.key for cell in cells(load_grid(grid(folder)))} & set(keys)
 
 
+def test_a_sweep_does_not_know_its_cells_by_plugins_that_it_does_not_name(folder: Path) -> None:
+    (folder / "other.py").write_text("")
+    alone = plugin_version((str(folder / "mine.py"),))
+    registry.load_plugins([str(folder / "other.py")])
+    plugin_version.cache_clear()
+    assert plugin_version((str(folder / "mine.py"),)) == alone
+
+
 @pytest.mark.slow
 def test_a_sweep_in_processes_of_its_own_trains_a_method_from_outside(folder: Path) -> None:
     whole = load_grid(grid(folder))
@@ -318,6 +326,11 @@ def test_the_listing_says_where_a_method_comes_from(folder: Path) -> None:
             "M.mu needs a default",
         ),
         ("import fedmllm\nfedmllm.register_metric('My Metric')(len)", "'My Metric' cannot name a metric"),
+        (
+            "import fedmllm\nfedmllm.register_scenario('all-of-it', None)",
+            "'all-of-it' cannot name a scenario; use lowercase letters, digits, _ and .",
+        ),
+        ("import fedmllm\nfedmllm.register_corruption('blur2', None)", "'blur2' cannot name a heterogeneity; use lowercase letters and _"),
     ],
 )
 def test_a_plugin_that_cannot_be_used_is_an_error_of_the_settings(folder: Path, code: str, part: str) -> None:
@@ -326,6 +339,16 @@ def test_a_plugin_that_cannot_be_used_is_an_error_of_the_settings(folder: Path, 
     assert isinstance(done.exception, ConfigError)
     assert part in str(done.exception)
     assert "mine" not in sys.modules
+
+
+def test_what_is_registered_before_an_index_is_made_replaces_nothing_of_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_INDEXES", {})
+    monkeypatch.setattr(registry, "_WAITING", {})
+    registry.register("metric", "early", len)
+    assert registry.index("metric", {"accuracy": max}) == {"accuracy": max, "early": len}
+    registry.register("method", "fedavg", len)
+    with pytest.raises(ConfigError, match="method 'fedavg' of builtins exists already, from fedmllm; choose another name"):
+        registry.index("method", {"fedavg": max})
 
 
 @pytest.mark.parametrize("name", sorted(ALGORITHMS))

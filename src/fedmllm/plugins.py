@@ -19,6 +19,7 @@ A file with such lines is a plugin: name it in the experiment, ``plugins: [my_me
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -89,18 +90,18 @@ def register_scenario(name: str, scenario: Scenario) -> None:
     """Make a modality scenario available as ``federation.scenario: NAME`` or ``NAME-LEVEL``; a name without a dash.
 
     Raises:
-        ConfigError: if the name is taken.
+        ConfigError: if the name is taken or has a dash.
     """
-    register("scenario", name, scenario)
+    register("scenario", name, scenario, re.compile(r"[a-z0-9][a-z0-9_.]*"), "lowercase letters, digits, _ and .")
 
 
 def register_corruption(name: str, entry: PartEntry) -> None:
     """Make a kind of heterogeneity available in ``federation.heterogeneity`` and ``evaluation.tested``; lowercase letters and ``_`` only.
 
     Raises:
-        ConfigError: if the name is taken.
+        ConfigError: if the name is taken or has other characters.
     """
-    register("heterogeneity", name, entry)
+    register("heterogeneity", name, entry, re.compile(r"[a-z_]+"), "lowercase letters and _")
 
 
 def register_metric(name: str) -> Callable[[Function], Function]:

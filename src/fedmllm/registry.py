@@ -13,7 +13,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
@@ -39,27 +39,45 @@ _ALLOWED: list[frozenset[str]] = []
 
 
 def index(kind: str, rows: dict[str, T]) -> dict[str, T]:
-    """Return a room's index of a kind of thing, with what plugins have registered for it."""
-    rows |= _WAITING.pop(kind, {})
+    """Return a room's index of a kind of thing, with what plugins have registered for it.
+
+    Raises:
+        ConfigError: if a plugin has registered a thing under a name of the package.
+    """
+    waiting = _WAITING.get(kind, {})
+    if taken := sorted(waiting.keys() & rows.keys()):
+        raise _taken(kind, taken[0], _ORIGINS[kind, taken[0]], "fedmllm")
+    rows |= waiting
     _INDEXES[kind] = rows
     return rows
 
 
-def register(kind: str, name: str, thing: T) -> T:
+def register(kind: str, name: str, thing: T, allowed: re.Pattern[str] = _NAME, rule: str = "lowercase letters, digits, _ - and .") -> T:
     """Add a thing to the index of its kind.
 
+    Args:
+        kind: what the thing is; names are unique within a kind.
+        name: by which settings choose it.
+        thing: any object.
+        allowed: pattern of a kind's names.
+        rule: the pattern in words.
+
     Raises:
-        ConfigError: if the name is taken, or has other characters than lowercase letters, digits, ``_``, ``-`` and ``.``.
+        ConfigError: if the name is taken or not allowed.
     """
-    rows = _INDEXES.get(kind, _WAITING.setdefault(kind, {}) if kind not in _INDEXES else {})
+    rows = _INDEXES[kind] if kind in _INDEXES else _WAITING.setdefault(kind, {})
     # An instance knows the module of its class only. The same place may register again, as a notebook's cell that runs twice.
     origin = _LOADING[-1] if _LOADING else getattr(thing, "__module__", "__main__") if callable(thing) else "__main__"
-    if not _NAME.fullmatch(name):
-        raise ConfigError(f"plugins: {name!r} cannot name a {kind}; use lowercase letters, digits, _ - and .")
+    if not allowed.fullmatch(name):
+        raise ConfigError(f"plugins: {name!r} cannot name a {kind}; use {rule}")
     if name in rows and _ORIGINS.get((kind, name)) != origin:
-        raise ConfigError(f"plugins: {kind} {name!r} of {origin} exists already, from {origin_of(kind, name)}; choose another name")
+        raise _taken(kind, name, origin, origin_of(kind, name))
     rows[name], _ORIGINS[kind, name] = thing, origin
     return thing
+
+
+def _taken(kind: str, name: str, origin: str, holder: str) -> ConfigError:
+    return ConfigError(f"plugins: {kind} {name!r} of {origin} exists already, from {holder}; choose another name")
 
 
 def origin_of(kind: str, name: str) -> str:
@@ -105,10 +123,10 @@ def load_plugins(names: Sequence[str] = (), installed: bool = True) -> None:
         if foreign := [name for name in names if name not in _ALLOWED[0]]:
             raise ConfigError(f"plugins: {foreign[0]!r} is not in this site's own settings; nothing else is imported here")
     elif installed:
-        for point in _installed():
-            _load(point.value, lambda point=point: importlib.import_module(point.module))
+        for name in installed_plugins():
+            _load(name)
     for name in names:
-        _load(name, lambda name=name: _module(name))
+        _load(name)
 
 
 def restrict(names: Sequence[str]) -> None:
@@ -125,25 +143,29 @@ def resolved(names: object, folder: Path) -> object:
 
 
 def sources(names: Sequence[str]) -> Iterator[Path]:
-    """Yield the source files of plugins and of installed ones, for whoever must know whether they changed; of a package all its modules."""
+    """Yield the source files of the named and the installed plugins. A package yields all its modules.
+
+    Other plugins may have been imported in this process; they do not belong to the caller's experiment.
+    """
     load_plugins(names)
-    for module in {id(module): module for module in _LOADED.values()}.values():
+    for name in dict.fromkeys((*installed_plugins(), *names)):
+        module = _LOADED[name]
         place = Path(module.__file__ or "")
         yield from sorted(place.parent.rglob("*.py")) if hasattr(module, "__path__") else [place]
 
 
 @cache
-def _installed() -> tuple[EntryPoint, ...]:
-    """The installed plugins. Looking for them reads the metadata of every installed package."""
-    return tuple(entry_points(group=GROUP))
+def installed_plugins() -> tuple[str, ...]:
+    """Return the modules of the installed plugins. Looking for them reads the metadata of every installed package."""
+    return tuple(dict.fromkeys(point.module for point in entry_points(group=GROUP)))
 
 
-def _load(name: str, importing: Any) -> None:
+def _load(name: str) -> None:
     if name in _LOADED:
         return
     _LOADING.append(Path(name).stem if name.endswith(".py") else name)
     try:
-        _LOADED[name] = importing()
+        _LOADED[name] = _module(name)
     except ConfigError:
         raise
     except Exception as error:

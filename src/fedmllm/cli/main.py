@@ -10,7 +10,6 @@ import io
 import json
 import sys
 from dataclasses import replace
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,7 +20,7 @@ from fedmllm.cli.arguments import AsJson, ExperimentFile, Force, Overrides, load
 from fedmllm.cli.data import data_app
 from fedmllm.cli.models import models_app
 from fedmllm.files import require_new_folder
-from fedmllm.registry import GROUP, load_plugins
+from fedmllm.registry import installed_plugins, load_plugins
 from fedmllm.settings_file import GRID, read_settings
 from fedmllm.sites.commands import server_app, site_app
 
@@ -141,11 +140,12 @@ def methods(
     from fedmllm.cli.catalog import recorded
 
     rows = {kind: listed for kind, listed in recorded().items() if kind != "models"}
-    if plugin or entry_points(group=GROUP):
+    if plugin or installed_plugins():
         load_plugins(plugin or [])
         from fedmllm.reports.methods import from_plugins
 
-        rows = {kind: listed | from_plugins()[kind] for kind, listed in rows.items()}
+        more = from_plugins()
+        rows = {kind: listed | more[kind] for kind, listed in rows.items()}
     if as_json:
         typer.echo(json.dumps(rows, indent=1, ensure_ascii=False))
         return
