@@ -21,6 +21,7 @@ from fedmllm.evaluation.predictions import Answered, to_record
 from fedmllm.reports import sweep_tables as grid_tables
 from fedmllm.reports.drawing import FILLS
 from fedmllm.reports.sweep_figures import _levels, _unbeaten, strategy_gains
+from fedmllm.reports.sweep_formats import to_csv, to_latex, to_markdown
 from fedmllm.reports.sweep_report import write_sweep_report
 from fedmllm.reports.sweep_tables import (
     NOTHING,
@@ -33,9 +34,6 @@ from fedmllm.reports.sweep_tables import (
     score_table,
     strategy_table,
     survivors,
-    to_csv,
-    to_latex,
-    to_markdown,
 )
 from fedmllm.sweeps.choosing import ranked
 from fedmllm.sweeps.comparison import Gain, read_sweep

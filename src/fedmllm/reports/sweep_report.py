@@ -8,6 +8,7 @@ from typing import Any
 from fedmllm.files import write_atomically
 from fedmllm.reports import sweep_figures as grid_figures
 from fedmllm.reports.run_report import METRICS, page
+from fedmllm.reports.sweep_formats import to_csv, to_latex, to_markdown
 from fedmllm.reports.sweep_tables import (
     Table,
     beside_table,
@@ -17,9 +18,6 @@ from fedmllm.reports.sweep_tables import (
     score_table,
     strategy_table,
     tested_table,
-    to_csv,
-    to_latex,
-    to_markdown,
 )
 from fedmllm.sweeps.comparison import Sweep, read_sweep
 from fedmllm.sweeps.pairs import pairs
