@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,13 @@ from rich.console import Console
 
 from fedmllm.config import Experiment
 from fedmllm.engine.observer import UNOBSERVED, Observer
+from fedmllm.reports import write_report_of
 from fedmllm.reports.progress import Display, SweepDisplay
 from fedmllm.reports.run_report import write_report
 from fedmllm.reports.sweep_report import write_sweep_report
 from fedmllm.run.resident import Resident
 from fedmllm.run.results import RunResult
-from fedmllm.run.scoring import Adapter, load_adapter_of
+from fedmllm.run.scoring import Adapter, load_adapter_of, score_adapter
 from fedmllm.run.train import train as run
 from fedmllm.sweeps.grid import cells, load_grid
 from fedmllm.sweeps.runner import Outcome, open_sweep, require_sources, run_sweep
@@ -45,7 +47,7 @@ def train(
         output: the run folder; by default ``runs/<name>-<time>``, on resuming the newest of those that is unfinished.
         name: names the experiment in the report.
         resume: go on with an interrupted run; the end is bit-identical to that of an uninterrupted one.
-        observer: is told about the progress, in place of the display.
+        observer: functions to call as the run proceeds. With an observer there is no display.
         resident: what earlier runs of this process left to be used again; nothing for None.
         report: whether to write the report; ``fedmllm.report`` writes it any time.
         track: where to write the numbers down besides, names of ``run.tracking.TRACKERS``.
@@ -58,25 +60,20 @@ def train(
     Raises:
         FedMLLMError: see the kinds in ``fedmllm.errors``.
     """
-    if observer is None and _shows(progress):
-        with Display(experiment.federation.num_rounds) as display:
-            return _train(
-                experiment, output, display.observer, report, name=name, resume=resume, resident=resident, track=track, force=force
-            )
-    seen = observer or UNOBSERVED
-    return _train(experiment, output, seen, report, name=name, resume=resume, resident=resident, track=track, force=force)
-
-
-def _train(experiment: Experiment, output: str | Path | None, observer: Observer, report: bool, **settings: Any) -> RunResult:
     opened: list[Path] = []
 
     def note(folder: Path) -> None:
         opened.append(folder)
-        observer.opened(folder)
+        seen.opened(folder)
 
-    result = run(experiment, output, observer=replace(observer, opened=note), **settings)
-    if report:
-        write_report(opened[-1])
+    with ExitStack() as stack:
+        if observer is None and _shows(progress):
+            observer = stack.enter_context(Display(experiment.federation.num_rounds)).observer
+        seen = observer or UNOBSERVED
+        told = replace(seen, opened=note)
+        result = run(experiment, output, name=name, resume=resume, observer=told, resident=resident, track=track, force=force)
+        if report:
+            write_report(opened[-1])
     return replace(result, folder=opened[-1])
 
 
@@ -102,7 +99,7 @@ def evaluate(
     run_or_adapter: str | Path, experiment: str | Path | None = None, overrides: Sequence[str] = (), *, force: bool = False
 ) -> Metrics:
     """Return all metrics of a trained adapter on its experiment's test split; arguments and errors as of ``load_adapter``."""
-    return load_adapter(run_or_adapter, experiment, overrides, force=force).evaluate()
+    return score_adapter(Path(run_or_adapter), None if experiment is None else Path(experiment), overrides, force)[1]
 
 
 def predict(run_or_adapter: str | Path, questions: Sequence[Mapping[str, Any]], experiment: str | Path | None = None) -> list[Prediction]:
@@ -141,7 +138,7 @@ def report(folder: str | Path) -> Path:
     Raises:
         RunError: if the folder is neither, or its files are damaged.
     """
-    return write_sweep_report(Path(folder)) if (Path(folder) / "cells").is_dir() else write_report(Path(folder))
+    return write_report_of(Path(folder))
 
 
 def _shows(progress: bool | None) -> bool:

@@ -9,9 +9,8 @@ import errno
 import io
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -53,21 +52,18 @@ def train(
     force: Force = False,
 ) -> None:
     """Train an experiment and write metrics, adapter and report to a run folder."""
-    settings, opened = loaded(experiment, overrides), list[Path]()
+    settings = loaded(experiment, overrides)
     from fedmllm import api
-    from fedmllm.reports.progress import Display
 
     _print_plan(settings)
+    trackers = [tracker for tracker in track if tracker != "none"]
     try:
-        with Display(settings.federation.num_rounds) as display:
-            trackers = [tracker for tracker in track if tracker != "none"]
-            observer = replace(display.observer, opened=opened.append)
-            result = api.train(settings, output, name=experiment.stem, resume=resume, observer=observer, track=trackers, force=force)
+        result = api.train(settings, output, name=experiment.stem, resume=resume, track=trackers, force=force, progress=True)
     except KeyboardInterrupt:
         typer.echo("interrupted; continue with the same command and --resume", err=True)
         raise typer.Exit(130) from None
     _print_result(result)
-    (folder,) = opened
+    folder = cast(Path, result.folder)
     typer.echo(f"\nrun folder  {folder}\nadapter     {folder / 'adapter'}\nreport      {folder / 'report.html'}")
 
 
@@ -116,7 +112,9 @@ for command in (evaluate, chat, merge):
 @app.command()
 def report(folder: Annotated[Path, typer.Argument(help="A run folder or a sweep folder.")]) -> None:
     """Write the report.html of a run or a sweep again; for a sweep also tables.md, tables.tex and results.csv."""
-    typer.echo(_written(folder))
+    from fedmllm.reports import write_report_of
+
+    typer.echo(write_report_of(folder))
 
 
 @app.command()
@@ -169,17 +167,6 @@ def pretrain_nano(
     config = PretrainConfig(seed=seed) if steps is None else PretrainConfig(seed=seed, steps=steps)
     make_nano(output, config, typer.echo)
     typer.echo(f"model  {output}")
-
-
-def _written(folder: Path) -> Path:
-    """Write the report of a run folder or a sweep folder, and return its path."""
-    if (folder / "cells").is_dir():
-        from fedmllm.reports.sweep_report import write_sweep_report
-
-        return write_sweep_report(folder)
-    from fedmllm.reports.run_report import write_report
-
-    return write_report(folder)
 
 
 def _print_plan(settings: Experiment) -> None:

@@ -70,24 +70,21 @@ class RunStore:
         with written(self.metrics_file), self.metrics_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record, allow_nan=False) + "\n")
 
-    def records(self, stage: str) -> list[Record]:
-        """Return a stage's records in the order of the file."""
-        return [record for record in self._read() if record["stage"] == stage]
-
-    def rewind(self, stage: str, round_num: int) -> None:
-        """Remove a stage's records after a round. A crash may leave a round's record without its checkpoint."""
-        kept = [record for record in self._read() if record["stage"] != stage or record["round"] <= round_num]
-        write_atomically(self.metrics_file, "".join(json.dumps(record) + "\n" for record in kept).encode())
-
-    def _read(self) -> list[Record]:
-        """Return all records, without a truncated last line."""
+    def records(self, stage: str | None = None) -> list[Record]:
+        """Return a stage's records, or those of all stages, in the order of the file, without a truncated last line."""
         if not self.metrics_file.is_file():
             return []
         lines = self.metrics_file.read_text(encoding="utf-8").splitlines(keepends=True)
         try:
-            return [json.loads(line) for line in lines if line.endswith("\n")]
+            records = [json.loads(line) for line in lines if line.endswith("\n")]
         except json.JSONDecodeError as error:
             raise RunError(f"{self.metrics_file}: a line is not JSON ({error}); start the run again in another folder") from error
+        return [record for record in records if stage is None or record["stage"] == stage]
+
+    def rewind(self, stage: str, round_num: int) -> None:
+        """Remove a stage's records after a round. A crash may leave a round's record without its checkpoint."""
+        kept = [record for record in self.records() if record["stage"] != stage or record["round"] <= round_num]
+        write_atomically(self.metrics_file, "".join(json.dumps(record) + "\n" for record in kept).encode())
 
     def _state_file(self, stage: str) -> Path:
         return self.folder / "checkpoints" / f"{stage}.safetensors"

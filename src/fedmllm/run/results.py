@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import platform
 from collections.abc import Iterable
@@ -100,8 +99,9 @@ class RunResult:
         """
         if self.folder is None:
             raise RunError("this result was read from a file and does not know its run; take the one that fedmllm.train returns")
-        lines = (self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        return [_row(json.loads(line)) for line in lines]
+        from fedmllm.engine.checkpoint import RunStore
+
+        return [_row(record) for record in RunStore(self.folder).records()]
 
     def plot(self, stage: str = "federated") -> Any:
         """Return a matplotlib ``Axes`` with a stage's score by round, on the validation part or, without one, on the test split.

@@ -49,8 +49,7 @@ def score_adapter(
         ModelError: if the model is not the run's, or the adapter does not fit it.
     """
     experiment, adapter = _found(path, experiment_file, overrides, force)
-    dataset = load(experiment.data, experiment.seed)
-    require_scorable(dataset.metric, dataset.test, "the test split")
+    dataset = _tested(experiment)
     return dataset.metric, Adapter(experiment, _loaded(experiment, adapter)).score(dataset)
 
 
@@ -68,9 +67,7 @@ class Adapter:
 
     def evaluate(self) -> Metrics:
         """Return all metrics on the experiment's test split; the headline is ``score``."""
-        dataset = load(self.experiment.data, self.experiment.seed)
-        require_scorable(dataset.metric, dataset.test, "the test split")
-        return self.score(dataset)
+        return self.score(_tested(self.experiment))
 
     def score(self, dataset: Dataset) -> Metrics:
         """Return all metrics on a dataset's test split."""
@@ -173,6 +170,13 @@ def _found(path: Path, experiment_file: Path | None, overrides: Sequence[str], f
     experiment = Experiment.load(chosen, [*_TRAINED, *overrides])
     began = None if own is None else Experiment.load(own, _TRAINED).model.fingerprint
     return experiment.with_fingerprint(None if force else experiment.model.fingerprint or began), adapter
+
+
+def _tested(experiment: Experiment) -> Dataset:
+    """Return an experiment's dataset, whose test split can be scored."""
+    dataset = load(experiment.data, experiment.seed)
+    require_scorable(dataset.metric, dataset.test, "the test split")
+    return dataset
 
 
 def _loaded(experiment: Experiment, adapter: Path) -> VisionLanguageModel:
