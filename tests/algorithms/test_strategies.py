@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fedmllm.algorithms.strategies as package
-from fedmllm.algorithms import STRATEGIES, AlgorithmConfig, Client, ServerState, StrategyConfig, build_algorithm
+from fedmllm.algorithms import STRATEGIES, AlgorithmConfig, Client, ServerState, StrategyConfig, _tell_renamed, build_algorithm
 from fedmllm.algorithms.strategies.adaptive_regularization import AdaptiveRegularization, depth, profile_distance
 from fedmllm.algorithms.strategies.label_calibration import Calibration
 from fedmllm.algorithms.strategies.modality_coverage import ModalityCoverage, coverage
@@ -177,11 +177,28 @@ def test_fedmllm_is_one_word() -> None:
     assert AlgorithmConfig.model_validate(config.model_dump(mode="json")) == config
 
 
-def test_the_recommended_method_is_its_two_parts() -> None:
+def test_calibrated_flexlora_is_its_two_parts() -> None:
     """Its server is FlexLoRA's, as the contracts show."""
     parts = AlgorithmConfig(name="flexlora", strategies=(StrategyConfig(name="label_calibration"),))
-    whole, composed = build_algorithm(AlgorithmConfig(name="fedmllm")), build_algorithm(parts)
+    whole, composed = build_algorithm(AlgorithmConfig(name="calibrated_flexlora")), build_algorithm(parts)
     assert whole.local_rule(broadcast(), Client()) == composed.local_rule(broadcast(), Client()) != LocalRule()
+
+
+@pytest.mark.parametrize(
+    ("written", "name"), [("fedmllm", "calibrated_flexlora"), ("FedMLLM(fedmllm)", "FedMLLM(calibrated_flexlora)"), ("fedavg", "fedavg")]
+)
+def test_a_former_name_means_the_current_method(written: str, name: str) -> None:
+    assert AlgorithmConfig(name=written) == AlgorithmConfig(name=name)
+    assert AlgorithmConfig(name=written).name == name
+
+
+def test_a_former_name_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    _tell_renamed.cache_clear()
+    for _ in range(2):
+        AlgorithmConfig(name="fedmllm")
+    assert [record.message for record in caplog.records] == [
+        "algorithm.name: fedmllm is now called calibrated_flexlora; please write the new name"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -235,7 +252,7 @@ def test_wrong_strategies_are_refused(algorithm: dict[str, object], part: str) -
         ({"algorithm": {"name": "median"}}, "median with these parameters needs 3 clients or more per round, is 2"),
         (
             {"lora": {"client_ranks": [4, 8]}},
-            "fedavg needs one rank everywhere; leave it out, or use fedilora, fedmllm, flexlora, flora, hetlora",
+            "fedavg needs one rank everywhere; leave it out, or use calibrated_flexlora, fedilora, flexlora, flora, hetlora",
         ),
         ({"lora": {"client_ranks": [4, 16]}, "algorithm": {"name": "hetlora"}}, "must be between 1 and r = 8, got 16"),
         ({"lora": {"client_ranks": [0]}, "algorithm": {"name": "hetlora"}}, "must be between 1 and r = 8, got 0"),

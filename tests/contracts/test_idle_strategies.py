@@ -130,6 +130,6 @@ def test_a_calibration_beside_a_method_s_own_says_so() -> None:
     assert "replaces the method's own calibration, which has strength 1" in found[0.5].text  # type: ignore[union-attr]
     rules = []
     for strategies in ([], ["label_calibration"], [{"name": "label_calibration", "parameters": {"strength": 0.5}}]):
-        method = build_algorithm(AlgorithmConfig.model_validate({"name": "fedmllm", "strategies": strategies}))
+        method = build_algorithm(AlgorithmConfig.model_validate({"name": "calibrated_flexlora", "strategies": strategies}))
         rules.append(method.local_rule(Broadcast(0, {}), Client()).all_terms)
     assert rules == [(Calibration(1.0),), (Calibration(1.0),), (Calibration(0.5),)]

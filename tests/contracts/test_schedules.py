@@ -177,7 +177,7 @@ TAKES = sorted(name for name, cls in ALGORITHMS.items() if cls.takes_stale_updat
 
 def test_which_methods_take_stale_updates() -> None:
     """Those whose server adds what it makes of the updates to its weights, and whose clients send the same tensors in every round."""
-    refused = {"fedex_lora", "fedilora", "fedmllm", "flexlora", "flora", "hetlora", "rolora", "scaffold", "yoco"}
+    refused = {"fedex_lora", "calibrated_flexlora", "fedilora", "flexlora", "flora", "hetlora", "rolora", "scaffold", "yoco"}
     assert set(ALGORITHMS) - set(TAKES) == refused
 
 

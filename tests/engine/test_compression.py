@@ -201,7 +201,7 @@ def test_under_new_splits_a_residual_is_carried_over() -> None:
     """FlexLoRA, largest quarter of the entries, four seeds. Loss above that of whole updates: 45.9 without feedback, 14.1 with residuals as they
     were (cosine 0.43), 6.0 with residuals carried over (0.97)."""
     assert build_algorithm(AlgorithmConfig(name="flexlora")).splits_anew
-    assert build_algorithm(AlgorithmConfig(name="fedmllm")).splits_anew
+    assert build_algorithm(AlgorithmConfig(name="calibrated_flexlora")).splits_anew
     ways = {"off": (TOP.model_copy(update={"error_feedback": False}), False), "as it was": (TOP, False), "carried": (TOP, True)}
     found = {way: [federated("flexlora", *settings, seed) for seed in range(4)] for way, settings in ways.items()}
     whole = np.mean([federated("flexlora", CompressionConfig(), False, seed)[0] for seed in range(4)])

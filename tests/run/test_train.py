@@ -88,7 +88,7 @@ def test_the_folder_is_complete(finished: Path) -> None:
     assert stages == {"federated", "centralized", "local-client-00", "local-client-01", "local-client-02"}
 
 
-@pytest.mark.parametrize("method", ["fedmllm", "flora", "fedsa_lora"])
+@pytest.mark.parametrize("method", ["calibrated_flexlora", "flora", "fedsa_lora"])
 def test_connector_and_embeddings_train_and_travel(tiny: Experiment, tmp_path: Path, method: str) -> None:
     """One after another, pictures computed every time; they move, are counted and sent, and come back with the adapter."""
     extra = {"connector": "full", "embeddings": "full"}

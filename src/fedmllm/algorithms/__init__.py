@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import Counter
+from functools import cache
 from typing import Any, cast
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from fedmllm.algorithms.base import NONE_OUTSTANDING, Aggregate, Algorithm, Client, Member, Outstanding, ServerState
+from fedmllm.algorithms.calibrated_flexlora import CalibratedFlexLoRA
 from fedmllm.algorithms.ditto import Ditto
 from fedmllm.algorithms.fedadagrad import FedAdagrad
 from fedmllm.algorithms.fedadam import FedAdam
@@ -17,7 +20,6 @@ from fedmllm.algorithms.fedavgm import FedAvgM
 from fedmllm.algorithms.fedex_lora import FedExLoRA
 from fedmllm.algorithms.fedilora import FediLoRA
 from fedmllm.algorithms.fedit import FedIT
-from fedmllm.algorithms.fedmllm import FedMLLM
 from fedmllm.algorithms.fednova import FedNova
 from fedmllm.algorithms.fedprox import FedProx
 from fedmllm.algorithms.fedsa_lora import FedSALoRA
@@ -60,9 +62,12 @@ __all__ = [
     "remarks",
 ]
 
+_LOG = logging.getLogger(__name__)
+
 ALGORITHMS: dict[str, type[Any]] = index(
     "method",
     {
+        "calibrated_flexlora": CalibratedFlexLoRA,
         "ditto": Ditto,
         "fedadagrad": FedAdagrad,
         "fedadam": FedAdam,
@@ -71,7 +76,6 @@ ALGORITHMS: dict[str, type[Any]] = index(
         "fedex_lora": FedExLoRA,
         "fedilora": FediLoRA,
         "fedit": FedIT,
-        "fedmllm": FedMLLM,
         "fednova": FedNova,
         "fedprox": FedProx,
         "fedsa_lora": FedSALoRA,
@@ -89,6 +93,10 @@ ALGORITHMS: dict[str, type[Any]] = index(
     },
 )
 
+RENAMED = {"fedmllm": "calibrated_flexlora"}
+"""Former names of methods, which experiments may still use."""
+
+_FEDMLLM = re.compile(r"fedmllm\((.*)\)", re.IGNORECASE)
 PUBLISHED = ("agnostic_prompt", "adaptive_regularization")
 """The strategies that ``FedMLLM(method)`` adds to a method, with their published constants."""
 
@@ -120,12 +128,22 @@ class AlgorithmConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: str = "fedavg"
-    """Name of the method; ``fedmllm methods`` lists them, and ``fedmllm`` is the recommended one. ``FedMLLM(NAME)`` adds the two
-    published strategies to the method NAME."""
+    """Name of the method; ``fedmllm methods`` lists them. ``FedMLLM(NAME)`` adds the two published strategies to the method NAME."""
     parameters: dict[str, Value] = Field(default_factory=dict)
     """The method's hyperparameters by name. Those not given take their defaults."""
     strategies: tuple[StrategyConfig, ...] = ()
     """Strategies added to the method, in the order in which they apply. Each is a name or ``{name: ..., parameters: {...}}``."""
+
+    @field_validator("name")
+    @classmethod
+    def _current(cls, name: str) -> str:
+        """Replace a former name, so that the same experiment has one name in results and sweep keys."""
+        published = _FEDMLLM.fullmatch(name)
+        former = published[1] if published else name
+        if former not in RENAMED:
+            return name
+        _tell_renamed(former)
+        return f"FedMLLM({RENAMED[former]})" if published else RENAMED[former]
 
     @model_validator(mode="after")
     def _known(self) -> AlgorithmConfig:
@@ -141,7 +159,7 @@ class AlgorithmConfig(BaseModel):
 
     @property
     def _published(self) -> re.Match[str] | None:
-        return re.fullmatch(r"fedmllm\((.*)\)", self.name, re.IGNORECASE)
+        return _FEDMLLM.fullmatch(self.name)
 
     @property
     def all_strategies(self) -> tuple[StrategyConfig, ...]:
@@ -153,6 +171,12 @@ class AlgorithmConfig(BaseModel):
     def strategy_names(self) -> tuple[str, ...]:
         """Names of all strategies in the order in which they apply."""
         return tuple(strategy.name for strategy in self.all_strategies)
+
+
+@cache
+def _tell_renamed(former: str) -> None:
+    """Log a warning, once in a process."""
+    _LOG.warning("algorithm.name: %s is now called %s; please write the new name", former, RENAMED[former])
 
 
 def build_algorithm(config: AlgorithmConfig) -> Algorithm:

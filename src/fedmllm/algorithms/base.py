@@ -17,7 +17,7 @@ from fedmllm.types import Accepted, Broadcast, ClientUpdate, Population, Profile
 if TYPE_CHECKING:
     from fedmllm.algorithms.transforms import UpdateTransform
 
-Kind = Literal["recommended", "classic", "robust", "lora", "one-shot", "personalized"]
+Kind = Literal["classic", "robust", "lora", "one-shot", "personalized"]
 
 Fact = Literal["steps", "profile"]
 """What a client may choose not to report: its number of optimizer steps, or its sample counts by modality (its profile)."""

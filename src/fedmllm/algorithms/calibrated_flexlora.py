@@ -1,4 +1,4 @@
-"""The recommended first choice: FlexLoRA's mean of products with clients calibrated to their own labels. Our own composition."""
+"""FlexLoRA's mean of products with clients calibrated to their own labels. Our own composition."""
 
 from __future__ import annotations
 
@@ -12,19 +12,17 @@ from fedmllm.types import Broadcast
 
 
 @dataclass(frozen=True)
-class FedMLLM(FlexLoRA):
+class CalibratedFlexLoRA(FlexLoRA):
     """FlexLoRA with the strategy ``label_calibration``.
 
     The server averages the products of the clients' factors and not the factors themselves, so that clients with different directions or
-    ranks do not cancel each other. Calibration keeps a client's label skew out of its update. There is nothing else to tune. Updates are
-    as large as FedAvg's, and the server holds the updates of one cohort in memory. ``calibration = 0`` is FlexLoRA. This method is
-    unrelated to ``FedMLLM(method)``, which adds the two published strategies to a method.
+    ranks do not cancel each other. Calibration keeps a client's label skew out of its update. Updates are as large as FedAvg's, and the
+    server holds the updates of one cohort in memory. ``calibration = 0`` is FlexLoRA.
 
     Attributes:
         calibration: strength of ``label_calibration``. Questions without options are trained without calibration.
     """
 
-    kind = "recommended"
     calibration: float = 1.0
 
     def __post_init__(self) -> None:
