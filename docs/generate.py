@@ -1,18 +1,15 @@
 """Write ``docs/configuration.md``, the tables of ``docs/methods.md`` and ``cli/catalog.json`` from the code: ``python docs/generate.py``."""
 
-import ast
 import dataclasses
 import inspect
 import json
 from collections.abc import Iterable, Iterator
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any
 
 from pydantic import BaseModel
 
 from fedmllm.cli.catalog import FILE as CATALOG_FILE
-from fedmllm.config import Experiment
 from fedmllm.data.datasets import DATASETS, columns
 from fedmllm.data.datasets.mixture import MixedPart
 from fedmllm.data.modalities import SCENARIOS
@@ -21,14 +18,16 @@ from fedmllm.data.quality import PARTS
 from fedmllm.engine.schedules import SCHEDULES
 from fedmllm.models.families import FAMILIES, GENERIC
 from fedmllm.reports import models as models_view
+from fedmllm.reports import settings as settings_view
 from fedmllm.reports.methods import catalog
 from fedmllm.reports.methods import first_paragraph as _text
-from fedmllm.training.schedule import ScheduleConfig
+from fedmllm.types import Record
 
-SIGNS = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
-WORDS = {type(None): "null", str: "text", Path: "path", tuple: "list of {}", dict: "mapping of {} to {}", Any: "anything"}
 HERE = Path(__file__).parent
 CATALOG = catalog()
+SETTINGS = settings_view.catalog()
+TOP_TITLE = "Top level"
+KEYS = ("Key", "Type", "Default", "Rule", "Meaning")
 BEGIN, END = "<!-- Written by `python docs/generate.py`, from here -->", "<!-- to here -->"
 FLAGS = {"exact": "Exact", "heterogeneous_ranks": "Ranks may differ", "personalized": "A model per client", "streams": "Streams"}
 CHANGES = {"client": "training", "weight": "weights in the average", "prompt": "wording of prompts"}
@@ -37,35 +36,32 @@ INTRO = """<!-- Written by `python docs/generate.py`; change the code and run it
 
 An experiment is one YAML file with the sections below. Every key has a default. After the file, `fedmllm train` accepts
 overrides of the form `key.path=value`, with the value in YAML, e.g. `training.clip_norm=null` or `'evaluation.baselines=[local]'`.
-A value that breaks a rule is refused. The message names the line or override, the rule and the remedy, and the exit code is 2."""
+A value that breaks a rule is refused. The message names the line or override, the rule and the remedy, and the exit code is 2.
+Few experiments need the settings under "Advanced". `fedmllm settings SECTION` prints a section."""
 
 
 def page() -> str:
     """Return the configuration page: a table for each section, then one for each index of names."""
-    sections = {name: type(field.default) for name, field in Experiment.model_fields.items() if isinstance(field.default, BaseModel)}
-    parts = (_section(f"{name}\n\n{_text(model.__doc__)}", model) for name, model in sections.items())
-    return "\n\n".join([INTRO, _section("Top level", Experiment), *parts, *_indexes()]) + "\n"
+    parts = (_section(TOP_TITLE if name == settings_view.TOP else name, section) for name, section in SETTINGS.items())
+    return "\n\n".join([INTRO, *parts, *_indexes()]) + "\n"
 
 
-def _section(title: str, model: type[BaseModel]) -> str:
-    """Return a table of the fields that are not sections. A field's meaning is the string below it in the source."""
-    pairs: Any = pairwise(ast.parse(inspect.getsource(model)).body[0].body)  # type: ignore[attr-defined]
-    meaning = {a.target.id: ast.literal_eval(b.value) for a, b in pairs if isinstance(a, ast.AnnAssign) and isinstance(b, ast.Expr)}
-    rows = []
-    for name, field in model.model_fields.items():
-        rule = " and ".join(f"{text} {getattr(m, sign):g}" for m in field.metadata for sign, text in SIGNS.items() if hasattr(m, sign))
-        default = field.get_default(call_default_factory=True, validated_data={})
-        if not isinstance(default, BaseModel):
-            stated = "required" if field.is_required() else f"`{json.dumps(default)}`"
-            rows.append((f"`{name}`", _type(field.annotation), stated, rule, _text(meaning[name])))
-    return _table(title, ("Key", "Type", "Default", "Rule", "Meaning"), rows)
+def _form(title: str, model: type[BaseModel]) -> str:
+    """Return the section of a group of settings that is not a section of the experiment itself."""
+    return _section(title, settings_view.section(model))
 
 
-def _type(kind: Any) -> str:
-    if get_origin(kind) is Literal:
-        return " or ".join(f"`{value}`" for value in get_args(kind))
-    parts = [_type(part) for part in get_args(kind) if part is not ...]
-    return WORDS.get(get_origin(kind), " or ".join(parts)).format(*parts) if parts else WORDS.get(kind, kind.__name__)
+def _section(title: str, section: Record) -> str:
+    """Return a table of a section's settings, then one of those that few experiments change."""
+    about = f"{title}\n\n{section['summary']}" if title != TOP_TITLE else title
+    rows = section["settings"].items()
+    common, rare = ([_row(n, r) for n, r in rows if r["advanced"] is advanced] for advanced in (False, True))
+    return "\n\n".join(part for part in (_table(about, KEYS, common), f"Advanced:\n\n{_grid(KEYS, rare)}" if rare else "") if part)
+
+
+def _row(name: str, setting: Record) -> tuple[str, ...]:
+    default = "required" if setting["default"] is None else f"`{setting['default']}`"
+    return f"`{name}`", setting["type"], default, setting["rule"], setting["meaning"]
 
 
 def _indexes() -> Iterator[str]:
@@ -81,12 +77,9 @@ def _indexes() -> Iterator[str]:
     yield _table("Datasets: data.dataset", ("Name", "Content", "data.root"), datasets)
     forms = {form: name for name, row in reversed(DATASETS.items()) if (form := row.options()).model_fields}
     for form, name in reversed(forms.items()):
-        yield _section(
-            f"data.options of {name if form is not columns.Options else 'jsonl, csv and huggingface'}\n\n{_text(form.__doc__)}", form
-        )
-    yield _section(f"training.schedule\n\n{_text(ScheduleConfig.__doc__)}", ScheduleConfig)
-    yield _section(f"data.options.parts of mixture, each\n\n{_text(MixedPart.__doc__)}", MixedPart)
-    yield _section(f"data.wordings, each\n\n{_text(Wording.__doc__)}", Wording)
+        yield _form(f"data.options of {name if form is not columns.Options else 'jsonl, csv and huggingface'}", form)
+    yield _form("data.options.parts of mixture, each", MixedPart)
+    yield _form("data.wordings, each", Wording)
     scenarios = ((f"`{n}`", row.summary, row.level_rule, row.default_level) for n, row in SCENARIOS.items())
     yield _table("Scenarios: federation.scenario", ("Name", "Meaning", "Level, after a dash", "Default level"), scenarios)
     parts = ((f"`{n}`", row.summary, f"{row.strength:g}", f"{row.bounds[0]:g} to {row.bounds[1]:g}") for n, row in PARTS.items())
@@ -147,12 +140,16 @@ def _parameters(row: dict[str, Any]) -> str:
 
 
 def _table(title: str, columns: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
-    return f"## {title}\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in (columns, ("---",) * len(columns), *rows))
+    return f"## {title}\n\n{_grid(columns, rows)}"
+
+
+def _grid(columns: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in (columns, ("---",) * len(columns), *rows))
 
 
 def pages() -> dict[Path, str]:
     """Return the content of each file that this script writes, as a whole or in part."""
-    listed = json.dumps({**CATALOG, "models": models_view.catalog()}, indent=1, ensure_ascii=False) + "\n"
+    listed = json.dumps({**CATALOG, "models": models_view.catalog(), "settings": SETTINGS}, indent=1, ensure_ascii=False) + "\n"
     methods = methods_page((HERE / "methods.md").read_text(encoding="utf-8"))
     return {HERE / "configuration.md": page(), HERE / "methods.md": methods, CATALOG_FILE: listed}
 

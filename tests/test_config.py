@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedmllm.config import Experiment, differences
+from fedmllm.config import Experiment, _tell_renamed, differences
 from fedmllm.errors import ConfigError
 
 
@@ -49,6 +49,18 @@ def test_every_error_is_reported_with_its_line(tmp_path: Path) -> None:
     ):
         assert part in text
     assert text.startswith("the experiment has 4 errors")
+
+
+def test_a_former_name_of_a_setting_still_works_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    _tell_renamed.cache_clear()
+    former = {"engine": {"device": "cpu", "together": 3}}
+    assert Experiment.parse(former) == Experiment.parse({"engine": {"device": "cpu", "parallel_clients": 3}})
+    assert former["engine"] == {"device": "cpu", "together": 3}
+    assert [record.message for record in caplog.records] == [
+        "engine.together is now called engine.parallel_clients; please write the new name"
+    ]
+    with pytest.raises(ConfigError, match=r"engine\.together: is not a known setting"):
+        Experiment.parse({"engine": {"together": 3, "parallel_clients": 3}})
 
 
 def test_a_key_in_the_wrong_section_is_sent_to_the_right_one() -> None:

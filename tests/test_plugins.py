@@ -212,7 +212,7 @@ def test_a_worker_imports_what_its_settings_name(folder: Path) -> None:
         "import sys; from fedmllm.run.worker import Worker; e = Worker().experiment(sys.stdin.read()); "
         "from fedmllm.algorithms import build_algorithm; print(build_algorithm(e.algorithm).share)"
     )
-    done = subprocess.run([sys.executable, "-c", code], input=settings, cwd="/", capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run([sys.executable, "-c", code], input=settings, cwd="/", capture_output=True, text=True, timeout=600, check=False)
     assert done.stdout.strip() == "0.5", done.stderr
     assert isinstance(Worker().experiment(settings), Experiment)
 
@@ -222,7 +222,7 @@ def test_a_method_from_outside_trains_on_ray_and_ends_alike(folder: Path) -> Non
     pytest.importorskip("ray")
     ends = []
     for engine in ("in_process", "flower"):
-        experiment = Experiment.load(written(folder), [f"engine.name={engine}", "engine.together=1"])
+        experiment = Experiment.load(written(folder), [f"engine.name={engine}", "engine.parallel_clients=1"])
         train(experiment, folder / engine, report=False)
         ends.append(adapter(folder / engine))
     for name, tensor in ends[0].items():

@@ -12,7 +12,7 @@ from fedmllm import weights as W
 from fedmllm.models.encoding import Encoded
 from fedmllm.models.load import VisionLanguageModel
 from fedmllm.models.lora import read_weights
-from fedmllm.training.local import train_locally, train_together
+from fedmllm.training.local import train_in_parallel, train_locally
 from fedmllm.training.rules import LocalRule
 from fedmllm.training.settings import TrainingConfig
 from fedmllm.types import Weights
@@ -79,4 +79,4 @@ def _alone(vlm: VisionLanguageModel, held: list[list[Encoded]], own: Weights) ->
 def _together(vlm: VisionLanguageModel, held: list[list[Encoded]], own: Weights) -> list[Weights]:
     rule = LocalRule(records_gradient=True)
     asked = [(replace(task, received=own), rule) for task, _ in turns(vlm, held, CONFIG)]
-    return [result.gradient for result in train_together(vlm, asked, CONFIG)]
+    return [result.gradient for result in train_in_parallel(vlm, asked, CONFIG)]

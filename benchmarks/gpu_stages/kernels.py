@@ -8,7 +8,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from fedmllm.models.memory import TokenBudget
-from fedmllm.training.local import train_together
+from fedmllm.training.local import train_in_parallel
 from gpu_stages.bench import Bench
 from gpu_stages.models import adapted, build
 from gpu_stages.training import Case, turns
@@ -23,7 +23,7 @@ def profiled(bench: Bench) -> None:
     asked = turns(vlm, case.held(bench, vlm), case.config)
 
     def step() -> None:
-        train_together(vlm, asked, case.config, budget)
+        train_in_parallel(vlm, asked, case.config, budget)
 
     plain = bench.repeated(step, 2)["seconds"]
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if bench.cuda else [])]

@@ -17,7 +17,7 @@ from fedmllm.models.parts import LoraConfig
 from fedmllm.models.plan import Plan, make_plan
 from fedmllm.training.batches import batched
 from fedmllm.training.client import LocalTask
-from fedmllm.training.local import train_together
+from fedmllm.training.local import train_in_parallel
 from fedmllm.training.rules import LocalResult, LocalRule
 from fedmllm.training.settings import TrainingConfig
 from gpu_stages.bench import Bench
@@ -95,7 +95,7 @@ def measure(bench: Bench, vlm: VisionLanguageModel, case: Case, name: str = "", 
     asked = turns(vlm, held, case.config)
 
     def work() -> None:
-        results[:] = train_together(vlm, asked, case.config, budget)
+        results[:] = train_in_parallel(vlm, asked, case.config, budget)
 
     if bench.cuda:
         torch.cuda.empty_cache()

@@ -29,7 +29,7 @@ def run(work: Workload, go: Go, done: Done, off: str = "") -> None:
         direct(vlm.model)
     if off == "merged":
         training = training.model_copy(update={"max_batch_tokens": 1})
-    engine = InProcessEngine(vlm, work.encoder, training, 1 if off == "together" else work.experiment.engine.together)
+    engine = InProcessEngine(vlm, work.encoder, training, 1 if off == "together" else work.experiment.engine.parallel_clients)
     with tempfile.TemporaryDirectory() as folder:
         states = RunStore(Path(folder)).client_states("federated")
         broadcast = algorithm.broadcast(algorithm.init(work.start, {}))

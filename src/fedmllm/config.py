@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,9 @@ from fedmllm.settings_file import Path_, read_settings
 from fedmllm.training.settings import TrainingConfig
 
 _FINGERPRINT = ("model", "fingerprint")
+_LOG = logging.getLogger(__name__)
+RENAMED: dict[Path_, str] = {("engine", "together"): "parallel_clients"}
+"""Former names of settings, which experiments may still use, with their current names in the same section."""
 
 
 class Experiment(BaseModel):
@@ -49,6 +54,17 @@ class Experiment(BaseModel):
     """All random numbers derive from it."""
     plugins: tuple[str, ...] = ()
     """Python files and modules of your own that add methods, datasets and more; a file's path is relative to the experiment's file."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _renamed(cls, values: Any) -> Any:
+        """Replace former names of settings."""
+        for (section, former), name in RENAMED.items():
+            inner = values.get(section) if isinstance(values, Mapping) else None
+            if isinstance(inner, Mapping) and former in inner and name not in inner:
+                _tell_renamed(section, former, name)
+                values = {**values, section: {name if key == former else key: value for key, value in inner.items()}}
+        return values
 
     @model_validator(mode="before")
     @classmethod
@@ -146,6 +162,12 @@ class Experiment(BaseModel):
     def to_yaml(self) -> str:
         """The experiment in full, defaults included."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+@cache
+def _tell_renamed(section: str, former: str, name: str) -> None:
+    """Log a warning, once in a process."""
+    _LOG.warning("%s.%s is now called %s.%s; please write the new name", section, former, section, name)
 
 
 def differences(a: Experiment, b: Experiment) -> list[str]:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
 
 from fedmllm.errors import ConfigError
 
+if TYPE_CHECKING:
+    from pydantic import JsonValue
+
 Path_ = tuple[str, ...]
 """The keys that lead from the top of a file to a setting."""
+ADVANCED: dict[str, JsonValue] = {"advanced": True}
+"""Marks a setting that few experiments change. Documentation lists these settings apart from the others."""
 
 
 class Kind(NamedTuple):

@@ -46,7 +46,7 @@ def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 def run_apart(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """A command in a process of its own, as from a shell."""
     command = [sys.executable, "-m", "fedmllm", *arguments]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600, check=False)
 
 
 def use_a_method_that_only_a_script_knows(folder: Path) -> None:
@@ -188,7 +188,7 @@ def test_two_runs_of_one_second_have_a_folder_each(quick: Path) -> None:
     code = clock + "import sys; from fedmllm.cli.main import main; sys.argv[0] = 'fedmllm'; main()"
     command[1:3] = ["-c", code]
     running = [subprocess.Popen([*command, f"seed={seed}"], cwd=quick, stdout=subprocess.PIPE, text=True) for seed in (0, 1)]
-    printed = [process.communicate(timeout=120)[0] for process in running]
+    printed = [process.communicate(timeout=600)[0] for process in running]
     assert [process.returncode for process in running] == [0, 0]
     folders = sorted((quick / "runs").iterdir())
     assert [folder.name for folder in folders] == ["quick-20250101-000000", "quick-20250101-000000-2"]
@@ -374,7 +374,7 @@ def test_interrupted_from_the_keyboard_it_says_how_to_go_on(quick: Path) -> None
     while "federated round" not in process.stdout.readline():
         assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 130
     assert errors == "interrupted; continue with the same command and --resume\n"
     done = run(quick, "train", "quick.yaml", "--resume")
@@ -429,6 +429,6 @@ def test_commands_that_need_no_model_import_nothing_that_runs_one(tmp_path: Path
     (tmp_path / "there").mkdir()
     (tmp_path / "broken.yaml").write_text("a: [1")
     (tmp_path / "twice.yaml").write_text("seed: 1\nseed: 2\n")
-    done = subprocess.run([sys.executable, "-c", LIGHT, *command], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run([sys.executable, "-c", LIGHT, *command], cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout if len(done.stderr) == 0 else done.stderr.startswith("error: ")

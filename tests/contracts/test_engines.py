@@ -44,7 +44,7 @@ def experiment(name: str, engine: str, **sections: Any) -> Experiment:
         "algorithm": {"name": name, "parameters": parameters, "strategies": strategies},
         "training": {"batch_size": 4, "learning_rate": 3e-3},
         "evaluation": {"every": 0, "baselines": []},
-        "engine": {"device": "cpu", "together": 1, "name": engine},
+        "engine": {"device": "cpu", "parallel_clients": 1, "name": engine},
     }
     if ALGORITHMS[name].heterogeneous_ranks:
         values["lora"] = {"client_ranks": [2, 8, 4]}

@@ -24,7 +24,7 @@ from fedmllm.models.last_layer import shorten
 from fedmllm.models.load import ModelConfig, VisionLanguageModel, load_model
 from fedmllm.models.lora import adapted_layers, attach_lora, copies, read_weights, trainable
 from fedmllm.models.memory import Alive, peak_bytes
-from fedmllm.models.parallel_adapters import side_by_side, stacked
+from fedmllm.models.parallel_adapters import parallel_adapters, stacked
 from fedmllm.models.parts import LoraConfig
 from fedmllm.models.plan import make_plan
 from fedmllm.models.saved import save_adapter
@@ -177,7 +177,7 @@ def test_clients_go_through_their_own_adapters(model: VisionLanguageModel, sampl
     clients = [own, {name: -tensor if "lora_B" in name else tensor for name, tensor in own.items()}]
     batch = collate(model, [samples[2], samples[3], samples[0], samples[2]])
     with torch.no_grad():
-        with side_by_side(model.model) as layers, stacked(layers, clients, [2, 2]):
+        with parallel_adapters(model.model) as layers, stacked(layers, clients, [2, 2]):
             together = answer_nll(model, batch).sum(1)
         first = answer_nll(model, batch).sum(1)
         for name, weight in model.model.named_parameters():
@@ -336,7 +336,7 @@ def test_layers_computed_again_give_the_same_gradients(kind: str, federation: Fe
         own = copies(dict(trainable(vlm.model)), read_weights(vlm.model))
         clients = [{name: (sign * tensor).requires_grad_() for name, tensor in own.items()} for sign in (1, -1)]
         vlm.model.train()
-        with side_by_side(vlm.model) as layers:
+        with parallel_adapters(vlm.model) as layers:
             with stacked(layers, clients, [2, 2]):
                 with Alive() as alive:
                     nll = answer_nll(vlm, batch)

@@ -26,7 +26,7 @@ from fedmllm.models.load import VisionLanguageModel
 from fedmllm.models.lora import read_weights
 from fedmllm.training.batches import Encoder
 from fedmllm.training.client import LocalTask
-from fedmllm.training.local import train_locally, train_together
+from fedmllm.training.local import train_in_parallel, train_locally
 from fedmllm.training.rules import LocalResult, LocalRule
 from fedmllm.training.settings import TrainingConfig
 from fedmllm.training.terms import LossTerm, Parameters, TermStep, of_kind
@@ -120,7 +120,7 @@ def test_what_a_term_backpropagates_is_added_to_the_gradient_of_the_loss(
     plain = LocalRule(records_gradient=True)
     doubled = plain.with_term(Twice())
     once = train_locally(vlm, task, plain, ONE_STEP).gradient
-    beside = train_together(vlm, [(task, plain), (replace(prepared, client="b"), doubled)], ONE_STEP)
+    beside = train_in_parallel(vlm, [(task, plain), (replace(prepared, client="b"), doubled)], ONE_STEP)
     for result in (train_locally(vlm, prepared, doubled, ONE_STEP), beside[1]):
         assert W.norm(W.subtract(result.gradient, {name: 2 * tensor for name, tensor in once.items()})) < 1e-3 * W.norm(once)
     assert W.norm(W.subtract(beside[0].gradient, once)) < 1e-3 * W.norm(once)

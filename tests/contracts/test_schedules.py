@@ -208,7 +208,7 @@ def settings(engine: str = "in_process", **sections: Any) -> Experiment:
         "schedule": {"name": "buffered", "parameters": {"buffer": 2}},
         "training": {"batch_size": 4, "learning_rate": 3e-3},
         "evaluation": {"every": 0, "baselines": []},
-        "engine": {"device": "cpu", "together": 4, "name": engine},
+        "engine": {"device": "cpu", "parallel_clients": 4, "name": engine},
     }
     return Experiment.parse(values | sections)
 

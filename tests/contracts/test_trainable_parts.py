@@ -55,7 +55,7 @@ def test_parts_are_counted_trained_and_saved(kind: str, choice: str, federation:
     plain = load(kind)
     counted = parts(plain.model, plain.family, CHOICES[choice])
     assert sum(part.parameters for part in counted if part.trains) == sum(tensor.numel() for tensor in weights.values())
-    assert stackable(vlm.model) == (choice == "adapters") == CHOICES[choice].side_by_side
+    assert stackable(vlm.model) == (choice == "adapters") == CHOICES[choice].trains_in_parallel
     batch = batch_of(stirred(vlm), federation)
     ours = answer_nll(vlm, batch)
     ours.sum().backward()  # type: ignore[no-untyped-call]

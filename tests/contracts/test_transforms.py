@@ -190,7 +190,7 @@ def test_a_strategys_transform_applies_wherever_clients_are(tmp_path: Path, monk
             "algorithm": {"name": "fedavg", "strategies": strategies},
             "training": {"batch_size": 4, "learning_rate": 3e-3},
             "evaluation": {"every": 0, "baselines": []},
-            "engine": {"device": "cpu", "together": 1, "name": engine},
+            "engine": {"device": "cpu", "parallel_clients": 1, "name": engine},
         }
         folder = tmp_path / f"{engine}-{len(strategies)}"
         run.train(Experiment.parse(values), folder, report=False)

@@ -125,14 +125,14 @@ def test_what_clients_send_arrives_smaller_and_what_is_lost_stays_with_them(
         loop = Loop(algorithm, engine, training, Split(lambda w, b: {"score": 0.0}), store, 0, compression(chosen))
         state = run_stage(loop, Stage("federated", clients, 3, 2), algorithm.init(start, frozen_weights(vlm)))
         # Of factors split anew only the product, which begins at zero, says how far the model has come.
-        ends.append(factors.products(state.weights) if algorithm.splits_anew else W.subtract(state.weights, start))
+        ends.append(factors.products(state.weights) if algorithm.refactorizes else W.subtract(state.weights, start))
         records.append(store.records("federated"))
     for whole, small in zip(*records, strict=True):
         assert small["bytes_up"] == whole["bytes_up"] * (4 + 16 / 128) / 32
         assert not small["refused"]
     kept = RunStore(tmp_path / "int4").client_states("federated").load("client-00", state.accepted["client-00"])
     residuals = {kind.removeprefix("compression.") for kind in kept if kind.startswith("compression.")}
-    assert residuals == {"update", *algorithm.client_sends, *(["ended"] if algorithm.splits_anew else [])}
+    assert residuals == {"update", *algorithm.client_sends, *(["ended"] if algorithm.refactorizes else [])}
     assert set(kept["compression.update"]) == set(state.weights)
     assert W.norm(kept["compression.update"]) > 0
     assert 0 < W.norm(W.subtract(*ends)) < W.norm(ends[0])
@@ -200,8 +200,8 @@ def federated(name: str, chosen: CompressionConfig, carry: bool, seed: int) -> t
 def test_under_new_splits_a_residual_is_carried_over() -> None:
     """FlexLoRA, largest quarter of the entries, four seeds. Loss above that of whole updates: 45.9 without feedback, 14.1 with residuals as they
     were (cosine 0.43), 6.0 with residuals carried over (0.97)."""
-    assert build_algorithm(AlgorithmConfig(name="flexlora")).splits_anew
-    assert build_algorithm(AlgorithmConfig(name="calibrated_flexlora")).splits_anew
+    assert build_algorithm(AlgorithmConfig(name="flexlora")).refactorizes
+    assert build_algorithm(AlgorithmConfig(name="calibrated_flexlora")).refactorizes
     ways = {"off": (TOP.model_copy(update={"error_feedback": False}), False), "as it was": (TOP, False), "carried": (TOP, True)}
     found = {way: [federated("flexlora", *settings, seed) for seed in range(4)] for way, settings in ways.items()}
     whole = np.mean([federated("flexlora", CompressionConfig(), False, seed)[0] for seed in range(4)])

@@ -46,7 +46,7 @@ SETTINGS: dict[str, Any] = {
     "federation": {"num_clients": 4, "clients_per_round": 4, "num_rounds": 2, "min_partition_size": 4, "partition": "iid"},
     "training": {"batch_size": 4, "learning_rate": 3e-3},
     "evaluation": {"every": 0, "baselines": []},
-    "engine": {"device": "cpu", "together": 1, "name": "flower"},
+    "engine": {"device": "cpu", "parallel_clients": 1, "name": "flower"},
 }
 
 EMBEDDED = {"model": {"name": "nano"}}
@@ -283,7 +283,7 @@ def test_the_simulation_ends_alike_with_a_worker_killed(tmp_path: Path) -> None:
         time.sleep(0.05)
     before = workers_of(there.pid)
     os.kill(before[0], signal.SIGKILL)
-    output, _ = there.communicate(timeout=180)
+    output, _ = there.communicate(timeout=600)
     assert there.returncode == 0, output
     first, second = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("here", "there"))
     assert first.keys() == second.keys()

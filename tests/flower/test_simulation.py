@@ -61,7 +61,7 @@ def ran(seconds: float = 0.0, deadline: float | None = None, before: str = "", w
     """The output of a simulation of one client that works for so long, whose answer is waited for until a deadline."""
     code = SCRIPT.format(seconds=seconds, deadline=deadline, before=before, within=within)
     own = {name: value for name, value in os.environ.items() if name not in ("RAY_TMPDIR", "TMPDIR")}
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200, env=own | environment)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600, env=own | environment)
 
 
 @pytest.mark.slow

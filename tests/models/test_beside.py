@@ -21,7 +21,7 @@ from fedmllm.engine.stages import Stage
 from fedmllm.errors import ConfigError
 from fedmllm.models.load import ModelConfig, VisionLanguageModel, load_model
 from fedmllm.models.lora import adapted_layers, attach_lora, detach_lora, frozen_weights, lora_scale, read_weights, write_base
-from fedmllm.models.parallel_adapters import side_by_side, stacked
+from fedmllm.models.parallel_adapters import parallel_adapters, stacked
 from fedmllm.models.parts import LoraConfig
 from fedmllm.models.saved import load_adapter, save_adapter, save_merged
 from fedmllm.training.batches import Encoder
@@ -49,7 +49,7 @@ def alone(vlm: VisionLanguageModel, x: Tensor) -> Tensor:
 
 def together(vlm: VisionLanguageModel, x: Tensor) -> Tensor:
     """The same, of two clients side by side."""
-    with torch.no_grad(), side_by_side(vlm.model) as layers, vlm.autocast(), stacked(layers, [read_weights(vlm.model)] * 2, [1, 1]):
+    with torch.no_grad(), parallel_adapters(vlm.model) as layers, vlm.autocast(), stacked(layers, [read_weights(vlm.model)] * 2, [1, 1]):
         return next(iter(layers.values()))(x.unflatten(0, (2, -1))).flatten(0, 1)  # type: ignore[no-any-return]
 
 

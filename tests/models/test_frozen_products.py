@@ -15,7 +15,7 @@ from fedmllm.models.lora import attach_lora, read_weights
 from fedmllm.models.parts import LoraConfig
 from fedmllm.training.batches import Encoder
 from fedmllm.training.client import LocalTask
-from fedmllm.training.local import train_locally, train_together
+from fedmllm.training.local import train_in_parallel, train_locally
 from fedmllm.training.rules import LocalResult, LocalRule
 from fedmllm.training.settings import TrainingConfig
 
@@ -113,7 +113,7 @@ def trained(vlm: VisionLanguageModel, federation: FederatedData, together: bool)
     held = [[encoder(sample) for sample in samples[:n]] for samples, n in zip(federation.clients.values(), (6, 5), strict=False)]
     turns = [(LocalTask(str(k), 0, 0, samples, start, 1e-3), LocalRule()) for k, samples in enumerate(held)]
     if together:
-        return train_together(vlm, turns, TrainingConfig(batch_size=3))
+        return train_in_parallel(vlm, turns, TrainingConfig(batch_size=3))
     return [train_locally(vlm, task, rule, TrainingConfig(batch_size=3)) for task, rule in turns]
 
 

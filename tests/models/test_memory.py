@@ -19,7 +19,7 @@ from fedmllm.models.memory import CPU_TOKENS, TokenBudget, clients_at_once, out_
 from fedmllm.models.parts import LoraConfig
 from fedmllm.training.batches import Encoder
 from fedmllm.training.client import LocalTask
-from fedmllm.training.local import train_locally, train_together
+from fedmllm.training.local import train_in_parallel, train_locally
 from fedmllm.training.rules import LocalRule
 from fedmllm.training.settings import TrainingConfig
 
@@ -114,7 +114,7 @@ def test_the_budget_is_measured_as_the_model_trains(
         budget, losses = OnAGpu(vlm), []
         for given in (None, budget):
             if together:
-                losses.append(train_together(vlm, [turn, turn], TrainingConfig(), given)[0].metrics["loss"])
+                losses.append(train_in_parallel(vlm, [turn, turn], TrainingConfig(), given)[0].metrics["loss"])
             else:
                 losses.append(train_locally(vlm, *turn, TrainingConfig(), given).metrics["loss"])
         assert losses[0] == pytest.approx(losses[1], rel=1e-4)

@@ -44,6 +44,8 @@ def test_the_tables_are_made_of_the_cells(results: tuple[str, Sweep]) -> None:
 def test_the_cells_are_all_of_the_grids(results: tuple[str, Sweep]) -> None:
     name, sweep = results
     file, count = GRIDS[name]
-    asked = {(FORMER.get(c.method, c.method), c.dataset, c.scenario, c.seed) for c in cells(load_grid(ROOT / "experiments" / "nano" / file))}
+    asked = {
+        (FORMER.get(c.method, c.method), c.dataset, c.scenario, c.seed) for c in cells(load_grid(ROOT / "experiments" / "nano" / file))
+    }
     assert {(method, column.dataset, column.scenario, seed) for method, column, seed in sweep.cells} == asked
     assert len(asked) == count

@@ -40,7 +40,7 @@ SETTINGS: dict[str, Any] = {
     "training": {"batch_size": 4, "learning_rate": 6e-3},
     "evaluation": {"every": 1, "baselines": [], "tested": ["image"]},
     "failures": {"deadline": 60},
-    "engine": {"device": "cpu", "together": 1},
+    "engine": {"device": "cpu", "parallel_clients": 1},
 }
 OWN = {"data": {"dataset": "digits-claims", "num_train": 12, "num_test": 6, "check_images": False}}
 

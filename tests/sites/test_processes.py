@@ -31,7 +31,7 @@ EXPERIMENT: dict[str, Any] = {
     "training": {"batch_size": 8, "learning_rate": 6.0e-3},
     "evaluation": {"every": 0, "baselines": []},
     "compression": {"name": "int8"},
-    "engine": {"device": "cpu", "together": 1},
+    "engine": {"device": "cpu", "parallel_clients": 1},
     "failures": {"deadline": 200, "below": "wait", "min_updates": 3, "pause": 2, "attempts": 60},
 }
 
@@ -136,8 +136,8 @@ def test_a_run_whose_superlink_is_gone_for_good_stops_by_its_deadline_and_says_s
         processes.kill(processes.folder / "server.out", "SuperLink")
         start = time.monotonic()
         output, _ = run.communicate(timeout=300)
-        # The rest of a round, or the wait for its begin; not so many seconds for each client.
-        assert time.monotonic() - start < 40 + 40 / 2
+        # One deadline for the round, not one for each of the three clients; the rest of the second deadline is for a loaded machine.
+        assert time.monotonic() - start < 2 * 40
     assert run.returncode == 1
     assert "no usable update" in output
     assert "the SuperLink at 127.0.0.1" in output

@@ -22,7 +22,7 @@ from fedmllm.models.parts import LoraConfig
 from fedmllm.randomness import generator
 from fedmllm.training.batches import Encoder
 from fedmllm.training.client import LocalTask
-from fedmllm.training.local import train_locally, train_together
+from fedmllm.training.local import train_in_parallel, train_locally
 from fedmllm.training.rules import LocalRule
 from fedmllm.training.schedule import ScheduleConfig, of_step
 from fedmllm.training.settings import TrainingConfig, round_learning_rate
@@ -190,7 +190,7 @@ def test_steps_follow_the_schedule(vlm: VisionLanguageModel, encoder: Encoder, f
     moved = {}
     for name, schedule in (("half", ScheduleConfig(over="steps", warmup=0.99)), ("whole", ScheduleConfig())):
         config = TrainingConfig(batch_size=1, local_epochs=1, schedule=schedule)
-        results = [train_locally(vlm, task, PLAIN, config), train_together(vlm, [(task, PLAIN), (task, PLAIN)], config)[0]]
+        results = [train_locally(vlm, task, PLAIN, config), train_in_parallel(vlm, [(task, PLAIN), (task, PLAIN)], config)[0]]
         moved[name] = [W.norm(W.subtract(result.weights, task.received)) for result in results]
     for half, whole in zip(moved["half"], moved["whole"], strict=True):
         assert 0.6 < half / whole < 0.9

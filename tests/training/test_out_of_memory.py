@@ -22,7 +22,7 @@ from fedmllm.models.load import VisionLanguageModel
 from fedmllm.models.lora import read_weights, trainable
 from fedmllm.training.batches import Encoder
 from fedmllm.training.client import LocalTask
-from fedmllm.training.local import train_locally, train_together
+from fedmllm.training.local import train_in_parallel, train_locally
 from fedmllm.training.rules import LocalRule
 from fedmllm.training.settings import TrainingConfig
 from fedmllm.types import ClientFailure, ClientUpdate
@@ -78,9 +78,9 @@ def test_a_client_s_pass_is_made_anew_in_halves(
 
 
 def test_clients_side_by_side_go_on_together(vlm: VisionLanguageModel, turns: list[tuple[LocalTask, LocalRule]], memory_for: Limit) -> None:
-    plain = train_together(vlm, turns, CONFIG)
+    plain = train_in_parallel(vlm, turns, CONFIG)
     sizes = memory_for(300)
-    for one, other in zip(train_together(vlm, turns, CONFIG), plain, strict=True):
+    for one, other in zip(train_in_parallel(vlm, turns, CONFIG), plain, strict=True):
         assert one.metrics["loss"] == pytest.approx(other.metrics["loss"], rel=1e-5)
         assert one.metrics["halvings"] == sum(size > 300 for size in sizes) > 0
         for name, gradient in other.gradient.items():
@@ -150,9 +150,9 @@ def test_fewer_clients_at_once_where_theirs_does_not_fit(
         tried.append(len(args[1]))
         if len(args[1]) > room:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return train_together(*args)
+        return train_in_parallel(*args)
 
-    monkeypatch.setattr("fedmllm.engine.in_process.train_together", trained)
+    monkeypatch.setattr("fedmllm.engine.in_process.train_in_parallel", trained)
     monkeypatch.setattr("fedmllm.engine.in_process.train_locally", lambda vlm, task, rule, *rest: trained(vlm, [(task, rule)], *rest)[0])
     first = min(federation.clients)
     four = {**federation.clients, "client-99": federation.clients[first]}

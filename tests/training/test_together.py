@@ -16,7 +16,7 @@ from fedmllm.models.load import VisionLanguageModel
 from fedmllm.models.lora import adapted_layers, has_dropout, read_weights
 from fedmllm.training.batches import Encoder
 from fedmllm.training.client import LocalTask
-from fedmllm.training.local import train_locally, train_together
+from fedmllm.training.local import train_in_parallel, train_locally
 from fedmllm.training.rules import LocalResult, LocalRule
 from fedmllm.training.settings import TrainingConfig
 from fedmllm.types import Weights
@@ -51,22 +51,22 @@ CONFIG = TrainingConfig(batch_size=2)
 
 def test_in_float32_too_it_is_one_after_another(vlm: VisionLanguageModel, turns: Turns) -> None:
     singly = [train_locally(vlm, task, rule, CONFIG) for task, rule in turns]
-    for alone, together in zip(singly, train_together(vlm, turns, CONFIG), strict=True):
+    for alone, together in zip(singly, train_in_parallel(vlm, turns, CONFIG), strict=True):
         assert apart(alone, together, turns[0][0].received) < 0.02
         assert together.metrics["loss"] == pytest.approx(alone.metrics["loss"], rel=1e-4)
         assert together.metrics["steps"] == alone.metrics["steps"]
 
 
 def test_it_is_so_too_where_the_last_layer_leaves_out_columns(vlm: VisionLanguageModel, turns: Turns) -> None:
-    whole = train_together(vlm, turns, CONFIG)
+    whole = train_in_parallel(vlm, turns, CONFIG)
     assert shorten(vlm.model)
-    for one, other in zip(whole, train_together(vlm, turns, CONFIG), strict=True):
+    for one, other in zip(whole, train_in_parallel(vlm, turns, CONFIG), strict=True):
         assert apart(one, other, turns[0][0].received) < 0.02
 
 
 @pytest.mark.usefixtures("two_threads")
 def test_threads_repeat_themselves_bit_for_bit(vlm: VisionLanguageModel, turns: Turns) -> None:
-    first, second = (train_together(vlm, turns, CONFIG) for _ in range(2))
+    first, second = (train_in_parallel(vlm, turns, CONFIG) for _ in range(2))
     for a, b, (task, rule) in zip(first, second, turns, strict=True):
         assert all(torch.equal(a.weights[name], tensor) for name, tensor in b.weights.items())
         assert apart(a, train_locally(vlm, task, rule, CONFIG), task.received) < 0.02
@@ -87,7 +87,7 @@ def test_work_is_divided_where_the_largest_part_is_not_nearly_all(
     monkeypatch.setattr("fedmllm.training.local._train", lambda vlm, group, *rest: begun.append(len(group)))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     sample, start = encoder(federation.clients["client-00"][0]), read_weights(vlm.model)
-    train_together(vlm, [(LocalTask(str(k), 0, 0, [sample] * size, start, 1e-3), LocalRule()) for k, size in enumerate(sizes)], CONFIG)
+    train_in_parallel(vlm, [(LocalTask(str(k), 0, 0, [sample] * size, start, 1e-3), LocalRule()) for k, size in enumerate(sizes)], CONFIG)
     assert len(begun) == threads
     assert sum(begun) == len(sizes)
 
@@ -99,7 +99,7 @@ def test_an_error_in_a_thread_is_told_and_leaves_the_model_as_it_was(vlm: Vision
 
     before = read_weights(vlm.model)
     with pytest.raises(ValueError, match="a rule of its own"):
-        train_together(vlm, [(task, LocalRule(edit_gradient=broken)) for task, _ in turns], CONFIG)
+        train_in_parallel(vlm, [(task, LocalRule(edit_gradient=broken)) for task, _ in turns], CONFIG)
     assert torch.get_num_threads() == 2
     assert all(torch.equal(tensor, before[name]) for name, tensor in read_weights(vlm.model).items())
     for _, layer in adapted_layers(vlm.model):
@@ -108,19 +108,19 @@ def test_an_error_in_a_thread_is_told_and_leaves_the_model_as_it_was(vlm: Vision
 
 
 def test_what_the_model_s_own_adapter_holds_plays_no_part(vlm: VisionLanguageModel, turns: Turns) -> None:
-    first = train_together(vlm, turns, CONFIG)
+    first = train_in_parallel(vlm, turns, CONFIG)
     with torch.no_grad():
         for _, layer in adapted_layers(vlm.model):
             layer.lora_B["default"].weight.fill_(1.0)
-    second = train_together(vlm, turns, CONFIG)
+    second = train_in_parallel(vlm, turns, CONFIG)
     assert all(torch.equal(a.weights[name], b.weights[name]) for a, b in zip(first, second, strict=True) for name in a.weights)
 
 
 def test_the_order_in_which_tensors_arrive_changes_nothing(vlm: VisionLanguageModel, turns: Turns) -> None:
     """A checkpoint gives them back in another one; sums over tensors, as clipping's, must not follow it."""
-    first = train_together(vlm, turns, CONFIG)
+    first = train_in_parallel(vlm, turns, CONFIG)
     turned = [(replace(task, received=dict(reversed(task.received.items()))), rule) for task, rule in turns]
-    for a, b in zip(first, train_together(vlm, turned, CONFIG), strict=True):
+    for a, b in zip(first, train_in_parallel(vlm, turned, CONFIG), strict=True):
         assert all(torch.equal(a.weights[name], b.weights[name]) for name in a.weights)
 
 
@@ -128,12 +128,12 @@ def test_weights_that_do_not_fit_are_refused(vlm: VisionLanguageModel, turns: Tu
     (task, rule), other, _ = turns
     missing = dict(list(task.received.items())[1:])
     with pytest.raises(ModelError, match="1 tensors are missing"):
-        train_together(vlm, [(replace(task, received=missing), rule), other], CONFIG)
+        train_in_parallel(vlm, [(replace(task, received=missing), rule), other], CONFIG)
 
 
 def test_a_tensor_that_rests_stays(vlm: VisionLanguageModel, turns: Turns) -> None:
     rule = LocalRule(trains=lambda name: "lora_B" in name)
-    for result in train_together(vlm, [(task, rule) for task, _ in turns], CONFIG):
+    for result in train_in_parallel(vlm, [(task, rule) for task, _ in turns], CONFIG):
         moved = {name.split(".")[-2] for name, tensor in result.weights.items() if not torch.equal(tensor, result.received[name])}
         assert moved == {"lora_B"}
 

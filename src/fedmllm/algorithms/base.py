@@ -140,9 +140,9 @@ class Algorithm(Protocol):
     """Whether the server can apply an update regardless of which round's weights it started from, so that one round may mix several."""
     client_sends: ClassVar[tuple[str, ...]]
     """Names of the extra tensor sets that clients send. Each has the tensor names and shapes of the update."""
-    uniform: ClassVar[tuple[str, ...]]
+    uniform_extras: ClassVar[tuple[str, ...]]
     """Names of the extra tensor sets that are averaged with uniform weights, even where updates are weighted."""
-    splits_anew: ClassVar[bool]
+    refactorizes: ClassVar[bool]
     """Whether the server re-splits the product into new factors each round, so that a residual must be translated to the new factors."""
 
     @property
@@ -218,9 +218,9 @@ class ServerAverage:
     ignores_weights: ClassVar[bool] = False
     takes_stale_updates: ClassVar[bool] = True
     client_sends: ClassVar[tuple[str, ...]] = ()
-    uniform: ClassVar[tuple[str, ...]] = ()
-    splits_anew: ClassVar[bool] = False
-    by_head: ClassVar[bool] = False
+    uniform_extras: ClassVar[tuple[str, ...]] = ()
+    refactorizes: ClassVar[bool] = False
+    uniform_weights: ClassVar[bool] = False
     """Whether updates are averaged with uniform weights instead of sample counts."""
 
     @property
@@ -266,7 +266,7 @@ class ServerAverage:
 
     def fold(self, state: ServerState, update: ClientUpdate) -> tuple[Slots, float]:
         """Return the update and its extras, weighted by sample count or uniformly."""
-        return {"update": update.update, **update.extras}, 1.0 if self.by_head else update.weight
+        return {"update": update.update, **update.extras}, 1.0 if self.uniform_weights else update.weight
 
     def server_step(self, state: ServerState, aggregate: Aggregate) -> ServerState:
         """Add the mean update in float64 and round once to float32."""

@@ -37,7 +37,7 @@ class FedAdagrad(FedAvg):
     beta1: float = 0.0
     tau: float = 1e-3
     reference: bool = False
-    by_head = True
+    uniform_weights = True
 
     def __post_init__(self) -> None:
         if self.reference and self.beta1 != 0:

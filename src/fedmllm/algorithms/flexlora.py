@@ -27,7 +27,7 @@ class FlexLoRA(FLoRA):
 
     exact = False
     changes_frozen = False
-    splits_anew = True
+    refactorizes = True
 
     def downloads(self, name: str) -> bool:
         """Download every tensor, because both factors change in each round."""

@@ -25,7 +25,7 @@ class Median(FedAvg):
     kind = "robust"
     needs_individual_updates = True
     ignores_weights = True
-    by_head = True
+    uniform_weights = True
 
     @property
     def smallest_cohort(self) -> int:

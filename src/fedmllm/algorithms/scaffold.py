@@ -34,8 +34,8 @@ class Scaffold(FedAvg):
 
     server_learning_rate: float = 1.0
     client_sends = ("control",)
-    uniform = ("control",)
-    by_head = True
+    uniform_extras = ("control",)
+    uniform_weights = True
     takes_stale_updates = False
 
     def __post_init__(self) -> None:

@@ -12,9 +12,15 @@ from fedmllm.settings_file import read_settings
 if TYPE_CHECKING:
     from fedmllm.config import Experiment
 
+ADVANCED = "Advanced"
+"""The panel of ``--help`` for options that few users need."""
 ExperimentFile = Annotated[Path, typer.Argument(help="Experiment in YAML, e.g. experiments/quickstart.yaml.")]
-Force = Annotated[bool, typer.Option("--force", help="Accept the model even if it is not the one that the run started with.")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="Settings as key.path=value, e.g. federation.num_rounds=5.")]
+Force = Annotated[
+    bool, typer.Option("--force", help="Accept the model even if it is not the one that the run started with.", rich_help_panel=ADVANCED)
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Settings as key.path=value, e.g. federation.num_rounds=5. fedmllm settings lists them.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 RunOrAdapter = Annotated[Path, typer.Argument(help="A run folder, or a PEFT adapter folder.")]
 

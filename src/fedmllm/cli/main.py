@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import io
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
@@ -15,11 +14,11 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from fedmllm.cli.adapters import chat, evaluate, merge
-from fedmllm.cli.arguments import AsJson, ExperimentFile, Force, Overrides, loaded
+from fedmllm.cli.arguments import ADVANCED, ExperimentFile, Force, Overrides, loaded
 from fedmllm.cli.data import data_app
+from fedmllm.cli.listings import methods, settings
 from fedmllm.cli.models import models_app
 from fedmllm.files import require_new_folder
-from fedmllm.registry import installed_plugins, load_plugins
 from fedmllm.settings_file import GRID, read_settings
 from fedmllm.sites.commands import server_app, site_app
 
@@ -52,13 +51,13 @@ def train(
     force: Force = False,
 ) -> None:
     """Train an experiment and write metrics, adapter and report to a run folder."""
-    settings = loaded(experiment, overrides)
+    chosen = loaded(experiment, overrides)
     from fedmllm import api
 
-    _print_plan(settings)
+    _print_plan(chosen)
     trackers = [tracker for tracker in track if tracker != "none"]
     try:
-        result = api.train(settings, output, name=experiment.stem, resume=resume, track=trackers, force=force, progress=True)
+        result = api.train(chosen, output, name=experiment.stem, resume=resume, track=trackers, force=force, progress=True)
     except KeyboardInterrupt:
         typer.echo("interrupted; continue with the same command and --resume", err=True)
         raise typer.Exit(130) from None
@@ -71,11 +70,16 @@ def train(
 def sweep(
     grid: Annotated[Path, typer.Argument(help="Grid in YAML, e.g. experiments/nano/settings.yaml.")],
     output: Annotated[Path | None, typer.Option(help="Sweep folder. Default: sweeps/<grid>.")] = None,
-    shard: Annotated[str, typer.Option(help="Share of the cells for this machine, i/n with i from 0.")] = "0/1",
+    shard: Annotated[str, typer.Option(help="Share of the cells for this machine, i/n with i from 0.", rich_help_panel=ADVANCED)] = "0/1",
     jobs: Annotated[int, typer.Option(help="Number of processes. Each loads its own model.", min=1)] = 1,
-    threads: Annotated[int | None, typer.Option(help="Threads per process. Default: the CPU cores divided by the jobs.", min=1)] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="Threads per process. Default: the CPU cores divided by the jobs.", min=1, rich_help_panel=ADVANCED)
+    ] = None,
     submit_check: Annotated[
-        bool, typer.Option("--submit-check", help="Train nothing: check all cells, and write leaderboard.json if they pass.")
+        bool,
+        typer.Option(
+            "--submit-check", help="Train nothing: check all cells, and write leaderboard.json if they pass.", rich_help_panel=ADVANCED
+        ),
     ] = False,
 ) -> None:
     """Train all experiments of a grid that are not trained yet. If interrupted, the same command continues."""
@@ -129,29 +133,8 @@ def choose(folder: Annotated[Path, typer.Argument(help="A sweep folder.")]) -> N
         typer.echo(f"{choice.score:.3f}{'' if choice.error is None else f' ± {choice.error:.3f}'}  {choice.method}")
 
 
-@app.command()
-def methods(
-    as_json: AsJson = False,
-    plugin: Annotated[list[str] | None, typer.Option(help="A Python file or module that adds some; once for each.")] = None,
-) -> None:
-    """Describe every federated method and strategy: what it does, its parameters, what it sends and keeps."""
-    from fedmllm.cli.catalog import recorded
-
-    rows = {kind: listed for kind, listed in recorded().items() if kind != "models"}
-    if plugin or installed_plugins():
-        load_plugins(plugin or [])
-        from fedmllm.reports.methods import from_plugins
-
-        more = from_plugins()
-        rows = {kind: listed | more[kind] for kind, listed in rows.items()}
-    if as_json:
-        typer.echo(json.dumps(rows, indent=1, ensure_ascii=False))
-        return
-    from rich.console import Console
-
-    from fedmllm.cli.tables import methods_view
-
-    Console().print(methods_view(rows))
+app.command()(methods)
+app.command()(settings)
 
 
 @app.command()
@@ -169,14 +152,14 @@ def pretrain_nano(
     typer.echo(f"model  {output}")
 
 
-def _print_plan(settings: Experiment) -> None:
+def _print_plan(experiment: Experiment) -> None:
     """Print what training will take, before the model is loaded. Prints nothing if the model has no plan; loading it then reports why."""
     from fedmllm.cli.tables import plan_line
     from fedmllm.errors import ModelError
     from fedmllm.reports.models import describe
 
     try:
-        typer.echo(plan_line(describe(settings)))
+        typer.echo(plan_line(describe(experiment)))
     except ModelError:
         return
 

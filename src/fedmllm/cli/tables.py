@@ -128,6 +128,19 @@ def methods_view(record: Record) -> Group:
     return Group(*parts, *NOTES)
 
 
+def settings_view(sections: Record) -> Group:
+    """Return the settings of each section: name, default, type with rule, and meaning."""
+    parts: list[RenderableType] = []
+    for name, row in sections.items():
+        parts += [Text(name, style="bold"), Padding(Text(row["summary"]), (0, 0, 0, 2))]
+        for key, setting in row["settings"].items():
+            default = "required" if setting["default"] is None else setting["default"]
+            first = f"{key}: {default}   {' '.join(filter(None, (setting['type'], setting['rule'])))}".replace("`", "")
+            parts += [Padding(Text(first), (0, 0, 0, 2)), Padding(Text(setting["meaning"].replace("`", "")), (0, 0, 0, 4))]
+        parts.append(Text())
+    return Group(*parts)
+
+
 def plan_view(record: Record) -> Group:
     """Return a model's plan: parameters and bytes sent, memory by tokens per pass, largest pass by GPU memory, and trainable parts."""
     table = Table(show_header=False)

@@ -15,6 +15,7 @@ from fedmllm.data.modalities import Protocol, parse_scenario
 from fedmllm.data.prompts import WORDINGS, Wording
 from fedmllm.data.quality import parse_part
 from fedmllm.explain import meant
+from fedmllm.settings_file import ADVANCED
 
 DEFAULT_ALPHA = 0.5
 
@@ -37,11 +38,11 @@ class DataConfig(BaseModel):
     """Number of training samples over all clients; null for all available."""
     num_test: int | None = Field(None, gt=0)
     """Number of test samples; null for all available."""
-    num_validation: int | None = Field(None, gt=0)
+    num_validation: int | None = Field(None, gt=0, json_schema_extra=ADVANCED)
     """Number of validation samples; null for all available, but at most as many as test samples."""
     validation_share: float = Field(VALIDATION_SHARE, ge=0, lt=1)
     """Share of the training samples to hold out as the validation split, for datasets without one. 0 trains on all samples."""
-    check_images: bool = True
+    check_images: bool = Field(True, json_schema_extra=ADVANCED)
     """Decode every image file once before the run starts. ``on_bad_sample`` determines what happens to broken images."""
     on_bad_sample: OnBadSample = "refuse"
     """``refuse`` stops with an error that lists all bad rows; ``skip`` leaves them out and lists them in the report."""
@@ -129,13 +130,13 @@ class FederationConfig(BaseModel):
     the clients named in the data (``natural``), or with one dataset of a mixture for each client (``domain``)."""
     dirichlet_alpha: float | None = Field(None, gt=0, le=1e9)
     """Concentration of the Dirichlet distribution; smaller values give more skew. Null uses the scenario's value (``aligned-ALPHA``), or 0.5."""
-    protocol: Protocol = "clean"
+    protocol: Protocol = Field("clean", json_schema_extra=ADVANCED)
     """``clean`` draws splits that do not depend on the order of files. ``reference`` reproduces the splits of the published reference code."""
     heterogeneity: tuple[str, ...] = ()
     """Corruptions of the training samples, e.g. ``[blur-0.3, typos-0.2@client]``. They are applied before the scenario removes modalities."""
-    keep_empty: bool = False
+    keep_empty: bool = Field(False, json_schema_extra=ADVANCED)
     """Keep samples that lost every modality, as the reference code does. If false, they are removed and counted."""
-    min_partition_size: int = Field(8, gt=0)
+    min_partition_size: int = Field(8, gt=0, json_schema_extra=ADVANCED)
     """Minimum number of samples per client. Only samples that the client can hold under the scenario count, before ``missing`` removes
     modalities."""
 

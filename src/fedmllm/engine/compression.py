@@ -14,6 +14,7 @@ from torch import Tensor
 from fedmllm import factors
 from fedmllm import weights as W
 from fedmllm.algorithms import ClientContext, Codec, Packed, UpdateTransform
+from fedmllm.settings_file import ADVANCED
 from fedmllm.types import ClientUpdate, Slots, Weights
 
 
@@ -24,13 +25,13 @@ class CompressionConfig(BaseModel):
 
     name: Literal["none", "bfloat16", "int8", "int4", "top_k"] = "none"
     """``none`` (float32), ``bfloat16``, ``int8`` or ``int4`` (blocks of integers that share a scale), or ``top_k`` (the largest entries only)."""
-    block: int = Field(128, ge=2)
+    block: int = Field(128, ge=2, json_schema_extra=ADVANCED)
     """With ``int8`` and ``int4``, the number of entries that share a scale."""
     fraction: float = Field(0.05, gt=0, le=1)
     """With ``top_k``, the fraction of the entries that clients send."""
     error_feedback: bool = True
     """Clients keep the compression error and add it to their next update (Seide et al., Interspeech 2014; Karimireddy et al., ICML 2019). With
-    FlexLoRA and fedmllm, the error is projected onto the new factors."""
+    FlexLoRA and calibrated_flexlora, the error is projected onto the new factors."""
 
 
 class BFloat16:
@@ -152,7 +153,7 @@ class Compression(UpdateTransform):
         sent_k = Q(update_k + residual_k),   residual_k <- update_k + residual_k - sent_k
 
     This applies to the update and to each of the method's extra tensors. If the method's factors change their directions every round
-    (``splits_anew``), the residual of the update is projected onto the new factors. An update that is not finite leaves no residual, which would
+    (``refactorizes``), the residual of the update is projected onto the new factors. An update that is not finite leaves no residual, which would
     spoil all of the client's later updates. It is sent regardless, for the server to refuse.
 
     Attributes:
@@ -176,7 +177,7 @@ class Compression(UpdateTransform):
             The update, and the slots that the client keeps: ``update`` and the names of the extra tensors hold residuals, ``ended`` holds the
             factors that the residual of the update belongs to.
         """
-        ended = context.ended if context.algorithm.splits_anew else {}
+        ended = context.ended if context.algorithm.refactorizes else {}
         kept = _carried(context.kept, ended)
         groups = {"update": update.update, **update.extras}
         sent = {kind: sent_through(self.writer, tensors, kept.get(kind, {})) for kind, tensors in groups.items()}

@@ -6,6 +6,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from fedmllm.settings_file import ADVANCED
+
 
 class FailureConfig(BaseModel):
     """The policy for clients that crash, miss the deadline or send an unusable update.
@@ -22,11 +24,11 @@ class FailureConfig(BaseModel):
     below: Literal["stop", "wait", "skip"] = "stop"
     """What to do with fewer updates: ``stop`` with an error, after which --resume continues the run; ``wait`` and retry the clients whose updates
     are missing; or ``skip`` the round, which leaves the weights unchanged."""
-    attempts: int = Field(5, gt=1)
+    attempts: int = Field(5, gt=1, json_schema_extra=ADVANCED)
     """Maximum number of attempts per round if ``below`` is ``wait``; then the run stops."""
-    pause: float = Field(10.0, ge=0)
+    pause: float = Field(10.0, ge=0, json_schema_extra=ADVANCED)
     """Seconds before a retry, which give a crashed client time to restart."""
-    norm_limit: float | None = Field(10.0, ge=1)
+    norm_limit: float | None = Field(10.0, ge=1, json_schema_extra=ADVANCED)
     """Refuse an update whose norm exceeds this factor times the sum of what training can reach (``training.settings.reach``) and the norm of the
     received weights. Control variates (SCAFFOLD) are refused if the root mean square of their entries exceeds this factor. Null accepts any norm.
     Updates of clients that withhold their number of samples are not checked, because their reach is unknown."""

@@ -21,7 +21,7 @@ from fedmllm.models.memory import TokenBudget, clients_at_once, out_of_memory, r
 from fedmllm.models.parallel_adapters import stackable
 from fedmllm.training.batches import Encoder
 from fedmllm.training.client import LocalTask
-from fedmllm.training.local import train_locally, train_together
+from fedmllm.training.local import train_in_parallel, train_locally
 from fedmllm.training.rules import LocalResult, LocalRule, Upload
 from fedmllm.training.settings import TrainingConfig
 from fedmllm.types import Answer, ClientFailure, ClientUpdate, Metrics, Sample, Slots
@@ -89,13 +89,13 @@ class InProcessEngine:
         vlm: the model, with adapters attached.
         encoder: turns samples into tensors and caches them.
         training: training settings of all clients.
-        together: maximum number of clients in a wave; 1 trains one after another. A GPU's free memory may allow fewer.
+        parallel_clients: maximum number of clients in a wave; 1 trains one after another. A GPU's free memory may allow fewer.
     """
 
     vlm: VisionLanguageModel
     encoder: Encoder
     training: TrainingConfig
-    together: int = 1
+    parallel_clients: int = 1
     _pending: list[_Work] = field(default_factory=list, init=False)
     _running: Iterator[Answer] = field(default_factory=lambda: iter(()), init=False)
     _done: dict[str, Answer] = field(default_factory=dict, init=False)
@@ -162,7 +162,7 @@ class InProcessEngine:
 
     @property
     def _size(self) -> int:
-        return min(self.together, clients_at_once(self.vlm) or self.together) if self._parallel else 1
+        return min(self.parallel_clients, clients_at_once(self.vlm) or self.parallel_clients) if self._parallel else 1
 
     @cached_property
     def _parallel(self) -> bool:
@@ -232,7 +232,7 @@ class InProcessEngine:
     def _train(self, assignment: Assignment, jobs: Sequence[tuple[_Job, LocalRule]]) -> list[LocalResult]:
         tasks = [(self._task(assignment, job, rule), rule) for job, rule in jobs]
         if len(tasks) > 1:
-            return train_together(self.vlm, tasks, self.training, self._budget)
+            return train_in_parallel(self.vlm, tasks, self.training, self._budget)
         return [train_locally(self.vlm, task, rule, self.training, self._budget) for task, rule in tasks]
 
     def _task(self, assignment: Assignment, job: _Job, rule: LocalRule) -> LocalTask:

@@ -96,7 +96,7 @@ class Intake:
             self._members.append((slots, weight))
         else:
             for kind, term in slots.items():
-                self._means.setdefault(kind, W.WeightedMean()).add(term, 1.0 if kind in self._algorithm.uniform else weight)
+                self._means.setdefault(kind, W.WeightedMean()).add(term, 1.0 if kind in self._algorithm.uniform_extras else weight)
         self.accepted[update.client] = state.round_num if state else self._state.round_num
         self.num_clients += 1
 

@@ -13,6 +13,7 @@ from fedmllm.evaluation.metrics import all_metrics
 from fedmllm.evaluation.predictions import Answered, answered
 from fedmllm.models.encoding import Encoded
 from fedmllm.models.load import VisionLanguageModel
+from fedmllm.settings_file import ADVANCED
 from fedmllm.types import Metrics, Prediction, Sample
 
 Baseline = Literal["zero_shot", "local", "centralized", "fine_tuned", "calibrated_local", "calibrated_centralized"]
@@ -37,7 +38,7 @@ class EvaluationConfig(BaseModel):
     """Number of test samples drawn for each client with its own labels and modalities, on which its models are also evaluated; 0 for none."""
     max_new_tokens: int = Field(16, gt=0)
     """Maximum length of free answers in tokens."""
-    batch_size: int = Field(50, gt=0)
+    batch_size: int = Field(50, gt=0, json_schema_extra=ADVANCED)
     """Number of samples per batch in evaluation."""
 
     @field_validator("tested")

@@ -26,6 +26,7 @@ from fedmllm.models.frozen_products import available, direct
 from fedmllm.models.last_layer import narrow
 from fedmllm.models.processors import load_processor
 from fedmllm.models.quantized import four_bits, require_gpu
+from fedmllm.settings_file import ADVANCED
 
 if TYPE_CHECKING:
     from fedmllm.models.features import VisionFeatures
@@ -52,19 +53,19 @@ class ModelConfig(BaseModel):
     max_image_side: int | None = Field(None, gt=0)
     """Images with a longer side than this, in pixels, are scaled down before the processor sees them. Null applies only the processor's
     own limits."""
-    max_slices: int | None = Field(None, gt=0)
+    max_slices: int | None = Field(None, gt=0, json_schema_extra=ADVANCED)
     """Maximum number of slices (tiles) into which the processor cuts an image, not counting the view of the whole image. Null keeps the
     processor's own limit."""
-    onednn: bool = True
+    onednn: bool = Field(True, json_schema_extra=ADVANCED)
     """Compute frozen float32 layers with oneDNN on CPUs with AVX-512. This is up to twice as fast; results agree to float tolerance."""
     gradient_checkpointing: bool = False
     """In training, store only the inputs of each decoder layer and recompute the rest in the backward pass. Uses less memory and more time."""
-    revision: str | None = None
+    revision: str | None = Field(None, json_schema_extra=ADVANCED)
     """Branch, tag or commit on the hub; null for the default branch."""
-    trust_remote_code: bool = False
+    trust_remote_code: bool = Field(False, json_schema_extra=ADVANCED)
     """Run Python code that comes with the model. Such code can do anything that you can do. A hub model also needs ``revision``, the commit
     that you trust."""
-    fingerprint: str | None = None
+    fingerprint: str | None = Field(None, json_schema_extra=ADVANCED)
     """The expected fingerprint of the model's settings and weights; any other model is rejected. Every run records its model's
     fingerprint. Null accepts any model."""
 
@@ -178,7 +179,7 @@ def load_model(config: ModelConfig, device: torch.device) -> VisionLanguageModel
         family, processor, model = _pretrained(config, source, dtype, device)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"model.name: {config.name!r} {_what_failed(error)}") from error
-    if not family.words_chats(processor):
+    if not family.can_render(processor):
         raise ModelError(f"model.name: {config.name!r} has no chat template; use an instruction-tuned checkpoint")
     if config.max_slices is not None and not family.limit_slices(model, processor, config.max_slices):
         raise ModelError(f"model.max_slices: the processor of {config.name!r} does not slice images; use model.max_image_side")

@@ -26,7 +26,7 @@ def stackable(model: Any) -> bool:
 
 
 @contextmanager
-def side_by_side(model: nn.Module) -> Iterator[dict[str, Any]]:
+def parallel_adapters(model: nn.Module) -> Iterator[dict[str, Any]]:
     """Disable a PEFT model's own adapters in this block, so that passes can be ``stacked``, also in several threads at once.
 
     Yields:
@@ -52,7 +52,7 @@ def stacked(layers: Mapping[str, Any], members: Sequence[Mapping[str, Tensor]], 
     as if the clients ran one after another.
 
     Args:
-        layers: the layers from ``side_by_side``.
+        layers: the layers from ``parallel_adapters``.
         members: each client's tensors, named as in a PEFT file, with equal shapes for all clients.
         counts: each client's number of rows in a batch. Rows are ordered by client.
     """

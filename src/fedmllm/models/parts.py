@@ -12,6 +12,7 @@ from torch import nn
 
 from fedmllm.errors import ModelError
 from fedmllm.models.families.generic import ModelFamily
+from fedmllm.settings_file import ADVANCED
 
 
 class LoraConfig(BaseModel):
@@ -28,15 +29,15 @@ class LoraConfig(BaseModel):
     targets: Literal["attention", "all-linear"] = "attention"
     """Linear layers of the decoder that get adapters: ``attention`` for the projections q, k, v and o, ``all-linear`` for the feed-forward
     layers as well."""
-    rslora: bool = False
+    rslora: bool = Field(False, json_schema_extra=ADVANCED)
     """Scale by alpha / sqrt(r) instead of alpha / r, which helps at high ranks (rsLoRA; Kalajdzievski, 2023, arXiv 2312.03732)."""
-    dora: bool = False
+    dora: bool = Field(False, json_schema_extra=ADVANCED)
     """Train the norm of every row of ``W + s B A`` separately from its direction (DoRA; Liu et al., ICML 2024). Clients then train one by
     one instead of in parallel."""
-    connector: Literal["frozen", "lora", "full"] = "frozen"
+    connector: Literal["frozen", "lora", "full"] = Field("frozen", json_schema_extra=ADVANCED)
     """How the layers between vision tower and decoder train: not at all, with adapters, or in full. With ``full``, clients send the whole
     layers. Unless frozen, clients train one by one instead of in parallel."""
-    embeddings: Literal["frozen", "full"] = "frozen"
+    embeddings: Literal["frozen", "full"] = Field("frozen", json_schema_extra=ADVANCED)
     """Whether the token embeddings train, together with the output head if it is the same matrix. With ``full``, clients send the whole
     matrix and train one by one instead of in parallel."""
     client_ranks: tuple[int, ...] = ()
@@ -52,7 +53,7 @@ class LoraConfig(BaseModel):
         return ranks
 
     @property
-    def side_by_side(self) -> bool:
+    def trains_in_parallel(self) -> bool:
         """Whether clients can train in parallel, which requires that only LoRA factors on the decoder's layers train."""
         return not self.dora and self.connector == self.embeddings == "frozen"
 

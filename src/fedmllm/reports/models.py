@@ -32,7 +32,7 @@ def catalog() -> dict[str, Record]:
 def describe(experiment: Experiment) -> Record:
     """A model's plan as JSON, sizes in bytes."""
     plan = make_plan(experiment.model, experiment.lora)
-    fixed = plan.memory(0, _side_by_side(experiment))
+    fixed = plan.memory(0, _parallel_clients(experiment))
     room = {card: int((_HEADROOM * card * 2**30 - fixed) / plan.bytes_per_token) for card in CARDS}
     return {
         "model": experiment.model.name,
@@ -48,6 +48,6 @@ def describe(experiment: Experiment) -> Record:
     }
 
 
-def _side_by_side(experiment: Experiment) -> int:
+def _parallel_clients(experiment: Experiment) -> int:
     """How many clients' adapters, gradients and optimizer states are held at once."""
-    return min(experiment.engine.together, experiment.federation.clients_per_round) if experiment.lora.side_by_side else 1
+    return min(experiment.engine.parallel_clients, experiment.federation.clients_per_round) if experiment.lora.trains_in_parallel else 1

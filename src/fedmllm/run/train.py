@@ -226,7 +226,7 @@ class _Run:
         e, dataset = self.experiment, self.data.dataset
         return Loop(
             build_algorithm(e.algorithm),
-            InProcessEngine(self.vlm, self.encoder, e.training, e.engine.together),
+            InProcessEngine(self.vlm, self.encoder, e.training, e.engine.parallel_clients),
             e.training,
             self._split(dataset.test, kept=self.asked),
             RunStore(self.folder),

@@ -13,7 +13,7 @@ from fedmllm.models.encoding import answer_nll, collate
 from fedmllm.models.load import VisionLanguageModel
 from fedmllm.models.lora import copies, read_weights, trainable, training_only, write_weights
 from fedmllm.models.memory import TokenBudget, out_of_memory, release
-from fedmllm.models.parallel_adapters import side_by_side, stacked
+from fedmllm.models.parallel_adapters import parallel_adapters, stacked
 from fedmllm.randomness import torch_randomness
 from fedmllm.training.batches import batched, passes
 from fedmllm.training.client import Adapters, ClientTraining, LocalTask
@@ -50,7 +50,7 @@ def train_locally(
     return training.result(read_weights(vlm.model))
 
 
-def train_together(
+def train_in_parallel(
     vlm: VisionLanguageModel, tasks: Sequence[tuple[LocalTask, LocalRule]], config: TrainingConfig, budget: TokenBudget | None = None
 ) -> list[LocalResult]:
     """Train several clients in parallel. Their samples share batches, and each sample goes through its own client's adapter.
@@ -76,7 +76,7 @@ def train_together(
     running = [ClientTraining(vlm, task, rule, config, _own_weights(own, task, rule)) for task, rule in tasks]
     threads = min(torch.get_num_threads(), len(tasks)) if vlm.device.type == "cpu" else 1
     common = budget or TokenBudget(config.max_batch_tokens)
-    with _training_mode(vlm), side_by_side(vlm.model) as layers:
+    with _training_mode(vlm), parallel_adapters(vlm.model) as layers:
         _in_threads(
             lambda group: _train(vlm, group, common, lambda some, counts: stacked(layers, [training.weights for training in some], counts)),
             _shared_out(running, threads),

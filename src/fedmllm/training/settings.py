@@ -6,6 +6,7 @@ import math
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from fedmllm.settings_file import ADVANCED
 from fedmllm.training.schedule import ScheduleConfig, of_round
 
 
@@ -26,13 +27,13 @@ class TrainingConfig(BaseModel):
     """The learning-rate schedule."""
     weight_decay: float = Field(0.0, ge=0)
     """AdamW's decoupled weight decay."""
-    beta1: float = Field(0.9, ge=0, lt=1)
+    beta1: float = Field(0.9, ge=0, lt=1, json_schema_extra=ADVANCED)
     """AdamW's decay rate for the mean of the gradient."""
-    beta2: float = Field(0.95, ge=0, lt=1)
+    beta2: float = Field(0.95, ge=0, lt=1, json_schema_extra=ADVANCED)
     """AdamW's decay rate for the mean of the squared gradient."""
     clip_norm: float | None = Field(1.0, gt=0)
     """Gradients are clipped to this norm over all tensors in each step; null disables clipping."""
-    max_batch_tokens: int | None = Field(None, gt=0)
+    max_batch_tokens: int | None = Field(None, gt=0, json_schema_extra=ADVANCED)
     """Maximum number of tokens in a forward pass, padding included. The micro-batches of a step run as one batch if they fit. Null chooses a
     value for the device."""
 

@@ -37,7 +37,7 @@ class ModelFamily:
     answer_type: int = 0
     """The value of ``token_type_ids`` for the answer, if the processor returns them for the prompt."""
 
-    def words_chats(self, processor: ProcessorMixin) -> bool:
+    def can_render(self, processor: ProcessorMixin) -> bool:
         """Return whether the chat template that ``render`` needs is available."""
         return getattr(processor, "chat_template", None) is not None
 

@@ -29,7 +29,7 @@ class MiniCPMV(ModelFamily):
 
     auto_class = "AutoModel"
 
-    def words_chats(self, processor: ProcessorMixin) -> bool:
+    def can_render(self, processor: ProcessorMixin) -> bool:
         """Return whether the tokenizer, not the processor, has a chat template."""
         return getattr(processor.tokenizer, "chat_template", None) is not None
 

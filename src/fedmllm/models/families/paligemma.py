@@ -21,7 +21,7 @@ class PaliGemma(ModelFamily):
 
     answer_type = 1
 
-    def words_chats(self, processor: ProcessorMixin) -> bool:
+    def can_render(self, processor: ProcessorMixin) -> bool:
         """Return True: the format needs no chat template."""
         return True
 
