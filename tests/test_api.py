@@ -50,7 +50,7 @@ def test_the_plot_shows_the_score_by_round(result: RunResult) -> None:
     pyplot.close(axes.figure)
     labels = {line.get_label(): list(line.get_ydata()) for line in axes.get_lines()}
     assert labels["test split"] == [result.scores["federated"]]
-    assert len(labels["validation part"]) == 2
+    assert len(labels["validation split"]) == 2
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("round", result.metric)
 
 

@@ -158,7 +158,7 @@ def test_the_result_says_everything(finished: Path) -> None:
 
 
 def test_the_test_split_is_asked_at_the_end_only(finished: Path) -> None:
-    """What shows how a run goes, and what is chosen by, is the validation part."""
+    """What shows how a run goes, and what is chosen by, is the validation split."""
     rows = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     federated = [row for row in rows if row["stage"] == "federated"]
     assert [row["score"] is None for row in federated] == [True] * (len(federated) - 1) + [False]

@@ -32,7 +32,7 @@ class EngineConfig(BaseModel):
     answers_only: bool = Field(True, json_schema_extra=ADVANCED)
     """Compute the last decoder layer only at the positions of answers, for model families that support it."""
     feature_bytes: int = Field(4 << 30, ge=0, json_schema_extra=ADVANCED)
-    """Disk space in bytes to cache the frozen vision model's features of each picture; 0 recomputes them in every pass."""
+    """Disk space in bytes to cache the frozen vision model's features of each image; 0 recomputes them in every pass."""
 
     @model_validator(mode="after")
     def _sites_over_flower(self) -> EngineConfig:

@@ -92,7 +92,7 @@ class RunResult:
         """Return a flat row for each finished round of each stage, in order, as ``pandas.DataFrame`` takes them.
 
         Columns: ``stage``, ``round``, ``score``, ``loss``, ``learning_rate``, ``num_samples``, ``bytes_up``, ``bytes_down``, ``num_refused``, and
-        each score on the test split (``test_NAME``) and on the validation part (``validation_NAME``) where the round has it.
+        each score on the test split (``test_NAME``) and on the validation split (``validation_NAME``), if the round has it.
 
         Raises:
             RunError: if the result does not know its folder.
@@ -104,7 +104,7 @@ class RunResult:
         return [_row(record) for record in RunStore(self.folder).records()]
 
     def plot(self, stage: str = "federated") -> Any:
-        """Return a matplotlib ``Axes`` with a stage's score by round, on the validation part or, without one, on the test split.
+        """Return a matplotlib ``Axes`` with a stage's score by round, on the validation split or, without one, on the test split.
 
         Raises:
             RunError: if the result does not know its folder.
@@ -114,7 +114,7 @@ class RunResult:
         rows = [row for row in self.history() if row["stage"] == stage]
         # As pandas does it: notebooks then show the figure by themselves.
         _, axes = pyplot.subplots(figsize=(6, 3.5), layout="constrained", subplot_kw={"xlabel": "round", "ylabel": self.metric})
-        for name, label in (("validation_score", "validation part"), ("test_score", "test split")):
+        for name, label in (("validation_score", "validation split"), ("test_score", "test split")):
             points = [(row["round"], row[name]) for row in rows if row.get(name) is not None]
             if points:
                 axes.plot(*zip(*points, strict=True), marker="o", label=label)

@@ -20,7 +20,7 @@ class Options(DatasetOptions):
     """The files and columns of your own dataset."""
 
     train: str = "train"
-    """File of the training rows, inside ``root`` (Hugging Face: name of the split)."""
+    """File of the training rows: a path inside ``root``, or an absolute path. Hugging Face: the name of the split."""
     test: str | None = None
     """File of the test rows. Null holds out ``test_share`` of the training rows, drawn by the seed."""
     validation: str | None = None
