@@ -67,7 +67,7 @@ class HalfStep(FedAvg):
     share: float = 0.5
 
     def server_step(self, state, aggregate):
-        return state.after(W.add(state.weights, aggregate.mean["update"], self.share))
+        return state.after(W.add(state.weights, aggregate.update, self.share))
 
 
 @dataclass(frozen=True)

@@ -103,7 +103,17 @@ class Message:
 
 
 Slots = Mapping[str, Weights]
-"""A method's additional tensors by kind: momentum, control variates, a client's own factors."""
+"""Sets of tensors by kind: updates, momentum, control variates, a client's own factors. A method documents the kinds of its own."""
+UPDATE = "update"
+"""A client's update, or the mean of all in an aggregate."""
+WEIGHTS = "weights"
+"""A client's weights after training, for methods that combine weights instead of updates."""
+PERSONAL = "personal"
+"""A client's personalized model, which it keeps if the method trains one beside the update (``LocalRule.personal``)."""
+BASE = "base"
+"""The sum of all updates merged into the frozen weights, by module and in full size, before scaling by LoRA's alpha / r."""
+BASE_STEP = "base_step"
+"""The factors of the update that the last round merged into the frozen weights."""
 
 Accepted = Mapping[str, Sequence[int]]
 """By client, the rounds (counted from 0, ascending) in which the server accepted its update."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 import torch
@@ -12,7 +13,7 @@ from fedmllm import factors
 from fedmllm import weights as W
 from fedmllm.errors import ConfigError
 from fedmllm.training.rules import LocalRule
-from fedmllm.types import Accepted, Broadcast, ClientUpdate, Population, Profile, Slots, Weights
+from fedmllm.types import BASE, BASE_STEP, UPDATE, WEIGHTS, Accepted, Broadcast, ClientUpdate, Population, Profile, Slots, Weights
 
 if TYPE_CHECKING:
     from fedmllm.algorithms.transforms import UpdateTransform
@@ -50,8 +51,7 @@ class ServerState:
     Attributes:
         weights: the global weights, float32.
         round_num: number of finished rounds.
-        slots: the method's other tensors, by name. Momentum and control variates have the shapes of the weights. ``base`` holds what has
-            been merged into the frozen weights, by module and in full size. ``base_step`` holds the factors that the last round merged.
+        slots: the method's other tensors by kind: ``BASE``, ``BASE_STEP``, and the kinds that the method documents.
         population: all clients. The round loop sets it; checkpoints do not contain it.
         accepted: by client, the last two rounds (counted from 0, ascending) whose weights it trained from and whose update was accepted.
             The round loop sets it. The client's stored state is the one that belongs to the last of these rounds.
@@ -67,10 +67,10 @@ class ServerState:
 
     @property
     def base(self) -> Weights:
-        """The sum of all updates merged into the frozen weights, by module, before scaling by LoRA's alpha / r."""
-        return self.slots.get("base", {})
+        """The slot ``BASE``: the sum of all updates merged into the frozen weights."""
+        return self.slots.get(BASE, {})
 
-    def after(self, weights: Weights, **slots: Weights) -> ServerState:
+    def after(self, weights: Weights, slots: Slots = MappingProxyType({})) -> ServerState:
         """Return the state one round later. Slots that are not given keep their values."""
         return replace(self, weights=weights, round_num=self.round_num + 1, slots={**self.slots, **slots})
 
@@ -103,7 +103,7 @@ class Aggregate:
     """The combined updates of one round.
 
     Attributes:
-        mean: weighted means in float64, by kind: ``update``, and whatever else the clients sent.
+        mean: weighted means in float64, by kind: ``UPDATE``, and whatever else the clients sent.
         num_clients: number of updates in the aggregate.
         members: the individual updates. Only methods with ``needs_individual_updates`` get them, and ``mean`` is then empty.
     """
@@ -111,6 +111,11 @@ class Aggregate:
     mean: Slots
     num_clients: int
     members: tuple[Member, ...] = ()
+
+    @property
+    def update(self) -> Weights:
+        """The mean update, in float64."""
+        return self.mean[UPDATE]
 
     def mean_over_members(self, kind: str) -> Weights:
         """Return the weighted mean of the members' tensors of one kind, in float64."""
@@ -249,7 +254,7 @@ class ServerAverage:
 
     def broadcast(self, state: ServerState) -> Broadcast:
         """Send the global weights, the updates merged into the frozen weights, and the population."""
-        step = state.slots.get("base_step", {})
+        step = state.slots.get(BASE_STEP, {})
         return Broadcast(state.round_num, state.weights, base=state.base, base_step=step, population=state.population)
 
     def uploads(self, round_num: int, name: str) -> bool:
@@ -266,11 +271,11 @@ class ServerAverage:
 
     def fold(self, state: ServerState, update: ClientUpdate) -> tuple[Slots, float]:
         """Return the update and its extras, weighted by sample count or uniformly."""
-        return {"update": update.update, **update.extras}, 1.0 if self.uniform_weights else update.weight
+        return {UPDATE: update.update, **update.extras}, 1.0 if self.uniform_weights else update.weight
 
     def server_step(self, state: ServerState, aggregate: Aggregate) -> ServerState:
         """Add the mean update in float64 and round once to float32."""
-        return state.after(W.add(state.weights, aggregate.mean["update"]))
+        return state.after(W.add(state.weights, aggregate.update))
 
     def personal(self, state: ServerState, client_state: Slots) -> Weights:
         """Return the global weights: the method trains no personalized models."""
@@ -283,20 +288,20 @@ def client_weights(state: ServerState, update: ClientUpdate) -> Weights:
 
 
 def mean_of_others(aggregate: Aggregate) -> Weights:
-    """Return the weighted mean of those of the members' ``weights`` that are not LoRA factors, in float32."""
+    """Return the weighted mean of those of the members' ``WEIGHTS`` that are not LoRA factors, in float32."""
     mean = W.WeightedMean()
     for member in aggregate.members:
-        mean.add(factors.others(member.slots["weights"]), member.share)
+        mean.add(factors.others(member.slots[WEIGHTS]), member.share)
     return {name: tensor.float() for name, tensor in mean.value().items()}
 
 
-def merge(state: ServerState, gained: Mapping[str, factors.Pair]) -> dict[str, Weights]:
+def merge(state: ServerState, gained: Mapping[str, factors.Pair]) -> Slots:
     """Return the slots after products of factors are added to the frozen weights.
 
-    ``base_step`` keeps the factors in float32, because every client must receive them.
+    ``BASE_STEP`` keeps the factors in float32, because every client must receive them.
     """
     step = factors.to_float(gained.items())
-    return {"base": factors.accumulated(state.base, step), "base_step": step}
+    return {BASE: factors.accumulated(state.base, step), BASE_STEP: step}
 
 
 def zeros(weights: Weights) -> Weights:

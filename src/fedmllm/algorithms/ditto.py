@@ -8,7 +8,7 @@ from fedmllm.algorithms.base import Client, ServerState, require_not_negative
 from fedmllm.algorithms.fedavg import FedAvg
 from fedmllm.algorithms.fedprox import Proximal
 from fedmllm.training.rules import LocalRule
-from fedmllm.types import Broadcast, Slots, Weights
+from fedmllm.types import PERSONAL, Broadcast, Slots, Weights
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class Ditto(FedAvg):
     def local_rule(self, broadcast: Broadcast, client: Client) -> LocalRule:
         """Train the update as in FedAvg, then the personalized model."""
         terms = (Proximal(self.personal_mu),) if self.personal_mu else ()
-        return LocalRule(personal=LocalRule(terms=terms, start=client.state.get("personal", {})))
+        return LocalRule(personal=LocalRule(terms=terms, start=client.state.get(PERSONAL, {})))
 
     def personal(self, state: ServerState, client_state: Slots) -> Weights:
         """Return v_k, or the global weights for a client that never took part."""
-        return client_state.get("personal", state.weights)
+        return client_state.get(PERSONAL, state.weights)

@@ -9,8 +9,12 @@ from torch import Tensor
 from fedmllm import weights as W
 from fedmllm.algorithms.base import Aggregate, ServerState, require_positive, require_within, zeros
 from fedmllm.algorithms.fedavg import FedAvg
+from fedmllm.algorithms.fedavgm import MOMENTUM
 from fedmllm.errors import ConfigError
 from fedmllm.types import Weights
+
+SECOND_MOMENT = "second_moment"
+"""The server's second moment v, in float64."""
 
 
 @dataclass(frozen=True)
@@ -51,18 +55,18 @@ class FedAdagrad(FedAvg):
     def init(self, weights: Weights, frozen: Weights) -> ServerState:
         """Start with momentum 0 and second moment tau^2."""
         second = {name: tensor + self.tau**2 for name, tensor in zeros(weights).items()}
-        return ServerState(weights, slots={"momentum": zeros(weights), "second_moment": second})
+        return ServerState(weights, slots={MOMENTUM: zeros(weights), SECOND_MOMENT: second})
 
     def server_step(self, state: ServerState, aggregate: Aggregate) -> ServerState:
         """Apply the class's update rule for m, v and w."""
-        update = aggregate.mean["update"]
+        update = aggregate.update
         first = self.reference and state.round_num == 0
         decay = 0.0 if first else self.beta1
-        momentum = {name: decay * m + (1 - decay) * update[name] for name, m in state.slots["momentum"].items()}
+        momentum = {name: decay * m + (1 - decay) * update[name] for name, m in state.slots[MOMENTUM].items()}
         squared = momentum if self.reference else update
-        second = {name: self.second(v, squared[name].square()) for name, v in state.slots["second_moment"].items()}
+        second = {name: self.second(v, squared[name].square()) for name, v in state.slots[SECOND_MOMENT].items()}
         step = {name: m / (second[name].sqrt() + self.tau) for name, m in momentum.items()}
-        return state.after(W.add(state.weights, step, self.server_learning_rate), momentum=momentum, second_moment=second)
+        return state.after(W.add(state.weights, step, self.server_learning_rate), {MOMENTUM: momentum, SECOND_MOMENT: second})
 
     def second(self, previous: Tensor, square: Tensor) -> Tensor:
         """Return the next second moment, given the previous one and this round's square."""

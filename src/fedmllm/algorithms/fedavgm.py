@@ -9,6 +9,9 @@ from fedmllm.algorithms.base import Aggregate, ServerState, require_positive, re
 from fedmllm.algorithms.fedavg import FedAvg
 from fedmllm.types import Weights
 
+MOMENTUM = "momentum"
+"""The server's momentum m, in float64."""
+
 
 @dataclass(frozen=True)
 class FedAvgM(FedAvg):
@@ -32,10 +35,10 @@ class FedAvgM(FedAvg):
 
     def init(self, weights: Weights, frozen: Weights) -> ServerState:
         """Start with momentum 0, kept in float64."""
-        return ServerState(weights, slots={"momentum": zeros(weights)})
+        return ServerState(weights, slots={MOMENTUM: zeros(weights)})
 
     def server_step(self, state: ServerState, aggregate: Aggregate) -> ServerState:
         """Apply the class's update rule for m and w."""
         fresh = 1 - self.beta1 if self.reference and state.round_num > 0 else 1.0
-        momentum = {name: self.beta1 * m + fresh * aggregate.mean["update"][name] for name, m in state.slots["momentum"].items()}
-        return state.after(W.add(state.weights, momentum, self.server_learning_rate), momentum=momentum)
+        momentum = {name: self.beta1 * m + fresh * aggregate.update[name] for name, m in state.slots[MOMENTUM].items()}
+        return state.after(W.add(state.weights, momentum, self.server_learning_rate), {MOMENTUM: momentum})

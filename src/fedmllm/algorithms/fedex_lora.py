@@ -8,7 +8,7 @@ from fedmllm import factors
 from fedmllm import weights as W
 from fedmllm.algorithms.base import Aggregate, ServerState, client_weights, merge
 from fedmllm.algorithms.fedavg import FedAvg
-from fedmllm.types import ClientUpdate, Slots, Weights
+from fedmllm.types import WEIGHTS, ClientUpdate, Slots, Weights
 
 
 @dataclass(frozen=True)
@@ -28,13 +28,13 @@ class FedExLoRA(FedAvg):
 
     def fold(self, state: ServerState, update: ClientUpdate) -> tuple[Slots, float]:
         """Return the client's factors, weighted by sample count."""
-        return {"weights": client_weights(state, update)}, update.weight
+        return {WEIGHTS: client_weights(state, update)}, update.weight
 
     def server_step(self, state: ServerState, aggregate: Aggregate) -> ServerState:
         """Apply the class's rule. The difference is computed from the mean factors after rounding to float32."""
-        weights = W.add(W.zeros_like(state.weights), aggregate.mean_over_members("weights"))
-        members = [self._without(member.slots["weights"], weights) for member in aggregate.members]
-        return state.after(weights, **merge(state, factors.stack(members, [m.share for m in aggregate.members])))
+        weights = W.add(W.zeros_like(state.weights), aggregate.mean_over_members(WEIGHTS))
+        members = [self._without(member.slots[WEIGHTS], weights) for member in aggregate.members]
+        return state.after(weights, merge(state, factors.stack(members, [m.share for m in aggregate.members])))
 
     def _without(self, own: Weights, mean: Weights) -> Weights:
         """Return a client's factors with the mean B subtracted from its own B."""

@@ -12,7 +12,10 @@ from fedmllm import weights as W
 from fedmllm.algorithms.base import Aggregate, Client, ServerState, require_within
 from fedmllm.algorithms.fedavg import FedAvg
 from fedmllm.training.rules import LocalResult, LocalRule, Upload
-from fedmllm.types import Broadcast, ClientUpdate, Slots, Weights
+from fedmllm.types import UPDATE, Broadcast, ClientUpdate, Slots, Weights
+
+PRESENT = "present"
+"""Ones at the rank indices that a client has, zeros elsewhere; their mean is the share of the weight that has each index."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +59,11 @@ class FediLoRA(FedAvg):
     def fold(self, state: ServerState, update: ClientUpdate) -> tuple[Slots, float]:
         """Return the update padded to the global rank, and ones at the rank indices that the client has."""
         ones = {name: torch.ones_like(tensor) for name, tensor in update.update.items()}
-        slots = {kind: factors.padded(tensors, state.weights) for kind, tensors in (("update", update.update), ("present", ones))}
+        slots = {kind: factors.padded(tensors, state.weights) for kind, tensors in ((UPDATE, update.update), (PRESENT, ones))}
         return slots, update.weight
 
     def server_step(self, state: ServerState, aggregate: Aggregate) -> ServerState:
         """Apply the class's rule. Rank indices that no client of the cohort has do not change."""
-        present = aggregate.mean["present"]
-        mean = {name: tensor / present[name].where(present[name] > 0, 1.0) for name, tensor in aggregate.mean["update"].items()}
+        present = aggregate.mean[PRESENT]
+        mean = {name: tensor / present[name].where(present[name] > 0, 1.0) for name, tensor in aggregate.update.items()}
         return state.after(W.add(state.weights, mean))

@@ -9,7 +9,10 @@ import torch
 from fedmllm import weights as W
 from fedmllm.algorithms.base import Aggregate, Fact, ServerState
 from fedmllm.algorithms.fedavg import FedAvg
-from fedmllm.types import ClientUpdate, Slots
+from fedmllm.types import UPDATE, ClientUpdate, Slots
+
+STEPS = "steps"
+"""A client's number of optimizer steps, tau_k, in one tensor of the same name."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +35,8 @@ class FedNova(FedAvg):
         """Return the update per step and the number of steps, weighted by sample count."""
         steps = update.metrics["steps"]
         each = {name: tensor.double() / max(1.0, steps) for name, tensor in update.update.items()}
-        return {"update": each, "steps": {"steps": torch.tensor([steps], dtype=torch.float64)}}, update.weight
+        return {UPDATE: each, STEPS: {STEPS: torch.tensor([steps], dtype=torch.float64)}}, update.weight
 
     def server_step(self, state: ServerState, aggregate: Aggregate) -> ServerState:
         """Add the mean update per step times the mean number of steps."""
-        return state.after(W.add(state.weights, aggregate.mean["update"], float(aggregate.mean["steps"]["steps"])))
+        return state.after(W.add(state.weights, aggregate.update, float(aggregate.mean[STEPS][STEPS])))

@@ -10,6 +10,9 @@ from fedmllm.algorithms.fedavg import FedAvg
 from fedmllm.training.rules import LocalResult, LocalRule, Upload
 from fedmllm.types import Broadcast, Slots, Weights
 
+OWN = "own"
+"""The factors B that a client keeps for itself."""
+
 
 @dataclass(frozen=True)
 class FedSALoRA(FedAvg):
@@ -33,12 +36,12 @@ class FedSALoRA(FedAvg):
     def local_rule(self, broadcast: Broadcast, client: Client) -> LocalRule:
         """Train from the shared A and the client's own B, and keep the new B at the client."""
         own = frozenset(filter(factors.is_b, broadcast.weights))
-        return LocalRule(start=client.state.get("own", {}), own=own, finish=self._finish)
+        return LocalRule(start=client.state.get(OWN, {}), own=own, finish=self._finish)
 
     def _finish(self, result: LocalResult) -> Upload:
         own = {name: tensor for name, tensor in result.weights.items() if factors.is_b(name)}
-        return Upload(result.weights, keeps={"own": own})
+        return Upload(result.weights, keeps={OWN: own})
 
     def personal(self, state: ServerState, client_state: Slots) -> Weights:
         """Return the shared A with the client's B."""
-        return {**state.weights, **client_state.get("own", {})}
+        return {**state.weights, **client_state.get(OWN, {})}

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from fedmllm import factors
 from fedmllm.algorithms.base import Aggregate, ServerState, mean_of_others
 from fedmllm.algorithms.flora import FLoRA
+from fedmllm.types import WEIGHTS
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class FlexLoRA(FLoRA):
 
     def server_step(self, state: ServerState, aggregate: Aggregate) -> ServerState:
         """Stack the clients' factors, compress the product to rank r, and average all other tensors."""
-        members = [m.slots["weights"] for m in aggregate.members]
+        members = [m.slots[WEIGHTS] for m in aggregate.members]
         unheld = factors.beyond(state.weights, max(map(factors.rank, members)))
         stacked = factors.stack([*members, unheld], [*(m.share for m in aggregate.members), 1.0])
         rank = {module: len(pair.a) for module, pair in factors.pairs(state.weights)}

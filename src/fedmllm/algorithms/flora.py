@@ -8,7 +8,7 @@ from typing import ClassVar
 from fedmllm import factors
 from fedmllm.algorithms.base import Aggregate, Kind, ServerState, client_weights, mean_of_others, merge
 from fedmllm.algorithms.fedavg import FedAvg
-from fedmllm.types import ClientUpdate, Slots
+from fedmllm.types import WEIGHTS, ClientUpdate, Slots
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,10 @@ class FLoRA(FedAvg):
 
     def fold(self, state: ServerState, update: ClientUpdate) -> tuple[Slots, float]:
         """Return the client's factors at its own rank, weighted by sample count."""
-        return {"weights": client_weights(state, update)}, update.weight
+        return {WEIGHTS: client_weights(state, update)}, update.weight
 
     def server_step(self, state: ServerState, aggregate: Aggregate) -> ServerState:
         """Merge the stacked product into the frozen weights and average all other tensors."""
         members = aggregate.members
-        stacked = factors.stack([m.slots["weights"] for m in members], [m.share for m in members])
-        return state.after({**state.weights, **mean_of_others(aggregate)}, **merge(state, stacked))
+        stacked = factors.stack([m.slots[WEIGHTS] for m in members], [m.share for m in members])
+        return state.after({**state.weights, **mean_of_others(aggregate)}, merge(state, stacked))

@@ -10,7 +10,12 @@ from fedmllm import factors
 from fedmllm import weights as W
 from fedmllm.algorithms.base import Aggregate, ServerState, client_weights
 from fedmllm.algorithms.fedavg import FedAvg
-from fedmllm.types import ClientUpdate, Slots
+from fedmllm.types import UPDATE, ClientUpdate, Slots
+
+HELD = "held"
+"""Ones at the rank indices that a client has, in one tensor ``RANKS``."""
+RANKS = "ranks"
+"""The name of that tensor."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +39,10 @@ class HetLoRA(FedAvg):
         own = client_weights(state, update)
         padded = factors.padded(own, state.weights)
         held = (torch.arange(factors.rank(state.weights)) < factors.rank(own)).double()
-        return {"update": W.subtract(padded, state.weights), "held": {"ranks": held}}, max(factors.product_norm(own), 1e-12)
+        return {UPDATE: W.subtract(padded, state.weights), HELD: {RANKS: held}}, max(factors.product_norm(own), 1e-12)
 
     def server_step(self, state: ServerState, aggregate: Aggregate) -> ServerState:
         """Add the mean difference at the rank indices that the cohort has."""
-        largest = int(aggregate.mean["held"]["ranks"].count_nonzero())
-        held = factors.padded(factors.cut(aggregate.mean["update"], largest), state.weights)
+        largest = int(aggregate.mean[HELD][RANKS].count_nonzero())
+        held = factors.padded(factors.cut(aggregate.update, largest), state.weights)
         return state.after(W.add(state.weights, held))

@@ -11,6 +11,7 @@ from fedmllm import weights as W
 from fedmllm.algorithms.base import Aggregate, ServerState, require_not_negative, require_positive
 from fedmllm.algorithms.median import Median, stacked
 from fedmllm.errors import ConfigError
+from fedmllm.types import UPDATE
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Krum(Median):
 
     def server_step(self, state: ServerState, aggregate: Aggregate) -> ServerState:
         """Add the mean of the selected updates."""
-        names = aggregate.members[0].slots["update"]
+        names = aggregate.members[0].slots[UPDATE]
         updates = {name: stacked(aggregate.members, name) for name in names}
         chosen = self.choose(torch.cat([tensor.flatten(1) for tensor in updates.values()], dim=1))
         return state.after(W.add(state.weights, {name: tensor[chosen].mean(dim=0) for name, tensor in updates.items()}))

@@ -11,6 +11,7 @@ from torch import Tensor
 from fedmllm import weights as W
 from fedmllm.algorithms.base import Aggregate, Member, ServerState
 from fedmllm.algorithms.fedavg import FedAvg
+from fedmllm.types import UPDATE
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Median(FedAvg):
 
     def server_step(self, state: ServerState, aggregate: Aggregate) -> ServerState:
         """Add the robust center (``middle``) of each tensor's updates."""
-        robust = {name: self.middle(stacked(aggregate.members, name)) for name in aggregate.members[0].slots["update"]}
+        robust = {name: self.middle(stacked(aggregate.members, name)) for name in aggregate.members[0].slots[UPDATE]}
         return state.after(W.add(state.weights, robust))
 
     def middle(self, updates: Tensor) -> Tensor:
@@ -45,4 +46,4 @@ class Median(FedAvg):
 
 def stacked(members: Sequence[Member], name: str) -> Tensor:
     """Stack one tensor of all clients' updates in float64, shape (clients, ...)."""
-    return torch.stack([member.slots["update"][name].double() for member in members])
+    return torch.stack([member.slots[UPDATE][name].double() for member in members])

@@ -10,6 +10,9 @@ from fedmllm.algorithms.fedavg import FedAvg
 from fedmllm.training.rules import LocalResult, LocalRule, Upload
 from fedmllm.types import Broadcast, Weights
 
+CONTROL = "control"
+"""Control variates: c at the server, c_k at a client, and the change of c_k in an update."""
+
 
 @dataclass(frozen=True)
 class Scaffold(FedAvg):
@@ -33,8 +36,8 @@ class Scaffold(FedAvg):
     """
 
     server_learning_rate: float = 1.0
-    client_sends = ("control",)
-    uniform_extras = ("control",)
+    client_sends = (CONTROL,)
+    uniform_extras = (CONTROL,)
     uniform_weights = True
     takes_stale_updates = False
 
@@ -43,26 +46,26 @@ class Scaffold(FedAvg):
 
     def init(self, weights: Weights, frozen: Weights) -> ServerState:
         """Start with a control variate of 0."""
-        return ServerState(weights, slots={"control": W.zeros_like(weights)})
+        return ServerState(weights, slots={CONTROL: W.zeros_like(weights)})
 
     def broadcast(self, state: ServerState) -> Broadcast:
         """Also send the server's control variate."""
-        return replace(super().broadcast(state), extras={"control": state.slots["control"]})
+        return replace(super().broadcast(state), extras={CONTROL: state.slots[CONTROL]})
 
     def local_rule(self, broadcast: Broadcast, client: Client) -> LocalRule:
         """Correct every gradient, then compute the client's next control variate."""
-        server = broadcast.extras["control"]
-        own = client.state.get("control") or W.zeros_like(server)
+        server = broadcast.extras[CONTROL]
+        own = client.state.get(CONTROL) or W.zeros_like(server)
         correction = W.subtract(server, own)
 
         def finish(result: LocalResult) -> Upload:
             control = {name: result.gradient.get(name, tensor) for name, tensor in own.items()}
-            return Upload(result.weights, {"control": W.subtract(control, own)}, {"control": control})
+            return Upload(result.weights, {CONTROL: W.subtract(control, own)}, {CONTROL: control})
 
         return LocalRule(edit_gradient=lambda name, g: g + correction[name].to(g), records_gradient=True, finish=finish)
 
     def server_step(self, state: ServerState, aggregate: Aggregate) -> ServerState:
         """Apply the class's update rule for w and c."""
         share = aggregate.num_clients / max(state.population.num_clients, aggregate.num_clients)
-        control = W.add(state.slots["control"], aggregate.mean["control"], share)
-        return state.after(W.add(state.weights, aggregate.mean["update"], self.server_learning_rate), control=control)
+        control = W.add(state.slots[CONTROL], aggregate.mean[CONTROL], share)
+        return state.after(W.add(state.weights, aggregate.update, self.server_learning_rate), {CONTROL: control})

@@ -16,7 +16,10 @@ from fedmllm.algorithms.median import stacked
 from fedmllm.errors import ConfigError
 from fedmllm.training.rules import LocalRule
 from fedmllm.training.terms import LossTerm, Parameters
-from fedmllm.types import Broadcast, Weights
+from fedmllm.types import BASE, UPDATE, Broadcast, Weights
+
+SIGNS = "signs"
+"""The signs of B_0, which the server keeps and clients derive from the frozen weights."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +71,8 @@ class YOCO(FedAvg):
             raise ConfigError(f"yoco splits the frozen weights, but {missing[0]} is quantized; load the model in bfloat16")
         pairs = {module: self._split(frozen[module], pair) for module, pair in factors.pairs(weights)}
         start = {**weights, **factors.named(pairs)}
-        signs = {"signs": {name: tensor.sign() for name, tensor in start.items() if factors.is_b(name)}}
-        base = {} if self.reference else {"base": {module: -pair.product().float() for module, pair in pairs.items()}}
+        signs = {SIGNS: {name: tensor.sign() for name, tensor in start.items() if factors.is_b(name)}}
+        base = {} if self.reference else {BASE: {module: -pair.product().float() for module, pair in pairs.items()}}
         return ServerState(start, slots={**signs, **base})
 
     def _split(self, weight: Tensor, pair: factors.Pair) -> factors.Pair:
@@ -81,19 +84,19 @@ class YOCO(FedAvg):
 
     def broadcast(self, state: ServerState) -> Broadcast:
         """Also pass the signs of B_0."""
-        return replace(super().broadcast(state), extras={"signs": state.slots["signs"]})
+        return replace(super().broadcast(state), extras={SIGNS: state.slots[SIGNS]})
 
     def downloads(self, name: str) -> bool:
         """Download everything but the signs, which every client can derive from the frozen weights."""
-        return not name.startswith("signs/")
+        return not name.startswith(f"{SIGNS}/")
 
     def local_rule(self, broadcast: Broadcast, client: Client) -> LocalRule:
         """Add the terms of the class's client rule."""
-        return LocalRule(terms=(Supervision(self, broadcast.extras["signs"]),))
+        return LocalRule(terms=(Supervision(self, broadcast.extras[SIGNS]),))
 
     def server_step(self, state: ServerState, aggregate: Aggregate) -> ServerState:
         """Apply the class's server rule."""
-        update = aggregate.mean_over_members("update")
+        update = aggregate.mean_over_members(UPDATE)
         if not self.reference:
             update |= {name: self._principal(aggregate.members, name, state.weights[name]) for name in update if factors.is_a(name)}
         return state.after(W.add(state.weights, update))

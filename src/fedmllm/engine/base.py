@@ -8,7 +8,7 @@ from typing import Protocol
 
 from fedmllm.algorithms import Algorithm, Chain, ServerState, UpdateTransform
 from fedmllm.engine.checkpoint import ClientStates
-from fedmllm.types import Accepted, Answer, Broadcast, Metrics, Sample, Slots, Weights
+from fedmllm.types import BASE, Accepted, Answer, Broadcast, Metrics, Sample, Slots, Weights
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Assignment:
     def personal(self, client: str) -> Weights:
         """Return the client's personalized model, or the global weights if the method has no personalized models."""
         broadcast = self.broadcast
-        state = ServerState(broadcast.weights, broadcast.round_num, {"base": broadcast.base})
+        state = ServerState(broadcast.weights, broadcast.round_num, {BASE: broadcast.base})
         return self.algorithm.personal(state, self.kept(client))
 
 

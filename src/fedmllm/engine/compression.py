@@ -15,7 +15,7 @@ from fedmllm import factors
 from fedmllm import weights as W
 from fedmllm.algorithms import ClientContext, Codec, Packed, UpdateTransform
 from fedmllm.settings_file import ADVANCED
-from fedmllm.types import ClientUpdate, Slots, Weights
+from fedmllm.types import UPDATE, ClientUpdate, Slots, Weights
 
 
 class CompressionConfig(BaseModel):
@@ -32,6 +32,10 @@ class CompressionConfig(BaseModel):
     error_feedback: bool = True
     """Clients keep the compression error and add it to their next update (Seide et al., Interspeech 2014; Karimireddy et al., ICML 2019). With
     FlexLoRA and calibrated_flexlora, the error is projected onto the new factors."""
+
+
+ENDED = "ended"
+"""The factors after training to which a client's residual of the update belongs."""
 
 
 class BFloat16:
@@ -174,31 +178,31 @@ class Compression(UpdateTransform):
         """Compress a client's update.
 
         Returns:
-            The update, and the slots that the client keeps: ``update`` and the names of the extra tensors hold residuals, ``ended`` holds the
-            factors that the residual of the update belongs to.
+            The update, and the slots that the client keeps: ``UPDATE`` and the names of the extra tensors hold residuals, ``ENDED`` the
+            factors to which the residual of the update belongs.
         """
         ended = context.ended if context.algorithm.refactorizes else {}
         kept = _carried(context.kept, ended)
-        groups = {"update": update.update, **update.extras}
+        groups = {UPDATE: update.update, **update.extras}
         sent = {kind: sent_through(self.writer, tensors, kept.get(kind, {})) for kind, tensors in groups.items()}
         arrived = {kind: through.received for kind, through in sent.items()}
         packed = {kind: through.packed for kind, through in sent.items()}
         size = sum(through.num_bytes for through in sent.values())
-        written = replace(update, update=arrived.pop("update"), extras=arrived, num_bytes=size, packed=packed)
+        written = replace(update, update=arrived.pop(UPDATE), extras=arrived, num_bytes=size, packed=packed)
         return written, self._residuals(sent, kept, ended)
 
     def _residuals(self, sent: Mapping[str, Sent], kept: Slots, ended: Weights) -> Slots:
         """Return the residuals that the client keeps. Tensors that the client did not send in this round keep their old residuals."""
         lost = {kind: through.lost for kind, through in sent.items() if self.error_feedback and W.is_finite(through.lost)}
         slots: Slots = {kind: {**kept.get(kind, {}), **tensors} for kind, tensors in lost.items()}
-        return {**slots, "ended": factors.named(dict(factors.pairs(ended)))} if ended and "update" in slots else slots
+        return {**slots, ENDED: factors.named(dict(factors.pairs(ended)))} if ended and UPDATE in slots else slots
 
 
 def _carried(kept: Slots, ended: Weights) -> Slots:
     """Return the residuals, with that of the update projected onto the new factors. Non-finite factors have no directions to project onto."""
-    if not ended or "ended" not in kept or not W.is_finite(ended):
+    if not ended or ENDED not in kept or not W.is_finite(ended):
         return kept
-    return {**kept, "update": factors.carried(kept["update"], kept["ended"], ended)}
+    return {**kept, UPDATE: factors.carried(kept[UPDATE], kept[ENDED], ended)}
 
 
 def compression(config: CompressionConfig) -> tuple[Compression, ...]:

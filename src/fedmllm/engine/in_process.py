@@ -24,7 +24,7 @@ from fedmllm.training.client import LocalTask
 from fedmllm.training.local import train_in_parallel, train_locally
 from fedmllm.training.rules import LocalResult, LocalRule, Upload
 from fedmllm.training.settings import TrainingConfig
-from fedmllm.types import Answer, ClientFailure, ClientUpdate, Metrics, Sample, Slots
+from fedmllm.types import PERSONAL, Answer, ClientFailure, ClientUpdate, Metrics, Sample, Slots
 
 _LOG = logging.getLogger(__name__)
 
@@ -215,7 +215,7 @@ class InProcessEngine:
         # A strategy's loss terms serve the global model. The personalized model trains on the client's samples without them.
         alone = [(job, job.rule.personal) for job in jobs if job.rule.personal is not None]
         weights = {job.client.name: result.weights for (job, _), result in zip(alone, self._train(assignment, alone), strict=True)}
-        personal: list[Slots] = [{"personal": weights[job.client.name]} if job.client.name in weights else {} for job in jobs]
+        personal: list[Slots] = [{PERSONAL: weights[job.client.name]} if job.client.name in weights else {} for job in jobs]
         return list(zip(jobs, results, personal, strict=True))
 
     def _sent(self, assignment: Assignment, job: _Job, result: LocalResult, personal: Slots) -> ClientUpdate:

@@ -10,7 +10,7 @@ from fedmllm import weights as W
 from fedmllm.algorithms import Aggregate, Algorithm, Chain, Member, ServerState
 from fedmllm.errors import FederationError, listing
 from fedmllm.models.lora import describe_mismatch
-from fedmllm.types import Answer, ClientFailure, ClientUpdate, Record, Slots, Weights
+from fedmllm.types import UPDATE, Answer, ClientFailure, ClientUpdate, Record, Slots, Weights
 
 
 @dataclass(frozen=True)
@@ -173,15 +173,15 @@ def _scaled(update: ClientUpdate, scale: float) -> ClientUpdate:
     if scale == 1:
         return update
     groups = {
-        kind: {name: tensor * scale for name, tensor in slot.items()} for kind, slot in {"update": update.update, **update.extras}.items()
+        kind: {name: tensor * scale for name, tensor in slot.items()} for kind, slot in {UPDATE: update.update, **update.extras}.items()
     }
-    return replace(update, update=groups.pop("update"), extras=groups)
+    return replace(update, update=groups.pop(UPDATE), extras=groups)
 
 
 def _too_large(update: ClientUpdate, origin: Origin) -> str | None:
     if origin.largest is None or update.num_samples is None:
         return None
-    for kind, tensors in {"update": update.update, **update.extras}.items():
+    for kind, tensors in {UPDATE: update.update, **update.extras}.items():
         if (size := W.norm(tensors)) > (limit := origin.largest(kind, update.num_samples)):
             return f"the norm of the {kind} is {size:.3g}, the limit is {limit:.3g} (failures.norm_limit)"
     return None
@@ -199,9 +199,9 @@ def refusal(update: ClientUpdate, expected: Weights, extras: Sequence[str] = ())
     """
     if sorted(update.extras) != sorted(extras):
         return f"the answer has extra tensors {sorted(update.extras) or 'none'}, expected {sorted(extras) or 'none'}"
-    for kind, tensors in {"update": update.update, **update.extras}.items():
+    for kind, tensors in {UPDATE: update.update, **update.extras}.items():
         if mismatch := describe_mismatch(tensors, expected):
-            return mismatch if kind == "update" else f"{kind}: {mismatch}"
+            return mismatch if kind == UPDATE else f"{kind}: {mismatch}"
         if not W.is_finite(tensors):
             return f"the {kind} contains NaN or infinity"
     if update.num_samples is not None and update.num_samples <= 0:

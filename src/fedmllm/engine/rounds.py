@@ -20,7 +20,7 @@ from fedmllm.engine.scores import evaluate_state, validate_state
 from fedmllm.engine.stages import Stage
 from fedmllm.errors import FederationError
 from fedmllm.training.settings import TrainingConfig, reach, round_learning_rate
-from fedmllm.types import Answer, Broadcast, Record
+from fedmllm.types import BASE_STEP, UPDATE, Answer, Broadcast, Record
 
 
 @dataclass(frozen=True)
@@ -219,7 +219,7 @@ def largest_norm(loop: Loop, assignment: Assignment) -> Callable[[str, int], flo
     size, entries = W.norm(weights), sum(tensor.numel() for tensor in weights.values())
 
     def largest(kind: str, count: int) -> float:
-        return factor * (math.sqrt(entries) if kind != "update" else reach(loop.training, assignment.learning_rate, count, entries) + size)
+        return factor * (math.sqrt(entries) if kind != UPDATE else reach(loop.training, assignment.learning_rate, count, entries) + size)
 
     return largest
 
@@ -232,7 +232,7 @@ def _stepped(algorithm: Algorithm, state: ServerState, intake: Intake) -> Server
 
 def _skipped(state: ServerState) -> ServerState:
     """Return the same state one round later. No update counts, and no change to the frozen weights is sent."""
-    return replace(state, round_num=state.round_num + 1, slots={kind: slot for kind, slot in state.slots.items() if kind != "base_step"})
+    return replace(state, round_num=state.round_num + 1, slots={kind: slot for kind, slot in state.slots.items() if kind != BASE_STEP})
 
 
 def _bytes_down(algorithm: Algorithm, stage: Stage, state: ServerState, broadcast: Broadcast, cohort: Sequence[str]) -> int:
@@ -241,7 +241,7 @@ def _bytes_down(algorithm: Algorithm, stage: Stage, state: ServerState, broadcas
     extras = {f"{kind}/{n}": tensor for kind, tensors in broadcast.extras.items() for n, tensor in tensors.items()}
     further = {name: tensor for name, tensor in extras.items() if algorithm.downloads(name)}
     own = sum(W.num_bytes(factors.cut(sent, stage.ranks.get(name)), further) for name in cohort)
-    return own + len(stage.clients) * W.num_bytes(state.slots.get("base_step", {}))
+    return own + len(stage.clients) * W.num_bytes(state.slots.get(BASE_STEP, {}))
 
 
 class Watch:

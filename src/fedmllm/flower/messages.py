@@ -16,7 +16,7 @@ from fedmllm.engine.base import Assignment
 from fedmllm.flower.facts import Facts, Failed, write_message
 from fedmllm.flower.frozen import KeptBase, Missing
 from fedmllm.packing import pack, unpack
-from fedmllm.types import Broadcast, ClientFailure, ClientUpdate, Population, Record, Slots, Weights
+from fedmllm.types import UPDATE, Broadcast, ClientFailure, ClientUpdate, Population, Record, Slots, Weights
 
 SLACK = 1 << 20
 """Bytes that a message may have in addition to its tensors' data, for tensor names and plain values."""
@@ -139,7 +139,7 @@ def write_answer(answer: ClientUpdate | ClientFailure, round_num: int) -> bytes:
     if isinstance(answer, ClientFailure):
         return write_message(answer, round_num)
     groups: dict[str, Weights] = {}
-    for kind, tensors in {"update": answer.update, **answer.extras}.items():
+    for kind, tensors in {UPDATE: answer.update, **answer.extras}.items():
         if kind not in answer.packed:
             groups[kind] = tensors
         for name, parts in answer.packed.get(kind, {}).items():
@@ -199,7 +199,7 @@ def expected(assignment: Assignment, client: str) -> Expected:
     """Return the expected format of a client's answer."""
     method: Algorithm = assignment.algorithm
     sent = {name: t for name, t in assignment.broadcast.weights.items() if method.uploads(assignment.broadcast.round_num, name)}
-    return Expected(factors.cut(sent, assignment.ranks.get(client)), ("update", *method.client_sends), assignment.chain.codec)
+    return Expected(factors.cut(sent, assignment.ranks.get(client)), (UPDATE, *method.client_sends), assignment.chain.codec)
 
 
 def read_answer(content: bytes, client: str, wanted: Expected) -> ClientUpdate | ClientFailure:
@@ -226,7 +226,7 @@ def _update(groups: Mapping[str, Weights], facts: Record, client: str, wanted: E
         raise ValueError(f"the answer has unexpected tensors {unknown}")
     return ClientUpdate(
         client,
-        slots.pop("update"),
+        slots.pop(UPDATE),
         answer.num_samples,
         answer.metrics,
         slots,

@@ -24,7 +24,7 @@ from fedmllm.randomness import generator
 from fedmllm.registry import added
 from fedmllm.training.rules import LocalResult
 from fedmllm.training.settings import TrainingConfig
-from fedmllm.types import ClientUpdate, Metrics, Record, Sample, Weights
+from fedmllm.types import PERSONAL, ClientUpdate, Metrics, Record, Sample, Weights
 
 ROUNDS = 2
 """Of a trial: some methods do in later rounds what they do not do in the first."""
@@ -167,7 +167,7 @@ class _Stirring:
         rule = algorithm.local_rule(assignment.broadcast, Client(name, assignment.kept(name)))
         ended: Weights = {tensor: 1.1 * value for tensor, value in {**received, **rule.start}.items()}
         upload = rule.finish(LocalResult(ended, received, {"steps": 1.0}, ended))
-        if keeps := {**upload.keeps, **({"personal": ended} if rule.personal else {})}:
+        if keeps := {**upload.keeps, **({PERSONAL: ended} if rule.personal else {})}:
             assignment.keep(name, keeps)
         update = {tensor: upload.weights[tensor] - value for tensor, value in received.items() if algorithm.uploads(round_num, tensor)}
         return ClientUpdate(name, update, 1, {"steps": 1.0}, upload.extras)

@@ -46,7 +46,7 @@ from fedmllm.run.summary import summarize
 from fedmllm.run.tracking import require_trackers, tracked
 from fedmllm.training.batches import Encoder
 from fedmllm.training.terms import LossTerm, of_kind
-from fedmllm.types import Metrics, Sample, Weights
+from fedmllm.types import BASE, Metrics, Sample, Weights
 
 
 def train(
@@ -163,7 +163,7 @@ class _Run:
             self._save_adapters(trained, models if loop.algorithm.personalized else {})
             self._write_predictions(loop, federated, trained)
             tested = self._tested(loop, federated, trained)
-        ended = {f"fine_tuned-{client}": ServerState(weights, slots={"base": trained.base}) for client, weights in models.items()}
+        ended = {f"fine_tuned-{client}": ServerState(weights, slots={BASE: trained.base}) for client, weights in models.items()}
         for stage in baselines:
             own = calibrated if stage.name.startswith("calibrated_") else plain
             run_stage(own, stage, ended[stage.name] if stage.name in ended else ServerState(initial))

@@ -30,7 +30,7 @@ from fedmllm.models.lora import frozen_weights, read_weights, write_base, write_
 from fedmllm.models.saved import save_adapter
 from fedmllm.run.encodable import usable
 from fedmllm.run.resident import Resident
-from fedmllm.types import Answer, Broadcast, ClientFailure, Metrics, Sample
+from fedmllm.types import BASE, Answer, Broadcast, ClientFailure, Metrics, Sample
 
 if TYPE_CHECKING:
     from flwr.clientapp import ClientApp
@@ -85,7 +85,7 @@ class _Opened:
         """Return a client's personalized model: its weights, and the change merged into the frozen weights."""
         assignment = self._assignment(task, states)
         received = assignment.broadcast
-        return ServerState(assignment.personal(task.facts.client), received.round_num, {"base": received.base})
+        return ServerState(assignment.personal(task.facts.client), received.round_num, {BASE: received.base})
 
     def _assignment(self, task: Task, states: ClientStates) -> Assignment:
         """Rebuild the assignment that the server sent."""
