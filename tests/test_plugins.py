@@ -22,6 +22,7 @@ from fedmllm.api import train
 from fedmllm.cli.main import app
 from fedmllm.config import Experiment
 from fedmllm.data.datasets import DATASETS
+from fedmllm.data.datasets.base import HEADLINES
 from fedmllm.data.modalities import SCENARIOS
 from fedmllm.data.quality import PARTS
 from fedmllm.engine.schedules import SCHEDULES
@@ -110,6 +111,12 @@ def answered(predictions):
     return sum(p.answer is not None for p in predictions) / len(predictions)
 
 
+@fedmllm.register_headline("sure")
+def sure(prediction):
+    """The probability of the correct option."""
+    return prediction.probabilities[prediction.sample.label]
+
+
 @fedmllm.register_tracker("lines")
 @contextmanager
 def lines(folder, experiment, name):
@@ -118,11 +125,11 @@ def lines(folder, experiment, name):
 '''
 INDEXES: dict[str, dict[str, Any]] = {
     **{"method": ALGORITHMS, "strategy": STRATEGIES, "schedule": SCHEDULES, "dataset": DATASETS, "family": FAMILIES},
-    **{"scenario": SCENARIOS, "heterogeneity": PARTS, "metric": METRICS, "tracker": TRACKERS},  # type: ignore[dict-item]
+    **{"scenario": SCENARIOS, "heterogeneity": PARTS, "metric": METRICS, "headline": HEADLINES, "tracker": TRACKERS},  # type: ignore[dict-item]
 }
 NAMES = {
     **{"method": "half_step", "strategy": "ridge", "schedule": "as_usual", "dataset": "my-claims", "family": "mine"},
-    **{"scenario": "everything", "heterogeneity": "shouted", "metric": "answered", "tracker": "lines"},
+    **{"scenario": "everything", "heterogeneity": "shouted", "metric": "answered", "headline": "sure", "tracker": "lines"},
 }
 
 
@@ -188,6 +195,22 @@ def test_a_run_chooses_everything_that_a_file_adds(folder: Path) -> None:
     assert len((folder / "run" / "lines.txt").read_text().splitlines()) == 2
     assert yaml.safe_load((folder / "run" / "config.yaml").read_text())["plugins"] == [str(folder / "mine.py")]
     assert train(experiment, folder / "run", resume=True).scores == result.scores
+
+
+def test_a_headline_score_of_a_file_scores_a_run(folder: Path) -> None:
+    added = 'fedmllm.register_dataset("sure-claims", DatasetEntry("", lambda r: replace(DATASETS["digits-claims"].load(r), metric="sure")))'
+    (folder / "mine.py").write_text(PLUGIN + added)
+    file = written(folder, data=SECTIONS["data"] | {"dataset": "sure-claims"}, evaluation={"every": 1, "baselines": ["local"]})
+    result = train(Experiment.load(file), folder / "run")
+    asked = json.loads((folder / "run" / "predictions.json").read_text())
+    details = result.details["federated"]
+    assert (result.metric, asked["metrics"], set(asked["truth"])) == ("sure", ["sure"], {1})
+    assert result.scores["federated"] == details["score"] == pytest.approx(sum(asked["guesses"][0]) / 8)
+    assert result.standard_errors["federated"] > 0
+    assert 0 < result.scores["local_mean"] < 1
+    # The options are classes, so these are reported as always.
+    assert {"accuracy", "balanced_accuracy", "macro_f1"} <= details.keys()
+    assert "sure" in (folder / "run" / "report.html").read_text()
 
 
 def test_the_method_of_a_file_does_what_it_says(folder: Path) -> None:
@@ -330,6 +353,9 @@ def test_the_listing_says_where_a_method_comes_from(folder: Path) -> None:
             "import fedmllm\nfedmllm.register_scenario('all-of-it', None)",
             "'all-of-it' cannot name a scenario; use lowercase letters, digits, _ and .",
         ),
+        ("import fedmllm\nfedmllm.register_metric('accuracy')(len)", "metric 'accuracy' of mine exists already, from fedmllm"),
+        ("import fedmllm\nfedmllm.register_metric('score_mine')(len)", "'score_mine' cannot name a metric"),
+        ("import fedmllm\nfedmllm.register_headline('auc')(len)", "headline 'auc' of mine exists already, from fedmllm"),
         ("import fedmllm\nfedmllm.register_corruption('blur2', None)", "'blur2' cannot name a heterogeneity; use lowercase letters and _"),
     ],
 )

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         register_corruption,
         register_dataset,
         register_family,
+        register_headline,
         register_method,
         register_metric,
         register_scenario,
@@ -39,8 +40,8 @@ _HOMES = {
     "RunResult": "fedmllm.run.results",
     **dict.fromkeys(
         (
-            *("register_corruption", "register_dataset", "register_family", "register_method", "register_metric"),
-            *("register_scenario", "register_schedule", "register_strategy", "register_tracker"),
+            *("register_corruption", "register_dataset", "register_family", "register_headline", "register_method"),
+            *("register_metric", "register_scenario", "register_schedule", "register_strategy", "register_tracker"),
         ),
         "fedmllm.plugins",
     ),
@@ -58,6 +59,7 @@ __all__ = [
     "register_corruption",
     "register_dataset",
     "register_family",
+    "register_headline",
     "register_method",
     "register_metric",
     "register_scenario",

@@ -112,7 +112,24 @@ def register_metric(name: str) -> Callable[[Function], Function]:
     Raises:
         ConfigError: if the name is taken.
     """
-    return lambda function: register("metric", name, function)
+    # The package names its own metrics by dataset and by type of answer with these prefixes.
+    allowed, rule = (
+        r"(?!score_|accuracy_)[a-z0-9][a-z0-9_.-]*",
+        "lowercase letters, digits, _ - and ., not beginning with score_ or accuracy_",
+    )
+    return lambda function: register("metric", name, function, re.compile(allowed), rule)
+
+
+def register_headline(name: str) -> Callable[[Function], Function]:
+    """Return a decorator that makes a function a headline score, ``data.options.metric: NAME`` or ``Dataset.metric`` of a dataset.
+
+    The function takes one ``fedmllm.types.Prediction`` with an answer and returns a number in [0, 1]. The score is the mean over samples, where
+    a failure scores 0. A score that is no mean over samples can be reported beside the headline with ``register_metric``.
+
+    Raises:
+        ConfigError: if the name is taken.
+    """
+    return lambda function: register("headline", name, function)
 
 
 def register_tracker(name: str) -> Callable[[Function], Function]:

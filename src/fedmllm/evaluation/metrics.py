@@ -9,19 +9,20 @@ from statistics import mean, stdev
 import numpy as np
 
 from fedmllm.errors import DataError
-from fedmllm.evaluation.predictions import SIDE_BY_SIDE, Answered, answered, own_metric
+from fedmllm.evaluation.predictions import CLASSES, SIDE_BY_SIDE, Answered, answered, own_metric
 from fedmllm.evaluation.text import free_scores, is_failure, normalize
 from fedmllm.randomness import generator
 from fedmllm.registry import index
 from fedmllm.types import Metrics, Prediction, Sample
 
 BOOTSTRAP_SAMPLES = 200
-METRICS: dict[str, Callable[[Sequence[Prediction]], float | None]] = index("metric", {})
-"""Scores that plugins report beside the headline, by name; None where one is not defined."""
+_OURS = ("score", "standard_error", "num_samples", "failures", "auc_hard", *SIDE_BY_SIDE, "recall_open", "f1_open", "rouge_l_long")
+METRICS: dict[str, Callable[[Sequence[Prediction]], float | None] | None] = index("metric", dict.fromkeys(_OURS))
+"""Metrics reported beside the headline: None for those of the package; for a plugin's, a function that returns None where it is not defined."""
 
 
 def score(metric: str, predictions: Sequence[Prediction]) -> float:
-    """Return the headline score by name: ``auc``, ``macro_f1``, ``accuracy``, or ``mixed``, the mean over datasets of each one's own score."""
+    """Return the headline score by name: ``auc``, ``macro_f1``, ``accuracy``, ``mixed``, the mean over datasets of each one's own score, or a plugin's."""
     return answered(metric, predictions).score()
 
 
@@ -62,15 +63,21 @@ def all_metrics(metric: str, predictions: Sequence[Prediction], seed: int) -> Me
     whole = answered(metric, predictions)
     numbers: Metrics = {"score": whole.score(), "standard_error": _bootstrap(whole, seed)}
     numbers |= {"num_samples": len(predictions), "failures": sum(map(is_failure, predictions))}
-    classes = answered("macro_f1", predictions) if metric == "accuracy" and _one_set_of_options(predictions) else whole
-    numbers |= {name: other.score() for name in SIDE_BY_SIDE if (other := classes.by(name)) is not None}
+    numbers |= {name: other.score() for name in SIDE_BY_SIDE if (other := _classes(whole, predictions).by(name)) is not None}
     if metric == "auc":
         numbers["auc_hard"] = whole.hard().score()
     for domain, part in _by_domain(predictions).items():
         if domain:
             numbers[f"score_{domain}"] = score(own_metric([p.sample for p in part]), part)
-    further = {name: value for name, function in METRICS.items() if (value := function(predictions)) is not None}
+    further = {name: value for name, function in METRICS.items() if function and (value := function(predictions)) is not None}
     return further | numbers | free_scores(predictions)
+
+
+def _classes(whole: Answered, predictions: Sequence[Prediction]) -> Answered:
+    """Return the answers as classes if the samples have classes, else as right or wrong."""
+    if whole.metric in (*CLASSES, "mixed"):
+        return whole
+    return answered("macro_f1" if _one_set_of_options(predictions) else "accuracy", predictions)
 
 
 def _one_set_of_options(predictions: Sequence[Prediction]) -> bool:
@@ -126,7 +133,7 @@ def majority_score(metric: str, train: Sequence[Sample], test: Sequence[Sample])
     if metric == "mixed":
         return float(np.mean([_majority_in(domain, train, test) for domain in sorted({sample.domain for sample in test})]))
     common = _most_frequent_by(train, lambda sample: sample.answer_type)
-    return score(metric, [Prediction(sample, _offered(sample, common.get(sample.answer_type))) for sample in test])
+    return score(metric, [_given(sample, common.get(sample.answer_type)) for sample in test])
 
 
 def _majority_in(domain: str, train: Sequence[Sample], test: Sequence[Sample]) -> float:
@@ -145,7 +152,7 @@ def question_score(metric: str, train: Sequence[Sample], test: Sequence[Sample])
         return None
     common, known = _most_frequent_by(train, lambda sample: sample.answer_type), _most_frequent_by(train, _asked)
     answers = (known.get(_asked(sample), common.get(sample.answer_type)) for sample in test)
-    return score(metric, [Prediction(sample, _offered(sample, answer)) for sample, answer in zip(test, answers, strict=True)])
+    return score(metric, [_given(sample, answer) for sample, answer in zip(test, answers, strict=True)])
 
 
 def _asked(sample: Sample) -> Hashable:
@@ -159,9 +166,11 @@ def _most_frequent_by(samples: Sequence[Sample], key: Callable[[Sample], Hashabl
     return {name: _most_frequent(group) for name, group in groups.items()}
 
 
-def _offered(sample: Sample, answer: str | None) -> str | None:
-    """Return the answer, or None if it is not among the sample's options."""
-    return None if sample.options and answer not in sample.options else answer
+def _given(sample: Sample, answer: str | None) -> Prediction:
+    """Return an answer as a certain prediction. It is a failure if it is not among the sample's options."""
+    if sample.options and answer not in sample.options:
+        return Prediction(sample, None)
+    return Prediction(sample, answer, tuple(float(option == answer) for option in sample.options))
 
 
 def _most_frequent(samples: Sequence[Sample]) -> str:

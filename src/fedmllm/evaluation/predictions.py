@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedmllm.errors import DataError
+from fedmllm.data.datasets.base import HEADLINES
+from fedmllm.errors import ConfigError, DataError
 from fedmllm.evaluation.text import is_right
 from fedmllm.types import Prediction, Record, Sample
 
 SIDE_BY_SIDE = ("accuracy", "balanced_accuracy", "macro_f1")
 """Scores reported for every classification, whatever the headline score, because a method may gain in one and lose in another."""
+
+CLASSES = ("auc", "macro_f1")
+"""Headline scores for which each option is a class."""
 
 _LARGEST_BATCH = 2**22
 """Maximum number of values held in memory at once for resamples."""
@@ -27,12 +32,12 @@ class Answered:
     """A model's answers as numbers, in the order of the samples.
 
     Attributes:
-        metric: ``auc``, ``macro_f1``, ``accuracy``, or ``mixed``, the mean over datasets of each one's own score.
+        metric: ``auc``, ``macro_f1``, ``accuracy``, a plugin's headline score, or ``mixed``, the mean over datasets of each one's own score.
         metrics: for a mixture with ``mixed``, the score of each dataset; otherwise a single one.
         domain: for each sample, the position of its dataset in ``metrics``.
-        truth: position of the correct option; 1 if the score is the accuracy.
+        truth: for the AUC and macro-F1, the position of the correct option; 1 otherwise.
         guess: for the AUC, the last option's probability, or for a failure the infinity that counts against it; for macro-F1, the
-            chosen option's position, or -1 for a failure; for the accuracy, 1 or 0.
+            chosen option's position, or -1 for a failure; for the accuracy, 1 or 0; for a plugin's score, how well the sample is answered.
     """
 
     metric: str
@@ -75,7 +80,7 @@ class Answered:
             own = self.domain == i
             held = counts[:, own].sum(1) > 0
             with np.errstate(invalid="ignore", divide="ignore"):
-                scores = _SCORES[metric](self.truth[own], self.guess[own], counts[:, own])
+                scores = _SCORES.get(metric, _mean)(self.truth[own], self.guess[own], counts[:, own])
             total, present = total + np.where(held, scores, 0.0), present + held
         return np.asarray(total / present)
 
@@ -88,8 +93,11 @@ class Answered:
     def by(self, metric: str) -> Answered | None:
         """Return the same answers with each dataset scored by one of ``SIDE_BY_SIDE``.
 
-        If the headline score is the accuracy, the classes are not known, and every other score is None.
+        If the headline score is the accuracy, the classes are not known, and every other score is None. If it is a plugin's, the answers
+        are not known either.
         """
+        if not _GUESSES.keys() >= set(self.metrics):
+            return None
         if metric != "accuracy" and "accuracy" in self.metrics:
             return None
         hard = self.hard().guess
@@ -105,6 +113,7 @@ def answered(metric: str, predictions: Sequence[Prediction]) -> Answered:
 
     Raises:
         DataError: if the score is an AUC and some samples do not have two options.
+        ConfigError: if a plugin's score is not in [0, 1].
     """
     names = sorted({p.sample.domain for p in predictions}) if metric == "mixed" else [""]
     position = {name: i for i, name in enumerate(names)}
@@ -112,8 +121,8 @@ def answered(metric: str, predictions: Sequence[Prediction]) -> Answered:
     metrics = [own_metric([p.sample for p in predictions if p.sample.domain == name]) if metric == "mixed" else metric for name in names]
     if any(metrics[d] == "auc" and len(p.sample.options) != 2 for d, p in zip(domain, predictions, strict=True)):
         raise DataError("the AUC is defined for two options; use macro_f1 or accuracy for this dataset")
-    truth = np.array([1 if metrics[d] == "accuracy" else p.sample.label for d, p in zip(domain, predictions, strict=True)])
-    guess = np.array([_GUESSES[metrics[d]](p) for d, p in zip(domain, predictions, strict=True)], dtype=np.float64)
+    truth = np.array([p.sample.label if metrics[d] in CLASSES else 1 for d, p in zip(domain, predictions, strict=True)])
+    guess = np.array([_guess(metrics[d], p) for d, p in zip(domain, predictions, strict=True)], dtype=np.float64)
     return Answered(metric, tuple(metrics), domain, truth, guess)
 
 
@@ -168,6 +177,19 @@ def _right(prediction: Prediction) -> float:
     return float(is_right(prediction))
 
 
+def _guess(metric: str, prediction: Prediction) -> float:
+    """Return a prediction as a number. A failure scores 0 under a plugin's score."""
+    if metric in _GUESSES:
+        return _GUESSES[metric](prediction)
+    function = cast(Callable[[Prediction], float], HEADLINES[metric])
+    value = 0.0 if prediction.answer is None else float(function(prediction))
+    if not 0 <= value <= 1:
+        raise ConfigError(
+            f"plugins: headline score {metric!r} must be in [0, 1], is {value:g} for sample {prediction.sample.id!r}; rescale it"
+        )
+    return value
+
+
 _GUESSES = {"auc": _positive, "macro_f1": _position, "accuracy": _right}
 
 
@@ -204,9 +226,9 @@ def _over_classes(scores: Floats, of_truth: Floats) -> Floats:
     return np.asarray(np.where(occurs, scores, 0.0).sum(1) / occurs.sum(1))
 
 
-def _accuracy(truth: Indices, guess: Floats, counts: Floats) -> Floats:
+def _mean(truth: Indices, guess: Floats, counts: Floats) -> Floats:
     return np.asarray(counts @ guess / counts.sum(1))
 
 
-_SCORES = {"auc": _auc, "macro_f1": _macro_f1, "accuracy": _accuracy, "balanced_accuracy": _balanced_accuracy}
+_SCORES = {"auc": _auc, "macro_f1": _macro_f1, "accuracy": _mean, "balanced_accuracy": _balanced_accuracy}
 """Scores by name: (truth, guess, how often each sample occurs in each resample) -> score of each resample."""

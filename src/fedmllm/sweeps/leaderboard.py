@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from fedmllm.config import Experiment, differences
 from fedmllm.data.federated import manifest, spread
 from fedmllm.errors import FedMLLMError, RunError, listing
-from fedmllm.evaluation.predictions import Answered, answered
+from fedmllm.evaluation.predictions import CLASSES, Answered, answered
 from fedmllm.files import write_json
 from fedmllm.run.resident import Resident
 from fedmllm.sweeps.comparison import Trained, read_cell
@@ -161,8 +161,8 @@ def _wrong_numbers(trained: Trained) -> Iterator[str]:
         "failures": sum(int((~np.isfinite(model.guess) | (model.guess < 0)).sum()) for model in trained.answers),
     }
     recorded = {"score": trained.score, "bytes_up": result.bytes_up, "bytes_down": result.bytes_down}
-    # For free answers, the recorded answers do not distinguish failures from other wrong answers.
-    if result.metric not in ("accuracy", "mixed"):
+    # Other scores do not distinguish failures from other wrong answers.
+    if result.metric in CLASSES:
         recorded["failures"] = result.details["federated"]["failures"]
     for name, value in recorded.items():
         if abs(value - computed[name]) > TOLERANCE:

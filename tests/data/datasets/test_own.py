@@ -189,7 +189,7 @@ CONTRADICTIONS = {
     "auc of three": (change(metric="auc", choices=["a", "b", "c"]), "metric: auc needs exactly two choices"),
     "auc of free answers": (change(metric="auc", choices=None), "metric: auc needs exactly two choices"),
     "macro_f1 of free answers": (change(metric="macro_f1", choices=None), "metric: macro_f1 needs choices"),
-    "an unknown metric": (change(metric="f1"), "metric: must be 'auc', 'macro_f1'"),
+    "an unknown metric": (change(metric="f1"), "metric: 'f1' is not a known headline score; known: auc, macro_f1, accuracy, mixed"),
     "tested on what is trained on": (change(test="train.jsonl"), "test: must differ from train"),
     "a file above": (change(train="../train.jsonl"), "train: must be a path inside root or an absolute path, got '../train.jsonl'"),
     "no share": (change(test=None, test_share=1), "test_share: must be less than 1.0, got 1"),

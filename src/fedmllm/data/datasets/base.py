@@ -14,9 +14,12 @@ from fedmllm.data.datasets.rows import OnBadSample
 from fedmllm.errors import ConfigError, DataError, listing
 from fedmllm.explain import rule
 from fedmllm.randomness import generator
-from fedmllm.types import Modality, Sample
+from fedmllm.registry import index
+from fedmllm.types import Modality, Prediction, Sample
 
-Metric = Literal["auc", "macro_f1", "accuracy", "mixed"]
+BUILT_IN = ("auc", "macro_f1", "accuracy", "mixed")
+HEADLINES: dict[str, Callable[[Prediction], float] | None] = index("headline", dict.fromkeys(BUILT_IN))
+"""The headline scores: None for those of the package; for a plugin's, a function that scores one prediction in [0, 1]."""
 Split = Literal["train", "validation", "test"]
 
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
@@ -31,8 +34,8 @@ class Dataset:
 
     Attributes:
         name: the name in the configuration.
-        metric: the headline score, in [0, 1]: area under the ROC curve, macro-averaged F1, exact-match accuracy, or
-            the mean of these over the datasets of a mixture.
+        metric: the headline score, in [0, 1]: area under the ROC curve (``auc``), macro-averaged F1 (``macro_f1``), exact-match ``accuracy``,
+            the mean of these over the datasets of a mixture (``mixed``), or a plugin's.
         train, test: the samples, in an order that does not depend on the file system.
         validation: the samples used to score models during training and to choose anything; may be empty.
         modalities: the modalities of a complete sample.
@@ -41,7 +44,7 @@ class Dataset:
     """
 
     name: str
-    metric: Metric
+    metric: str
     train: tuple[Sample, ...]
     test: tuple[Sample, ...]
     modalities: tuple[Modality, ...]
@@ -126,7 +129,7 @@ class DatasetRequest:
     def dataset(
         self,
         name: str,
-        metric: Metric,
+        metric: str,
         splits: Mapping[Split, Sequence[Sample]],
         modalities: tuple[Modality, ...],
         notes: Iterable[str] = (),

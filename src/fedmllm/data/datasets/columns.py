@@ -7,9 +7,10 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from fedmllm.data.datasets.base import DatasetOptions, Metric
+from fedmllm.data.datasets.base import HEADLINES, DatasetOptions
 from fedmllm.data.datasets.rows import same_form, words_of
 from fedmllm.data.prompts import LETTERS
+from fedmllm.explain import meant
 from fedmllm.types import Modality
 
 ROLES = ("id", "question", "options", "answer", "answer_type", "category", "client", "domain")
@@ -41,13 +42,21 @@ class Options(DatasetOptions):
     """Whether quotation marks enclose fields of a table. Null means yes, except in tab-separated tables."""
     keep_empty: bool = False
     """Keep rows whose modalities are all empty. If false, such rows are bad rows."""
-    metric: Metric | None = None
-    """The headline score. Null selects ``auc`` for two choices, ``macro_f1`` for more, and ``accuracy`` for free answers."""
+    metric: str | None = None
+    """The headline score: ``auc``, ``macro_f1``, ``accuracy``, ``mixed`` (the mean over the datasets that the column domain names), or a plugin's.
+    Null selects ``auc`` for two choices, ``macro_f1`` for more, and ``accuracy`` for free answers."""
 
     @field_validator("columns")
     @classmethod
     def _named(cls, columns: dict[str, str]) -> dict[str, str]:
         return {role: same_form(name) for role, name in columns.items()}
+
+    @field_validator("metric")
+    @classmethod
+    def _known(cls, name: str | None) -> str | None:
+        if name is not None and name not in HEADLINES:
+            raise ValueError(f"{name!r} is not a known headline score{meant(name, HEADLINES)}")
+        return name
 
     @field_validator("choices", mode="before")
     @classmethod
@@ -96,7 +105,7 @@ class Options(DatasetOptions):
         return tuple(sorted(set(self.columns) - set(ROLES)))
 
     @property
-    def headline(self) -> Metric:
+    def headline(self) -> str:
         """The headline score that applies, given ``metric`` and ``choices``."""
         return self.metric or ("accuracy" if not self.choices else "auc" if len(self.choices) == 2 else "macro_f1")
 

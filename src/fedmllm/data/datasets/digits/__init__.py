@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedmllm.data.datasets.base import Dataset, DatasetRequest, Metric
+from fedmllm.data.datasets.base import Dataset, DatasetRequest
 from fedmllm.data.datasets.digits import claims, triage, vqa
 from fedmllm.data.datasets.digits.scans import Split
 from fedmllm.randomness import generator
@@ -24,7 +24,7 @@ NUM_TRAIN, NUM_TEST = 1600, 400
 class _Task:
     generate: Callable[[int, Split, np.random.Generator], Sample]
     ceilings: Callable[[], Mapping[str, float]]
-    metric: Metric
+    metric: str
     modalities: tuple[Modality, ...]
 
 
