@@ -1,4 +1,4 @@
-"""What a loader says of rows that it cannot use."""
+"""The messages about rows that a loader cannot use."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fedmllm.errors import DataError
 
 
 def bad_rows(load: Callable[..., object], *arguments: Any, **named: Any) -> list[str]:
-    """The lines of its one error, without the first."""
+    """The lines of the loader's error after the first line."""
     with pytest.raises(DataError) as error:
         load(*arguments, **named)
     return [row.removeprefix("  - ") for row in str(error.value).splitlines()[1:]]

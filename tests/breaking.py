@@ -1,4 +1,4 @@
-"""Real servers of Flower's on loopback, and a proxy before them that breaks connections at the wrong moment."""
+"""Flower's real servers on loopback, and a proxy in front of them that breaks connections at chosen moments."""
 
 from __future__ import annotations
 
@@ -12,13 +12,18 @@ from typing import Any, Literal
 import uvicorn
 
 Fault = Literal["unread", "unanswered", "torn", "silent"]
-"""``unread``: closed before the request goes on to the server. ``unanswered``: closed after the server has done it. ``torn``: closed in the middle of the
-answer. ``silent``: open, and nothing comes."""
+"""How the proxy breaks a connection.
+
+- ``unread``: it closes the connection before the server gets the request.
+- ``unanswered``: it closes the connection after the server has handled the request.
+- ``torn``: it closes the connection in the middle of the answer.
+- ``silent``: it keeps the connection open and sends nothing.
+"""
 
 
 @contextmanager
 def served(app: Any) -> Iterator[int]:
-    """An ASGI app on a port of 127.0.0.1."""
+    """Serve an ASGI app on 127.0.0.1 and yield its port."""
     listening = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="off", ws="none"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
@@ -32,11 +37,11 @@ def served(app: Any) -> Iterator[int]:
 
 
 class Proxy:
-    """Use as a context. It passes on requests and answers, and closes a connection that is used again just then, as a server whose patience is over.
+    """A context that forwards requests and answers. It closes a connection when it is used a second time, as a server does after its timeout.
 
     Args:
         upstream: port of the server.
-        tls: for its own side; None for none.
+        tls: TLS for the proxy's own side; None for plain connections.
     """
 
     def __init__(self, upstream: int, tls: ssl.SSLContext | None = None) -> None:
@@ -49,7 +54,7 @@ class Proxy:
         self.seen: list[str] = []
         """The last part of each request's path."""
         self.broken: list[str] = []
-        """The same, of connections that were broken."""
+        """The same for connections that were broken."""
 
     def __enter__(self) -> Proxy:
         self._start(self._accept)
@@ -57,7 +62,7 @@ class Proxy:
 
     def __exit__(self, *_: object) -> None:
         self._over.set()
-        # A thread that accepts does not wake up when its socket is closed.
+        # Closing the socket does not wake a thread in ``accept``.
         with suppress(OSError):
             socket.create_connection(("127.0.0.1", self.port), 1).close()
         for thread in self._threads:
@@ -65,7 +70,7 @@ class Proxy:
         self._listening.close()
 
     def fail(self, call: str, *faults: Fault) -> None:
-        """Break the next requests of a kind."""
+        """Break the next requests to ``call``, one with each fault."""
         self._faults.setdefault(call, []).extend(faults)
 
     def _start(self, target: Any, *arguments: Any) -> None:
@@ -75,18 +80,18 @@ class Proxy:
     def _accept(self) -> None:
         while not self._over.is_set():
             client, _ = self._listening.accept()
-            self._start(self._attend, client)
+            self._start(self._handle, client)
 
-    def _attend(self, client: socket.socket) -> None:
+    def _handle(self, client: socket.socket) -> None:
         with client, suppress(OSError):
             client.settimeout(20)
             if self._tls is None:
-                self._pass(client)
+                self._relay(client)
             else:
                 with self._tls.wrap_socket(client, server_side=True) as inner:
-                    self._pass(inner)
+                    self._relay(inner)
 
-    def _pass(self, client: socket.socket) -> None:
+    def _relay(self, client: socket.socket) -> None:
         if not (request := _message(client)):
             return
         call = request.split(b" ", 2)[1].decode().rpartition("/")[2]
@@ -100,22 +105,22 @@ class Proxy:
         if fault == "silent":
             self._over.wait(20)
             return
-        answer = self._asked(request)
+        answer = self._forward(request)
         if fault == "torn":
             client.sendall(answer[: len(answer) // 2])
         elif fault is None:
             client.sendall(answer)
-            # Kept open until it is used again.
+            # Open until it is used again.
             client.recv(1)
 
-    def _asked(self, request: bytes) -> bytes:
+    def _forward(self, request: bytes) -> bytes:
         with socket.create_connection(("127.0.0.1", self._upstream), 20) as server:
             server.sendall(request)
             return _message(server)
 
 
 def _message(connection: socket.socket) -> bytes:
-    """A request or an answer, head and body; empty if none comes."""
+    """A complete request or answer, head and body; empty if the connection closed."""
     found = b""
     while b"\r\n\r\n" not in found:
         if not (more := connection.recv(1 << 16)):

@@ -1,4 +1,4 @@
-"""Shared fixtures: the embedded model, small federations of the embedded data, a plain run folder."""
+"""Shared fixtures: the embedded model, small federations of the embedded data, and a plain run folder."""
 
 from __future__ import annotations
 
@@ -28,31 +28,31 @@ TINY = {
 
 @pytest.fixture(scope="session")
 def tiny() -> Experiment:
-    """An experiment of less than a second: what a run does hardly ever depends on how large its model is."""
+    """An experiment of less than a second on a tiny model; few properties of a run depend on the model's size."""
     return Experiment.parse(TINY | {"model": {"name": folder_of("llava")}})
 
 
 @pytest.fixture(scope="session")
 def embedded() -> Experiment:
-    """The same on the embedded model."""
+    """The same experiment on the embedded model."""
     return Experiment.parse(TINY)
 
 
 @pytest.fixture(scope="session")
 def base() -> VisionLanguageModel:
-    """The embedded model without adapters. Tests must leave it as it is."""
+    """The embedded model without adapters. Tests must not change it."""
     return load_model(ModelConfig(), torch.device("cpu"))
 
 
 @pytest.fixture
 def vlm() -> VisionLanguageModel:
-    """A tiny LLaVA with fresh adapters of its own. Tests may change it."""
+    """A tiny LLaVA with new adapters. Tests may change it."""
     return attach_lora(load("llava"), LoraConfig(), seed=0)
 
 
 @pytest.fixture
 def nano() -> VisionLanguageModel:
-    """The embedded model with fresh adapters of its own, for what needs its size or what it has learned."""
+    """The embedded model with new adapters, for tests that need its size or its pretraining."""
     return attach_lora(load_model(ModelConfig(), torch.device("cpu")), LoraConfig(), seed=0)
 
 
@@ -64,14 +64,14 @@ def encoder(vlm: VisionLanguageModel) -> Encoder:
 
 @pytest.fixture(scope="session")
 def federation() -> FederatedData:
-    """Three clients that miss modalities."""
+    """Three clients with missing modalities."""
     experiment = Experiment.parse(TINY)
     return federate(experiment.data, experiment.federation, experiment.seed)
 
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:
-    """The folder of real datasets; the test is skipped without it."""
+    """The folder of real datasets. Without it the test is skipped."""
     folder = os.environ.get("FEDMLLM_DATA")
     if not folder:
         pytest.skip("FEDMLLM_DATA names no folder of real datasets")

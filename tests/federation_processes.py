@@ -1,4 +1,4 @@
-"""A federation of real processes on this machine: a server and sites, each started by the command that a user gives."""
+"""A federation of real processes on this machine: a server and sites, each started with the user's command."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
 
 def free_ports(count: int) -> list[int]:
-    """That nobody listens on, below those that the system gives to connections: one of these may be taken before its server is there."""
+    """Ports in use by nobody, below the range for outgoing connections, which could take one before its server starts."""
     found: list[int] = []
     for port in random.SystemRandom().sample(range(20_000, 32_000), 200):
         with socket.socket() as one, suppress(OSError):
@@ -32,11 +32,11 @@ def free_ports(count: int) -> list[int]:
 
 
 class Processes:
-    """Use as a context: all end with it.
+    """A context that starts the processes and ends them.
 
     Args:
-        folder: of the federation.
-        sites: their names, and what is added to their ``site.yaml``.
+        folder: the federation's folder.
+        sites: additions to each site's ``site.yaml``, by name.
         later: sites that are not started with the others.
     """
 
@@ -82,12 +82,12 @@ class Processes:
             )
 
     def run(self, *words: str, cwd: Path | None = None, check: bool = True) -> subprocess.CompletedProcess[str]:
-        """A command, to its end."""
+        """Run a command to its end."""
         command = [sys.executable, "-m", "fedmllm", *words]
         return subprocess.run(command, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=400, check=check)
 
     def train(self, experiment: Mapping[str, Any], output: Path, *overrides: str) -> subprocess.Popen[str]:
-        """Begin to train over the sites."""
+        """Start training over the sites."""
         output.parent.mkdir(parents=True, exist_ok=True)
         file = output.with_suffix(".yaml")
         file.write_text(yaml.safe_dump(dict(experiment)))
@@ -101,7 +101,7 @@ class Processes:
         )
 
     def kill(self, log: Path, name: str) -> int:
-        """End a process by force, the last of that name that the site's or the server's output tells of."""
+        """Kill the latest process of that name in the log of a site or the server, and return its id."""
         lines = [line for line in log.read_text().splitlines() if line.startswith(f"{name} started, process ")]
         pid = int(lines[-1].split("process ")[1].split(",")[0])
         os.kill(pid, signal.SIGKILL)
@@ -117,13 +117,13 @@ class Processes:
 
 
 def ended(process: subprocess.Popen[str], seconds: float = 300) -> str:
-    """The output of a process that must end well."""
+    """The output of a process that must exit with code 0."""
     output, _ = process.communicate(timeout=seconds)
     assert process.returncode == 0, output
     return output
 
 
 def rounds(folder: Path) -> Sequence[str]:
-    """Lines of metrics so far."""
+    """The lines of metrics so far."""
     path = folder / "metrics.jsonl"
     return path.read_text().splitlines() if path.exists() else []

@@ -1,4 +1,4 @@
-"""Flower's Grid without processes or a network: what is sent is answered at once, by the real app."""
+"""Flower's Grid without processes or network: the real app answers each message at once."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
 Tamper = Callable[[Message], Message | None]
-"""What becomes of a reply on its way; None loses it."""
+"""A change to a reply on its way; None loses the reply."""
 
 
 class LoopbackGrid(Grid):
     def __init__(self, app: ClientApp, tamper: Tamper = lambda reply: reply) -> None:
-        # Of the process that a Grid is handed to, which Flower sets when it starts one.
+        # Flower sets these when it starts the process that receives a Grid.
         TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1
         self._app, self._tamper = app, tamper
         self._replies: dict[str, Message | None] = {}
@@ -48,5 +48,5 @@ class LoopbackGrid(Grid):
 
 @contextmanager
 def loopback(app: ClientApp, nodes: int, cpus: float, gpus: float, tamper: Tamper = lambda reply: reply) -> Iterator[Any]:
-    """In the place of ``simulation``."""
+    """A replacement for ``simulation``."""
     yield LoopbackGrid(app, tamper), list(range(1, nodes + 1))

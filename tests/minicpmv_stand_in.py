@@ -1,4 +1,4 @@
-"""A model with the contract of MiniCPM-V 2.6's own code, which cannot be downloaded here: ``forward(data, **kwargs)`` and its processor."""
+"""A model with the interface of MiniCPM-V 2.6's own code, which cannot be downloaded here: ``forward(data, **kwargs)`` and a processor."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class StandIn(nn.Module):
 
 
 class Resampler(nn.Module):
-    """The parameters of the published resampler: 64 queries that attend to patches of width 1,152."""
+    """The published resampler's parameters: 64 queries that attend to patches of width 1,152."""
 
     def __init__(self, width: int, patches: int, queries: int) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class Resampler(nn.Module):
 
 
 def true_geometry() -> nn.Module:
-    """Decoder and resampler in the sizes of MiniCPM-V 2.6; make it on the device ``meta``."""
+    """Decoder and resampler in the sizes of MiniCPM-V 2.6, for the device ``meta``."""
     model = StandIn(8, 0)
     sizes = {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28}
     model.llm = Qwen2ForCausalLM(Qwen2Config(vocab_size=151666, num_key_value_heads=4, **sizes))  # type: ignore[arg-type]
@@ -81,7 +81,7 @@ def true_geometry() -> nn.Module:
 
 
 class StandInProcessor:
-    """Takes a text with ``(<image>./</image>)`` for each picture; a picture is one slice, a wide one two."""
+    """Takes a text with ``(<image>./</image>)`` for each picture. A picture is one slice, a wide one two."""
 
     def __init__(self) -> None:
         self.tokenizer: Any = AutoTokenizer.from_pretrained(
@@ -108,13 +108,13 @@ class StandInProcessor:
 
 
 def _slices(image: Image.Image) -> list[Tensor]:
-    """The picture in four patches in a row and, if it is wide, its left half again in two."""
+    """The picture as four patches in a row and, if it is wide, its left half once more as two."""
     parts = [(image, 4), *([(image.crop((0, 0, image.width // 2, image.height)), 2)] if image.width > image.height else [])]
     return [torch.tensor(np.asarray(part.convert("RGB").resize((PATCH * n, PATCH))) / 255.0).float().permute(2, 0, 1) for part, n in parts]
 
 
 def stand_in() -> VisionLanguageModel:
-    """The model with random weights, the same every time, as ``load_model`` would give it."""
+    """The model with reproducible random weights, as ``load_model`` would return it."""
     processor = StandInProcessor()
     torch.manual_seed(0)
     model = StandIn(len(processor.tokenizer), processor.tokenizer.eos_token_id)

@@ -1,4 +1,4 @@
-"""Flower's SuperNode without its process: its state, its handlers and its fetching, and messages for it."""
+"""Flower's SuperNode without its process: its state, handlers and fetching, and messages for it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NODE = 7
 
 
 class Node:
-    """Flower's SuperNode, fetching from a server that is told what to give."""
+    """Flower's SuperNode, which fetches from a scripted server."""
 
     def __init__(self) -> None:
         objects = ObjectStoreFactory()
@@ -35,7 +35,7 @@ class Node:
             self.state.set_run_series_context(run.series_id, context)
 
     def fetch(self, message: Message, pull: Callable[[str], bytes] | None = None) -> None:
-        """Take a message from the server, whose content it has, or gives as it is told."""
+        """Fetch a message; ``pull`` replaces the way its content is loaded."""
         contents = {name: thing.deflate() for name, thing in get_all_nested_objects(message).items()}
         start_client_internal._pull_and_store_message(
             state=self.state,

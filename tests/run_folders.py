@@ -1,4 +1,4 @@
-"""Run folders written by hand, and the pages made of them."""
+"""Run folders written by hand, and the parts of the pages made from them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SMALL: dict[str, Any] = {
     "seeds": [0],
     "baselines": ["zero_shot"],
 }
-"""A grid of seconds."""
+"""A grid that trains in seconds."""
 
 VOID = {"meta", "br", "link", "img", "input", "hr"}
 
@@ -44,7 +44,7 @@ def round_line(stage: str, number: int, score: float | None = None, **changes: A
 
 
 class Folder:
-    """A run folder whose files a test changes before they are written."""
+    """A run folder whose files a test can change before they are written."""
 
     def __init__(self, path: Path, num_clients: int = 4, num_rounds: int = 6, labels: Sequence[str] = ("cat", "dog")) -> None:
         self.path, self.names = path, [f"client-{i:02d}" for i in range(num_clients)]
@@ -74,7 +74,7 @@ class Folder:
         }  # fmt: skip
 
     def write(self) -> Path:
-        """Write the files; the folder."""
+        """Write the files and return the folder."""
         self.path.mkdir(exist_ok=True)
         (self.path / "config.yaml").write_text(self.config)
         (self.path / "manifest.json").write_text(json.dumps(self.manifest))
@@ -84,14 +84,14 @@ class Folder:
         return self.path
 
     def report(self) -> str:
-        """Write the files and the report; its text."""
+        """Write the files and the report, and return its text."""
         path = write_report(self.write())
         assert path == self.path / "report.html"
         return path.read_text(encoding="utf-8")
 
 
 class Page(HTMLParser):
-    """Tags, attributes and visible text; complains about tags that do not close."""
+    """A page's tags, attributes and visible text. A tag that is not closed is an error."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -124,7 +124,7 @@ class Page(HTMLParser):
 
 
 def table_rows(html: str) -> dict[str, list[str]]:
-    """Cells of every table row, by the row's first cell."""
+    """The cells of every table row, by the row's first cell."""
     rows = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in re.findall(r"<tr.*?</tr>", html, re.DOTALL)]
     plain = [[re.sub(r"<[^>]*>", "", cell).replace("\u00a0", " ") for cell in row] for row in rows]
     return {row[0]: row[1:] for row in plain}

@@ -1,4 +1,4 @@
-"""An engine of the tests' own, for those that say by themselves what clients answer."""
+"""An engine for tests in which subclasses script the clients' answers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Clients = Mapping[str, Sequence[Sample]]
 
 @dataclass
 class Scripted:
-    """Subclasses say what clients answer; asked for once a submission, or for a single client where answers are taken one by one."""
+    """Subclasses define what clients answer, for all clients of a submission or for one client at a time."""
 
     remote: bool = field(default=False, init=False)
     _works: list[tuple[Assignment, dict[str, Sequence[Sample]]]] = field(default_factory=list, init=False)
@@ -49,13 +49,13 @@ def answers(engine: Engine, assignment: Assignment, clients: Clients) -> Iterato
 
 
 def unscored() -> Split:
-    """A split that every model scores alike on."""
+    """A split on which every model has the same score."""
     return Split(lambda weights, base: {"score": 0.0})
 
 
 @contextmanager
 def cut_short(monkeypatch: pytest.MonkeyPatch, after: int) -> Iterator[None]:
-    """The body's run is interrupted before the checkpoint of any round after this one is written."""
+    """Interrupts the body's run before it writes the checkpoint of any round after this one."""
     save = RunStore.save_state
 
     def fail(store: RunStore, stage: str, state: ServerState) -> None:

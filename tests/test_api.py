@@ -1,4 +1,4 @@
-"""What a program calls, on a run that is trained once."""
+"""The Python API, on a run that is trained once."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def result(tiny: Experiment, tmp_path_factory: pytest.TempPathFactory) -> RunRes
     return fedmllm.train(tiny, tmp_path_factory.mktemp("api") / "run")
 
 
-def test_every_public_name_is_there_and_documented() -> None:
+def test_every_public_name_exists_and_is_documented() -> None:
     for name in fedmllm.__all__:
         thing = getattr(fedmllm, name)
         assert name == "__version__" or (thing.__doc__ or "").strip(), name
 
 
-def test_a_result_knows_its_run(result: RunResult) -> None:
+def test_a_result_has_its_run_folder(result: RunResult) -> None:
     assert result.folder is not None
     assert (result.folder / "report.html").is_file()
     assert "folder" not in json.loads((result.folder / "result.json").read_text())
@@ -54,20 +54,20 @@ def test_the_plot_shows_the_score_by_round(result: RunResult) -> None:
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("round", result.metric)
 
 
-def test_a_result_that_was_read_from_a_file_knows_no_history(result: RunResult) -> None:
+def test_a_result_read_from_a_file_has_no_history(result: RunResult) -> None:
     from dataclasses import replace
 
     with pytest.raises(fedmllm.FedMLLMError, match=r"take the one that fedmllm\.train returns"):
         replace(result, folder=None).history()
 
 
-def test_the_adapter_scores_as_in_its_run(result: RunResult) -> None:
+def test_evaluate_gives_the_runs_score(result: RunResult) -> None:
     assert result.folder is not None
     assert fedmllm.evaluate(result.folder)["score"] == result.scores["federated"]
 
 
-def test_questions_about_pictures_and_texts(result: RunResult, tmp_path: Path) -> None:
-    """A path, a picture, words alone; with options and without."""
+def test_predict_answers_questions_about_pictures_and_texts(result: RunResult, tmp_path: Path) -> None:
+    """A path, a picture and text alone, with and without options."""
     assert result.folder is not None
     Image.new("RGB", (16, 16), "white").save(tmp_path / "white.png")
     asked: list[dict[str, Any]] = [
@@ -91,13 +91,13 @@ def test_questions_about_pictures_and_texts(result: RunResult, tmp_path: Path) -
         ({"question": "?", "image": "nowhere.png"}, "nowhere.png"),
     ],
 )
-def test_a_question_that_cannot_be_asked_is_named(result: RunResult, question: dict[str, str], part: str) -> None:
+def test_an_invalid_question_is_named(result: RunResult, question: dict[str, str], part: str) -> None:
     assert result.folder is not None
     with pytest.raises(fedmllm.FedMLLMError, match=part):
         fedmllm.predict(result.folder, [question])
 
 
-def test_progress_is_shown_in_terminals_or_where_it_is_asked_for(
+def test_progress_is_shown_in_terminals_or_on_request(
     tiny: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fedmllm.train(tiny, tmp_path / "quiet", report=False)
@@ -109,7 +109,7 @@ def test_progress_is_shown_in_terminals_or_where_it_is_asked_for(
     fedmllm.train(tiny, tmp_path / "silent", report=False, progress=False)
 
 
-def test_a_sweep_goes_on_where_it_stopped_and_has_a_report(tiny: Experiment, tmp_path: Path) -> None:
+def test_a_sweep_resumes_and_has_a_report(tiny: Experiment, tmp_path: Path) -> None:
     base = yaml.safe_load(tiny.to_yaml())
     for section in ("model", "seed"):
         del base[section]
@@ -128,10 +128,10 @@ def test_a_sweep_goes_on_where_it_stopped_and_has_a_report(tiny: Experiment, tmp
 ROOT = Path(__file__).parents[1]
 
 
-def test_the_page_about_python_does_what_it_says(
+def test_the_python_pages_snippets_work(
     result: RunResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """All of its own snippets but the first, which trains the quickstart."""
+    """All snippets of the page but the first, which trains the quickstart."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(ALGORITHMS, "cooling", None)
     del ALGORITHMS["cooling"]
@@ -145,7 +145,7 @@ def test_the_page_about_python_does_what_it_says(
     assert capsys.readouterr().out.startswith(str(result.folder))
 
 
-def test_the_notebook_holds_what_it_printed_and_is_small() -> None:
+def test_the_notebook_has_its_output_and_is_small() -> None:
     notebook = json.loads((ROOT / "examples" / "notebook.ipynb").read_text())
     code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
     assert all(cell["outputs"] or "print" not in "".join(cell["source"]) for cell in code)
@@ -153,7 +153,7 @@ def test_the_notebook_holds_what_it_printed_and_is_small() -> None:
 
 
 @pytest.mark.slow
-def test_the_notebook_runs_from_its_first_cell_to_its_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_notebook_runs_completely(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(ALGORITHMS, "cooling", None)
     del ALGORITHMS["cooling"]
@@ -165,7 +165,7 @@ def test_the_notebook_runs_from_its_first_cell_to_its_last(tmp_path: Path, monke
     assert set(names["results"]) == {"fedavg", "fedprox", "cooling"}
 
 
-def test_the_report_of_a_run_is_written_any_time(result: RunResult) -> None:
+def test_the_report_of_a_run_can_be_written_again(result: RunResult) -> None:
     assert result.folder is not None
     (result.folder / "report.html").unlink()
     assert fedmllm.report(result.folder).read_text().lower().startswith("<!doctype html>")

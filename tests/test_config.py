@@ -18,16 +18,16 @@ def write(folder: Path, text: str) -> Path:
     return path
 
 
-def test_saved_and_loaded_again_is_the_same(tmp_path: Path) -> None:
+def test_settings_survive_save_and_load(tmp_path: Path) -> None:
     experiment = Experiment.parse({"federation": {"scenario": "cross-3:7", "num_rounds": 3}, "lora": {"r": 4}, "seed": 7})
     assert Experiment.load(write(tmp_path, experiment.to_yaml())) == experiment
 
 
-def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
+def test_an_empty_file_means_defaults(tmp_path: Path) -> None:
     assert Experiment.load(write(tmp_path, "# nothing\n")) == Experiment()
 
 
-def test_overrides_win_and_keep_the_rest(tmp_path: Path) -> None:
+def test_overrides_replace_only_their_settings(tmp_path: Path) -> None:
     path = write(tmp_path, "federation: {num_rounds: 3, num_clients: 4}\n")
     experiment = Experiment.load(path, ["federation.num_rounds=9", "training.clip_norm=null", "evaluation.baselines=[local]"])
     assert (experiment.federation.num_rounds, experiment.federation.num_clients) == (9, 4)
@@ -63,7 +63,7 @@ def test_a_former_name_of_a_setting_still_works_with_a_warning(caplog: pytest.Lo
         Experiment.parse({"engine": {"together": 3, "parallel_clients": 3}})
 
 
-def test_a_key_in_the_wrong_section_is_sent_to_the_right_one() -> None:
+def test_a_key_in_the_wrong_section_names_the_right_one() -> None:
     with pytest.raises(ConfigError, match=r"did you mean training\.learning_rate\?"):
         Experiment.parse({"lora": {"learning_rate": 1e-3}})
 
@@ -110,19 +110,19 @@ def test_bad_settings_name_rule_and_remedy(values: dict[str, Any], part: str) ->
         ("data: 3\n", "data"),
     ],
 )
-def test_bad_files(tmp_path: Path, text: str, part: str) -> None:
+def test_invalid_files_are_refused(tmp_path: Path, text: str, part: str) -> None:
     with pytest.raises(ConfigError) as caught:
         Experiment.load(write(tmp_path, text))
     assert part in str(caught.value)
 
 
 @pytest.mark.parametrize("override", ["num_rounds", "=3", "seed.x=1", "data.root=[", "federation.num_rounds=many"])
-def test_bad_overrides(tmp_path: Path, override: str) -> None:
+def test_invalid_overrides_are_refused(tmp_path: Path, override: str) -> None:
     with pytest.raises(ConfigError):
         Experiment.load(write(tmp_path, "seed: 0\n"), [override])
 
 
-def test_missing_file_and_wrong_encoding(tmp_path: Path) -> None:
+def test_a_missing_file_and_a_wrong_encoding_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such file"):
         Experiment.load(tmp_path / "none.yaml")
     (tmp_path / "latin.yaml").write_bytes(b"seed: \xff\n")
@@ -138,14 +138,14 @@ def test_any_text_loads_or_is_a_config_error(tmp_path_factory: pytest.TempPathFa
         Experiment.load(path)
 
 
-def test_differences_names_the_settings() -> None:
+def test_differences_name_the_settings() -> None:
     a, b = Experiment(), Experiment.parse({"federation": {"num_rounds": 3}})
     assert differences(a, a) == []
     assert differences(a, b) == ["federation.num_rounds: 25 and 3"]
 
 
-def test_the_override_that_is_to_blame_is_named(tmp_path: Path) -> None:
-    """Not the line of the file whose section it changed."""
+def test_the_override_that_caused_an_error_is_named(tmp_path: Path) -> None:
+    """The message does not name the line of the file whose section the override changed."""
     path = write(tmp_path, "algorithm:\n  name: fedavg\nfederation:\n  num_clients: 4\n  clients_per_round: 2\n")
     for override, part in (
         ("algorithm.name=fedavgg", "did you mean fedavg?"),
@@ -164,12 +164,12 @@ def test_the_override_that_is_to_blame_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [".inf", "-.inf", ".nan"])
 @pytest.mark.parametrize("setting", ["federation.dirichlet_alpha", "training.learning_rate", "lora.alpha", "failures.deadline"])
-def test_numbers_are_finite(setting: str, number: str) -> None:
+def test_numbers_must_be_finite(setting: str, number: str) -> None:
     with pytest.raises(ConfigError, match=f"{setting}: must be (finite|above 0)"):
         Experiment.load(Path(__file__).parents[1] / "experiments" / "quickstart.yaml", [f"{setting}={number}"])
 
 
 @pytest.mark.parametrize("scenario", ["aligned-inf", "aligned-1e308", "aligned-nan", "cross-inf:1", "missing-nan"])
-def test_levels_are_finite(scenario: str) -> None:
+def test_levels_must_be_finite(scenario: str) -> None:
     with pytest.raises(ConfigError, match="the level of"):
         Experiment.parse({"federation": {"scenario": scenario}})

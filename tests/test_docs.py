@@ -1,4 +1,4 @@
-"""The documentation against the code: generated pages, links, commands, and numbers that were computed."""
+"""The documentation is checked against the code: generated pages, links, commands and computed numbers."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ def headings(page: Path) -> set[str]:
 
 
 def commands(text: str) -> list[list[str]]:
-    """The arguments of each ``fedmllm`` command in the fenced blocks of a page."""
+    """The arguments of each ``fedmllm`` command in a page's fenced blocks."""
     lines = [line for block in BLOCK.finditer(text) for line in block[0].replace("\\\n", " ").splitlines()]
     return [shlex.split(match[1], comments=True) for line in lines if (match := COMMAND.match(line))]
 
 
 def check_command(arguments: list[str]) -> None:
-    """The subcommand and its options exist; an experiment of ours takes the overrides."""
+    """The subcommand and its options exist, and an experiment of the repository accepts the overrides."""
     known = get_command(app).commands
     name, *rest = arguments
     if name.startswith("-"):
@@ -65,12 +65,12 @@ def check_command(arguments: list[str]) -> None:
 
 
 @pytest.mark.parametrize("name", ["docs/configuration.md", "docs/methods.md", "src/fedmllm/cli/catalog.json"])
-def test_a_page_is_what_the_generator_writes(name: str) -> None:
+def test_generated_pages_are_up_to_date(name: str) -> None:
     page = (ROOT / name).read_text(encoding="utf-8")
     assert page == generator()["pages"]()[ROOT / name], "run: python docs/generate.py"
 
 
-def test_tables_within_a_page_are_written_anew_and_the_rest_is_kept() -> None:
+def test_only_the_tables_of_a_page_are_regenerated() -> None:
     begin, end, write = (generator()[name] for name in ("BEGIN", "END", "methods_page"))
     page = write(f"above\n\n{begin}\n\nstale\n\n{end}\n\nbelow\n")
     assert page.startswith(f"above\n\n{begin}\n\n## The methods\n")
@@ -92,7 +92,7 @@ def test_settings_in_yaml_are_valid(page: Path) -> None:
 
 
 @each_page
-def test_links_lead_somewhere(page: Path) -> None:
+def test_links_have_targets(page: Path) -> None:
     text = CODE.sub("", BLOCK.sub("", page.read_text(encoding="utf-8")))
     for target in LINK.findall(text):
         if re.match(r"[a-z]+:", target):
@@ -109,7 +109,7 @@ def test_commands_exist(page: Path) -> None:
         check_command(arguments)
 
 
-def test_commands_are_found_and_wrong_ones_refused() -> None:
+def test_commands_are_found_and_invalid_ones_refused() -> None:
     text = "```\n$ fedmllm train x.yaml a=1 \\\n  b=2  # why\n.venv/bin/fedmllm report runs/x\npython -m fedmllm --help\nimport fedmllm\n```\nfedmllm no\n"
     assert commands(text) == [["train", "x.yaml", "a=1", "b=2"], ["report", "runs/x"], ["--help"]]
     for wrong in (["trian", "x.yaml"], ["train", "x.yaml", "--out", "y"], ["data", "shwo"], ["data", "list", "--output", "y"]):
@@ -118,7 +118,7 @@ def test_commands_are_found_and_wrong_ones_refused() -> None:
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.name)
-def test_experiments_open_with_their_command(path: Path) -> None:
+def test_experiments_start_with_their_command(path: Path) -> None:
     first = path.read_text(encoding="utf-8").splitlines()[0]
     match = COMMAND.match(first)
     assert match, "the first line is the command as a comment"
@@ -128,7 +128,7 @@ def test_experiments_open_with_their_command(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.relative_to(ROOT / "experiments").as_posix())
-def test_grids_open_with_their_command_and_hold_experiments(path: Path) -> None:
+def test_grids_start_with_their_command_and_hold_experiments(path: Path) -> None:
     match = COMMAND.match(path.read_text(encoding="utf-8").splitlines()[0])
     assert match, "the first line is the command as a comment"
     arguments = shlex.split(match[1])
@@ -138,7 +138,7 @@ def test_grids_open_with_their_command_and_hold_experiments(path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in DATASETS if name.startswith("digits")])
-def test_the_ceilings_are_the_computed_ones(name: str) -> None:
+def test_the_documented_ceilings_equal_the_computed_ones(name: str) -> None:
     best = DATASETS[name].load(DatasetRequest(None, 0, 1, 1)).ceilings
     row = f"| `{name}` | {best['both']:.3f} | {best['image']:.3f} | {best['text']:.3f} |"
     assert row in (ROOT / "docs" / "digits.md").read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Plugins: everything that a setting can choose, from a file outside the package, in every process that reads the setting."""
+"""Plugins: a file outside the package can add everything that settings choose from, in every process that reads the settings."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ NAMES = {
 
 
 @pytest.fixture(autouse=True)
-def nothing_stays(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def restore_indexes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     before = {kind: dict(rows) for kind, rows in INDEXES.items()}
     for name in ("_ORIGINS", "_LOADED"):
         monkeypatch.setattr(registry, name, {})
@@ -168,19 +168,19 @@ SECTIONS: dict[str, Any] = {
 }
 
 
-def written(folder: Path, **sections: Any) -> Path:
+def write_experiment(folder: Path, **sections: Any) -> Path:
     values = {"plugins": ["mine.py"], "model": {"name": folder_of("llava")}, "algorithm": {"name": "half_step"}, **SECTIONS, **sections}
     (folder / "own.yaml").write_text(yaml.safe_dump(values))
     return folder / "own.yaml"
 
 
-def adapter(folder: Path) -> dict[str, torch.Tensor]:
+def load_adapter_weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "adapter" / "adapter_model.safetensors")
 
 
-def test_a_run_chooses_everything_that_a_file_adds(folder: Path) -> None:
-    """The file's path is relative to the experiment's, and absolute in what the run writes down."""
-    file = written(
+def test_a_run_can_use_everything_that_a_file_adds(folder: Path) -> None:
+    """The file's path is relative to the experiment's file, and absolute in the run's saved settings."""
+    file = write_experiment(
         folder,
         algorithm={"name": "half_step", "parameters": {"share": 0.25}, "strategies": ["ridge"]},
         schedule={"name": "as_usual"},
@@ -200,7 +200,7 @@ def test_a_run_chooses_everything_that_a_file_adds(folder: Path) -> None:
 def test_a_headline_score_of_a_file_scores_a_run(folder: Path) -> None:
     added = 'fedmllm.register_dataset("sure-claims", DatasetEntry("", lambda r: replace(DATASETS["digits-claims"].load(r), metric="sure")))'
     (folder / "mine.py").write_text(PLUGIN + added)
-    file = written(folder, data=SECTIONS["data"] | {"dataset": "sure-claims"}, evaluation={"every": 1, "baselines": ["local"]})
+    file = write_experiment(folder, data=SECTIONS["data"] | {"dataset": "sure-claims"}, evaluation={"every": 1, "baselines": ["local"]})
     result = train(Experiment.load(file), folder / "run")
     asked = json.loads((folder / "run" / "predictions.json").read_text())
     details = result.details["federated"]
@@ -213,24 +213,24 @@ def test_a_headline_score_of_a_file_scores_a_run(folder: Path) -> None:
     assert "sure" in (folder / "run" / "report.html").read_text()
 
 
-def test_the_method_of_a_file_does_what_it_says(folder: Path) -> None:
-    """With one client and one round, half of FedAvg's step."""
+def test_a_files_method_is_used(folder: Path) -> None:
+    """With one client and one round it takes half of FedAvg's step."""
     federation = SECTIONS["federation"] | {"num_clients": 1, "clients_per_round": 1, "num_rounds": 1}
     half, whole = (
-        Experiment.load(written(folder, federation=federation)),
-        Experiment.load(written(folder, federation=federation, algorithm={"name": "fedavg"})),
+        Experiment.load(write_experiment(folder, federation=federation)),
+        Experiment.load(write_experiment(folder, federation=federation, algorithm={"name": "fedavg"})),
     )
     resident = Resident()
     for name, experiment in (("half", half), ("whole", whole)):
         train(experiment, folder / name, resident=resident, report=False)
-    first, second = adapter(folder / "half"), adapter(folder / "whole")
+    first, second = load_adapter_weights(folder / "half"), load_adapter_weights(folder / "whole")
     b = next(key for key in first if "lora_B" in key)
     torch.testing.assert_close(first[b], second[b] / 2)
 
 
-def test_a_worker_imports_what_its_settings_name(folder: Path) -> None:
-    """In a process that has read nothing else, in another folder."""
-    settings = Experiment.load(written(folder)).to_yaml()
+def test_a_worker_imports_the_plugins_in_its_settings(folder: Path) -> None:
+    """A new process in another folder."""
+    settings = Experiment.load(write_experiment(folder)).to_yaml()
     code = (
         "import sys; from fedmllm.run.worker import Worker; e = Worker().experiment(sys.stdin.read()); "
         "from fedmllm.algorithms import build_algorithm; print(build_algorithm(e.algorithm).share)"
@@ -241,13 +241,13 @@ def test_a_worker_imports_what_its_settings_name(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_method_from_outside_trains_on_ray_and_ends_alike(folder: Path) -> None:
+def test_a_plugins_method_trains_the_same_on_ray(folder: Path) -> None:
     pytest.importorskip("ray")
     ends = []
     for engine in ("in_process", "flower"):
-        experiment = Experiment.load(written(folder), [f"engine.name={engine}", "engine.parallel_clients=1"])
+        experiment = Experiment.load(write_experiment(folder), [f"engine.name={engine}", "engine.parallel_clients=1"])
         train(experiment, folder / engine, report=False)
-        ends.append(adapter(folder / engine))
+        ends.append(load_adapter_weights(folder / engine))
     for name, tensor in ends[0].items():
         torch.testing.assert_close(ends[1][name], tensor, atol=1e-5, rtol=0)
 
@@ -265,8 +265,8 @@ def grid(folder: Path) -> Path:
     return folder / "grid.yaml"
 
 
-def test_a_sweep_knows_its_cells_by_the_plugins_code(folder: Path) -> None:
-    """Not by its comments or its place."""
+def test_a_cells_key_depends_on_its_plugins_code(folder: Path) -> None:
+    """Neither its comments nor its location count."""
     keys = [cell.key for cell in cells(load_grid(grid(folder)))]
     assert plugin_version((str(folder / "mine.py"),))
     plugin_version.cache_clear()
@@ -277,7 +277,7 @@ def test_a_sweep_knows_its_cells_by_the_plugins_code(folder: Path) -> None:
     assert not {cell.key for cell in cells(load_grid(grid(folder)))} & set(keys)
 
 
-def test_a_sweep_does_not_know_its_cells_by_plugins_that_it_does_not_name(folder: Path) -> None:
+def test_a_cells_key_does_not_depend_on_other_plugins(folder: Path) -> None:
     (folder / "other.py").write_text("")
     alone = plugin_version((str(folder / "mine.py"),))
     registry.load_plugins([str(folder / "other.py")])
@@ -286,34 +286,34 @@ def test_a_sweep_does_not_know_its_cells_by_plugins_that_it_does_not_name(folder
 
 
 @pytest.mark.slow
-def test_a_sweep_in_processes_of_its_own_trains_a_method_from_outside(folder: Path) -> None:
+def test_a_parallel_sweep_trains_a_plugins_method(folder: Path) -> None:
     whole = load_grid(grid(folder))
     open_sweep(whole, folder / "sweep")
     outcomes = run_sweep(cells(whole), folder / "sweep", jobs=2, threads=1)
     assert [outcome.error for outcome in outcomes] == [""] * 2 or all(outcome.score is not None for outcome in outcomes), outcomes
 
 
-def test_a_site_imports_what_its_own_settings_name_and_nothing_else(folder: Path, tmp_path: Path) -> None:
-    settings = Experiment.load(written(folder, model={"name": "nano"})).to_yaml()
+def test_a_site_imports_only_the_plugins_in_its_own_settings(folder: Path, tmp_path: Path) -> None:
+    settings = Experiment.load(write_experiment(folder, model={"name": "nano"})).to_yaml()
     registry._LOADED.clear()
     for name, rows in INDEXES.items():
         rows.pop(NAMES[name], None)
     registry._ORIGINS.clear()
     sys.modules.pop("mine")
-    told = yaml.safe_load(settings) | {"plugins": [str(folder / "mine.py")]}
+    requested = yaml.safe_load(settings) | {"plugins": [str(folder / "mine.py")]}
     (folder / "site.yaml").write_text(yaml.safe_dump({"name": "client-00", "server": "127.0.0.1:9092"}))
     with pytest.raises(ConfigError, match="'half_step' is not a known method"):
-        SiteWorker(SiteConfig.load(folder / "site.yaml")).experiment(yaml.safe_dump(told))
+        SiteWorker(SiteConfig.load(folder / "site.yaml")).experiment(yaml.safe_dump(requested))
     assert "mine" not in sys.modules
     (folder / "site.yaml").write_text(yaml.safe_dump({"name": "client-00", "server": "127.0.0.1:9092", "plugins": ["mine.py"]}))
-    assert SiteWorker(SiteConfig.load(folder / "site.yaml")).experiment(yaml.safe_dump(told)).algorithm.name == "half_step"
+    assert SiteWorker(SiteConfig.load(folder / "site.yaml")).experiment(yaml.safe_dump(requested)).algorithm.name == "half_step"
 
 
-def test_a_process_that_is_restricted_imports_nothing_else(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_restricted_process_imports_no_other_plugin(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "entry_points", lambda group: pytest.fail("installed plugins are not imported at a site"))
     registry.restrict([])
     with pytest.raises(ConfigError, match=r"mine.py' is not in this site's own settings"):
-        Experiment.load(written(folder))
+        Experiment.load(write_experiment(folder))
 
 
 def test_installed_plugins_need_not_be_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -323,7 +323,7 @@ def test_installed_plugins_need_not_be_named(folder: Path, monkeypatch: pytest.M
     assert plugin_version(())
 
 
-def test_the_listing_says_where_a_method_comes_from(folder: Path) -> None:
+def test_the_listing_shows_a_methods_origin(folder: Path) -> None:
     shown = CliRunner().invoke(app, ["methods", "--json", "--plugin", str(folder / "mine.py")])
     rows = json.loads(shown.output)
     assert rows["methods"]["half_step"]["origin"] == rows["strategies"]["ridge"]["origin"] == "mine"
@@ -359,15 +359,15 @@ def test_the_listing_says_where_a_method_comes_from(folder: Path) -> None:
         ("import fedmllm\nfedmllm.register_corruption('blur2', None)", "'blur2' cannot name a heterogeneity; use lowercase letters and _"),
     ],
 )
-def test_a_plugin_that_cannot_be_used_is_an_error_of_the_settings(folder: Path, code: str, part: str) -> None:
+def test_an_invalid_plugin_is_a_settings_error(folder: Path, code: str, part: str) -> None:
     (folder / "mine.py").write_text(code)
-    done = CliRunner().invoke(app, ["data", "show", str(written(folder))], catch_exceptions=True)
+    done = CliRunner().invoke(app, ["data", "show", str(write_experiment(folder))], catch_exceptions=True)
     assert isinstance(done.exception, ConfigError)
     assert part in str(done.exception)
     assert "mine" not in sys.modules
 
 
-def test_what_is_registered_before_an_index_is_made_replaces_nothing_of_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_early_registrations_cannot_replace_the_packages_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "_INDEXES", {})
     monkeypatch.setattr(registry, "_WAITING", {})
     registry.register("metric", "early", len)
@@ -378,14 +378,14 @@ def test_what_is_registered_before_an_index_is_made_replaces_nothing_of_the_pack
 
 
 @pytest.mark.parametrize("name", sorted(ALGORITHMS))
-def test_no_method_of_ours_has_a_hyper_parameter_by_mistake(name: str) -> None:
+def test_the_packages_methods_have_only_intended_hyper_parameters(name: str) -> None:
     from fedmllm.algorithms.base import ServerAverage
 
     registry.require_hyper_parameters(ALGORITHMS[name], tuple(ServerAverage.__annotations__))
 
 
-def test_a_file_that_is_not_there_is_named_with_its_place(folder: Path) -> None:
+def test_a_missing_plugin_is_named_with_a_remedy(folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"gone.py is no file; give its path relative to the experiment's file"):
-        Experiment.load(written(folder, plugins=["gone.py"]))
+        Experiment.load(write_experiment(folder, plugins=["gone.py"]))
     with pytest.raises(ConfigError, match="plugins: no_such_module cannot be imported: ModuleNotFoundError"):
-        Experiment.load(written(folder, plugins=["no_such_module"]))
+        Experiment.load(write_experiment(folder, plugins=["no_such_module"]))

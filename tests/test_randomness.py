@@ -11,11 +11,11 @@ def test_streams_depend_on_seed_purpose_and_keys_only() -> None:
     assert generator(3, "x", 1).random() == generator(3, "x", 1).random()
 
 
-def test_keys_do_not_run_together() -> None:
+def test_keys_are_not_concatenated() -> None:
     assert derive_seed(0, "a", 1, 23) != derive_seed(0, "a", 12, 3)
 
 
-def test_torch_generator_is_put_back() -> None:
+def test_the_torch_generator_is_restored() -> None:
     before = torch.random.get_rng_state()
     draws = []
     for _ in range(2):

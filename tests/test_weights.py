@@ -19,7 +19,7 @@ def test_weighted_mean_equals_numpy() -> None:
     np.testing.assert_allclose(mean.value()["w"].numpy(), np.average(terms, axis=0, weights=counts), rtol=1e-14)
 
 
-def test_mean_does_not_change_its_terms() -> None:
+def test_the_mean_does_not_change_its_inputs() -> None:
     term = {"w": torch.ones(2)}
     mean = W.WeightedMean()
     mean.add(term, 2)
@@ -28,7 +28,7 @@ def test_mean_does_not_change_its_terms() -> None:
 
 
 @pytest.mark.parametrize("weights", [[], [0.0], [0.0, 0.0]])
-def test_no_weight_is_an_error_not_a_nan(weights: list[float]) -> None:
+def test_zero_total_weight_is_an_error_not_nan(weights: list[float]) -> None:
     mean = W.WeightedMean()
     for weight in weights:
         mean.add({"w": torch.ones(1)}, weight)
@@ -36,7 +36,7 @@ def test_no_weight_is_an_error_not_a_nan(weights: list[float]) -> None:
         mean.value()
 
 
-def test_negative_weight_is_refused() -> None:
+def test_a_negative_weight_is_refused() -> None:
     with pytest.raises(FederationError, match="negative"):
         W.WeightedMean().add({"w": torch.ones(1)}, -1)
 
@@ -47,7 +47,7 @@ def test_adding_a_zero_update_changes_no_bit(values: list[float]) -> None:
     assert torch.equal(W.add(weights, W.zeros_like(weights))["w"], weights["w"])
 
 
-def test_norm_is_over_all_tensors() -> None:
+def test_the_norm_covers_all_tensors() -> None:
     assert W.norm({"a": torch.tensor([3.0]), "b": torch.tensor([[4.0]])}) == pytest.approx(5.0)
 
 

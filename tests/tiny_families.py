@@ -1,4 +1,4 @@
-"""The models that the contract suites go through: the embedded one, and a tiny one of each architecture."""
+"""The models of the contract suites: the embedded one, and a tiny one of each architecture."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from tiny_models import RECIPES, make
 
 KINDS = ["nano", *RECIPES]
 WITH_REMOTE = [*KINDS, "minicpmv"]
-"""And the models whose code comes with their weights, by a stand-in with the same contract."""
+"""These and models whose code comes with their weights, as a stand-in with the same interface."""
 _FOLDERS: list[tempfile.TemporaryDirectory[str]] = []
 
 
 @functools.cache
 def folder_of(kind: str) -> str:
-    """A model's folder, made once for all tests of this process."""
+    """A model's folder, created once for all tests of this process."""
     if kind == "nano":
         return kind
     _FOLDERS.append(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
@@ -38,7 +38,7 @@ def _loaded(kind: str) -> VisionLanguageModel:
 
 
 def load(kind: str) -> VisionLanguageModel:
-    """A model as it is loaded, for the caller to do with as it likes: of one read once, the weights are copied."""
+    """A newly loaded model, which the caller may change. Its weights are copies of those read once."""
     if kind == "minicpmv":
         return stand_in()
     vlm = _loaded(kind)
@@ -46,7 +46,7 @@ def load(kind: str) -> VisionLanguageModel:
 
 
 def stirred(vlm: VisionLanguageModel) -> VisionLanguageModel:
-    """Adapters that do something: a fresh B is zero. What trains beside them is changed a little."""
+    """The model with adapters that have an effect (a new B is zero). Other trained parts are changed slightly."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, weight in trainable(vlm.model):

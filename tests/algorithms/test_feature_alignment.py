@@ -20,11 +20,11 @@ from fedmllm.training.terms import TermStep
 
 @pytest.fixture
 def vlm(nano: VisionLanguageModel) -> VisionLanguageModel:
-    """The embedded model, which has learned something to bring together."""
+    """The embedded model, whose pretrained features can be aligned."""
     return nano
 
 
-def test_divergence_is_the_sum_of_kl_over_the_masked_columns() -> None:
+def test_divergence_is_the_sum_of_kl_over_masked_columns() -> None:
     teacher, student = torch.randn(2, 3, 5), torch.randn(2, 3, 5)
     mask = torch.tensor([[True, True, False], [False, True, False]])
     p, q = (np.exp(t.double().numpy()) / np.exp(t.double().numpy()).sum(-1, keepdims=True) for t in (teacher, student))
@@ -35,7 +35,7 @@ def test_divergence_is_the_sum_of_kl_over_the_masked_columns() -> None:
 
 @pytest.fixture
 def step(vlm: VisionLanguageModel, federation: FederatedData, encoder: Encoder) -> Step:
-    """Four complete samples and two that lost something."""
+    """Four complete samples and two that lack a modality."""
     samples = [sample for client in federation.clients.values() for sample in client]
     complete = [s for s in samples if len(s.content) == 2][:4]
     incomplete = [s for s in samples if len(s.content) == 1][:2]
@@ -62,21 +62,21 @@ def gradients(vlm: VisionLanguageModel, step: Step, max_tokens: int) -> dict[str
 
 
 def test_the_gradient_does_not_depend_on_how_the_samples_are_packed(vlm: VisionLanguageModel, step: Step) -> None:
-    together, singly = gradients(vlm, step, 8192), gradients(vlm, step, 1)
-    assert together.keys() == singly.keys() != set()
-    assert W.norm(W.subtract(together, singly)) < 1e-4 * W.norm(together)
+    packed, singly = gradients(vlm, step, 8192), gradients(vlm, step, 1)
+    assert packed.keys() == singly.keys() != set()
+    assert W.norm(W.subtract(packed, singly)) < 1e-4 * W.norm(packed)
 
 
-def test_without_complete_samples_nothing_is_added(vlm: VisionLanguageModel, step: Step) -> None:
+def test_without_complete_samples_there_is_no_gradient(vlm: VisionLanguageModel, step: Step) -> None:
     assert gradients(vlm, Step((tuple(step.samples[4:]),)), 8192) == {}
 
 
-def test_alignment_brings_the_answers_together(vlm: VisionLanguageModel, step: Step) -> None:
-    """Trained on the same samples, the copies answer more like the complete samples than without the term."""
+def test_alignment_makes_answers_of_copies_similar(vlm: VisionLanguageModel, step: Step) -> None:
+    """After training on the same samples, copies answer more like the complete samples than without the term."""
     task = LocalTask("c", 0, 0, step.samples, read_weights(vlm.model), 3e-3)
     config = TrainingConfig(local_epochs=6)
 
-    def apart(weight: float) -> float:
+    def distance_after_training(weight: float) -> float:
         train_locally(vlm, task, LocalRule(terms=(Alignment(weight),)), config)
         vlm.model.zero_grad()
         pairs = [(s, copy) for s in step.samples for copy in copies(s)]
@@ -84,4 +84,4 @@ def test_alignment_brings_the_answers_together(vlm: VisionLanguageModel, step: S
             sides = [collate(vlm, [pair[side] for pair in pairs]) for side in (0, 1)]
             return float(divergence(answer_logits(vlm, sides[0]), answer_logits(vlm, sides[1]), sides[0].answer_mask))
 
-    assert apart(2.0) < 0.7 * apart(0.0)
+    assert distance_after_training(2.0) < 0.7 * distance_after_training(0.0)

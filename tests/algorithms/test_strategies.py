@@ -40,8 +40,8 @@ def test_every_strategy_has_a_file() -> None:
     assert set(STRATEGIES) == files
 
 
-def test_the_published_window_of_28_layers_is_4_to_23() -> None:
-    """Mu = 0.01, weight 0.1, layers s..L-1-s with s = 4: 20 layers of two tensors of four entries at distance 1."""
+def test_the_window_of_28_layers_is_the_published_4_to_23() -> None:
+    """With mu = 0.01, weight 0.1, and layers s..L-1-s for s = 4: 20 layers, each with two tensors of four entries at distance 1."""
     assert AdaptiveRegularization().window(28) == range(4, 24)
     assert penalty(AdaptiveRegularization(), {"image": 1}, {"image": 9}) == pytest.approx(0.5 * 0.01 * 0.1 * 20 * 2 * 4, rel=1e-5)
 
@@ -51,7 +51,7 @@ def test_the_window_is_a_fraction_of_any_decoder(layers: int, window: range) -> 
     assert AdaptiveRegularization().window(layers) == window
 
 
-def test_layers_can_be_given_and_must_leave_some() -> None:
+def test_skipped_layers_can_be_set_and_must_leave_some() -> None:
     assert AdaptiveRegularization(skip_layers=2).window(6) == range(2, 4)
     with pytest.raises(ConfigError, match="skipping 3 layers at each end leaves none of 6"):
         AdaptiveRegularization(skip_layers=3).window(6)
@@ -86,8 +86,8 @@ def test_penalties_add_up() -> None:
 
 
 @pytest.mark.parametrize("kept", [{}, {"own": {name: torch.full((2, 2), 5.0) for name in NAMES if "lora_B" in name}}])
-def test_no_strategy_pulls_at_what_a_client_keeps_for_itself(kept: dict[str, Weights]) -> None:
-    """Of FedSA-LoRA only A is shared; the B that a client received is nobody's. At its first turn and later, by value and by gradient."""
+def test_no_strategy_regularizes_a_clients_own_tensors(kept: dict[str, Weights]) -> None:
+    """FedSA-LoRA shares only A; the received B belongs to no client. In the first round and later, the value and the gradient ignore B."""
     method = build_algorithm(AlgorithmConfig(name="FedMLLM(fedsa_lora)"))
     now = {name: torch.full((2, 2), 1.0, requires_grad=True) for name in NAMES}
     value = method.local_rule(broadcast(), Client(state=kept)).penalty(now, weights(), 0.0)
@@ -125,8 +125,8 @@ def test_neutral_parameters_change_nothing(name: str) -> None:
 
 
 @pytest.mark.parametrize(("parameters", "needs"), [({}, False), ({"global_prior": True}, True)])
-def test_who_counts_all_clients_answers_says_so(parameters: dict[str, bool], needs: bool) -> None:
-    """A client's own frequencies never leave it; those of all are sent to it where the strategy asks."""
+def test_a_strategy_declares_that_it_needs_all_clients_labels(parameters: dict[str, bool], needs: bool) -> None:
+    """A client's own frequencies never leave it. The frequencies of all clients are sent to it if the strategy needs them."""
     strategies = (StrategyConfig(name="label_calibration", parameters=parameters), StrategyConfig(name="modality_coverage"))
     method = build_algorithm(AlgorithmConfig(strategies=strategies))
     assert method.needs_labels is needs
@@ -135,15 +135,15 @@ def test_who_counts_all_clients_answers_says_so(parameters: dict[str, bool], nee
     assert rule.all_terms == (Calibration(1.0, labels if needs else {}),)
 
 
-def test_coverage_gives_each_modality_the_same_say() -> None:
-    """100 pictures and 50 texts on 3 clients: one with 100 pictures, two with 25 texts each. c_k: 1/2, 1/4, 1/4 of the say."""
+def test_coverage_gives_each_modality_the_same_weight() -> None:
+    """100 pictures at one client, and 25 texts at each of two clients. The clients' shares c_k are 1/2, 1/4 and 1/4."""
     everyone = {"image": 100, "text": 50}
     pictures, texts = ({"image": 100}, {"text": 25})
-    weighed = [n * float(coverage(own, everyone)) for n, own in ((100, pictures), (25, texts), (25, texts))]
-    np.testing.assert_allclose(np.array(weighed) / sum(weighed), [0.5, 0.25, 0.25])
+    weighted = [n * float(coverage(own, everyone)) for n, own in ((100, pictures), (25, texts), (25, texts))]
+    np.testing.assert_allclose(np.array(weighted) / sum(weighted), [0.5, 0.25, 0.25])
 
 
-def test_samples_that_hold_several_modalities_count_for_more() -> None:
+def test_samples_with_several_modalities_count_more() -> None:
     everyone = {"image": 40, "text": 40, "image+text": 20}
     assert coverage({"image+text": 10}, everyone) == 2 * coverage({"image": 10}, everyone)
 
@@ -154,8 +154,8 @@ def test_complete_clients_keep_their_weight_bit_for_bit() -> None:
     assert weigher.weigh(37.0, ClientUpdate("c", {}, 37), state) == 37.0
 
 
-def test_a_strategy_weighs_scaffolds_updates_and_not_its_controls() -> None:
-    """Samples of the rare modality weigh 25 times as much. Of three clients two took part: c = 2/3 of their controls' plain mean."""
+def test_a_strategy_weights_scaffolds_updates_but_not_its_controls() -> None:
+    """Samples of the rare modality weigh 25 times as much. With two of three clients, c is 2/3 of the plain mean of their controls."""
     method = build_algorithm(AlgorithmConfig(name="scaffold", strategies=(StrategyConfig(name="modality_coverage"),)))
     start = replace(method.init({"w": torch.zeros(1)}, {}), population=Population(3, {"image": 100, "text": 4}))
     aggregator = Intake(method, start)
@@ -167,7 +167,7 @@ def test_a_strategy_weighs_scaffolds_updates_and_not_its_controls() -> None:
     assert float(end.slots["control"]["w"]) == pytest.approx(2 / 3 * 2)
 
 
-def test_fedmllm_is_one_word() -> None:
+def test_fedmllm_with_a_method_is_one_name() -> None:
     config = AlgorithmConfig(name="FedMLLM(fedyogi)", parameters={"server_learning_rate": 0.01})
     assert config.method == "fedyogi"
     assert config.strategy_names == ("agnostic_prompt", "adaptive_regularization")
@@ -177,8 +177,8 @@ def test_fedmllm_is_one_word() -> None:
     assert AlgorithmConfig.model_validate(config.model_dump(mode="json")) == config
 
 
-def test_calibrated_flexlora_is_its_two_parts() -> None:
-    """Its server is FlexLoRA's, as the contracts show."""
+def test_calibrated_flexlora_equals_its_composition() -> None:
+    """The contracts show that its server is FlexLoRA's."""
     parts = AlgorithmConfig(name="flexlora", strategies=(StrategyConfig(name="label_calibration"),))
     whole, composed = build_algorithm(AlgorithmConfig(name="calibrated_flexlora")), build_algorithm(parts)
     assert whole.local_rule(broadcast(), Client()) == composed.local_rule(broadcast(), Client()) != LocalRule()

@@ -11,8 +11,8 @@ from fedmllm.algorithms.yoco import YOCO, Supervision
 
 @pytest.mark.parametrize("reference", [False, True])
 @pytest.mark.parametrize("progress", [0.0, 0.5])
-def test_the_terms_beside_the_loss_are_those_of_the_docstring(reference: bool, progress: float) -> None:
-    """By NumPy in float64; g is 1 at the start and (1 + gamma) / 2 half way."""
+def test_the_loss_terms_equal_the_docstrings_formula(reference: bool, progress: float) -> None:
+    """Compared with NumPy in float64; g is 1 at the start and (1 + gamma) / 2 halfway."""
     method = YOCO(sign_weight=0.7, gamma=9.0, sparse_weight=0.01, reference=reference)
     torch.manual_seed(0)
     a, b = torch.randn(2, 5, dtype=torch.float64), torch.randn(4, 2, dtype=torch.float64)

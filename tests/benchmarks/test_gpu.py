@@ -1,4 +1,4 @@
-"""The script that measures on a GPU: all of it on a CPU with tiny models, and its counts against published ones."""
+"""The GPU benchmark script: every stage on a CPU with tiny models, and its counts compared with published ones."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ def rows(tmp_path: Path) -> list[Row]:
     return [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
 
 
-def test_every_stage_has_a_limit_and_they_add_up_to_less_than_ten_minutes() -> None:
+def test_the_stages_time_limits_sum_to_less_than_ten_minutes() -> None:
     assert list(gpu.LIMITS) == list(STAGES)
     assert sum(gpu.LIMITS.values()) < 620
 
 
-# The stage without fla takes a package away from the process that runs it.
+# The stage without fla removes a package from its process.
 @pytest.mark.parametrize("stage", [name for name in STAGES if name != "minicpm_without_fla"])
-def test_every_stage_runs_to_its_end(stage: str, tmp_path: Path) -> None:
+def test_every_stage_completes(stage: str, tmp_path: Path) -> None:
     STAGES[stage](bench(tmp_path, stage))
     found = rows(tmp_path)
     assert found
@@ -57,7 +57,7 @@ def test_every_stage_runs_to_its_end(stage: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_whole_script_in_its_tiny_form(tmp_path: Path) -> None:
+def test_the_script_completes_with_tiny_models(tmp_path: Path) -> None:
     command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--tiny", "--device", "cpu", "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + (tmp_path / "log.txt").read_text()
@@ -66,18 +66,18 @@ def test_the_whole_script_in_its_tiny_form(tmp_path: Path) -> None:
     assert done.stdout.endswith((tmp_path / "table.md").read_text() + "\n")
 
 
-def launched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[int, Row]:
+def run_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[int, Row]:
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--tiny", "--device", "cpu", "--out", str(tmp_path), *arguments])
     return gpu.main(), json.loads((tmp_path / "gpu.json").read_text())
 
 
 @pytest.mark.slow
-def test_a_stage_that_takes_too_long_or_fails_costs_its_own_rows_only(
+def test_a_failed_stage_loses_only_its_own_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(gpu.LIMITS, "train_3b", 0.5)
     monkeypatch.setitem(gpu.LIMITS, "nothing", 30)
-    code, whole = launched(tmp_path, monkeypatch, "--only", "train_3b", "nothing", "ceilings")
+    code, whole = run_script(tmp_path, monkeypatch, "--only", "train_3b", "nothing", "ceilings")
     assert code == 1
     assert [row["outcome"] for row in whole["stages"]] == ["timed out", "failed", "ok"]
     assert {row["stage"] for row in whole["rows"]} == {"ceilings"}
@@ -85,13 +85,13 @@ def test_a_stage_that_takes_too_long_or_fails_costs_its_own_rows_only(
     assert "| ceilings | matrix |" in capsys.readouterr().out
 
 
-def test_nothing_is_begun_past_the_deadline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    code, whole = launched(tmp_path, monkeypatch, "--deadline", "4")
+def test_no_stage_starts_after_the_deadline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, whole = run_script(tmp_path, monkeypatch, "--deadline", "4")
     assert code == 1
     assert {row["outcome"] for row in whole["stages"]} == {"no time left"}
 
 
-def test_stages_run_afterwards_are_added_to_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_later_run_replaces_only_its_own_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = iter((1.0, 2.0, 3.0))
 
     def run(stage: str, left: float, folder: Path, options: object) -> str:
@@ -100,21 +100,21 @@ def test_stages_run_afterwards_are_added_to_what_is_there(tmp_path: Path, monkey
         return "ok"
 
     monkeypatch.setattr(gpu, "run", run)
-    launched(tmp_path, monkeypatch, "--only", "ceilings", "profile")
-    code, whole = launched(tmp_path, monkeypatch, "--only", "profile")
+    run_script(tmp_path, monkeypatch, "--only", "ceilings", "profile")
+    code, whole = run_script(tmp_path, monkeypatch, "--only", "profile")
     assert code == 0
     assert [(row["stage"], row["seconds"]) for row in whole["rows"]] == [("ceilings", 1.0), ("profile", 3.0)]
     assert [row["stage"] for row in whole["stages"]] == ["ceilings", "profile"]
 
 
-def test_a_range_that_only_has_a_name_is_no_kernel(tmp_path: Path) -> None:
-    """An optimizer's step spans time in which the device may stand idle."""
+def test_annotated_ranges_are_not_counted_as_kernels(tmp_path: Path) -> None:
+    """An optimizer step spans time in which the device may be idle."""
     STAGES["profile"](bench(tmp_path, "profile"))
     assert not [row for row in rows(tmp_path) if row["name"].startswith("Optimizer.step")]
 
 
-def test_what_was_measured_before_an_interruption_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And half a row of a process that was ended while it wrote is none."""
+def test_rows_measured_before_an_interruption_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An incomplete last row of a process that was killed is dropped."""
 
     def run(stage: str, seconds: float, folder: Path, options: object) -> str:
         if stage == "correctness":
@@ -124,25 +124,23 @@ def test_what_was_measured_before_an_interruption_is_kept(tmp_path: Path, monkey
         return "ok"
 
     monkeypatch.setattr(gpu, "run", run)
-    code, whole = launched(tmp_path, monkeypatch)
+    code, whole = run_script(tmp_path, monkeypatch)
     assert code == 1
     assert [row["stage"] for row in whole["stages"]] == [row["stage"] for row in whole["rows"]] == ["versions", "ceilings"]
 
 
-def test_without_features_nothing_else_is_measured(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_failed_first_stage_ends_the_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(
         gpu, "run", lambda stage, seconds, folder, options: (folder / "log.txt").write_text("ModelError: too old") and "failed"
     )
-    code, whole = launched(tmp_path, monkeypatch)
+    code, whole = run_script(tmp_path, monkeypatch)
     assert code == 1
     assert len(whole["stages"]) == 1
     assert "nothing else is measured: ModelError: too old" in capsys.readouterr().out
 
 
-def test_what_follows_from_rows() -> None:
-    """120 samples in 2 s beside a Trainer's 8 in 1 s; 5e12 needed FLOPs in 2 s of 1e13 a second; 100 + 16 * 3 * 10 + 7 * 40 bytes planned."""
+def test_derived_columns_match_a_hand_computation() -> None:
+    """120 samples in 2 s, a Trainer's 8 in 1 s; 5e12 needed FLOPs in 2 s at 1e13 per second; 100 + 16 * 3 * 10 + 7 * 40 bytes planned."""
     trained = {"samples": 120, "tokens": 36000, "seconds": 2.0, "least": 1.9, "most": 2.1, "runs": 3, "flops": 5e12}
     trained |= {"clients": 10, "pass_tokens": 40, "halvings": 0, "model": "3b", "shape": "1 x 4, 300", "peak_bytes": 2**30}
     given = [
@@ -169,12 +167,15 @@ PUBLISHED = {
     "135m": (None, 134_588_736),
     "minicpm": (None, None),
 }
-"""Parameters of the whole, and of the decoder with embeddings but without an output head of its own. The third's are SmolLM2's 134,515,008 with 128
-more tokens of 576 numbers; of the fourth no counts by part are published."""
+"""Parameters of the whole model, and of the decoder with embeddings but without a separate output head.
+
+The third decoder is SmolLM2 with 134,515,008 parameters and 128 more tokens of width 576. For the fourth model no counts by
+part are published.
+"""
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_dimensions_are_the_published_models(name: str, tmp_path: Path) -> None:
+def test_dimensions_equal_the_published_models(name: str, tmp_path: Path) -> None:
     model = build(bench(tmp_path, "x", "meta"), name).model
     whole, decoder = (sum(weight.numel() for weight in module.parameters()) for module in (model, model.get_decoder()))
     expected = PUBLISHED[name]
@@ -182,7 +183,7 @@ def test_dimensions_are_the_published_models(name: str, tmp_path: Path) -> None:
     assert expected[1] in (None, decoder)
 
 
-def test_samples_have_the_lengths_that_are_asked_for(tmp_path: Path) -> None:
+def test_samples_have_the_requested_lengths(tmp_path: Path) -> None:
     vlm = build(bench(tmp_path, "x"), "3b", torch.float32)
     lengths = [len(sample.input_ids) for sample in samples(vlm, 200, 90)]
     assert 82 <= min(lengths) < 84 < 96 < max(lengths) <= 98
@@ -192,8 +193,8 @@ def test_samples_have_the_lengths_that_are_asked_for(tmp_path: Path) -> None:
     assert not any(sample.pictured for sample in samples(vlm, 3, 90, pictured=False))
 
 
-def test_needed_operations_are_those_that_a_pass_does(tmp_path: Path) -> None:
-    """To the number as PyTorch counts one sample's pass, attention apart, which has a formula of its own."""
+def test_needed_operations_equal_pytorchs_count(tmp_path: Path) -> None:
+    """Exactly as PyTorch counts one sample's pass, except attention, which has its own formula."""
     vlm = adapted(build(bench(tmp_path, "x"), "3b", torch.float32))
     text, (sample,) = vlm.model.config.get_text_config(), samples(vlm, 1, 90)
     vlm.model.train()
@@ -204,15 +205,15 @@ def test_needed_operations_are_those_that_a_pass_does(tmp_path: Path) -> None:
     products = sum(count for name, count in counts.items() if "attention" not in name)
     width, inner, tokens, vocabulary = 32, 64, len(sample.input_ids), text.vocab_size
     attention = 6 * tokens**2 * width
-    # The first layer's q, k and v of 32, 16 and 16 outputs pass no gradient on, frozen or factors of rank 8.
+    # The first layer's q, k and v, with 32, 16 and 16 outputs, pass no gradient to their input, neither frozen nor as factors of rank 8.
     first = 2 * tokens * width * (32 + 16 + 16) + 2 * tokens * 8 * 3 * width
-    # One column more than the answer has goes through the last layer's q, o and feed-forward part, and the output head.
+    # The last layer's q, o and feed-forward part, and the output head, compute the answer's columns and one more.
     column = 4 * (2 * width * width + 3 * width * inner) + 6 * 2 * 8 * (width + width) + 4 * vocabulary * width
     assert products == needed_flops(text, [sample]) - attention - first + column
 
 
-def test_operations_of_the_published_model() -> None:
-    """10.8 GFLOP a token for what is frozen, attention 0.13 at 300 tokens and 0.53 at 1,200, factors 0.2 %: Qwen2.5-VL-3B's decoder."""
+def test_operations_of_the_published_model_match_a_hand_computation() -> None:
+    """Qwen2.5-VL-3B's decoder: 10.8 GFLOP per token for frozen weights, attention 0.13 at 300 tokens and 0.53 at 1,200, factors 0.2 %."""
     from transformers import AutoConfig
 
     settings = SIZES["3b"].settings(lambda token: 0)

@@ -1,4 +1,4 @@
-"""The command line as a user meets it, errors included."""
+"""The command line as a user sees it, including errors."""
 
 from __future__ import annotations
 
@@ -43,22 +43,22 @@ def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
 
 
-def run_apart(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """A command in a process of its own, as from a shell."""
+def run_in_own_process(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A command in its own process, as from a shell."""
     command = [sys.executable, "-m", "fedmllm", *arguments]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600, check=False)
 
 
-def use_a_method_that_only_a_script_knows(folder: Path) -> None:
-    """As if a script that had registered a method of its own had trained the run."""
+def make_a_run_of_a_scripts_method(folder: Path) -> None:
+    """Edit the run as if a script with its own registered method had trained it."""
     settings = yaml.safe_load((folder / "config.yaml").read_text())
     settings["algorithm"] = {"name": "mine", "parameters": {"pull": 0.5}}
     settings["lora"]["client_ranks"] = [4, 8]
     (folder / "config.yaml").write_text(yaml.safe_dump(settings))
 
 
-def use_as_in_the_docs(folder: Path) -> None:
-    """The snippets of docs/python.md that load the adapter and ask it; none of a library's plans is shown to a reader who runs them."""
+def run_the_docs_snippets(folder: Path) -> None:
+    """Run the snippets of docs/python.md that load and use the adapter. Deprecation warnings of libraries, which readers would see, are errors."""
     text = (Path(__file__).parents[2] / "docs" / "python.md").read_text()
     text = text.partition("## Use the adapter without fedmllm")[2]
     code = "\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL)).replace("runs/mine", str(folder))
@@ -103,8 +103,8 @@ def test_train_evaluate_and_report(quick: Path) -> None:
     kept, answers = (json.loads((quick / "out" / f"{name}.json").read_text()) for name in ("manifest", "predictions"))
     assert answers["ids"] == [sample["id"] for sample in kept["test"]["samples"]]
     assert len(answers["ids"]) == len(answers["truth"]) == 20
-    use_as_in_the_docs(quick / "out")
-    use_a_method_that_only_a_script_knows(quick / "out")
+    run_the_docs_snippets(quick / "out")
+    make_a_run_of_a_scripts_method(quick / "out")
     for command in (("evaluate", "out"), ("chat", "out", "Is it?", "--text", "7"), ("merge", "out", "--output", "of-a-script")):
         done = run(quick, *command)
         assert done.returncode == 0, done.stderr
@@ -133,7 +133,7 @@ def test_data_list_show_and_export(quick: Path) -> None:
     assert again["clients"] == clients
 
 
-def test_a_console_without_the_letters_of_the_data_shows_what_it_can(quick: Path) -> None:
+def test_a_console_with_a_limited_encoding_replaces_characters(quick: Path) -> None:
     rows = [{"t": str(i), "a": "良性" if i % 2 else "恶性"} for i in range(40)]
     (quick / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
     settings = {"columns": {"text": "t", "answer": "a"}, "question": "?", "choices": ["良性", "恶性"], "train": "t.jsonl"}
@@ -149,7 +149,7 @@ def test_a_console_without_the_letters_of_the_data_shows_what_it_can(quick: Path
         assert b"Options: A. ?? B. ??" in console.buffer.getvalue()  # type: ignore[attr-defined]
 
 
-def test_models_are_named_and_planned(quick: Path) -> None:
+def test_models_can_be_listed_and_planned(quick: Path) -> None:
     kinds = json.loads(run(quick, "models", "list", "--json").stdout)
     assert kinds["smolvlm"]["family"] == "idefics3"
     assert "MiniCPM-V 4.6" in run(quick, "models", "list").stdout
@@ -170,8 +170,8 @@ def test_the_default_folder_is_named_after_experiment_and_time(quick: Path) -> N
 
 
 @pytest.mark.slow
-def test_two_runs_of_one_second_have_a_folder_each(quick: Path) -> None:
-    """The same experiment, started twice at once with two seeds."""
+def test_two_runs_in_one_second_have_their_own_folders(quick: Path) -> None:
+    """The same experiment is started twice in one second, with two seeds."""
     command = [
         sys.executable,
         "-m",
@@ -202,8 +202,8 @@ def test_two_runs_of_one_second_have_a_folder_each(quick: Path) -> None:
     assert sorted(seeds.values()) == [0, 1]
 
 
-def test_resume_takes_the_run_of_that_very_name(quick: Path) -> None:
-    """Not that of an experiment whose name begins alike; of those of one second the last."""
+def test_resume_finds_the_last_run_with_the_exact_name(quick: Path) -> None:
+    """An experiment whose name has the same start is not resumed. Of several runs of one second, the last is."""
     (quick / "quick-b.yaml").write_text(QUICK.replace("seed: 0", "") + "seed: 3\n")
     for name, seed in (("quick-20250101-000000-2", 0), ("quick-20250101-000000-10", 0), ("quick-b-20260101-000000", 3)):
         config = Experiment.parse(yaml.safe_load(QUICK) | {"seed": seed})
@@ -226,7 +226,7 @@ def test_resume_takes_the_run_of_that_very_name(quick: Path) -> None:
         ("pretrain-nano",),
     ],
 )
-def test_a_folder_that_cannot_be_made_is_refused_before_any_work(command: tuple[str, ...], quick: Path) -> None:
+def test_a_folder_that_cannot_be_created_is_refused_before_any_work(command: tuple[str, ...], quick: Path) -> None:
     (quick / "grid.yaml").write_text(yaml.safe_dump(SMALL))
     with mock.patch("fedmllm.data.federated.load_dataset", side_effect=AssertionError("the data were loaded")):
         done = run(quick, *command, "--output", "quick.yaml/out")
@@ -239,7 +239,7 @@ def test_a_folder_that_cannot_be_made_is_refused_before_any_work(command: tuple[
 
 @contextmanager
 def limited_files(size: int) -> Iterator[None]:
-    """In this block no file of this process may become larger."""
+    """Within this block no file of this process can become larger."""
     resource = pytest.importorskip("resource")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
@@ -249,8 +249,8 @@ def limited_files(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_full_disk_is_one_message_and_the_run_goes_on_once_there_is_room(quick: Path) -> None:
-    """No file may be larger than 200 kB, so that the first checkpoint, of 295 kB, is not written."""
+def test_a_full_disk_is_one_message_and_the_run_can_be_resumed(quick: Path) -> None:
+    """No file may exceed 200 kB, so the first checkpoint, of 295 kB, cannot be written."""
     arguments = ["train", "quick.yaml", "engine.feature_bytes=0", "--output", "out", "--track", "none"]
     with limited_files(200_000):
         full = run(quick, *arguments)
@@ -272,7 +272,7 @@ def test_help_and_names_do_not_load_torch() -> None:
 
 
 def test_help_lists_the_commands(tmp_path: Path) -> None:
-    done = run_apart(tmp_path, "--help")
+    done = run_in_own_process(tmp_path, "--help")
     assert done.returncode == 0
     for command in ("train", "evaluate", "report", "methods", "pretrain-nano"):
         assert command in done.stdout
@@ -315,7 +315,7 @@ def test_a_model_folder_without_weights(quick: Path) -> None:
 
 
 def test_a_corrupt_image_is_named(quick: Path) -> None:
-    """A broken file that the loader cannot see by its name stops the run when it is decoded."""
+    """A broken file that the loader cannot recognize by name stops the run when it is decoded."""
     images = quick / "rad" / "images"
     images.mkdir(parents=True)
     rows = []
@@ -359,7 +359,7 @@ def test_a_corrupt_image_is_named(quick: Path) -> None:
 
 
 @pytest.mark.parametrize("command", [("evaluate", "nowhere"), ("report", "nowhere"), ("train", "nowhere.yaml")])
-def test_paths_that_are_not_there(tmp_path: Path, command: tuple[str, ...]) -> None:
+def test_missing_paths_are_named(tmp_path: Path, command: tuple[str, ...]) -> None:
     done = run(tmp_path, *command)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
@@ -367,7 +367,7 @@ def test_paths_that_are_not_there(tmp_path: Path, command: tuple[str, ...]) -> N
 
 
 @pytest.mark.slow
-def test_interrupted_from_the_keyboard_it_says_how_to_go_on(quick: Path) -> None:
+def test_a_keyboard_interrupt_prints_how_to_continue(quick: Path) -> None:
     command = [sys.executable, "-m", "fedmllm", "train", "quick.yaml", "federation.num_rounds=500"]
     process = subprocess.Popen(command, cwd=quick, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
@@ -382,7 +382,7 @@ def test_interrupted_from_the_keyboard_it_says_how_to_go_on(quick: Path) -> None
     assert "federation.num_rounds: 500 and 2" in done.stderr
 
 
-def test_resume_without_an_unfinished_run(quick: Path) -> None:
+def test_resume_without_an_unfinished_run_is_refused(quick: Path) -> None:
     done = run(quick, "train", "quick.yaml", "--resume")
     assert done.returncode == 2
     assert "no unfinished run to resume" in done.stderr
@@ -424,8 +424,8 @@ sys.exit(f"imported: {sorted(heavy)}" if heavy else 0)
     ],
     ids=" ".join,
 )
-def test_commands_that_need_no_model_import_nothing_that_runs_one(tmp_path: Path, command: list[str]) -> None:
-    """Those imports take seconds, in which a listing or a mistyped path would be waited for."""
+def test_commands_without_a_model_import_no_heavy_library(tmp_path: Path, command: list[str]) -> None:
+    """Those imports take seconds, which a listing or a mistyped path should not."""
     (tmp_path / "there").mkdir()
     (tmp_path / "broken.yaml").write_text("a: [1")
     (tmp_path / "twice.yaml").write_text("seed: 1\nseed: 2\n")

@@ -1,7 +1,8 @@
-"""Our servers beside those of Flower: the same clients' weights, several rounds, both sides keeping their own state.
+"""Our server rules compared with Flower's: the same client updates for several rounds, each side with its own state.
 
-Where the rules differ, each difference is taken away by itself, which must leave equality, and is then computed by hand.
-Clients' weights go to Flower in float64, so that rules are compared and not its rounding, but for the one test about it.
+Where two rules differ, the tests remove one difference at a time and check that the results become equal. They then check
+the difference itself against a value computed by hand. Client weights go to Flower in float64, so that its rounding plays
+no part, except in the test about its rounding.
 """
 
 from __future__ import annotations
@@ -49,14 +50,14 @@ NO_METHODS = {"Result", "Strategy"}
 
 @pytest.fixture(autouse=True)
 def _in_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Flower's messages name the run, the task and the node they are made in."""
+    """Flower requires a run, a task and a node to create messages."""
     for name in ("_run_id", "_task_id", "_node_id"):
         monkeypatch.setattr(TaskIdentity, name, 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Nodes:
-    """What Flower's strategies ask of the network: who is there."""
+    """The list of nodes, which is all that Flower's strategies ask of the network."""
 
     count: int
 
@@ -69,7 +70,7 @@ def record(arrays: Mapping[str, np.ndarray]) -> ArrayRecord:
 
 
 def flower_round(strategy: flower.FedAvg, number: int, arrays: Arrays, clients: Sequence[Arrays], counts: Sequence[int]) -> Arrays:
-    """One round of Flower's: its own messages, answered by clients in order of their nodes."""
+    """One round of a Flower strategy: its own messages, answered by the clients in the order of their nodes."""
     asked = strategy.configure_train(number, record(arrays), ConfigRecord(), Nodes(len(clients)))
     replies = [
         Message(RecordDict({"arrays": record(weights), "metrics": MetricRecord({"num-examples": count})}), reply_to=message)
@@ -84,20 +85,20 @@ def numpy(weights: Mapping[str, torch.Tensor]) -> Arrays:
     return {name: tensor.double().numpy() for name, tensor in weights.items()}
 
 
-def ended(state: ServerState, sent: Sequence[ClientUpdate]) -> list[Arrays]:
-    """The weights that clients end with."""
+def trained_weights(state: ServerState, sent: Sequence[ClientUpdate]) -> list[Arrays]:
+    """Each client's weights after local training."""
     before = {name: tensor.double() for name, tensor in state.weights.items()}
     return [numpy(W.add(before, update.update)) for update in sent]
 
 
-def cohort(name: str, state: ServerState, number: int = 5, alike: bool = False) -> list[ClientUpdate]:
-    """The first of the five clients' updates; with ``alike`` all of one sample."""
+def cohort(name: str, state: ServerState, number: int = 5, one_sample: bool = False) -> list[ClientUpdate]:
+    """The first ``number`` of the five updates; with ``one_sample``, every client has one sample."""
     sent = updates(build(name), state)[:number]
-    return [dataclasses.replace(update, num_samples=1) for update in sent] if alike else sent
+    return [dataclasses.replace(update, num_samples=1) for update in sent] if one_sample else sent
 
 
 def repeated(sent: Sequence[ClientUpdate]) -> list[ClientUpdate]:
-    """Each client as often as it has samples."""
+    """Each client repeated once per sample, with one sample each."""
     return [dataclasses.replace(u, client=f"{u.client}-{i}", num_samples=1) for u in sent for i in range(u.num_samples)]
 
 
@@ -107,43 +108,43 @@ def unchanged(sent: Sequence[ClientUpdate]) -> Sequence[ClientUpdate]:
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """How both sides are set up.
+    """How both sides are configured.
 
     Attributes:
-        ours: our method's name.
-        parameters: its parameters in a round, from the round's number, counted from 1.
+        ours: name of our method.
+        parameters: our method's parameters by round number, counted from 1.
         number: clients per round.
-        alike: whether all clients hold one sample.
-        start: what is changed in our state before the first round.
-        feed: what is changed in what our server is given, but not Flower's.
+        one_sample: whether every client has one sample.
+        start: a change to our state before the first round.
+        feed: a change to the updates that our server receives; Flower's receives the originals.
     """
 
     ours: str
     parameters: Callable[[int], dict[str, float]] = lambda number: {}
     number: int = 5
-    alike: bool = False
+    one_sample: bool = False
     start: Callable[[ServerState], ServerState] = lambda state: state
     feed: Callable[[Sequence[ClientUpdate]], Sequence[ClientUpdate]] = unchanged
 
 
 def assert_same(theirs: flower.FedAvg, setting: Setting) -> None:
-    """Equality in each of several rounds."""
+    """Both sides have equal weights after each of several rounds."""
     state = setting.start(begin(build(setting.ours, **setting.parameters(1))))
     arrays = numpy(state.weights)
     for number in range(1, ROUNDS + 1):
-        sent = cohort(setting.ours, state, setting.number, setting.alike)
-        arrays = flower_round(theirs, number, arrays, ended(state, sent), [update.num_samples for update in sent])
+        sent = cohort(setting.ours, state, setting.number, setting.one_sample)
+        arrays = flower_round(theirs, number, arrays, trained_weights(state, sent), [update.num_samples for update in sent])
         state = server_round(build(setting.ours, **setting.parameters(number)), state, setting.feed(sent))
         for name, tensor in state.weights.items():
             np.testing.assert_allclose(tensor.numpy(), arrays[name], atol=TOLERANCE, rtol=0)
 
 
 def one_round(theirs: flower.FedAvg, setting: Setting) -> tuple[Arrays, Arrays, list[Arrays]]:
-    """What each side's first round adds to the weights, and the clients' updates."""
+    """The change of the weights in the first round, Flower's and ours, and the clients' updates."""
     algorithm = build(setting.ours, **setting.parameters(1))
     state = setting.start(begin(algorithm))
-    before, sent = numpy(state.weights), cohort(setting.ours, state, setting.number, setting.alike)
-    flowers = flower_round(theirs, 1, before, ended(state, sent), [update.num_samples for update in sent])
+    before, sent = numpy(state.weights), cohort(setting.ours, state, setting.number, setting.one_sample)
+    flowers = flower_round(theirs, 1, before, trained_weights(state, sent), [update.num_samples for update in sent])
     after = numpy(server_round(algorithm, state, sent).weights)
     added, ours = ({name: array - before[name] for name, array in side.items()} for side in (flowers, after))
     return added, ours, [numpy(update.update) for update in sent]
@@ -157,7 +158,7 @@ def assert_close(found: np.ndarray, expected: np.ndarray) -> None:
     np.testing.assert_allclose(found, expected, atol=TOLERANCE, rtol=0)
 
 
-def test_every_strategy_of_flower_is_compared_or_has_no_counterpart() -> None:
+def test_every_flower_strategy_is_compared_or_has_no_counterpart() -> None:
     privacy = {name for name in flower.__all__ if name.startswith("DifferentialPrivacy")}
     assert set(flower.__all__) == {*OURS, *NOT_OURS, *NO_METHODS, *privacy}
 
@@ -181,24 +182,24 @@ def test_every_strategy_of_flower_is_compared_or_has_no_counterpart() -> None:
     ids=["FedAvg", "FedProx", "FedAvgM", "FedAvgM-slower", "FedAvgM-rate-alone", "FedMedian-5", "FedMedian-4", "Krum-1", "Krum-0"],
 )
 def test_same_rule(theirs: flower.FedAvg, setting: Setting) -> None:
-    """Unequal numbers of samples on both sides; nothing differs but names and defaults of the parameters."""
+    """Clients have unequal sample counts. Only the names and defaults of parameters differ."""
     assert_same(theirs, setting)
 
 
 @pytest.mark.parametrize(("trim", "number"), [(0.0, 5), (0.2, 5), (0.2, 4), (0.3, 5), (0.3, 4), (0.49, 5), (0.49, 4)])
-def test_trimmed_mean_leaves_out_as_many(trim: float, number: int) -> None:
-    """Both leave out ``floor(trim K)`` at each end, none, one or two here, and weigh the others alike."""
+def test_trimmed_mean_drops_as_many_clients_as_flower(trim: float, number: int) -> None:
+    """Both drop ``floor(trim K)`` clients at each end, 0 to 2 here, and weight the others equally."""
     assert_same(flower.FedTrimmedAvg(beta=trim), Setting("trimmed_mean", lambda _: {"trim": trim}, number))
 
 
-def test_prox_sends_mu_and_leaves_the_term_to_the_client() -> None:
-    """Flower's ``FedProx`` sends mu, and its clients must add the term themselves; ours get the term as part of the method."""
+def test_flower_fedprox_sends_mu_and_leaves_the_term_to_the_client() -> None:
+    """Flower's ``FedProx`` only sends mu: its clients must add the term themselves. In ours the term is part of the method."""
     asked = flower.FedProx(proximal_mu=0.1).configure_train(1, record({A: np.zeros(2)}), ConfigRecord(), Nodes(2))
     assert {message.content["config"]["proximal-mu"] for message in asked} == {0.1}
 
 
-def test_momentum_is_off_in_flower_unless_set() -> None:
-    """The only difference is the default: Flower's momentum is 0, which is FedAvg, and ours 0.9."""
+def test_flower_fedavgm_has_no_momentum_by_default() -> None:
+    """Flower's default momentum is 0, which makes it FedAvg; ours is 0.9. Nothing else differs."""
     assert_same(flower.FedAvgM(), Setting("fedavgm", lambda number: {"beta1": 0.0}))
     assert_same(flower.FedAvgM(), Setting("fedavg"))
 
@@ -218,12 +219,12 @@ def adaptive(name: str) -> flower.FedAvg:
 
 
 def bias_correction(name: str, number: int) -> float:
-    """What Flower's FedAdam multiplies its rate by in a round: Adam's correction of the step after it."""
+    """The factor on Flower's FedAdam rate in a round, which is Adam's bias correction for the following step."""
     return float(np.sqrt(1 - BETA2 ** (number + 1)) / (1 - BETA1 ** (number + 1))) if name == "FedAdam" else 1.0
 
 
 def matched(name: str) -> Callable[[int], dict[str, float]]:
-    """Our parameters that come to Flower's: no momentum for FedAdagrad, and FedAdam's bias correction as part of the rate."""
+    """Our parameters that reproduce Flower's: no momentum for FedAdagrad, and FedAdam's bias correction folded into the rate."""
 
     def parameters(number: int) -> dict[str, float]:
         shared = {"server_learning_rate": ETA * bias_correction(name, number), "tau": TAU}
@@ -233,20 +234,20 @@ def matched(name: str) -> Callable[[int], dict[str, float]]:
 
 
 def from_zero(state: ServerState) -> ServerState:
-    """The second moment as Flower starts it."""
+    """The state with Flower's initial second moment, zero."""
     zero = {name: torch.zeros_like(tensor) for name, tensor in state.slots["second_moment"].items()}
     return dataclasses.replace(state, slots={**state.slots, "second_moment": zero})
 
 
 @pytest.mark.parametrize("name", ADAPTIVE)
-def test_adaptive_servers_agree_once_their_differences_are_taken_away(name: str) -> None:
-    """One sample per client, ``v_0 = 0``, and FedAdam's correction and FedAdagrad's missing momentum on our side too."""
-    assert_same(adaptive(name), Setting(OURS[name], matched(name), alike=True, start=from_zero))
+def test_adaptive_servers_agree_once_their_differences_are_removed(name: str) -> None:
+    """One sample per client, ``v_0 = 0``, FedAdam's bias correction, and no momentum for FedAdagrad."""
+    assert_same(adaptive(name), Setting(OURS[name], matched(name), one_sample=True, start=from_zero))
 
 
 @pytest.mark.parametrize("name", ADAPTIVE)
 def test_adaptive_servers_weight_clients_differently(name: str) -> None:
-    """Flower weights clients by samples, ours count alike: a client of n samples comes to n clients of one."""
+    """Flower weights clients by samples; ours weights them equally. A Flower client with n samples equals n of our clients with one each."""
     assert_same(adaptive(name), Setting(OURS[name], matched(name), start=from_zero, feed=repeated))
     flowers, ours, sent = one_round(adaptive(name), Setting(OURS[name], matched(name), start=from_zero))
     for side, counts in ((flowers, COUNTS), (ours, None)):
@@ -254,49 +255,49 @@ def test_adaptive_servers_weight_clients_differently(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ADAPTIVE)
-def test_adaptive_servers_start_from_another_second_moment(name: str) -> None:
-    """Flower starts at ``v_0 = 0``, ours at the paper's ``tau^2``; the first step from either, by hand."""
-    flowers, ours, sent = one_round(adaptive(name), Setting(OURS[name], matched(name), alike=True))
+def test_adaptive_servers_start_from_different_second_moments(name: str) -> None:
+    """Flower starts from ``v_0 = 0``, ours from the paper's ``tau^2``. The first step of each matches a hand computation."""
+    flowers, ours, sent = one_round(adaptive(name), Setting(OURS[name], matched(name), one_sample=True))
     for side, v in ((flowers, 0.0), (ours, TAU**2)):
         assert_close(side[B], first_step(name, mean(sent, B), v))
     assert np.abs(flowers[B] - ours[B]).max() > 10 * TOLERANCE
 
 
 def first_step(name: str, d: np.ndarray, v: float) -> np.ndarray:
-    """What a first round adds, from the mean update and the second moment before it."""
+    """The change of the weights in the first round, from the mean update and the initial second moment."""
     rate, m = ETA * bias_correction(name, 1), d if name == "FedAdagrad" else (1 - BETA1) * d
     return np.asarray(rate * m / (np.sqrt(ADAPTIVE[name](v, d**2)) + TAU))
 
 
-def test_flower_corrects_the_bias_of_adam_one_step_late() -> None:
-    """Flower's FedAdam corrects the bias, ours and the paper's do not: in round 1 by sqrt(1 - 0.99^2) / (1 - 0.9^2) = 0.742.
+def test_flower_fedadam_corrects_the_bias_one_step_late() -> None:
+    """Flower's FedAdam corrects the bias; ours and the paper's do not. In round 1 its factor is sqrt(1 - 0.99^2) / (1 - 0.9^2) = 0.742.
 
-    Adam's own correction of a first step would be sqrt(1 - 0.99) / (1 - 0.9) = 1.
+    Adam's own factor for the first step would be sqrt(1 - 0.99) / (1 - 0.9) = 1.
     """
     uncorrected = {"server_learning_rate": ETA, "tau": TAU, "beta1": BETA1, "beta2": BETA2}
-    flowers, ours, _ = one_round(adaptive("FedAdam"), Setting("fedadam", lambda number: uncorrected, alike=True, start=from_zero))
+    flowers, ours, _ = one_round(adaptive("FedAdam"), Setting("fedadam", lambda number: uncorrected, one_sample=True, start=from_zero))
     assert bias_correction("FedAdam", 1) == pytest.approx(0.742, abs=1e-3)
     assert_close(flowers[B], bias_correction("FedAdam", 1) * ours[B])
 
 
-def test_adagrad_of_flower_has_no_momentum() -> None:
-    """Flower's FedAdagrad fixes beta1 at 0, which is our default, as published; with 0.9 our first step is a tenth of it."""
+def test_flower_fedadagrad_has_no_momentum() -> None:
+    """Flower fixes beta1 at 0, which is also our default, as published. With 0.9 our first step is a tenth as large."""
     for momentum, share in (({}, 1.0), ({"beta1": BETA1}, 1 - BETA1)):
         chosen = {"server_learning_rate": ETA, "tau": TAU, **momentum}
-        setting = Setting("fedadagrad", lambda number, chosen=chosen: chosen, alike=True, start=from_zero)
+        setting = Setting("fedadagrad", lambda number, chosen=chosen: chosen, one_sample=True, start=from_zero)
         flowers, ours, _ = one_round(adaptive("FedAdagrad"), setting)
         assert_close(ours[B], share * flowers[B])
 
 
-def test_multi_krum_agrees_once_clients_weigh_alike() -> None:
-    """The same clients are chosen; with one sample each, their mean is the same too."""
+def test_multi_krum_agrees_when_clients_have_equal_weights() -> None:
+    """Both choose the same clients. With one sample each, the means of the chosen clients are equal too."""
     assert_same(
-        flower.MultiKrum(num_malicious_nodes=1, num_nodes_to_select=3), Setting("krum", lambda number: {"num_selected": 3}, alike=True)
+        flower.MultiKrum(num_malicious_nodes=1, num_nodes_to_select=3), Setting("krum", lambda number: {"num_selected": 3}, one_sample=True)
     )
 
 
-def test_multi_krum_weights_the_chosen_by_samples() -> None:
-    """Flower's mean of the chosen is weighted by their samples, ours is plain; both by hand, from the same three clients."""
+def test_flower_multi_krum_weights_the_chosen_clients_by_samples() -> None:
+    """Flower's mean of the chosen clients is weighted by samples; ours is plain. Both match a hand computation from the same three clients."""
     strategy = flower.MultiKrum(num_malicious_nodes=1, num_nodes_to_select=3)
     flowers, ours, sent = one_round(strategy, Setting("krum", lambda number: {"num_selected": 3}))
     flat = np.array([np.concatenate([update[A].ravel(), update[B].ravel()]) for update in sent])
@@ -307,11 +308,11 @@ def test_multi_krum_weights_the_chosen_by_samples() -> None:
     assert_close(ours[B], mean(nearest, B))
 
 
-def test_krum_of_flower_loses_small_updates_to_rounding() -> None:
-    """Flower takes distances as ``|x|^2 + |y|^2 - 2 x y`` of the weights in the dtype sent, ours as ``|x - y|^2`` of the updates in float64.
+def test_flower_krum_loses_small_updates_to_rounding() -> None:
+    """Flower computes distances as ``|x|^2 + |y|^2 - 2 x y`` of the weights in the dtype sent.
 
-    At 4096 float32 steps by 2^-11. With ``x = 4096 + 2^-11 j``: x^2 = 2^24 + 4 j + 2^-22 j^2, of which float32 drops the last
-    term, which is all that distances are made of.
+    Ours computes ``|x - y|^2`` of the updates in float64. At 4096, float32 has a spacing of 2^-11. For ``x = 4096 + 2^-11 j``,
+    x^2 = 2^24 + 4 j + 2^-22 j^2. float32 drops the last term, which is all that distances consist of.
     """
     steps, unit = (0, 2, 3, 4, 9), 2.0**-11
     clients = [np.array([4096 + unit * j], dtype=np.float32) for j in steps]

@@ -1,4 +1,4 @@
-"""Every method goes through this suite; a new method adds one row to ``CASES``."""
+"""The contract of every federated method. A new method adds one row to ``CASES``."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ RANK, COUNTS, STEPS = 3, (3, 1, 8, 4, 2), (5, 2, 9, 4, 1)
 
 @dataclasses.dataclass(frozen=True)
 class Sent:
-    """A client's part of a round, in NumPy: its tensors less those it received, its samples and its steps."""
+    """One client's update in NumPy, with its sample count, its steps and its rank."""
 
     update: dict[str, Array]
     count: int
@@ -37,7 +37,7 @@ class Sent:
 
 @dataclasses.dataclass
 class Numbers:
-    """What a reference keeps: the weights, what was merged into the frozen ones, and anything else by name."""
+    """A reference's state: the weights, what was merged into the frozen weights, and named memory."""
 
     weights: dict[str, Array]
     base: dict[str, Array] = dataclasses.field(default_factory=dict)
@@ -57,7 +57,7 @@ def mean(sent: Sequence[Sent], name: str, p: Array) -> Array:
 
 
 def by_tensor(rule: Callable[[Numbers, Sequence[Sent], str], Array]) -> Reference:
-    """A reference that treats each tensor by itself: what is added to it."""
+    """A reference that computes each tensor's change separately."""
 
     def reference(state: Numbers, sent: Sequence[Sent]) -> None:
         added = {name: rule(state, sent, name) for name in state.weights if name in sent[0].update}
@@ -77,7 +77,7 @@ def momentum(state: Numbers, sent: Sequence[Sent], name: str) -> Array:
 
 
 def adaptive(second: Callable[[Array, Array], Array], beta1: float = 0.9) -> Reference:
-    """Reddi et al., Algorithm 2, at the defaults: eta = tau = 1e-3, beta2 = 0.99, beta1 = 0.9 but for Adagrad's 0; D is the plain mean."""
+    """Reddi et al., Algorithm 2, at the defaults: eta = tau = 1e-3, beta2 = 0.99, beta1 = 0.9 (0 for Adagrad). D is the plain mean."""
 
     def rule(state: Numbers, sent: Sequence[Sent], name: str) -> Array:
         m, v = state.memory.get(name, (0.0, np.full(state.weights[name].shape, 1e-6)))
@@ -96,12 +96,12 @@ def nova(state: Numbers, sent: Sequence[Sent], name: str) -> Array:
 
 
 def trimmed(state: Numbers, sent: Sequence[Sent], name: str) -> Array:
-    """Of five clients one is left out at each end."""
+    """With five clients, one is dropped at each end."""
     return np.asarray(np.sort([s.update[name] for s in sent], axis=0)[1:-1].mean(axis=0))
 
 
 def krum(state: Numbers, sent: Sequence[Sent]) -> None:
-    """Five clients, one Byzantine: the sum over the 5 - 1 - 2 = 2 nearest others."""
+    """With five clients and one Byzantine, a score sums the squared distances to the 5 - 1 - 2 = 2 nearest others."""
     flat = np.array([np.concatenate([s.update[name].ravel() for name in sorted(s.update)]) for s in sent])
     scores = [sorted(((flat[k] - flat[j]) ** 2).sum() for j in range(len(flat)) if j != k)[:2] for k in range(len(flat))]
     best = sent[int(np.argmin([sum(row) for row in scores]))]
@@ -109,13 +109,13 @@ def krum(state: Numbers, sent: Sequence[Sent]) -> None:
 
 
 def own(state: Numbers, s: Sent, name: str) -> Array:
-    """A client's tensor at its own rank."""
+    """A client's trained tensor at its own rank."""
     cut = state.weights[name] if s.rank is None else state.weights[name][: s.rank] if "lora_A" in name else state.weights[name][:, : s.rank]
     return np.asarray(cut + s.update[name])
 
 
 def product(state: Numbers, sent: Sequence[Sent]) -> Array:
-    """The mean of the clients' products."""
+    """The weighted mean of the clients' products."""
     return np.asarray(sum(q * own(state, s, B) @ own(state, s, A) for q, s in zip(shares(sent), sent, strict=True)))
 
 
@@ -130,7 +130,7 @@ def fedex(state: Numbers, sent: Sequence[Sent]) -> None:
 
 
 def flexlora(state: Numbers, sent: Sequence[Sent]) -> None:
-    """By the SVD of the full matrix, which the method never forms; ranks that nobody was sent stay in it."""
+    """By the SVD of the full matrix, which the method never forms. Directions beyond the cohort's largest rank stay in it."""
     largest = max(s.rank or RANK for s in sent)
     unheld = state.weights[B][:, largest:] @ state.weights[A][largest:]
     u, s, vt = np.linalg.svd(product(state, sent) + unheld, full_matrices=False)
@@ -160,7 +160,7 @@ def fedilora(state: Numbers, sent: Sequence[Sent]) -> None:
 
 
 def yoco(state: Numbers, sent: Sequence[Sent]) -> None:
-    """B by the mean; A by principal directions that keep 0.95 of the squared length."""
+    """B is the weighted mean. A keeps the principal directions with 0.95 of the squared length."""
     rows = np.array([own(state, s, A).ravel() for s in sent])
     _, s, vt = np.linalg.svd(rows, full_matrices=False)
     kept = int(np.argmax(np.cumsum(s**2) / (s**2).sum() >= 0.95 - 1e-12)) + 1
@@ -170,7 +170,7 @@ def yoco(state: Numbers, sent: Sequence[Sent]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A method: its server rule in a few lines of NumPy, and the parameters that make it a simpler method."""
+    """A method's server rule in a few lines of NumPy, and the parameters that reduce it to a simpler method."""
 
     reference: Reference
     neutral: dict[str, float] | None = None
@@ -222,7 +222,7 @@ def begin(algorithm: Algorithm) -> ServerState:
 
 
 def updates(algorithm: Algorithm, state: ServerState, size: float = 0.1, ranks: Sequence[int | None] = (None,) * 5) -> list[ClientUpdate]:
-    """What five clients send in a round; ``size`` 0 for nothing new."""
+    """Five clients' updates of a round; with ``size`` 0 they are zero."""
     generator = torch.Generator().manual_seed(100 + state.round_num)
     found = []
     for k, (count, steps, rank) in enumerate(zip(COUNTS, STEPS, ranks, strict=True)):
@@ -242,7 +242,7 @@ def server_round(algorithm: Algorithm, state: ServerState, sent: Sequence[Client
 
 
 def effective(state: ServerState) -> Weights:
-    """What the model computes with: the products and what was merged, by module."""
+    """The model's change by module: the products of the factors plus what was merged into the frozen weights."""
     return {m: p + state.base.get(m, torch.zeros(())).double() for m, p in factors.products(state.weights).items()}
 
 
@@ -255,8 +255,8 @@ def in_numpy(sent: Sequence[ClientUpdate]) -> list[Sent]:
     return [Sent({n: t.double().numpy() for n, t in s.update.items()}, s.num_samples, int(s.metrics["steps"]), s.rank) for s in sent]
 
 
-def follow(name: str, ranks: Sequence[int | None]) -> None:
-    """Four rounds beside the reference, which is fed with the weights as the method rounded them."""
+def assert_equals_reference(name: str, ranks: Sequence[int | None]) -> None:
+    """Four rounds equal the reference, which starts each round from the method's rounded weights."""
     algorithm = build(name)
     state = begin(algorithm)
     numbers = Numbers({n: t.double().numpy() for n, t in state.weights.items()})
@@ -276,19 +276,19 @@ def follow(name: str, ranks: Sequence[int | None]) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_equals_numpy_over_several_rounds(name: str) -> None:
-    follow(name, (None,) * 5)
+    assert_equals_reference(name, (None,) * 5)
 
 
 @pytest.mark.parametrize("name", RANKED)
 @pytest.mark.parametrize("ranks", [(1, 3, 2, 1, 2), (1, 2, 2, 1, 1)])
-def test_equals_numpy_with_ranks_that_differ(name: str, ranks: Sequence[int]) -> None:
-    """In a cohort that has all ranks, and in one that leaves the last to others."""
-    follow(name, ranks)
+def test_equals_numpy_with_different_ranks(name: str, ranks: Sequence[int]) -> None:
+    """One cohort includes the largest rank, the other does not."""
+    assert_equals_reference(name, ranks)
 
 
 @pytest.mark.parametrize("name", [name for name in RANKED if name != "flora"])
-def test_ranks_that_nobody_of_the_cohort_has_are_kept(name: str) -> None:
-    """Clients of rank 1 that come back unchanged: what the model computes stays, and so it does where they are all the cohort ever has."""
+def test_directions_beyond_the_cohorts_ranks_are_kept(name: str) -> None:
+    """Clients of rank 1 return zero updates for three rounds. The model does not change."""
     algorithm = build(name)
     state = first = begin(algorithm)
     for _ in range(3):
@@ -297,8 +297,8 @@ def test_ranks_that_nobody_of_the_cohort_has_are_kept(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if ALGORITHMS[name].kind in ("lora", "one-shot", "personalized")])
-def test_layers_that_train_whole_are_averaged(name: str) -> None:
-    """Methods that treat LoRA's factors in their own way take the plain mean of the rest (HetLoRA by its own weights), every round."""
+def test_fully_trained_layers_are_averaged(name: str) -> None:
+    """Methods with a rule of their own for LoRA factors take the weighted mean of all other tensors, in every round."""
     algorithm = build(name)
     whole = {"connector.weight": torch.ones(4), "connector.bias": torch.zeros(2, 3, 1)}
     state = algorithm.init({**start(), **whole}, {"m": torch.randn(5, 6, generator=torch.Generator().manual_seed(9))})
@@ -316,7 +316,7 @@ def test_layers_that_train_whole_are_averaged(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "flora"])
 def test_zero_updates_are_a_fixed_point(name: str) -> None:
-    """Of what the model computes, always; of the factors themselves unless the method splits products anew."""
+    """The effective matrix never changes. The factors stay equal too, unless the method splits products anew."""
     algorithm = build(name)
     state = first = begin(algorithm)
     for _ in range(3):
@@ -326,8 +326,8 @@ def test_zero_updates_are_a_fixed_point(name: str) -> None:
         assert all(torch.equal(state.weights[key], tensor) for key, tensor in first.weights.items())
 
 
-def test_flora_starts_anew() -> None:
-    """It merges what clients hold, the same A and B every round: nothing new is added only where B is 0, as when a run starts."""
+def test_flora_resets_its_factors_each_round() -> None:
+    """FLoRA merges the clients' products and resets the factors. Zero updates add nothing only while B is 0, as at the start of a run."""
     algorithm = build("flora")
     zero = {A: start()[A], B: torch.zeros_like(start()[B])}
     state = algorithm.init(zero, {})
@@ -351,7 +351,7 @@ def test_the_order_of_clients_does_not_matter(name: str) -> None:
 
 
 def mean_product(algorithm: Algorithm, state: ServerState, sent: Sequence[ClientUpdate]) -> torch.Tensor:
-    """``base + sum p_k B_k A_k``, from what each client ended with."""
+    """``base + sum p_k B_k A_k`` over the clients' trained factors."""
     total = torch.zeros(5, 6, dtype=torch.float64) + (state.base["m"].double() if state.base else 0)
     for update in sent:
         ended = {n: t.double() for n, t in W.add(factors.cut(state.weights, update.rank), update.update).items()}
@@ -361,21 +361,21 @@ def mean_product(algorithm: Algorithm, state: ServerState, sent: Sequence[Client
 
 @pytest.mark.parametrize("name", [name for name in NAMES if not ALGORITHMS[name].personalized])
 def test_exact_means_that_the_aggregate_is_the_mean_of_the_products(name: str) -> None:
-    """For several rounds, and with ranks that differ where a method takes them; a method not marked exact must be off."""
+    """Over two rounds, with different ranks where the method supports them. A method that is not marked exact must deviate."""
     algorithm = build(name)
     state, errors = begin(algorithm), []
     for ranks in ((None,) * 5, (1, 3, 2, 1, 2) if algorithm.heterogeneous_ranks else (None,) * 5):
         sent = updates(algorithm, state, ranks=ranks)
         expected = mean_product(algorithm, state, sent)
         state = server_round(algorithm, state, sent)
-        # FLoRA's factors begin anew beside the frozen weights; with B = 0, as in a run, they add nothing.
+        # FLoRA resets its factors to the start, where B is 0 in a run. Only what was merged counts.
         found = state.base["m"].double() if name == "flora" else effective(state)["m"]
         errors.append(float((found - expected).abs().max()))
     assert (max(errors) < 1e-5) == ALGORITHMS[name].exact, errors
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_weights_stay_float32_and_the_input_is_left_alone(name: str) -> None:
+def test_weights_stay_float32_and_the_input_state_is_unchanged(name: str) -> None:
     algorithm = build(name)
     state = begin(algorithm)
     before = {key: tensor.clone() for key, tensor in state.weights.items()}
@@ -401,8 +401,8 @@ def test_state_survives_save_and_load(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_bad_updates_are_refused_with_the_client_named(name: str) -> None:
-    """NaN, a wrong shape and a missing tensor, in the update or in what comes with it; the others still make a round."""
+def test_bad_updates_are_refused_and_name_the_client(name: str) -> None:
+    """NaN, a wrong shape, unexpected extras and infinite extras are refused. The other updates still complete the round."""
     algorithm = build(name)
     state = begin(algorithm)
     sent = updates(algorithm, state)
@@ -461,8 +461,8 @@ def test_no_trimming_is_the_plain_mean_and_full_trimming_the_median() -> None:
 
 
 @pytest.mark.parametrize(("name", "parameters"), [("median", {}), ("trimmed_mean", {}), ("krum", {}), ("krum", {"num_selected": 3})])
-def test_robust_methods_withstand_one_client_that_sends_anything(name: str, parameters: dict[str, float]) -> None:
-    """The mean is carried off by the outlier; these stay within the honest clients' updates."""
+def test_robust_methods_withstand_one_arbitrary_update(name: str, parameters: dict[str, float]) -> None:
+    """An outlier dominates the plain mean. These methods stay within the range of the honest updates."""
     algorithm = build(name, **parameters)
     state = begin(algorithm)
     sent = updates(algorithm, state)
@@ -475,8 +475,8 @@ def test_robust_methods_withstand_one_client_that_sends_anything(name: str, para
 
 
 @pytest.mark.parametrize(("trim", "count"), [(0.0, 1), (0.1, 10), (0.2, 5), (0.34, 3), (0.49, 3), (1 / 3, 3), (1 / 49, 50)])
-def test_the_smallest_cohort_of_a_trimmed_mean_is_the_first_that_trims(trim: float, count: int) -> None:
-    """One client at each end; with one client fewer it is the plain mean. As a float, 1 / 49 of 49 is less than 1."""
+def test_smallest_cohort_of_a_trimmed_mean_is_the_first_that_trims(trim: float, count: int) -> None:
+    """It trims one client at each end; with one client fewer it is the plain mean. In floating point, 1 / 49 of 49 is less than 1."""
     algorithm = build("trimmed_mean", trim=trim)
     assert algorithm.smallest_cohort == count
     if trim:
@@ -494,7 +494,7 @@ def test_krum_with_all_selected_is_the_plain_mean() -> None:
     np.testing.assert_allclose(server_round(algorithm, state, sent).weights[A].numpy(), expected, atol=1e-6)
 
 
-def test_fednova_is_fedavg_when_all_take_equally_many_steps() -> None:
+def test_fednova_equals_fedavg_for_equal_step_counts() -> None:
     state = begin(build("fednova"))
     sent = [dataclasses.replace(s, metrics={"steps": 4.0}) for s in updates(build("fednova"), state)]
     nova_end, average_end = (server_round(build(name), state, sent).weights for name in ("fednova", "fedavg"))
@@ -512,7 +512,7 @@ def test_fedprox_penalty_is_half_mu_times_the_squared_distance() -> None:
 
 
 def test_scaffold_corrects_gradients_and_keeps_the_mean_gradient() -> None:
-    """Option II under SGD: w_K = w - lr sum(g + c - c_k), so that c_k - c + (w - w_K) / (K lr) is the mean of g."""
+    """Option II under SGD: w_K = w - lr sum(g + c - c_k), so c_k - c + (w - w_K) / (K lr) is the mean of g."""
     method = build("scaffold")
     state = dataclasses.replace(begin(method), slots={"control": {key: torch.full_like(t, 0.3) for key, t in start().items()}})
     kept = {key: torch.full_like(t, 0.1) for key, t in start().items()}
@@ -530,7 +530,7 @@ def test_scaffold_corrects_gradients_and_keeps_the_mean_gradient() -> None:
     torch.testing.assert_close(upload.extras["control"][A], option_two - 0.1, atol=1e-5, rtol=0)
 
 
-def test_scaffold_moves_the_server_control_by_the_share_of_clients_that_took_part() -> None:
+def test_scaffold_moves_the_server_control_by_the_share_of_participating_clients() -> None:
     method = build("scaffold")
     state = begin(method)
     sent = updates(method, state)
@@ -543,8 +543,8 @@ FEDOPT = ("fedadagrad", "fedadam", "fedyogi")
 
 
 @pytest.mark.parametrize("name", ["fedavgm", *FEDOPT])
-def test_the_reference_variant_starts_with_the_first_update_itself(name: str) -> None:
-    """Round 1: m = D. Round 2: m = 0.9 D_1 + 0.1 D_2, but for Adagrad D_2; for the FedOpt family v is fed with m^2 in both."""
+def test_the_reference_variant_starts_from_the_first_update(name: str) -> None:
+    """Round 1: m = D. Round 2: m = 0.9 D_1 + 0.1 D_2. For Adagrad, m = D_2 in round 2, and v accumulates m^2."""
     algorithm = build(name, reference=True)
     state, momenta, means = begin(algorithm), [], []
     for _ in range(2):
@@ -560,15 +560,15 @@ def test_the_reference_variant_starts_with_the_first_update_itself(name: str) ->
         np.testing.assert_allclose(state.slots["second_moment"][B].numpy(), 1e-6 + momenta[0] ** 2 + momenta[1] ** 2, atol=1e-12)
 
 
-def test_adagrad_of_the_published_code_has_no_momentum_to_set() -> None:
-    """The others' momentum may be set with it."""
+def test_reference_fedadagrad_refuses_a_momentum() -> None:
+    """Other methods accept ``beta1`` together with ``reference``."""
     with pytest.raises(ValueError, match=r"parameters: reference: the published code's FedAdagrad has no momentum, got beta1 = 0\.9"):
         build("fedadagrad", reference=True, beta1=0.9)
     assert build("fedadam", reference=True, beta1=0.8)
 
 
-def test_yogi_lets_the_second_moment_fall_slower_than_adam() -> None:
-    """After one large and one tiny update: Adam forgets at 1 % of v, Yogi at 1 % of the tiny square."""
+def test_yogi_lowers_the_second_moment_slower_than_adam() -> None:
+    """After a large update, a tiny one lowers v by 1 % of v in Adam, and by 1 % of the tiny square in Yogi."""
     second = {}
     for name in ("fedadam", "fedyogi"):
         algorithm = build(name)
@@ -603,7 +603,7 @@ def test_hyper_parameters_out_of_range_are_refused(name: str, wrong: dict[str, f
         AlgorithmConfig(name=name, parameters=wrong)
 
 
-def test_refusal_names_what_is_wrong_with_what_comes_beside_an_update() -> None:
+def test_refusal_names_missing_and_unexpected_extras() -> None:
     expected = start()
     update = ClientUpdate("c", start(), 1, extras={"control": {A: start()[A]}})
     assert "control: 1 tensors are missing" in str(refusal(update, expected, ("control",)))

@@ -1,4 +1,4 @@
-"""Every method trains a real model: real clients, ten rounds, with all strategies and, where it can, ranks that differ."""
+"""Every method trains a real model for ten rounds, also with all strategies and, where supported, with different ranks."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ from fedmllm.types import Record, Sample, Weights
 from tiny_families import load
 
 STEADY = {"fedadagrad": {"server_learning_rate": 0.01}, "fedavgm": {"server_learning_rate": 0.2}}
-"""Where the published rate needs more than ten rounds, or makes too large a step."""
+"""Methods whose published rate needs more than ten rounds or makes too large a step."""
 
 
 @pytest.fixture
 def vlm() -> VisionLanguageModel:
-    """A tiny LLaVA: methods do not know how wide a model is."""
+    """A tiny LLaVA; no method depends on the model's width."""
     return attach_lora(load("llava"), LoraConfig(), 0)
 
 
 @pytest.fixture
 def clients(federation: FederatedData) -> dict[str, list[Sample]]:
-    """Five clients of two samples."""
+    """Five clients with two samples each."""
     samples = itertools.chain.from_iterable(zip(*federation.clients.values(), strict=False))
     return {f"c{k}": list(itertools.islice(samples, 2)) for k in range(5)}
 
@@ -80,7 +80,7 @@ def test_ten_rounds_lower_the_loss(
 def test_every_strategy_composes_with_every_method(
     name: str, clients: dict[str, list[Sample]], vlm: VisionLanguageModel, encoder: Encoder, tmp_path: Path
 ) -> None:
-    """But for those that reweigh updates with methods that count clients alike, which are refused."""
+    """Strategies that change the weights of updates are left out for methods that ignore these weights: that combination is refused."""
     composed = [strategy for strategy, cls in STRATEGIES.items() if not (cls().reweighs and ALGORITHMS[name].ignores_weights)]
     state, records = trained(name, clients, vlm, encoder, tmp_path, 1, *composed)
     assert W.is_finite(state.weights)
@@ -88,12 +88,12 @@ def test_every_strategy_composes_with_every_method(
 
 
 @pytest.mark.parametrize("name", sorted(ALGORITHMS))
-def test_side_by_side_is_one_after_another(
+def test_parallel_clients_train_as_one_by_one(
     name: str, clients: dict[str, list[Sample]], vlm: VisionLanguageModel, encoder: Encoder, tmp_path: Path
 ) -> None:
-    """Two rounds of waves of four and one, in float64, with the strategies that train; clients have two, one or three samples.
+    """Two rounds in float64 with the strategies that train: waves of four clients and one client, with one to three samples each.
 
-    Adam divides by the gradient's size, so that where it is nearly zero, rounding decides over a whole step.
+    Adam divides by the gradient's size, so rounding decides the direction of a whole step where a gradient is nearly zero.
     """
     vlm.model.double()
     uneven = {client: (samples * 2)[: (2, 1, 3)[k % 3]] for k, (client, samples) in enumerate(clients.items())}
@@ -108,10 +108,10 @@ def test_side_by_side_is_one_after_another(
     assert all(W.norm(W.subtract(ends[0].slots[kind], ends[1].slots[kind])) <= 0.02 * W.norm(ends[0].slots[kind]) for kind in ends[0].slots)
 
 
-def test_clients_send_at_their_own_rank(
+def test_updates_have_the_clients_rank(
     clients: dict[str, list[Sample]], vlm: VisionLanguageModel, encoder: Encoder, tmp_path: Path
 ) -> None:
-    """Ranks 2, 8, 4, 8 and 1 of 8: 23 eighths of an adapter in both directions."""
+    """Ranks 2, 8, 4, 8 and 1 of 8 send 23 eighths of an adapter in each direction."""
     _, records = trained("hetlora", clients, vlm, encoder, tmp_path, 1)
     adapter = W.num_bytes(read_weights(vlm.model))
     assert records[0]["bytes_up"] == records[0]["bytes_down"] == adapter * 23 // 8
@@ -120,7 +120,7 @@ def test_clients_send_at_their_own_rank(
 def test_a_client_of_lower_rank_trains_as_a_model_of_that_rank(
     clients: dict[str, list[Sample]], vlm: VisionLanguageModel, encoder: Encoder, tmp_path: Path
 ) -> None:
-    """It moves nothing beyond its rank: the server's A is there as it was drawn, and B zero."""
+    """It changes nothing beyond its rank: A keeps its initial values there, and B stays zero."""
     only = {"c4": clients["c4"]}
     algorithm, training = build_algorithm(AlgorithmConfig(name="hetlora")), TrainingConfig(learning_rate=3e-3)
     loop = Loop(algorithm, InProcessEngine(vlm, encoder, training), training, Split(lambda w, b: {"score": 0.0}), RunStore(tmp_path), 0)
@@ -132,15 +132,15 @@ def test_a_client_of_lower_rank_trains_as_a_model_of_that_rank(
 
 
 def stuck(weights: Weights) -> list[tuple[str, int]]:
-    """Directions that no gradient moves: their row of A and their column of B are both zero."""
+    """Directions that no gradient can move: their row of A and their column of B are both zero."""
     return [(m, i) for m, pair in factors.pairs(weights) for i in range(len(pair.a)) if not (pair.a[i].any() or pair.b[:, i].any())]
 
 
 @pytest.mark.parametrize("name", [name for name in sorted(ALGORITHMS) if ALGORITHMS[name].heterogeneous_ranks])
-def test_after_ten_rounds_every_direction_can_still_move(
+def test_after_ten_rounds_no_direction_is_stuck(
     name: str, federation: FederatedData, vlm: VisionLanguageModel, encoder: Encoder, tmp_path: Path
 ) -> None:
-    """Two of ten clients in a round, of ranks 2, 4 and 8 in turn, which often sum to less than 8."""
+    """Cohorts of two out of ten clients with ranks 2, 4 and 8. Their ranks often sum to less than 8."""
     samples = list(itertools.chain.from_iterable(federation.clients.values()))
     some = {f"c{k}": [samples[k]] for k in range(10)}
     algorithm, training = build_algorithm(AlgorithmConfig(name=name)), TrainingConfig(learning_rate=3e-3)
@@ -158,10 +158,10 @@ def changed(a: ServerState, b: ServerState) -> set[str]:
 
 
 @pytest.mark.parametrize(("name", "moves"), [("ffa_lora", ["lora_B", "lora_B"]), ("rolora", ["lora_B", "lora_A"])])
-def test_what_rests_does_not_move(
+def test_a_factor_that_does_not_train_does_not_move(
     name: str, moves: list[str], clients: dict[str, list[Sample]], vlm: VisionLanguageModel, encoder: Encoder, tmp_path: Path
 ) -> None:
-    """FFA-LoRA never moves A; RoLoRA moves B in the first round and A in the second. Afterwards everything trains again."""
+    """FFA-LoRA never trains A. RoLoRA trains B in the first round and A in the second. Afterwards all adapter weights are trainable again."""
     initial = read_weights(vlm.model)
     states = [ServerState(initial)]
     for rounds in (1, 2):
@@ -171,10 +171,10 @@ def test_what_rests_does_not_move(
     assert all(parameter.requires_grad for name, parameter in vlm.model.named_parameters() if "lora_" in name)
 
 
-def test_strategies_leave_the_clients_own_model_alone(
+def test_strategies_do_not_change_the_personalized_model(
     clients: dict[str, list[Sample]], vlm: VisionLanguageModel, encoder: Encoder, tmp_path: Path
 ) -> None:
-    """Ditto's personal pass is the same with and without calibration in the first round, where both start at the same weights."""
+    """In the first round, where both start from the same weights, Ditto's personalized model is the same with and without strategies."""
     initial, kept = read_weights(vlm.model), []
     for strategies in ((), ("label_calibration", "feature_alignment")):
         write_weights(vlm.model, initial)

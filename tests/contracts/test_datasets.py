@@ -1,5 +1,8 @@
-"""Every dataset goes through this suite. A new one adds one row: to ``ROOTS`` (None if embedded, else a folder of real files)
-or, where its files may not be redistributed, a writer of its layout to ``written.WRITERS``."""
+"""The contract of every dataset.
+
+A new dataset adds one row: to ``ROOTS`` (None if it is embedded, else a folder of real files) or, where its files may not
+be redistributed, a writer of its layout to ``written.WRITERS``.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +55,7 @@ def dataset(request_: tuple[str, DatasetRequest]) -> Dataset:
 
 
 def test_every_dataset_has_a_row() -> None:
-    assert {*ROOTS, *WRITERS} == set(DATASETS) - {"mixture"}  # a mixture of these has tests of its own
+    assert {*ROOTS, *WRITERS} == set(DATASETS) - {"mixture"}  # a mixture has its own tests
     for name, entry in DATASETS.items():
         assert entry.needs_root == (name in WRITERS or ROOTS.get(name) is not None)
 
@@ -63,7 +66,7 @@ def test_loading_twice_gives_the_same(dataset: Dataset, request_: tuple[str, Dat
         assert [described(s) for s in getattr(dataset, split)] == [described(s) for s in getattr(again, split)]
 
 
-def test_a_validation_part_is_no_part_of_the_others(dataset: Dataset, request_: tuple[str, DatasetRequest]) -> None:
+def test_the_validation_part_and_test_split_ignore_the_training_size(dataset: Dataset, request_: tuple[str, DatasetRequest]) -> None:
     assert 10 <= len(dataset.validation) <= len(dataset.test)
     fewer = load_dataset(request_[0], replace(request_[1], num_train=20))
     assert [s.id for s in fewer.validation] == [s.id for s in dataset.validation]
@@ -75,7 +78,7 @@ def described(sample: Sample) -> tuple[object, ...]:
     return sample.id, sample.question, sample.answer, sample.category, sample.content.get("text")
 
 
-def test_samples_are_whole(dataset: Dataset) -> None:
+def test_samples_are_complete(dataset: Dataset) -> None:
     assert (len(dataset.train), len(dataset.test)) == (100, 60)
     for sample in dataset.samples:
         assert sample.modalities == tuple(sorted(dataset.modalities))
@@ -94,7 +97,7 @@ def test_pictures_decode(dataset: Dataset) -> None:
 
 
 def test_the_metric_fits(dataset: Dataset) -> None:
-    """Right answers score 1, and the majority answer less."""
+    """Right answers score 1; the majority answer scores less."""
     right = [Prediction(s, s.answer, tuple(float(option == s.answer) for option in s.options)) for s in dataset.test]
     assert score(dataset.metric, right) == 1.0
     assert majority_score(dataset.metric, dataset.train, dataset.test) < 0.8

@@ -1,4 +1,4 @@
-"""Every method, over every engine: the same cohorts, the same answers, the same end."""
+"""Every method on every engine gives the same cohorts, updates and final weights."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from loopback import loopback
 from tiny_families import folder_of
 
 RESIDENT = Resident()
-"""Of the server's side; the worker has one of its own."""
+"""For the server's side; the worker has its own."""
 
 
 @pytest.fixture(autouse=True)
@@ -34,10 +34,10 @@ def through_messages(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def experiment(name: str, engine: str, **sections: Any) -> Experiment:
     parameters = {"server_learning_rate": 0.01} if name.startswith("feda") and name not in ("fedavg", "fedavgm") else {}
-    # The prompt is the data's; what reweighs updates is refused where clients count alike.
+    # Left out: strategies that set a wording, which belongs to the data, and strategies for weights that the method ignores.
     strategies = [s for s, cls in STRATEGIES.items() if cls.wording is None and not (cls().reweighs and ALGORITHMS[name].ignores_weights)]
     values: dict[str, Any] = {
-        # What travels does not depend on how wide the model is.
+        # Messages do not depend on the model's width.
         "model": {"name": folder_of("llava")},
         "data": {"dataset": "digits-claims", "num_train": 40, "num_test": 8, "check_images": False},
         "federation": {"num_clients": 6, "clients_per_round": 5, "num_rounds": 2, "scenario": "missing-0.3", "min_partition_size": 3},
@@ -52,25 +52,25 @@ def experiment(name: str, engine: str, **sections: Any) -> Experiment:
 
 
 def ends(settings: Experiment, folder: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]], dict[str, Any]]:
-    """The adapter, the rounds without their times, the scores."""
+    """The adapter, the round records without their times, and the scores."""
     result = run.train(settings, folder, resident=RESIDENT, report=False)
     rounds = [{k: v for k, v in record.items() if k != "seconds"} for record in RunStore(folder).records("federated")]
     return load_file(folder / "adapter" / "adapter_model.safetensors"), rounds, result.scores
 
 
 @pytest.mark.parametrize("name", sorted(ALGORITHMS))
-def test_a_federation_ends_alike_in_one_process_and_over_messages(name: str, tmp_path: Path) -> None:
-    """Bit for bit: what is sent arrives as it is, what is not sent the client has. Bytes are those that a message holds."""
+def test_a_federation_ends_the_same_in_one_process_and_over_messages(name: str, tmp_path: Path) -> None:
+    """Bit for bit. Byte counts are equal too."""
     here, rounds, scores = ends(experiment(name, "in_process"), tmp_path / "here")
-    there, told, others = ends(experiment(name, "flower"), tmp_path / "there")
+    there, other_rounds, others = ends(experiment(name, "flower"), tmp_path / "there")
     assert here.keys() == there.keys()
     assert all(torch.equal(there[key], tensor) for key, tensor in here.items())
-    assert (told, others) == (rounds, scores)
+    assert (other_rounds, others) == (rounds, scores)
     assert not any(record["refused"] for record in rounds)
 
 
 def test_the_global_prior_is_the_same_in_one_process_and_over_messages(tmp_path: Path) -> None:
-    """And not a client's own."""
+    """It differs from a client's own prior."""
     ended = []
     for parameters in ({"global_prior": True}, {}):
         method = {"name": "fedavg", "strategies": [{"name": "label_calibration", "parameters": parameters}]}
@@ -89,13 +89,13 @@ def test_the_global_prior_is_the_same_in_one_process_and_over_messages(tmp_path:
 def test_compressed_updates_travel_compressed(codec: str, name: str, tmp_path: Path) -> None:
     compression = {"name": codec}
     here, rounds, _ = ends(experiment(name, "in_process", compression=compression), tmp_path / "here")
-    there, told, _ = ends(experiment(name, "flower", compression=compression), tmp_path / "there")
+    there, other_rounds, _ = ends(experiment(name, "flower", compression=compression), tmp_path / "there")
     assert all(torch.equal(there[key], tensor) for key, tensor in here.items())
-    assert told == rounds
+    assert other_rounds == rounds
 
 
-def test_a_worker_serves_one_run_after_another(tmp_path: Path) -> None:
-    """The second has other settings; the third is the first again."""
+def test_a_worker_serves_several_runs_in_a_row(tmp_path: Path) -> None:
+    """The second run has other settings; the third repeats the first."""
     settings = [experiment("fedavg", "flower"), experiment("fedprox", "flower"), experiment("fedavg", "flower")]
     first, _, third = (ends(one, tmp_path / str(i))[0] for i, one in enumerate(settings))
     assert all(torch.equal(third[key], tensor) for key, tensor in first.items())

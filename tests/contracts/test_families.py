@@ -1,4 +1,4 @@
-"""Every model family goes through this suite: the embedded model, and a tiny one of each architecture, with its own kind of processor."""
+"""The contract of every model family: the embedded model and one tiny model of each architecture, each with its own processor."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def model(request: pytest.FixtureRequest) -> VisionLanguageModel:
 
 @pytest.fixture
 def samples(model: VisionLanguageModel, federation: FederatedData) -> list[Encoded]:
-    """Text only, image only, both, two images of different shapes, and another shape."""
+    """Text only; image only; both; text with two images of different shapes; and a tall image."""
     first, second = (open_image(sample.content["image"]) for sample in federation.dataset.test[:2])  # type: ignore[arg-type]
     wide, tall = (Part("image", second.resize(size)) for size in ((256, 64), (40, 120)))
     image, text = Part("image", first), Part("text", "Which number is written?")
@@ -54,11 +54,11 @@ def test_every_family_has_a_row() -> None:
     assert set(FAMILIES) <= set(TESTED) == {*RECIPES, "minicpmv"}
 
 
-def test_a_mixed_batch_equals_its_samples_one_by_one(model: VisionLanguageModel, samples: list[Encoded]) -> None:
+def test_a_mixed_batch_equals_single_samples(model: VisionLanguageModel, samples: list[Encoded]) -> None:
     with torch.no_grad():
-        together = answer_nll(model, collate(model, samples)).sum(dim=1)
+        batched = answer_nll(model, collate(model, samples)).sum(dim=1)
         alone = torch.cat([answer_nll(model, collate(model, [sample])).sum(dim=1) for sample in samples])
-    torch.testing.assert_close(together, alone, atol=1e-4, rtol=0)
+    torch.testing.assert_close(batched, alone, atol=1e-4, rtol=0)
 
 
 def test_a_modality_it_does_not_read_is_refused(model: VisionLanguageModel) -> None:
@@ -73,8 +73,8 @@ def test_prompt_tokens_carry_no_loss(model: VisionLanguageModel, samples: list[E
         assert not answer_nll(model, batch)[~batch.answer_mask].any()
 
 
-def test_an_answer_that_spells_control_tokens_trains_none_and_is_read_as_it_was(model: VisionLanguageModel) -> None:
-    """Of strings that the tokenizer knows as control tokens, only the real end is one."""
+def test_control_tokens_spelled_in_an_answer_are_plain_text(model: VisionLanguageModel) -> None:
+    """Of all strings that the tokenizer reads as control tokens, only the real end token stays one."""
     specials = special_tokens(model.processor)
     controls = torch.tensor(model.tokenizer.convert_tokens_to_ids(list(specials)))
     ask = (Message("user", (Part("text", "What is it?"),)),)
@@ -86,8 +86,8 @@ def test_an_answer_that_spells_control_tokens_trains_none_and_is_read_as_it_was(
         assert _read(model, odd, _end_tokens(model)) == answer
 
 
-def test_kept_features_stand_for_pictures(model: VisionLanguageModel, samples: list[Encoded]) -> None:
-    """The first time they are computed, then read; in any mixture, and where the store is too small for two."""
+def test_kept_features_replace_pictures(model: VisionLanguageModel, samples: list[Encoded]) -> None:
+    """Features are computed the first time and read afterwards, in any batch, also when the store holds fewer than two."""
     if not serves(model):
         pytest.skip("takes pictures only")
     with torch.no_grad():
@@ -102,8 +102,8 @@ def test_kept_features_stand_for_pictures(model: VisionLanguageModel, samples: l
 
 @pytest.mark.parametrize("kind", WITH_REMOTE)
 @pytest.mark.parametrize("targets", ["attention", "all-linear"])
-def test_the_last_layer_leaves_out_what_nobody_reads(kind: str, targets: str, federation: FederatedData) -> None:
-    """Losses and gradients are the same, and its feed-forward part sees the answers' columns only; adapters come before it or after."""
+def test_the_last_layer_computes_only_the_columns_that_are_read(kind: str, targets: str, federation: FederatedData) -> None:
+    """Losses and gradients do not change, and the feed-forward part computes the answers' columns only. Adapters come before or after."""
     widths: list[int] = []
     found = []
     for short in ("", "before", "after"):
@@ -125,8 +125,8 @@ def test_the_last_layer_leaves_out_what_nobody_reads(kind: str, targets: str, fe
             torch.testing.assert_close(short_of[key], tensor, atol=1e-5, rtol=1e-4)
 
 
-def test_a_decoder_that_is_not_known_stays_as_it_is() -> None:
-    """Without a list of layers, with an empty one, and with a layer whose attention mixes columns before its scores."""
+def test_an_unknown_decoder_is_not_shortened() -> None:
+    """No list of layers, an empty list, and a layer whose attention mixes columns before its scores."""
 
     class Decoder(torch.nn.Module):
         def get_decoder(self) -> torch.nn.Module:
@@ -152,7 +152,7 @@ def test_gradients_reach_the_decoder_s_adapters_only(model: VisionLanguageModel,
 
 
 def test_adapters_are_in_the_decoder_only(model: VisionLanguageModel) -> None:
-    """In every layer of it, whatever kind of attention it has."""
+    """Every decoder layer has adapters, whatever kind of attention it has."""
     decoder = model.model.get_decoder()
     decoder = getattr(decoder, "model", decoder)
     inside = {id(module) for module in decoder.modules()}
@@ -162,8 +162,8 @@ def test_adapters_are_in_the_decoder_only(model: VisionLanguageModel) -> None:
         assert {id(module) for module in layer.modules()} & set(map(id, adapted.values()))
 
 
-def test_pictures_matter(model: VisionLanguageModel, samples: list[Encoded], federation: FederatedData) -> None:
-    """Another picture, the same words: another loss. Without this the suite would pass for a model that is blind."""
+def test_the_loss_depends_on_the_picture(model: VisionLanguageModel, samples: list[Encoded], federation: FederatedData) -> None:
+    """The same words with another picture give another loss. Otherwise a blind model would pass this suite."""
     (other,) = (Part("image", open_image(sample.content["image"])) for sample in federation.dataset.test[5:6])  # type: ignore[arg-type]
     changed = encode(model, (Message("user", (other, Part("text", "Which number is written?"))),), "yes")
     with torch.no_grad():
@@ -171,25 +171,25 @@ def test_pictures_matter(model: VisionLanguageModel, samples: list[Encoded], fed
     assert abs(ours - theirs) > 1e-3
 
 
-def test_clients_go_through_their_own_adapters(model: VisionLanguageModel, samples: list[Encoded]) -> None:
-    """Two clients side by side, the second with B of the other sign, equal the model with one adapter after the other."""
+def test_parallel_clients_use_their_own_adapters(model: VisionLanguageModel, samples: list[Encoded]) -> None:
+    """Two parallel clients, the second with B negated, equal the model with one adapter after the other."""
     own = {name: tensor.clone() for name, tensor in read_weights(model.model).items()}
     clients = [own, {name: -tensor if "lora_B" in name else tensor for name, tensor in own.items()}]
     batch = collate(model, [samples[2], samples[3], samples[0], samples[2]])
     with torch.no_grad():
         with parallel_adapters(model.model) as layers, stacked(layers, clients, [2, 2]):
-            together = answer_nll(model, batch).sum(1)
+            batched = answer_nll(model, batch).sum(1)
         first = answer_nll(model, batch).sum(1)
         for name, weight in model.model.named_parameters():
             if "lora_B" in name:
                 weight.neg_()
         second = answer_nll(model, batch).sum(1)
     assert (first - second).abs().max() > 1e-3
-    torch.testing.assert_close(together, torch.cat([first[:2], second[2:]]), atol=1e-4, rtol=0)
+    torch.testing.assert_close(batched, torch.cat([first[:2], second[2:]]), atol=1e-4, rtol=0)
 
 
-def test_options_score_by_brute_force(model: VisionLanguageModel, federation: FederatedData) -> None:
-    """Each option's letter put in as the answer, its first token's likelihood read off, and normalized."""
+def test_option_probabilities_equal_brute_force(model: VisionLanguageModel, federation: FederatedData) -> None:
+    """Each option's letter is used as the answer; the likelihoods of its first token are normalized."""
     asked = federation.dataset.test[:3]
     encoder = Encoder(model, "agnostic")
     for sample, prediction in zip(asked, choose(model, asked, [encoder(sample) for sample in asked]), strict=True):
@@ -199,8 +199,8 @@ def test_options_score_by_brute_force(model: VisionLanguageModel, federation: Fe
         torch.testing.assert_close(torch.tensor(prediction.probabilities), expected, atol=1e-4, rtol=0)
 
 
-def test_greedy_answers_take_the_likeliest_token_each_time(model: VisionLanguageModel, federation: FederatedData) -> None:
-    """Two questions of different length at once; the first few tokens, each by a pass over all before it."""
+def test_greedy_answers_take_the_most_likely_token(model: VisionLanguageModel, federation: FederatedData) -> None:
+    """Two questions of different lengths in one batch. The first tokens equal the argmax of a full pass for each token."""
     pictures = [sample.content["image"] for sample in federation.dataset.test[:2]]
     asked = [Sample(str(i), "Which?" * (i + 1), "7", {"image": p}, answer_type="open") for i, p in enumerate(pictures)]
     encoded = [Encoder(model, "agnostic")(sample) for sample in asked]
@@ -228,7 +228,7 @@ def _tokens(model: VisionLanguageModel, encoded: list[Encoded], count: int) -> l
     return rows
 
 
-def test_too_long_a_sample_is_refused_not_cut(model: VisionLanguageModel, federation: FederatedData) -> None:
+def test_a_sample_that_is_too_long_is_refused_not_cut(model: VisionLanguageModel, federation: FederatedData) -> None:
     """A cut could go through a picture's tokens."""
     picture = Part("image", open_image(federation.dataset.test[0].content["image"]))  # type: ignore[arg-type]
     turn = (Message("user", (picture, Part("text", "Which number is written?"))),)
@@ -238,19 +238,19 @@ def test_too_long_a_sample_is_refused_not_cut(model: VisionLanguageModel, federa
         encode(replace(model, max_length=length - 1), turn, "7")
 
 
-def test_what_a_processor_does_not_take_is_told_with_the_sample_s_name() -> None:
-    """Qwen's wants sides of less than 200 to 1."""
+def test_a_picture_that_the_processor_rejects_names_its_sample() -> None:
+    """Qwen's processor rejects sides in a ratio above 200 to 1."""
     vlm = load("qwen2_5_vl")
     sample = Sample("strip-7", "What?", "7", {"image": Image.new("RGB", (1, 300))}, answer_type="open")
     with pytest.raises(ModelError, match=r"sample strip-7: the processor of '.*' rejected it: absolute aspect ratio"):
         Encoder(vlm, "agnostic")(sample)
 
 
-def test_a_limit_on_pictures_makes_them_smaller_first(model: VisionLanguageModel, federation: FederatedData) -> None:
-    """As if they had come smaller, shape kept; the picture that was handed over stays as it is."""
+def test_max_image_side_shrinks_pictures_before_the_processor(model: VisionLanguageModel, federation: FederatedData) -> None:
+    """The picture is shrunk with its aspect ratio kept, and the given picture does not change."""
     picture = open_image(federation.dataset.test[0].content["image"])  # type: ignore[arg-type]
     width, height = picture.size
-    # None of the sizes to which processors bring pictures.
+    # No processor resizes pictures to this size.
     side = 20
     smaller = picture.copy()
     smaller.thumbnail((side, side))
@@ -264,12 +264,12 @@ def test_a_limit_on_pictures_makes_them_smaller_first(model: VisionLanguageModel
 
 
 CUT = {"llava_onevision": 2, "idefics3": 2, "smolvlm": 2, "internvl": 8, "minicpmv4_6": 2}
-"""Into how many tiles, beside the view of the whole, processors cut a wide picture unless told otherwise."""
+"""The number of tiles into which processors cut a wide picture by default, beside the view of the whole."""
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_limit_on_slices(kind: str, federation: FederatedData) -> None:
-    """No more tiles than that beside the whole, and the model still computes; where nothing is cut the setting is refused."""
+def test_max_slices_limits_the_tiles(kind: str, federation: FederatedData) -> None:
+    """There are at most that many tiles beside the whole view, and the model still computes. A processor that does not slice refuses the setting."""
     wide = open_image(federation.dataset.test[0].content["image"]).resize((256, 128))  # type: ignore[arg-type]
     turn = (Message("user", (Part("image", wide), Part("text", "Which?"))),)
     if kind not in CUT:
@@ -301,7 +301,7 @@ def test_a_saved_adapter_loads_in_plain_peft(kind: str, federation: FederatedDat
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_plan_counts_what_the_model_has(kind: str) -> None:
+def test_the_plan_counts_the_models_parameters(kind: str) -> None:
     config, lora = ModelConfig(name=folder_of(kind)), LoraConfig()
     plan, vlm = make_plan(config, lora), attach_lora(load(kind), lora, 0)
     counts = {trained: sum(p.numel() for p in vlm.model.parameters() if p.requires_grad == trained) for trained in (False, True)}
@@ -311,21 +311,21 @@ def test_the_plan_counts_what_the_model_has(kind: str) -> None:
 
 @pytest.mark.parametrize("checkpoints", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_plan_tells_what_a_pass_holds(kind: str, checkpoints: bool) -> None:
-    """Measured on a training pass of text; masks of the prompt and the loss come on top of the plan."""
+def test_the_plan_predicts_the_memory_of_a_pass(kind: str, checkpoints: bool) -> None:
+    """Measured on a training pass of text. The prompt's masks and the loss come on top of the plan."""
     config, lora = ModelConfig(name=folder_of(kind), gradient_checkpointing=checkpoints), LoraConfig()
     vlm = attach_lora(load_model(config, torch.device("cpu")), lora, 0)
     sample = encode(vlm, (Message("user", (Part("text", "Which number is written? " * 12),)),), "12")
     vlm.model.train()
     measured = peak_bytes(lambda: answer_nll(vlm, collate(vlm, [sample])).sum().backward()) / len(sample.input_ids)  # type: ignore[no-untyped-call]
-    # Linear attention computed again works in chunks, of which the plan's pass has other numbers.
+    # Recomputed linear attention works in chunks, whose number differs in the plan's pass.
     least = 0.55 if (kind, checkpoints) == ("minicpmv4_6", True) else 0.8
     assert least * measured < make_plan(config, lora).bytes_per_token < 1.1 * measured
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_layers_computed_again_give_the_same_gradients(kind: str, federation: FederatedData) -> None:
-    """Two clients side by side, the last layer cut, with and without checkpoints: same losses and gradients, less kept."""
+def test_gradient_checkpointing_gives_the_same_gradients(kind: str, federation: FederatedData) -> None:
+    """Two parallel clients with a shortened last layer: the losses and gradients are the same, and less memory is kept."""
     found, kept = [], []
     for checkpoints in (False, True):
         config = ModelConfig(name=folder_of(kind), gradient_checkpointing=checkpoints)
@@ -341,7 +341,7 @@ def test_layers_computed_again_give_the_same_gradients(kind: str, federation: Fe
                 with Alive() as alive:
                     nll = answer_nll(vlm, batch)
                 kept.append(alive.now)
-            # Outside, as on a GPU, where another thread goes backward.
+            # Outside the context, as on a GPU, where another thread runs the backward pass.
             nll.sum().backward()  # type: ignore[no-untyped-call]
         found.append([nll.detach(), *(tensor.grad for client in clients for tensor in client.values())])
     assert kept[1] < 0.8 * kept[0]

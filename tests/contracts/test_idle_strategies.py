@@ -1,4 +1,4 @@
-"""A strategy is called idle where its run is that of the method without it, bit for bit, and nowhere else."""
+"""A strategy is reported as idle exactly where its run equals, bit for bit, the method's run without it."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ SETTINGS: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Trains an experiment once: its folder, and what was said when it began."""
+    """Trains an experiment once and returns its folder and the remarks made at its start."""
 
     @cache
     def run(dataset: str, scenario: str, strategies: str) -> tuple[Path, Mapping[str, Remark]]:
         data = {"dataset": dataset, "num_train": 40, "num_test": 8, "check_images": False}
-        told: list[Mapping[str, Remark]] = []
+        remarks_made: list[Mapping[str, Remark]] = []
         values = SETTINGS | {"data": data, "federation": SETTINGS["federation"] | {"scenario": scenario}}
         values["algorithm"] = {"name": "fedavg", "strategies": json.loads(strategies)}
         folder = tmp_path_factory.mktemp("run") / "run"
-        train(Experiment.parse(values), folder, resident=RESIDENT, report=False, observer=Observer(remarked=told.append))
-        return folder, told[0]
+        train(Experiment.parse(values), folder, resident=RESIDENT, report=False, observer=Observer(remarked=remarks_made.append))
+        return folder, remarks_made[0]
 
     return run
 
@@ -67,7 +67,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Any:
         ("digits-claims", "aligned-0.5", "adaptive_regularization", {"mu": 0.0}, True),
     ],
 )
-def test_an_idle_strategy_changes_no_bit_and_another_some(
+def test_only_an_idle_strategy_changes_no_bit(
     trained: Any, dataset: str, scenario: str, name: str, parameters: dict[str, float], idle: bool
 ) -> None:
     plain, said = trained(dataset, scenario, "[]")
@@ -90,8 +90,8 @@ def remark(name: str, held: Holdings, **parameters: float) -> Remark | None:
     return remarks(config, held).get(name)
 
 
-def test_a_window_that_leaves_no_layer_out_says_so_unless_that_was_asked_for() -> None:
-    """A seventh of six layers, rounded down, is none; of seven it is one."""
+def test_a_window_that_skips_no_layer_is_reported_unless_it_was_requested() -> None:
+    """A seventh of six layers rounds down to none; of seven layers it is one."""
     found = remark("adaptive_regularization", holdings(layers=6))
     assert found is not None
     assert not found.idle
@@ -102,8 +102,8 @@ def test_a_window_that_leaves_no_layer_out_says_so_unless_that_was_asked_for() -
     assert remark("adaptive_regularization", holdings(layers=6), skip_fraction=0.0) is None
 
 
-def test_where_a_client_does_not_say_what_it_holds_nothing_is_claimed() -> None:
-    """Of the others one cannot know; where nobody says, coverage weighs nobody."""
+def test_unknown_holdings_make_no_strategy_idle() -> None:
+    """If one client does not report its modalities, nothing is claimed. If no client does, coverage has no effect."""
     some = holdings({"image": 3}, {})
     assert [remark(name, some) for name in ("feature_alignment", "modality_coverage", "label_calibration")] == [None] * 3
     nobody = remark("modality_coverage", holdings({}, {}))
@@ -111,19 +111,19 @@ def test_where_a_client_does_not_say_what_it_holds_nothing_is_claimed() -> None:
     assert nobody.idle
 
 
-def test_clients_that_cover_alike_without_being_complete_are_weighed_alike() -> None:
+def test_clients_with_equal_shares_of_modalities_get_equal_weights() -> None:
     assert remark("modality_coverage", holdings({"image": 2, "text": 4}, {"image": 5, "text": 10})) is not None
     assert remark("modality_coverage", holdings({"image": 2, "text": 4}, {"image": 5, "text": 11})) is None
 
 
-def test_profiles_of_sites_are_what_they_say(federation: FederatedData) -> None:
+def test_profiles_of_sites_are_self_reported(federation: FederatedData) -> None:
     assert all(profile for profile in federation.profiles.values())
-    told = {"a": Holding(3, {"image": 3}), "b": Holding(1)}
-    assert FederatedData(federation.dataset, {"a": (), "b": (), "c": ()}, 0, told).profiles == {"a": {"image": 3}, "b": {}, "c": {}}
+    remarks_made = {"a": Holding(3, {"image": 3}), "b": Holding(1)}
+    assert FederatedData(federation.dataset, {"a": (), "b": (), "c": ()}, 0, remarks_made).profiles == {"a": {"image": 3}, "b": {}, "c": {}}
 
 
-def test_a_calibration_beside_a_method_s_own_says_so() -> None:
-    """It replaces it: of the same strength nothing changes."""
+def test_replacing_a_methods_own_calibration_is_reported() -> None:
+    """It replaces the method's own calibration. With the same strength nothing changes."""
     held = Holdings({"a": {"image": 3}}, True, (), terms=(Calibration(1.0),))
     found = {strength: remark("label_calibration", held, strength=strength) for strength in (0.0, 0.5, 1.0)}
     assert {strength: said.idle for strength, said in found.items() if said} == {0.0: False, 0.5: False, 1.0: True}

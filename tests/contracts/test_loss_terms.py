@@ -1,4 +1,4 @@
-"""What a loss term can rely on, and a strategy of one class with a term of its own, as a user would write it."""
+"""The guarantees for loss terms, and a user's strategy that adds its own term in one class."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ ONE_STEP = TrainingConfig(clip_norm=None)
 
 @dataclass(frozen=True)
 class Twice(Strategy, LossTerm):
-    """Adds the loss of a step's answers once more, from companions of the samples, and a pull towards what the client received."""
+    """Adds the loss of a step's answers a second time, from companion samples, and a pull towards the received weights."""
 
     pull: float = 0.0
 
@@ -59,7 +59,7 @@ class Twice(Strategy, LossTerm):
 
 @dataclass(frozen=True)
 class Sum(LossTerm):
-    """Two penalties as one."""
+    """The sum of two penalties."""
 
     first: LossTerm
     second: LossTerm
@@ -73,7 +73,7 @@ class Sum(LossTerm):
 
 @dataclass(frozen=True, eq=False)
 class Draws(LossTerm):
-    """Keeps the random numbers it is given."""
+    """Records the random numbers that it receives."""
 
     drawn: list[float]
 
@@ -82,12 +82,12 @@ class Draws(LossTerm):
 
 
 class DrawsElse(Draws):
-    """The same under another name."""
+    """The same term under another name."""
 
 
 @pytest.fixture
 def samples(federation: FederatedData) -> list[Sample]:
-    """Four of one client: one step."""
+    """Four samples of one client, which make one step."""
     return list(next(iter(federation.clients.values()))[:4])
 
 
@@ -97,10 +97,10 @@ def task(vlm: VisionLanguageModel, encoder: Encoder, samples: list[Sample]) -> L
 
 
 @pytest.mark.parametrize("together", [1, 3])
-def test_a_strategy_of_one_class_trains_with_a_term_of_its_own(
+def test_a_strategy_trains_with_its_own_term(
     vlm: VisionLanguageModel, encoder: Encoder, federation: FederatedData, together: int, tmp_path: Path
 ) -> None:
-    """All clients answer, and its strong pull holds them near what they received."""
+    """All clients answer, and the strong pull keeps them near the received weights."""
     engine, start = InProcessEngine(vlm, encoder, TrainingConfig(), together), Broadcast(0, read_weights(vlm.model))
     moved = []
     for strategies in ((), (Twice(pull=1e6),)):
@@ -112,10 +112,10 @@ def test_a_strategy_of_one_class_trains_with_a_term_of_its_own(
     assert 0 < moved[1] < 0.8 * moved[0]
 
 
-def test_what_a_term_backpropagates_is_added_to_the_gradient_of_the_loss(
+def test_a_terms_gradient_is_added_to_the_loss_gradient(
     vlm: VisionLanguageModel, encoder: Encoder, samples: list[Sample], task: LocalTask
 ) -> None:
-    """The loss of the same answers once more: twice the gradient, for a client alone and beside another."""
+    """The loss of the same answers, added a second time, doubles the gradient, for a single client and for parallel clients."""
     prepared = replace(task, samples=Twice().prepare(vlm, encoder, samples, list(task.samples)))
     plain = LocalRule(records_gradient=True)
     doubled = plain.with_term(Twice())
@@ -143,7 +143,7 @@ def test_two_penalties_train_as_their_sum_bit_for_bit(vlm: VisionLanguageModel, 
     assert not all(torch.equal(plain.weights[name], tensor) for name, tensor in expected.weights.items())
 
 
-def test_a_strategy_s_term_does_not_see_what_a_client_keeps_and_the_method_s_does() -> None:
+def test_a_strategys_term_sees_shared_weights_only_and_a_methods_sees_all() -> None:
     rule = LocalRule(own=frozenset({"kept"}))
     for adds, pulled in ((rule.with_term(Proximal(2.0)), {"shared"}), (replace(rule, terms=(Proximal(2.0),)), {"shared", "kept"})):
         now = {name: torch.ones(3, requires_grad=True) for name in ("shared", "kept")}
@@ -159,12 +159,12 @@ def test_terms_without_a_value_leave_no_penalty() -> None:
     assert LocalRule(terms=(LossTerm(), Calibration(1.0))).with_term(Alignment(1.0)).penalty({}, {}, 0.0) is None
 
 
-def test_a_term_is_asked_for_passes_only_if_it_has_some() -> None:
+def test_only_terms_with_a_backward_pass_declare_passes() -> None:
     assert [term.has_passes for term in (LossTerm(), Proximal(1.0), Calibration(1.0), Alignment(1.0), Twice())] == [False] * 3 + [True] * 2
 
 
-def test_terms_draw_by_their_names(vlm: VisionLanguageModel, task: LocalTask) -> None:
-    """Two names draw differently, and each the same in a second run; the name of the alignment stays, whatever its class is called."""
+def test_a_terms_random_numbers_depend_on_its_name(vlm: VisionLanguageModel, task: LocalTask) -> None:
+    """Different names draw different numbers, and a second run draws the same ones. The alignment's name does not depend on its class name."""
     kept: list[list[float]] = [[], [], []]
     for term in (Draws(kept[0]), Draws(kept[1]), DrawsElse(kept[2])):
         train_locally(vlm, task, LocalRule(terms=(term,)), TrainingConfig(batch_size=1))
@@ -173,7 +173,7 @@ def test_terms_draw_by_their_names(vlm: VisionLanguageModel, task: LocalTask) ->
     assert Alignment(1.0).name == "alignment"
 
 
-def test_a_strategy_takes_the_place_of_a_term_of_its_kind_whoever_added_it() -> None:
+def test_a_strategy_replaces_an_existing_term_of_its_kind() -> None:
     others = (Proximal(1.0), Calibration(1.0))
     rules = [LocalRule(terms=(*others, Alignment(0.5))), LocalRule(terms=others).with_term(Alignment(0.5))]
     for rule in rules:

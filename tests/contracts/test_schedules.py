@@ -1,4 +1,4 @@
-"""Schedules by what they promise: against an independent simulation, against one another, and with every method that they take."""
+"""The guarantees of schedules: compared with an independent simulation, with each other, and with every method that they support."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ from tiny_families import folder_of
 
 SAMPLE = Sample("s", "?", "a", {"text": "t"})
 START = {"w": torch.zeros(2)}
-# The larger a client, the later it answers.
+# The more samples a client has, the later it answers.
 SIZES = {f"c{i}": 1 + (5 * i) % 7 for i in range(8)}
 
 
 @dataclass
 class Pulled(Scripted):
-    """Each client goes a tenth of the way to its number; those of the script fail at so many of their turns first."""
+    """Each client moves a tenth of the way to its number. The clients in ``fails`` first fail that many times."""
 
     fails: dict[str, int] = field(default_factory=dict)
     asked: list[tuple[str, int]] = field(default_factory=list)
@@ -68,10 +68,10 @@ def pulled(
     rounds: int,
     engine: Pulled | None = None,
     policy: FailureConfig | None = None,
-    told: list[Record] | None = None,
+    waits: list[Record] | None = None,
     cohort: int = 4,
 ) -> tuple[ServerState, list[Record], Pulled]:
-    chosen, seen = engine or Pulled(), Observer(waiting=(told if told is not None else []).append)
+    chosen, seen = engine or Pulled(), Observer(waiting=(waits if waits is not None else []).append)
     loop = Loop(build_algorithm(AlgorithmConfig()), chosen, TrainingConfig(learning_rate=1.0), unscored(), RunStore(folder), 3)
     loop = replace(loop, schedule=schedule, failures=policy or FailureConfig(), observer=seen)
     stage = Stage("federated", {name: [SAMPLE] * size for name, size in SIZES.items()}, rounds, cohort)
@@ -80,7 +80,7 @@ def pulled(
 
 
 def fedbuff(rounds: int, concurrency: int, buffer: int, staleness: float, seed: int = 3) -> tuple[float, list[dict[str, int]]]:
-    """The same on one number, by a heap of events, and the staleness of each round's updates."""
+    """The same rule on one number, simulated with a heap of events, and the staleness of each round's updates."""
     w, clock, at_work, history = 0.0, 0.0, list[tuple[float, int, str, int, float]](), list[dict[str, int]]()
     number = itertools.count()
     for step in range(rounds):
@@ -99,7 +99,7 @@ def fedbuff(rounds: int, concurrency: int, buffer: int, staleness: float, seed: 
 
 
 @pytest.mark.parametrize(("concurrency", "buffer", "staleness"), [(5, 2, 0.5), (6, 1, 0.0), (8, 3, 2.0), (3, 3, 0.5)])
-def test_buffered_is_fedbuff_by_a_heap(tmp_path: Path, concurrency: int, buffer: int, staleness: float) -> None:
+def test_buffered_equals_a_simulation_of_fedbuff(tmp_path: Path, concurrency: int, buffer: int, staleness: float) -> None:
     expected, history = fedbuff(12, concurrency, buffer, staleness)
     state, records, _ = pulled(tmp_path, Buffered(concurrency, buffer, staleness), 12)
     assert state.weights["w"].tolist() == pytest.approx([expected] * 2, rel=1e-5)
@@ -108,8 +108,8 @@ def test_buffered_is_fedbuff_by_a_heap(tmp_path: Path, concurrency: int, buffer:
     assert all(len(record["clients"]) == buffer and record["bytes_down"] == buffer * 8 for record in records)
 
 
-def test_stale_updates_move_the_weights_less_and_without_an_exponent_as_much(tmp_path: Path) -> None:
-    """All clients alike: with exponent 0 every step is a tenth of the way; with 1 an update that is one step late counts half."""
+def test_staleness_reduces_an_update_unless_the_exponent_is_zero(tmp_path: Path) -> None:
+    """With exponent 0 every step goes a tenth of the way. With exponent 1 an update that is one step late counts half."""
     whole = fedbuff(6, 6, 1, 0.0)[0]
     damped = fedbuff(6, 6, 1, 1.0)[0]
     assert pulled(tmp_path / "a", Buffered(6, 1, 0.0), 6)[0].weights["w"][0] == pytest.approx(whole, rel=1e-5)
@@ -117,8 +117,8 @@ def test_stale_updates_move_the_weights_less_and_without_an_exponent_as_much(tmp
     assert damped < 0.8 * whole
 
 
-def test_with_a_buffer_as_large_as_the_concurrency_it_is_the_synchronous_schedule(tmp_path: Path) -> None:
-    """Whatever the clients' sizes: sums are in another order, so that the last bit may differ."""
+def test_a_buffer_as_large_as_the_concurrency_is_the_synchronous_schedule(tmp_path: Path) -> None:
+    """For any client sizes. The order of sums differs, so the last bit may differ."""
     first, rounds, _ = pulled(tmp_path / "synchronous", SYNCHRONOUS, 6)
     second, steps, _ = pulled(tmp_path / "buffered", Buffered(), 6)
     torch.testing.assert_close(second.weights["w"], first.weights["w"], rtol=1e-6, atol=0)
@@ -127,8 +127,8 @@ def test_with_a_buffer_as_large_as_the_concurrency_it_is_the_synchronous_schedul
 
 
 @pytest.mark.parametrize("cut", range(1, 8))
-def test_a_run_that_was_cut_short_ends_bit_for_bit_alike(tmp_path: Path, cut: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Clients that were at work train again from the weights they had been sent."""
+def test_an_interrupted_run_ends_bit_for_bit_the_same(tmp_path: Path, cut: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clients that were at work train again from the weights that they had received."""
     schedule = Buffered(6, 2, 0.5)
     whole, rounds, _ = pulled(tmp_path / "whole", schedule, 8)
     with cut_short(monkeypatch, cut):
@@ -141,7 +141,7 @@ def test_a_run_that_was_cut_short_ends_bit_for_bit_alike(tmp_path: Path, cut: in
     assert parts.outstanding.clients == whole.outstanding.clients
 
 
-def test_a_client_that_fails_is_replaced_and_named(tmp_path: Path) -> None:
+def test_a_failed_client_is_replaced_and_named(tmp_path: Path) -> None:
     _, records, _ = pulled(tmp_path, Buffered(4, 4), 1, Pulled({"c0": 9, "c5": 9, "c2": 9}))
     (record,) = records
     assert len(record["staleness"]) == 4
@@ -151,21 +151,21 @@ def test_a_client_that_fails_is_replaced_and_named(tmp_path: Path) -> None:
 
 
 def test_too_few_updates_stop_skip_or_wait(tmp_path: Path) -> None:
-    """All fail in their first turn."""
+    """Every client fails its first time."""
     broken = dict.fromkeys(SIZES, 1)
     with pytest.raises(FederationError, match="no usable update"):
         pulled(tmp_path / "stop", Buffered(4, 2), 2, Pulled(dict(broken)), FailureConfig(min_updates=2))
     state, records, _ = pulled(tmp_path / "skip", Buffered(4, 2), 2, Pulled(dict(broken)), FailureConfig(min_updates=2, below="skip"))
     assert [record["skipped"] for record in records] == [True, False]
     assert state.round_num == 2
-    told: list[Record] = []
+    waits: list[Record] = []
     policy = FailureConfig(min_updates=2, below="wait", pause=0)
-    _, records, _ = pulled(tmp_path / "wait", Buffered(4, 2), 1, Pulled(dict(broken)), policy, told)
+    _, records, _ = pulled(tmp_path / "wait", Buffered(4, 2), 1, Pulled(dict(broken)), policy, waits)
     assert len(records[0]["staleness"]) == 2
-    assert [record["attempt"] for record in told] == [2]
+    assert [record["attempt"] for record in waits] == [2]
 
 
-def test_a_broken_federation_is_not_asked_for_ever(tmp_path: Path) -> None:
+def test_retries_of_a_broken_federation_are_limited(tmp_path: Path) -> None:
     engine = Pulled(dict.fromkeys(SIZES, 10**6))
     with pytest.raises(FederationError, match="no usable update"):
         pulled(tmp_path, Buffered(2, 2), 1, engine, FailureConfig(below="wait", pause=0, attempts=3))
@@ -176,8 +176,8 @@ TAKES = sorted(name for name, cls in ALGORITHMS.items() if cls.takes_stale_updat
 
 
 def test_which_methods_take_stale_updates() -> None:
-    """Those whose server adds what it makes of the updates to its weights, and whose clients send the same tensors in every round."""
-    refused = {"fedex_lora", "calibrated_flexlora", "fedilora", "flexlora", "flora", "hetlora", "rolora", "scaffold", "yoco"}
+    """The server must add a function of the updates to its weights, and clients must send the same tensors in every round."""
+    refused = {"calibrated_flexlora", "fedex_lora", "fedilora", "flexlora", "flora", "hetlora", "rolora", "scaffold", "yoco"}
     assert set(ALGORITHMS) - set(TAKES) == refused
 
 
@@ -185,7 +185,7 @@ def test_which_methods_take_stale_updates() -> None:
 def test_every_method_that_takes_stale_updates_trains_buffered(
     name: str, vlm: VisionLanguageModel, encoder: Encoder, federation: FederatedData, tmp_path: Path
 ) -> None:
-    """Four clients at work, a buffer of three; with a buffer of four it is the synchronous run bit for bit, as clients are equally fast."""
+    """Four clients at work and a buffer of three. With a buffer of four the run is the synchronous one: all clients are equally fast."""
     method, training = build_algorithm(AlgorithmConfig(name=name)), TrainingConfig(learning_rate=1e-3)
     names = sorted(federation.clients)
     clients = {f"c{i}": list(federation.clients[names[i % len(names)]])[:2] for i in range(6)}
@@ -213,7 +213,7 @@ def settings(engine: str = "in_process", **sections: Any) -> Experiment:
     return Experiment.parse(values | sections)
 
 
-def test_buffered_ends_alike_in_one_process_and_over_messages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_buffered_ends_the_same_in_one_process_and_over_messages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Simulated clients answer in simulated time, whatever carries their answers."""
     monkeypatch.setattr(federations, "simulation", partial(loopback))
     monkeypatch.setattr(federations, "require_flower", lambda *modules: None)
@@ -225,9 +225,9 @@ def test_buffered_ends_alike_in_one_process_and_over_messages(tmp_path: Path, mo
         state = store.load_state("federated")
         assert state is not None
         found.append((state, [{k: v for k, v in record.items() if k != "seconds"} for record in store.records("federated")]))
-    (here, rounds), (there, told) = found
+    (here, rounds), (there, waits) = found
     assert all(torch.equal(there.weights[key], tensor) for key, tensor in here.weights.items())
-    assert rounds == told
+    assert rounds == waits
     assert max(max(record["staleness"].values()) for record in rounds) >= 1
     assert here.outstanding.clients == there.outstanding.clients
     assert len(here.outstanding.clients) == 2
@@ -251,7 +251,7 @@ def test_buffered_ends_alike_in_one_process_and_over_messages(tmp_path: Path, mo
         ),
     ],
 )
-def test_what_does_not_fit_is_refused_before_work_begins(sections: dict[str, Any], part: str) -> None:
+def test_impossible_settings_are_refused_before_training(sections: dict[str, Any], part: str) -> None:
     with pytest.raises(ConfigError) as caught:
         settings(**sections)
     assert part in str(caught.value)

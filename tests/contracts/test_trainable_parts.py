@@ -1,4 +1,4 @@
-"""What trains beside the decoder's adapters, on every family: counted, trained, saved and loaded by plain PEFT."""
+"""Trained parts beside the decoder's adapters, on every family: counted, trained, saved, and loaded by plain PEFT."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ CHOICES = {
     "directions": LoraConfig(dora=True, rslora=True, targets="all-linear", r=4),
 }
 WITHOUT_LINEAR = {"gemma3"}
-"""Their connectors have matrices that are no linear layers."""
+"""Models whose connectors have matrices that are not linear layers."""
 
 
 def batch_of(vlm: VisionLanguageModel, federation: FederatedData) -> Batch:
-    """With pictures and without."""
+    """Samples with and without pictures."""
     encoder = Encoder(vlm, "agnostic")
     return collate(vlm, [encoder(sample) for sample in federation.clients["client-00"][:4]])
 
@@ -49,7 +49,7 @@ def attached(kind: str, choice: str) -> VisionLanguageModel:
 @pytest.mark.parametrize("kind", WITH_REMOTE)
 @pytest.mark.parametrize("choice", CHOICES)
 def test_parts_are_counted_trained_and_saved(kind: str, choice: str, federation: FederatedData, tmp_path: Path) -> None:
-    """The plan's number is the model's, every tensor gets a gradient, and PEFT's file holds them under the names that travel."""
+    """The plan's count equals the model's, every tensor gets a gradient, and PEFT's file holds them under the names that clients send."""
     vlm = attached(kind, choice)
     weights = read_weights(vlm.model)
     plain = load(kind)
@@ -69,7 +69,7 @@ def test_parts_are_counted_trained_and_saved(kind: str, choice: str, federation:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("choice", CHOICES)
-def test_merged_it_is_a_model_like_any_other(kind: str, choice: str, federation: FederatedData, tmp_path: Path) -> None:
+def test_a_merged_model_loads_like_any_other(kind: str, choice: str, federation: FederatedData, tmp_path: Path) -> None:
     vlm = stirred(attached(kind, choice))
     batch = batch_of(vlm, federation)
     with torch.no_grad():
@@ -84,7 +84,7 @@ def test_merged_it_is_a_model_like_any_other(kind: str, choice: str, federation:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_in_bfloat16_what_trains_is_float32(kind: str, federation: FederatedData) -> None:
+def test_trained_parameters_of_a_bfloat16_model_are_float32(kind: str, federation: FederatedData) -> None:
     config = ModelConfig(name=folder_of(kind), dtype="bfloat16")
     vlm = attach_lora(load_model(config, torch.device("cpu")), CHOICES["whole"], 0)
     assert {parameter.dtype for _, parameter in trainable(vlm.model)} == {torch.float32}
@@ -100,7 +100,7 @@ def test_a_connector_without_linear_layers_takes_no_adapter(kind: str) -> None:
         attach_lora(load(kind), LoraConfig(connector="lora"), 0)
 
 
-def test_a_model_without_a_known_connector_says_so() -> None:
+def test_an_unknown_connector_is_refused() -> None:
     vlm = load("minicpmv")
     vlm.model.bridge = vlm.model.resampler
     del vlm.model.resampler
@@ -108,11 +108,11 @@ def test_a_model_without_a_known_connector_says_so() -> None:
         attach_lora(vlm, LoraConfig(connector="full"), 0)
 
 
-def test_what_the_reference_sends_of_minicpm_v_2_6() -> None:
-    """In bfloat16 1.23 GB per direction with embeddings and resampler, 10.1 MB without.
+def test_bytes_of_minicpm_v_2_6_equal_the_published_ones() -> None:
+    """In bfloat16: 1.23 GB per direction with embeddings and resampler, 10.1 MB without.
 
-    The decoder is Qwen2-7B: 28 layers of width 3,584, keys and values of 512, 151,666 tokens; q and o take 8 (3,584 + 3,584)
-    parameters, k and v 8 (3,584 + 512). The rest of the published number is the resampler.
+    The decoder is Qwen2-7B: 28 layers of width 3,584, keys and values of width 512, and 151,666 tokens. q and o take
+    8 (3,584 + 3,584) parameters, k and v 8 (3,584 + 512). The rest of the published number is the resampler.
     """
     with torch.device("meta"):
         model = true_geometry()
@@ -125,7 +125,7 @@ def test_what_the_reference_sends_of_minicpm_v_2_6() -> None:
 
 
 def test_tied_embeddings_stay_tied(federation: FederatedData) -> None:
-    """The head is the trained matrix too: one tensor travels, and it moves both."""
+    """The head and the embeddings share one trained tensor, which is sent once."""
     vlm = attach_lora(load("internvl"), CHOICES["whole"], 0)
     names = [name for name, _ in trainable(vlm.model) if "embed_tokens" in name or "lm_head" in name]
     assert len(names) == 1

@@ -1,4 +1,4 @@
-"""Update transforms by what they promise: their order, what clients keep for them, and that neither loop, engine nor method knows them."""
+"""The guarantees of update transforms: their order, their state at clients, and their independence of loop, engine and method."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ from tiny_families import folder_of
 
 @dataclass(frozen=True)
 class Clipped(UpdateTransform):
-    """The update within a norm; what was cut off is kept and added the next time. The whole of a user's file."""
+    """Bounds the update's norm and adds what was cut off to the next update. A user's file needs no more than this."""
 
     norm: float
     name = "clipped"
@@ -64,7 +64,7 @@ class Clipped(UpdateTransform):
 
 @dataclass(frozen=True)
 class Shifted(UpdateTransform):
-    """Adds a number to every entry, here and there, and weighs by it."""
+    """Adds a number to every entry, at clients and at the server, and to the weight of an update."""
 
     number: float
     name = "shifted"
@@ -80,14 +80,14 @@ class Shifted(UpdateTransform):
         return replace(aggregate, mean={"update": {name: t + self.number for name, t in aggregate.mean["update"].items()}})
 
 
-def test_at_clients_the_first_applies_first_and_at_the_server_the_last() -> None:
+def test_clients_apply_a_chain_in_order_and_the_server_in_reverse() -> None:
     chain = Chain((Clipped(1.0), Shifted(10.0)))
     update = ClientUpdate("a", {"w": torch.tensor([3.0, 4.0])}, 1)
     sent, kept = chain.client(update, ClientContext("a", FedAvg(), Broadcast(0, {})))
     torch.testing.assert_close(sent.update["w"], torch.tensor([10.6, 10.8]))
     assert {name: list(slot) for name, slot in kept.items()} == {"clipped.rest": ["w"], "shifted.count": ["n"]}
     again, kept = chain.client(update, ClientContext("a", FedAvg(), Broadcast(1, {}), kept=kept | {"personal": {"w": torch.ones(1)}}))
-    # (3, 4) and the rest (2.4, 3.2) go the same way, and are cut to length 1.
+    # (3, 4) and the residual (2.4, 3.2) have the same direction and are cut to length 1.
     torch.testing.assert_close(again.update["w"], torch.tensor([10.6, 10.8]))
     assert float(kept["shifted.count"]["n"]) == 2
     assert chain.weigh(1.0, update, ServerState({})) == 11
@@ -95,7 +95,7 @@ def test_at_clients_the_first_applies_first_and_at_the_server_the_last() -> None
     assert float(mean) == 2 * (0 + 10)
 
 
-def test_no_transform_changes_nothing() -> None:
+def test_an_empty_chain_changes_nothing() -> None:
     update, chain = ClientUpdate("a", {"w": torch.ones(2)}, 3), Chain()
     assert chain.client(update, ClientContext("a", FedAvg(), Broadcast(0, {}))) == (update, {})
     assert chain.weigh(3.0, update, ServerState({})) == 3.0
@@ -104,7 +104,7 @@ def test_no_transform_changes_nothing() -> None:
     assert chain.codec is None
 
 
-def test_the_last_of_a_chain_writes_the_update() -> None:
+def test_the_last_transform_sets_the_codec() -> None:
     (writes,) = compression(CompressionConfig(name="int8"))
     assert Chain((Clipped(1.0), writes)).codec is writes.codec
 
@@ -117,8 +117,8 @@ def trained(name: str, trial: Trial, folder: Path, *transforms: UpdateTransform,
     return run_stage(loop, Stage("federated", trial.clients, rounds, 5), start), loop
 
 
-def of(state: ServerState) -> Weights:
-    """The weights, and what was merged into the frozen ones."""
+def all_weights(state: ServerState) -> Weights:
+    """The weights, and what was merged into the frozen weights."""
     return {**state.weights, **state.base}
 
 
@@ -137,8 +137,8 @@ def trial(vlm: VisionLanguageModel, encoder: Encoder, federation: FederatedData)
 
 
 @pytest.mark.parametrize("name", sorted(ALGORITHMS))
-def test_every_method_trains_with_a_transform_of_the_users_and_one_of_ours(name: str, trial: Trial, tmp_path: Path) -> None:
-    """A bound that is never reached is plain training, bit for bit; a low one is not; and what is kept for both is kept."""
+def test_every_method_trains_with_a_users_transform_and_compression(name: str, trial: Trial, tmp_path: Path) -> None:
+    """A bound that is never reached gives plain training, bit for bit; a low bound does not. Both transforms keep their state."""
 
     @dataclass(frozen=True)
     class Bound(Clipped):
@@ -147,18 +147,18 @@ def test_every_method_trains_with_a_transform_of_the_users_and_one_of_ours(name:
 
     plain, _ = trained(name, trial, tmp_path / "plain")
     far, _ = trained(name, trial, tmp_path / "far", Bound(1e9))
-    assert all(torch.equal(of(far)[key], tensor) for key, tensor in of(plain).items())
+    assert all(torch.equal(all_weights(far)[key], tensor) for key, tensor in all_weights(plain).items())
     near, loop = trained(name, trial, tmp_path / "near", Bound(1e-4), *compression(CompressionConfig(name="int4")))
     records = loop.store.records("federated")
     assert not any(record["refused"] for record in records)
-    assert not all(torch.equal(of(near)[key], tensor) for key, tensor in of(plain).items())
+    assert not all(torch.equal(all_weights(near)[key], tensor) for key, tensor in all_weights(plain).items())
     kept = loop.store.client_states("federated").load("c0", near.accepted["c0"])
     assert {"clipped.rest", "compression.update"} <= kept.keys()
 
 
 @dataclass(frozen=True)
 class Halved(UpdateTransform):
-    """Half the update, of which the client counts how often it sent one."""
+    """Halves the update; the client counts how often it sent one."""
 
     name = "halved"
 
@@ -169,15 +169,15 @@ class Halved(UpdateTransform):
 
 @dataclass(frozen=True)
 class Halving(Strategy):
-    """A strategy that hands over a transform."""
+    """A strategy that supplies a transform."""
 
     @property
     def transforms(self) -> tuple[UpdateTransform, ...]:
         return (Halved(),)
 
 
-def test_a_strategys_transform_applies_wherever_clients_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In one process and over messages, bit for bit, with what clients keep for it."""
+def test_a_strategys_transform_applies_in_every_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The results in one process and over messages are equal bit for bit, and so is what clients keep."""
     monkeypatch.setitem(STRATEGIES, "halving", Halving)
     monkeypatch.setattr(federations, "simulation", partial(loopback))
     monkeypatch.setattr(federations, "require_flower", lambda *modules: None)
@@ -205,7 +205,7 @@ def test_a_strategys_transform_applies_wherever_clients_are(tmp_path: Path, monk
 
 
 @pytest.mark.parametrize("name", sorted(name for name, cls in ALGORITHMS.items() if cls.ignores_weights))
-def test_a_transform_that_only_reweighs_is_refused_where_clients_count_alike(name: str) -> None:
+def test_a_transform_of_weights_is_refused_by_methods_that_ignore_them(name: str) -> None:
     with pytest.raises(ConfigError, match=f"shifted changes the weights of updates, but {name} ignores these weights; remove one of them"):
         Shifted(1.0).require(build_algorithm(AlgorithmConfig(name=name)), name)
     Shifted(1.0).require(FedAvg(), "fedavg")

@@ -1,4 +1,4 @@
-"""Datasets whose files may not be redistributed, or are the user's own: small ones written in the exact layout."""
+"""Small datasets in the exact layout of files that may not be redistributed or that are the user's own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Digests of what samples hold, and what occurs twice."""
+"""Digests of samples' content, and repeated samples."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def square(shade: int) -> Image.Image:
     return Image.new("RGB", (4, 4), (shade, 0, 0))
 
 
-def test_a_file_is_its_content_under_any_name_and_as_it_is_now(tmp_path: Path) -> None:
+def test_a_files_digest_is_that_of_its_current_content_under_any_name(tmp_path: Path) -> None:
     for name, shade in (("a.png", 1), ("b.png", 1), ("c.png", 2)):
         square(shade).save(tmp_path / name)
     a, b, c = (content_digest(tmp_path / name) for name in ("a.png", "b.png", "c.png"))
@@ -35,7 +35,7 @@ def test_a_file_is_its_content_under_any_name_and_as_it_is_now(tmp_path: Path) -
     assert content_digest(tmp_path / "a.png") != a
 
 
-def test_everything_that_a_sample_asks_shows_and_answers_counts() -> None:
+def test_a_samples_digest_covers_question_content_and_answer() -> None:
     one = sample("a", square(1))
     others = [
         replace(one, question="Was it?"),
@@ -57,10 +57,10 @@ def splits() -> Dataset:
     return Dataset("d", "auc", train, (sample("6", text="b"), sample("7", square(1), "other")), ("image", "text"))
 
 
-def test_rows_and_pictures_of_both_splits_are_counted_and_can_be_left_out() -> None:
-    told = repeated(splits(), leave_out=False)
-    assert told.train == splits().train
-    assert told.notes == (
+def test_repeated_rows_and_pictures_are_counted_and_can_be_left_out() -> None:
+    report = repeated(splits(), leave_out=False)
+    assert report.train == splits().train
+    assert report.notes == (
         "1 training sample(s) repeat another one; data.deduplicate leaves them out",
         "1 training sample(s) are also in the test split; data.deduplicate leaves them out",
         "1 training sample(s) show an image of the test split; data.deduplicate leaves them out",
@@ -72,7 +72,7 @@ def test_rows_and_pictures_of_both_splits_are_counted_and_can_be_left_out() -> N
     assert repeated(left, leave_out=False).notes == left.notes
 
 
-def test_what_is_chosen_by_is_kept_apart_from_what_is_trained_on_and_tested_on() -> None:
+def test_repetition_across_the_validation_part_is_found() -> None:
     both = splits()
     dataset = replace(both, train=both.train[-1:], validation=tuple(replace(s, id=f"v{s.id}") for s in (both.train[-1], both.test[0])))
     assert [note.partition(";")[0] for note in repeated(dataset, leave_out=False).notes] == [
@@ -84,7 +84,7 @@ def test_what_is_chosen_by_is_kept_apart_from_what_is_trained_on_and_tested_on()
     assert ([s.id for s in left.train], [s.id for s in left.validation]) == (["spare"], [f"v{both.train[-1].id}"])
 
 
-def test_the_setting_reaches_ones_own_files(tmp_path: Path) -> None:
+def test_deduplication_applies_to_own_files(tmp_path: Path) -> None:
     for name, texts in (("train", "abcb"), ("test", "cd")):
         rows = [{"t": text, "a": "yes" if text in "ac" else "no"} for text in texts]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -100,13 +100,13 @@ def test_the_setting_reaches_ones_own_files(tmp_path: Path) -> None:
     assert [s.content["text"] for s in load(config.model_copy(update={"deduplicate": True}), 0).train] == ["a", "b"]
 
 
-def test_a_split_that_is_all_repetition_is_refused() -> None:
+def test_a_split_with_only_repeated_samples_is_refused() -> None:
     data = replace(splits(), train=(sample("1", text="b"),))
     with pytest.raises(DataError, match="the train split is empty"):
         repeated(data, leave_out=True)
 
 
-def test_what_became_of_samples() -> None:
+def test_changed_missing_and_new_samples_are_named() -> None:
     assert changed({"a": "1", "b": "2", "c": "3"}, {"a": "1", "b": "4", "d": "5"}) == [
         "b has different content",
         "c is missing",

@@ -1,4 +1,4 @@
-"""A split written as files and read back: the same samples at the same clients."""
+"""A split that is written as files is read back with the same samples at the same clients."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def described(sample: Sample) -> tuple[object, ...]:
         ({"dataset": "mixture", "options": {"parts": [VQA, {"dataset": "digits-claims", "num_train": 60, "num_test": 20}]}}, {}),
     ],
 )
-def test_it_reads_back_as_it_was(tmp_path: Path, data: dict[str, Any] | None, federation: dict[str, Any]) -> None:
+def test_an_export_reads_back_unchanged(tmp_path: Path, data: dict[str, Any] | None, federation: dict[str, Any]) -> None:
     before = experiment(data, **federation)
     after = Experiment.load(export_split(before, tmp_path / "out"))
     written, read = split(before), split(after)
@@ -66,7 +66,7 @@ def test_it_reads_back_as_it_was(tmp_path: Path, data: dict[str, Any] | None, fe
     assert (after.seed, after.training, after.algorithm) == (before.seed, before.training, before.algorithm)
 
 
-def test_the_manifest_vouches_for_every_file(tmp_path: Path) -> None:
+def test_the_manifest_has_a_digest_of_every_file(tmp_path: Path) -> None:
     export_split(experiment(), tmp_path / "out")
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     files = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*") if path.is_file()}
@@ -77,7 +77,7 @@ def test_the_manifest_vouches_for_every_file(tmp_path: Path) -> None:
     assert "torch" in manifest["versions"]
 
 
-def test_an_existing_folder_is_left_alone(tmp_path: Path) -> None:
+def test_an_existing_folder_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     with pytest.raises(RunError, match="already exists"):
         export_split(experiment(), tmp_path / "out")

@@ -19,13 +19,13 @@ def make(**federation: object) -> FederatedData:
     return federate(experiment.data, experiment.federation, experiment.seed)
 
 
-def test_clients_share_out_the_training_samples() -> None:
+def test_clients_hold_each_training_sample_once() -> None:
     data = make(num_clients=7)
     ids = [sample.id for samples in data.clients.values() for sample in samples]
     assert sorted(ids) == sorted(sample.id for sample in data.dataset.train)
 
 
-def test_the_manifest_counts_what_clients_hold() -> None:
+def test_the_manifest_counts_clients_samples() -> None:
     data = make(num_clients=5, scenario="missing-0.4")
     record = manifest(data, "missing-0.4", 0)
     assert sum(client["num_samples"] for client in record["clients"]) + record["dropped"] == 80
@@ -36,8 +36,8 @@ def test_the_manifest_counts_what_clients_hold() -> None:
     assert record["test"]["modalities"] == {"image+text": 10}
 
 
-def test_what_a_scenario_drops_is_counted_where_it_cannot_be_helped() -> None:
-    """Samples that lose all they have, and those that natural clients hold without being able to."""
+def test_samples_that_a_scenario_drops_are_counted() -> None:
+    """Samples that lose all modalities, and samples whose natural client cannot hold them."""
     assert make(num_clients=5, scenario="missing-0.4").dropped > 0
     samples = [Sample(f"s{i}", "q", "a", {"image": b""} if i % 2 else {"text": "t"}, client=f"c{i % 4 // 2}") for i in range(40)]
     dataset = Dataset("own", "accuracy", tuple(samples[:-2]), tuple(samples[-2:]), ("image", "text"))
@@ -49,11 +49,11 @@ def test_what_a_scenario_drops_is_counted_where_it_cannot_be_helped() -> None:
     assert manifest(data, "cross-5:5", 0)["dropped"] == 19
 
 
-def test_the_manifest_says_whose_numbers_are_withheld() -> None:
-    """No number stands for them."""
+def test_the_manifest_names_clients_that_withhold_their_counts() -> None:
+    """Withheld counts are null, not replaced by a number."""
     data = make(num_clients=2)
-    told = {"a": Holding(None), "b": Holding(7, {"text": 7})}
-    record = manifest(FederatedData(data.dataset, {"a": (), "b": ()}, 0, told), "aligned", 0)
+    reported = {"a": Holding(None), "b": Holding(7, {"text": 7})}
+    record = manifest(FederatedData(data.dataset, {"a": (), "b": ()}, 0, reported), "aligned", 0)
     assert [client["num_samples"] for client in record["clients"]] == [None, 7]
     assert record["notes"] == [
         *data.dataset.notes,
@@ -66,7 +66,7 @@ def test_the_test_split_stays_complete() -> None:
     assert all(sample.modalities == ("image", "text") for sample in make(scenario="missing-0.5").dataset.test)
 
 
-def test_more_clients_than_samples() -> None:
+def test_more_clients_than_samples_are_refused() -> None:
     with pytest.raises(DataError, match=r"federation\.num_clients: 30 clients of at least 4 samples need 120"):
         make(num_clients=30)
 
@@ -85,7 +85,7 @@ def test_a_client_left_without_samples_is_named() -> None:
         ({"dataset": "digits-vqa", "root": "."}, "is embedded in the package"),
     ],
 )
-def test_roots_that_do_not_fit(data: dict[str, object], part: str) -> None:
+def test_a_missing_or_needless_root_is_refused(data: dict[str, object], part: str) -> None:
     experiment = Experiment.parse({"data": data})
     with pytest.raises(ConfigError, match=part):
         federate(experiment.data, experiment.federation, 0)
@@ -98,7 +98,7 @@ def test_ids_sort_like_numbers() -> None:
     assert names[0] == "client-0000"
 
 
-def test_the_index_of_datasets_has_a_file_each() -> None:
+def test_every_dataset_has_a_file() -> None:
     from pathlib import Path
 
     import fedmllm.data.datasets as package
@@ -108,7 +108,7 @@ def test_the_index_of_datasets_has_a_file_each() -> None:
     assert {"own" if name in ("jsonl", "csv", "huggingface") else name.split("-")[0] for name in DATASETS} == files
 
 
-def test_parts_and_kept_empty_samples() -> None:
+def test_corruptions_and_keep_empty_apply_to_clients_samples() -> None:
     data = make(num_clients=4, scenario="missing-0.6", heterogeneity=["truncation-1:1", "noise-0.5"], keep_empty=True)
     samples = [sample for held in data.clients.values() for sample in held]
     assert len(samples) == 80
@@ -137,7 +137,7 @@ def test_the_reference_protocol_has_its_own_split() -> None:
         ({"partition": "natural"}, "80 of 80 samples have none"),
     ],
 )
-def test_settings_that_contradict_each_other(settings: dict[str, object], rule: str) -> None:
+def test_contradictory_settings_are_refused(settings: dict[str, object], rule: str) -> None:
     with pytest.raises((ConfigError, DataError), match=rule):
         make(num_clients=4, **settings)
 
@@ -146,7 +146,7 @@ OWN = {"train": "t.jsonl", "columns": {"image": "i", "answer": "a", "client": "c
 
 
 def own_data(root: Path) -> Experiment:
-    """Twenty pictures of two sites, one cut short and one no picture at all."""
+    """Twenty pictures of two sites, one truncated and one not a picture."""
     rows = [{"i": f"{k}.png", "a": "xy"[k % 2], "c": f"site-{k % 2}"} for k in range(20)]
     for row in rows:
         Image.new("RGB", (9, 9), "red").save(root / row["i"])
@@ -175,7 +175,7 @@ def test_natural_clients_keep_their_names(tmp_path: Path) -> None:
     assert all(sample.client == name for name, held in data.clients.items() for sample in held)
 
 
-def test_natural_clients_with_names_that_no_file_can_have_are_numbered(tmp_path: Path) -> None:
+def test_natural_clients_with_invalid_file_names_are_numbered(tmp_path: Path) -> None:
     experiment = own_data(tmp_path)
     rows = (tmp_path / "t.jsonl").read_text()
     (tmp_path / "t.jsonl").write_text(rows.replace("site-", "../site "))
@@ -185,7 +185,7 @@ def test_natural_clients_with_names_that_no_file_can_have_are_numbered(tmp_path:
 
 
 def test_pictures_in_memory_are_checked_too() -> None:
-    """As the rows of a Hugging Face dataset hold them."""
+    """The rows of a Hugging Face dataset hold pictures in memory."""
     samples = [Sample(f"s{i}", "q", "a", {"image": b"no picture" if i == 1 else b"", "text": "t"}) for i in range(3)]
     dataset = Dataset("own", "accuracy", tuple(samples[:2]), tuple(samples[2:]), ("image", "text"))
     with pytest.raises(DataError, match=r"3 image\(s\) cannot be used") as caught:

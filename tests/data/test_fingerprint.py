@@ -1,4 +1,4 @@
-"""Keys that differ wherever what they stand for does."""
+"""Keys of prompts, files and folders differ wherever their content differs."""
 
 from __future__ import annotations
 
@@ -64,19 +64,19 @@ DIFFERENT = [
 ]
 
 
-def test_whatever_is_told_apart_has_a_key_of_its_own() -> None:
+def test_different_prompts_have_different_keys() -> None:
     keys = [key(sample) for sample in DIFFERENT] + [key(SAMPLE, "specific")]
     assert [(a, b) for a, b in combinations(range(len(keys)), 2) if keys[a] == keys[b]] == []
 
 
-def test_what_is_alike_has_one_key_whoever_holds_it() -> None:
-    """Neither id, category, client and domain nor the object count: the model never sees them."""
+def test_equal_prompts_have_equal_keys() -> None:
+    """The model never sees id, category, client, domain or the identity of objects."""
     copy = replace(SAMPLE, id="other", category="c", client="d", domain="e", content={"text": "a text", "image": RED.copy()})
     assert key(copy) == key(SAMPLE)
     assert [key(replace(sample)) for sample in DIFFERENT] == [key(sample) for sample in DIFFERENT]
 
 
-def test_a_file_that_is_written_again_is_another(tmp_path: Path) -> None:
+def test_a_rewritten_file_has_another_key(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     path.write_bytes(b"one")
     first, edited = key(shown(path)), key(shown(EditedImage(path, ())))
@@ -97,7 +97,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", ["rows.csv", "images/a.png", "images/b.png"])
-def test_a_folder_is_another_when_a_file_of_it_is(folder: Path, name: str) -> None:
+def test_a_changed_file_changes_the_folders_key(folder: Path, name: str) -> None:
     before = folder_key(folder)
     assert folder_key(folder) == before
     (folder / name).write_text("changed")
@@ -105,7 +105,7 @@ def test_a_folder_is_another_when_a_file_of_it_is(folder: Path, name: str) -> No
     assert folder_key(folder) != before
 
 
-def test_a_file_that_is_gone_or_elsewhere_counts(folder: Path, tmp_path: Path) -> None:
+def test_a_deleted_or_moved_file_changes_the_folders_key(folder: Path, tmp_path: Path) -> None:
     before = folder_key(folder)
     (folder / "images" / "a.png").rename(folder / "images" / "b.png")
     renamed = folder_key(folder)
@@ -117,7 +117,7 @@ def test_a_file_that_is_gone_or_elsewhere_counts(folder: Path, tmp_path: Path) -
     "names",
     [["images/.cache"], [".git/index"], ["sweep/grid.json", "sweep/cells/a.json"], ["runs/a/config.yaml", "runs/a/manifest.json"]],
 )
-def test_hidden_files_and_what_runs_write_do_not_count(folder: Path, names: list[str]) -> None:
+def test_hidden_files_and_output_of_runs_do_not_count(folder: Path, names: list[str]) -> None:
     before = folder_key(folder)
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -125,7 +125,7 @@ def test_hidden_files_and_what_runs_write_do_not_count(folder: Path, names: list
     assert folder_key(folder) == before
 
 
-def test_links_are_followed_and_a_circle_ends(folder: Path, tmp_path: Path) -> None:
+def test_links_are_followed_and_cycles_end(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "c.png").write_text("one")
     (folder / "linked").symlink_to(tmp_path / "elsewhere")

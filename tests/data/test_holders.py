@@ -1,4 +1,4 @@
-"""Samples among the clients that can hold them."""
+"""Samples are divided among the clients that can hold them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ KINDS = (("image",), ("text",), ("image", "text"))
 
 
 def rows(counts: tuple[int, ...], domain: str = "") -> list[Sample]:
-    """So many samples with a picture, with a text, with both."""
+    """The given numbers of samples with a picture, with a text, and with both."""
     return [
         Sample(
             f"{domain}{'+'.join(kind)}{i}", "q", "ab"[i % 2], {name: CONTENT[name] for name in kind}, ("a", "b"), "ab"[i % 2], domain=domain
@@ -34,13 +34,13 @@ def rows(counts: tuple[int, ...], domain: str = "") -> list[Sample]:
     ]
 
 
-def to_the_first(members: NDArray[np.int64], count: int) -> Indices:
-    """The most skewed partition there is."""
+def all_to_the_first(members: NDArray[np.int64], count: int) -> Indices:
+    """The most skewed partition."""
     return [np.arange(len(members)) if i == 0 else np.array([], dtype=np.int64) for i in range(count)]
 
 
-def possible(samples: list[Sample], held: list[tuple[str, ...]], least: int) -> bool:
-    """Hall's condition: any clients together can hold enough."""
+def is_possible(samples: list[Sample], held: list[tuple[str, ...]], least: int) -> bool:
+    """Hall's condition: any group of clients can hold enough samples."""
     groups = (group for size in range(1, len(held) + 1) for group in combinations(held, size))
     return all(sum(any(set(s.modalities) & set(kept) for kept in group) for s in samples) >= least * len(group) for group in groups)
 
@@ -52,15 +52,15 @@ def possible(samples: list[Sample], held: list[tuple[str, ...]], least: int) -> 
     skewed=st.booleans(),
     seed=st.integers(0, 3),
 )
-def test_every_sample_goes_to_a_holder_and_sizes_hold_wherever_they_can(
+def test_every_sample_goes_to_a_holder_and_clients_get_their_minimum_if_possible(
     counts: tuple[int, int, int], held: list[tuple[str, ...]], least: int, skewed: bool, seed: int
 ) -> None:
     samples, rng = rows(counts), generator(seed, "t")
     names = [f"c{i}" for i in range(len(held))]
     holders = Holders.of(samples, names, dict(zip(names, held, strict=True)))
-    divide = to_the_first if skewed else lambda members, count: iid(len(members), count, 0, rng)
+    divide = all_to_the_first if skewed else lambda members, count: iid(len(members), count, 0, rng)
     unheld = any(not any(set(s.modalities) & set(kept) for kept in held) for s in samples)
-    if not samples or unheld or not possible(samples, held, least):
+    if not samples or unheld or not is_possible(samples, held, least):
         with pytest.raises(DataError):
             holders.divided(divide, least, rng)
         return
@@ -70,22 +70,22 @@ def test_every_sample_goes_to_a_holder_and_sizes_hold_wherever_they_can(
     assert min(map(len, parts)) >= least
 
 
-def test_a_client_is_topped_up_through_another() -> None:
-    """Texts are with the text client alone, which needs them; whoever holds both gives it his and takes pictures instead."""
+def test_a_client_gets_its_minimum_through_another() -> None:
+    """The text client needs texts, which all start at the client that holds both. The latter gives them up and takes pictures instead."""
     samples = rows((8, 4, 0))
     holders = Holders.of(samples, ["i", "t", "b"], {"i": ("image",), "t": ("text",), "b": ("image", "text")})
 
     def divide(members: NDArray[np.int64], count: int) -> Indices:
-        """Pictures to the first of their holders, texts to the last."""
+        """Pictures go to the first of their holders, texts to the last."""
         last = samples[members[0]].modalities == ("text",)
-        return to_the_first(members, count)[:: -1 if last else 1]
+        return all_to_the_first(members, count)[:: -1 if last else 1]
 
     parts = holders.divided(divide, 4, generator(0, "t"))
     assert [sorted({samples[i].modalities[0] for i in part}) for part in parts] == [["image"], ["text"], ["image"]]
     assert [len(part) for part in parts] == [4, 4, 4]
 
 
-def test_with_a_domain_each_clients_have_homes_that_they_can_hold() -> None:
+def test_with_one_domain_per_client_each_client_can_hold_its_domain() -> None:
     samples = [*rows((30, 0, 0), "vqa"), *rows((0, 30, 0), "cards"), *rows((0, 0, 30), "claims")]
     names = [f"c{i}" for i in range(9)]
     held = dict(zip(names, [("image",)] * 3 + [("text",)] * 3 + [("image", "text")] * 3, strict=True))
@@ -99,8 +99,8 @@ def test_with_a_domain_each_clients_have_homes_that_they_can_hold() -> None:
 
 
 @pytest.mark.parametrize("scenario", ["cross-5:5", "hybrid-0.5", "hybrid-0"])
-def test_single_datasets_whose_samples_lack_modalities_lose_none_to_a_scenario(scenario: str) -> None:
-    """A table in which some rows have no picture and some no text."""
+def test_a_dataset_with_missing_modalities_loses_no_sample_to_a_scenario(scenario: str) -> None:
+    """A table in which some rows lack a picture and some lack a text."""
     samples = rows((40, 40, 40))
     dataset = Dataset("own", "accuracy", tuple(samples[:-2]), tuple(samples[-2:]), ("image", "text"))
     federation = Experiment.parse({"federation": {"scenario": scenario, "num_clients": 6}}).federation

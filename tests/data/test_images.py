@@ -1,4 +1,4 @@
-"""Decoding pictures: what comes out, and that nothing but a DataError does when it cannot."""
+"""Decoding pictures: the decoded pixels, and a DataError as the only error."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def noise(height: int = 5, width: int = 7, channels: int = 3) -> Pixels:
     return np.random.default_rng(0).integers(0, 256, size=(height, width, channels), dtype=np.uint8)
 
 
-def test_rgb_comes_out_as_it_was_saved(tmp_path: Path) -> None:
+def test_rgb_pixels_are_read_unchanged(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     Image.fromarray(noise()).save(path)
 
@@ -41,7 +41,7 @@ def test_rgb_comes_out_as_it_was_saved(tmp_path: Path) -> None:
         assert (pixels(open_image(source)) == noise()).all()
 
 
-def test_a_jpeg_comes_out_nearly_as_it_was_saved(tmp_path: Path) -> None:
+def test_jpeg_pixels_are_read_nearly_unchanged(tmp_path: Path) -> None:
     flat = np.full((16, 16, 3), (200, 120, 40), dtype=np.uint8)
     Image.fromarray(flat).save(tmp_path / "a.jpg", quality=95)
 
@@ -69,14 +69,14 @@ def test_the_file_is_closed(tmp_path: Path) -> None:
 
 
 def saved(image: Image.Image, **options: Any) -> bytes:
-    """As a PNG file."""
+    """The picture as a PNG file."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG", **options)
     return buffer.getvalue()
 
 
 def red_and_clear(mode: str) -> Image.Image:
-    """Two pixels: an opaque one, red or gray, and one that is fully transparent though black underneath."""
+    """Two pixels: an opaque one, red or gray, and a fully transparent one that is black underneath."""
     if mode == "RGBA":
         return Image.fromarray(np.array([[(*RED, 255), (0, 0, 0, 0)]], dtype=np.uint8))
     if mode == "LA":
@@ -144,7 +144,7 @@ UPRIGHT = {
 
 @pytest.mark.parametrize("channels", [3, 4], ids=["RGB", "RGBA"])
 @pytest.mark.parametrize("orientation", UPRIGHT)
-def test_pictures_are_turned_upright(orientation: int, channels: int, tmp_path: Path) -> None:
+def test_pictures_are_rotated_by_their_exif_orientation(orientation: int, channels: int, tmp_path: Path) -> None:
     stored = noise(channels=channels)
     stored[:, :, 3:] = 255
     exif = Image.Exif()
@@ -169,7 +169,7 @@ FORMATS = {form: encoded(form) for form in ("PNG", "JPEG", "GIF", "BMP", "WEBP")
 
 
 def png_header(width: int, height: int) -> bytes:
-    """A PNG file that claims a size and holds next to nothing."""
+    """A PNG file that claims a size and holds almost nothing."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
@@ -189,7 +189,7 @@ def test_a_missing_picture_is_named(name: str, tmp_path: Path) -> None:
     assert str(error.value).startswith(f"{source}: ")
 
 
-def test_a_missing_picture_is_told_from_a_broken_one(tmp_path: Path) -> None:
+def test_missing_and_damaged_pictures_have_different_messages(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"text, say")
 
     with pytest.raises(DataError, match="no such image"):
@@ -199,7 +199,7 @@ def test_a_missing_picture_is_told_from_a_broken_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"a sentence", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF89a", b"<svg></svg>"])
-def test_what_is_no_picture_is_refused(content: bytes, tmp_path: Path) -> None:
+def test_files_that_are_not_pictures_are_refused(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(content)
 
     with pytest.raises(DataError, match=r"a\.png: cannot be decoded as an image"):
@@ -208,7 +208,7 @@ def test_what_is_no_picture_is_refused(content: bytes, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("share", [0.2, 0.5, 0.8])
 @pytest.mark.parametrize("form", FORMATS)
-def test_a_picture_that_is_cut_short_is_refused(form: str, share: float, tmp_path: Path) -> None:
+def test_a_truncated_picture_is_refused(form: str, share: float, tmp_path: Path) -> None:
     content = FORMATS[form]
     (tmp_path / "a").write_bytes(content[: int(share * len(content))])
 
@@ -250,7 +250,7 @@ def test_sizes_that_pillow_warns_of_are_refused(tmp_path: Path) -> None:
         open_image(tmp_path / "a.png")
 
 
-def test_variants_that_pillow_does_not_know_are_refused(tmp_path: Path) -> None:
+def test_variants_unknown_to_pillow_are_refused(tmp_path: Path) -> None:
     texture = bytearray(b"DDS " + bytes(124))
     struct.pack_into("<7I", texture, 4, 124, 0x1007, 4, 4, 16, 0, 0)
     struct.pack_into("<2I", texture, 76, 32, 0)  # a pixel format of no known kind
@@ -268,8 +268,8 @@ def test_sixteen_bit_gray_keeps_its_shades(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("low", "high"), [(0.0, 0.05), (-3e30, 7e30), (1e-30, 2e-30)])
-def test_gray_of_floats_is_stretched_to_all_shades(low: float, high: float, tmp_path: Path) -> None:
-    """Whatever its unit; what is no number is black, what is infinite black or white."""
+def test_floating_point_gray_is_scaled_to_all_shades(low: float, high: float, tmp_path: Path) -> None:
+    """For any unit. Values that are not numbers become black, infinite ones black or white."""
     ramp = np.linspace(low, high, 16, dtype=np.float32).reshape(4, 4)
     Image.fromarray(ramp).save(tmp_path / "a.tiff")
     assert np.abs(pixels(open_image(tmp_path / "a.tiff"))[:, :, 0].ravel() - np.linspace(0, 255, 16)).max() <= 1
@@ -278,7 +278,7 @@ def test_gray_of_floats_is_stretched_to_all_shades(low: float, high: float, tmp_
 
 
 def damaged_exif() -> bytes:
-    """A JPEG of 60 x 30 pixels whose EXIF block says orientation 6, has a tag of a wrong type and a text beyond its end."""
+    """A 60 x 30 JPEG whose EXIF block has orientation 6, a tag of a wrong type and a text beyond its end."""
     entries = ((0x0112, 3, 1, 6), (0x0111, 1, 1, 1), (0x0132, 2, 20, 5000))
     block = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 3) + b"".join(struct.pack("<HHII", *entry) for entry in entries) + bytes(4)
     buffer = io.BytesIO()
@@ -286,8 +286,8 @@ def damaged_exif() -> bytes:
     return buffer.getvalue()[:2] + b"\xff\xe1" + struct.pack(">H", len(block) + 2) + block + buffer.getvalue()[2:]
 
 
-def test_a_damaged_exif_block_spoils_no_picture(tmp_path: Path) -> None:
-    """It is used as it is, and said not to be turned."""
+def test_a_damaged_exif_block_does_not_prevent_decoding(tmp_path: Path) -> None:
+    """The picture is used as it is, with a warning that it was not rotated."""
     (tmp_path / "a.jpg").write_bytes(damaged_exif())
     Image.new("RGB", (4, 4)).save(tmp_path / "b.jpg")
     with warnings.catch_warnings():
@@ -298,13 +298,13 @@ def test_a_damaged_exif_block_spoils_no_picture(tmp_path: Path) -> None:
     assert notes == [f"{tmp_path}/a.jpg: its EXIF block is damaged, so the image may not be upright"]
 
 
-def test_a_picture_that_git_lfs_did_not_download_is_named_as_such(tmp_path: Path) -> None:
+def test_a_git_lfs_pointer_has_its_own_message(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 7\n")
     with pytest.raises(DataError, match=r"a\.png: is a git-lfs pointer instead of an image"):
         open_image(tmp_path / "a.png")
 
 
-# What no one thought of.
+# Fuzzing.
 
 
 @pytest.fixture(scope="module")
@@ -316,7 +316,7 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def decoded_or_refused(path: Path, content: bytes) -> Image.Image | None:
     path.write_bytes(content)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of damaged metadata Pillow warns, and rightly goes on
+        warnings.simplefilter("ignore")  # Pillow warns of damaged metadata and continues
         try:
             image = open_image(path)
         except DataError:
@@ -333,7 +333,7 @@ def test_random_bytes_are_refused(content: bytes, scratch: Path) -> None:
 
 @given(form=st.sampled_from(sorted(FORMATS)), tail=st.binary(max_size=300))
 @settings(max_examples=100, deadline=None)
-def test_random_bytes_after_a_true_beginning_are_refused_or_decoded(form: str, tail: bytes, scratch: Path) -> None:
+def test_random_bytes_after_a_valid_start_are_refused_or_decoded(form: str, tail: bytes, scratch: Path) -> None:
     decoded_or_refused(scratch, FORMATS[form][:40] + tail)
 
 

@@ -8,7 +8,7 @@ def sample(name: str, answer: str, *options: str) -> Sample:
     return Sample(name, "which?", answer, {"text": "some"}, options)
 
 
-def test_answers_are_counted_by_the_set_of_their_options_whatever_the_order() -> None:
+def test_answers_are_counted_by_option_set_in_any_order() -> None:
     held = [sample("a", "yes", "yes", "no"), sample("b", "yes", "no", "yes"), sample("c", "no", "yes", "no"), sample("d", "x", "y", "x")]
     assert answer_counts(held) == {'["no", "yes"]': {"no": 1, "yes": 2}, '["x", "y"]': {"x": 1}}
 

@@ -27,7 +27,7 @@ def test_aligned_changes_nothing() -> None:
 
 
 def test_missing_drops_each_modality_independently() -> None:
-    """Of n samples at rate b: both lost b^2, one of two (1 - b) b each, both kept (1 - b)^2."""
+    """Of n samples with rate b, a share b^2 loses both modalities, (1 - b) b loses each one, and (1 - b)^2 keeps both."""
     after, dropped = apply_scenario("missing-0.4", clients(), BOTH, 0)
     counts = sum((kinds(samples) for samples in after.values()), Counter())
     assert dropped + counts.total() == 2000
@@ -37,7 +37,7 @@ def test_missing_drops_each_modality_independently() -> None:
     assert counts[BOTH] / 2000 == pytest.approx(0.36, abs=0.03)
 
 
-def test_missing_depends_on_the_sample_not_on_its_client() -> None:
+def test_missing_depends_on_the_sample_not_the_client() -> None:
     whole, _ = apply_scenario("missing-0.4", clients(1, 50), BOTH, 0)
     moved = {"elsewhere": clients(1, 50)["c0"][::-1]}
     again, _ = apply_scenario("missing-0.4", moved, BOTH, 0)
@@ -54,7 +54,7 @@ def test_cross_gives_each_client_one_modality(level: str, images: int) -> None:
 
 
 def test_hybrid_holds_each_modality_by_client() -> None:
-    """Both kept with p^2; a client that draws neither, (1 - p)^2, keeps one modality at random per sample."""
+    """A client keeps both with p^2. A client that draws neither, with (1 - p)^2, keeps one modality at random per sample."""
     after, dropped = apply_scenario("hybrid-0.7", clients(400, 8), BOTH, 0)
     held = Counter(frozenset(kinds(samples)) for samples in after.values())
     assert dropped == 0
@@ -63,13 +63,13 @@ def test_hybrid_holds_each_modality_by_client() -> None:
     assert held[frozenset({("image",)})] / 400 == pytest.approx(0.21, abs=0.06)
 
 
-def test_content_that_stays_is_untouched() -> None:
+def test_remaining_content_is_unchanged() -> None:
     after, _ = apply_scenario("cross-1:0", clients(1, 1), BOTH, 0)
     assert after["c0"][0].content == {"image": "x.png"}
     assert after["c0"][0].question == "q"
 
 
-def test_the_seed_decides() -> None:
+def test_the_seed_decides_which_modalities_are_dropped() -> None:
     first, again, other = (apply_scenario("hybrid-0.6", clients(), BOTH, seed)[0] for seed in (0, 0, 1))
     assert first == again
     assert first != other
@@ -84,7 +84,7 @@ def test_separating_one_modality_is_refused(scenario: str) -> None:
 @pytest.mark.parametrize(
     "text", ["", "Missing-0.4", "missing--0.1", "missing-1", "cross-1:2:3", "cross-a:b", "hybrid-1.5", "aligned-0", "aligned-nan"]
 )
-def test_near_misses_of_scenarios(text: str) -> None:
+def test_invalid_scenario_names_are_refused(text: str) -> None:
     with pytest.raises(ConfigError):
         parse_scenario(text)
 
@@ -102,8 +102,8 @@ def three_modalities(num_clients: int, size: int) -> dict[str, list[Sample]]:
     return {f"c{k}": [Sample(f"c{k}-{i}", "q", "a", content) for i in range(size)] for k in range(num_clients)}
 
 
-def test_missing_and_hybrid_know_no_number_of_modalities() -> None:
-    """Of three, a sample loses all with b^3; a client holds all with p^3."""
+def test_missing_and_hybrid_support_any_number_of_modalities() -> None:
+    """With three modalities a sample loses all with b^3, and a client holds all with p^3."""
     after, dropped = apply_scenario("missing-0.5", three_modalities(4, 500), THREE, 0)
     assert dropped / 2000 == pytest.approx(0.125, abs=0.03)
     counts = sum((kinds(samples) for samples in after.values()), Counter())

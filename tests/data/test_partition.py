@@ -22,7 +22,7 @@ def covers_once(parts: Indices, count: int) -> bool:
     min_size=st.integers(1, 5),
     seed=st.integers(0, 1000),
 )
-def test_every_sample_goes_to_one_client_and_no_client_starves(
+def test_every_sample_goes_to_one_client_and_every_client_gets_its_minimum(
     sizes: list[int], num_clients: int, alpha: float, min_size: int, seed: int
 ) -> None:
     categories = [f"c{i}" for i, size in enumerate(sizes) for _ in range(size)]
@@ -37,7 +37,7 @@ def test_every_sample_goes_to_one_client_and_no_client_starves(
 
 
 def label_spread(alpha: float) -> float:
-    """Mean over clients of the largest share of one label."""
+    """The mean over clients of the largest share of one label."""
     categories = ["a", "b", "c", "d"] * 500
     parts = dirichlet(categories, 10, alpha, 1, generator(0, "t"))
     labels = np.array(categories)
@@ -50,14 +50,14 @@ def test_small_alpha_skews_more() -> None:
 
 
 def test_proportions_follow_the_dirichlet() -> None:
-    """The share of a category at a client has variance (K - 1) / (K^2 (K alpha + 1)) for K clients."""
+    """A category's share at a client has variance (K - 1) / (K^2 (K alpha + 1)) for K clients."""
     shares = [len(dirichlet(["x"] * 2000, 4, 0.5, 1, generator(seed, "t"))[0]) / 2000 for seed in range(300)]
     assert np.mean(shares) == pytest.approx(0.25, abs=0.05)
     assert np.var(shares) == pytest.approx(3 / (16 * 3), rel=0.2)
 
 
 @given(st.integers(1, 50), st.integers(1, 10))
-def test_iid_sizes_differ_by_one_at_most(count: int, num_clients: int) -> None:
+def test_iid_sizes_differ_by_at_most_one(count: int, num_clients: int) -> None:
     if count < num_clients:
         with pytest.raises(DataError, match="use fewer clients"):
             iid(count, num_clients, 1, generator(0, "t"))
@@ -67,15 +67,15 @@ def test_iid_sizes_differ_by_one_at_most(count: int, num_clients: int) -> None:
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
-def test_topping_up_takes_from_the_largest() -> None:
-    """One category, alpha so small that one client gets all: the others are filled from it alone."""
+def test_small_clients_are_filled_from_the_largest() -> None:
+    """With one category and a tiny alpha, one client gets everything. The others are filled from it alone."""
     parts = dirichlet(["x"] * 1000, 10, 1e-3, 8, generator(0, "t"))
     assert sorted(map(len, parts)) == [8] * 9 + [928]
     assert covers_once(parts, 1000)
 
 
-def test_a_large_federation_is_topped_up() -> None:
-    """Ten samples a client on average, eight at least: nearly every client gives or takes."""
+def test_every_client_of_a_large_federation_gets_its_minimum() -> None:
+    """Ten samples per client on average and eight at least: nearly every client gives or takes."""
     parts = dirichlet([f"c{i % 5}" for i in range(20_000)], 2000, 0.5, 8, generator(0, "t"))
     assert covers_once(parts, 20_000)
     assert min(map(len, parts)) == 8
@@ -90,12 +90,12 @@ def test_quantity_skews_sizes_but_not_labels() -> None:
     assert all(np.mean(labels[part] == "a") == pytest.approx(0.5, abs=0.1) for part in large)
 
 
-def test_natural_clients_keep_what_is_theirs() -> None:
+def test_natural_clients_keep_their_samples() -> None:
     owners = ["b", "a", "c", "a", "b", "a"]
     assert [part.tolist() for part in natural(owners, 3, 1)] == [[1, 3, 5], [0, 4], [2]]
 
 
-def test_natural_clients_share_where_there_are_fewer_places() -> None:
+def test_natural_clients_are_grouped_into_fewer_clients() -> None:
     owners = [f"event-{i % 7}" for i in range(700)] + ["large"] * 500
     parts = natural(owners, 3, 1)
     assert covers_once(parts, 1200)
@@ -112,12 +112,12 @@ def test_natural_clients_share_where_there_are_fewer_places() -> None:
         (["a", "b", "b"], 2, 2, "a natural client has 1 samples, but the minimum is 2"),
     ],
 )
-def test_no_natural_partition(owners: list[str], num_clients: int, min_size: int, rule: str) -> None:
+def test_impossible_natural_partitions_are_refused(owners: list[str], num_clients: int, min_size: int, rule: str) -> None:
     with pytest.raises(DataError, match=rule):
         natural(owners, num_clients, min_size)
 
 
-def test_domains_are_kept_apart() -> None:
+def test_each_client_holds_one_domain() -> None:
     domains, categories = ["x"] * 60 + ["y"] * 300, [f"c{i % 3}" for i in range(360)]
     parts = by_domain(domains, categories, 5, 0.5, 4, generator(0, "t"))
     assert covers_once(parts, 360)

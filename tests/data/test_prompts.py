@@ -24,7 +24,7 @@ def wording(sample: Sample, style: str | Wording) -> str:
     return str(to_messages(sample, style)[0].parts[-1].value)
 
 
-def test_a_sample_before_and_after() -> None:
+def test_a_sample_becomes_a_message() -> None:
     (message,) = to_messages(COMPLETE, "specific")
     assert [part.type for part in message.parts] == ["image", "text"]
     assert message.parts[0].value == "x.png"
@@ -34,7 +34,7 @@ def test_a_sample_before_and_after() -> None:
     assert target(COMPLETE) == "B"
 
 
-def test_agnostic_wording_is_the_same_whatever_is_held() -> None:
+def test_the_agnostic_wording_is_the_same_for_any_content() -> None:
     rest = {wording(sample, "agnostic").replace("\na nurse says 4", "") for sample in VARIANTS}
     assert len(rest) == 1
     text = rest.pop()
@@ -42,13 +42,13 @@ def test_agnostic_wording_is_the_same_whatever_is_held() -> None:
     assert "text" not in text
 
 
-def test_specific_wording_names_what_is_held() -> None:
+def test_the_specific_wording_names_the_modalities() -> None:
     heads = [wording(sample, "specific").splitlines()[0] for sample in VARIANTS]
     assert heads == ["Answer based on the text and image.", "Answer based on the image.", "Answer based on the text."]
 
 
 @pytest.mark.parametrize("asked", SPECIFIC_QUESTIONS)
-def test_a_task_s_question_names_modalities_in_the_specific_style_only(asked: str) -> None:
+def test_a_tasks_question_names_modalities_in_the_specific_style_only(asked: str) -> None:
     for sample in VARIANTS:
         posed = replace(sample, question=asked)
         assert f"Question: {asked}" in wording(posed, "agnostic")
@@ -57,13 +57,13 @@ def test_a_task_s_question_names_modalities_in_the_specific_style_only(asked: st
         assert not any(name in asked for name in ("image", "text", "picture", "meme", "sentence"))
 
 
-def test_every_task_with_options_and_both_modalities_is_worded() -> None:
-    """All but triage, whose question is about neither."""
+def test_every_task_with_options_and_both_modalities_has_specific_questions() -> None:
+    """All but triage, whose question names no modality."""
     asked = {claims.QUESTION, hateful_memes.QUESTION, crisismmd.QUESTION, nlvr.QUESTION, emojitwo.QUESTION}
     assert asked == set(SPECIFIC_QUESTIONS)
 
 
-def test_other_questions_stay() -> None:
+def test_other_questions_do_not_change() -> None:
     sample = replace(COMPLETE, question="Which digit is larger?")
     assert "Question: Which digit is larger?" in wording(sample, "specific")
 
@@ -75,7 +75,7 @@ def test_a_third_modality_needs_no_new_code() -> None:
     assert str(message.parts[1].value).startswith("Answer based on the audio and text.")
 
 
-def test_free_answers_are_their_own_target() -> None:
+def test_a_free_answer_is_the_target() -> None:
     sample = Sample("s", "Which digit?", "7", {"image": "x.png"}, answer_type="open")
     assert target(sample) == "7"
     assert "Options" not in wording(sample, "agnostic")
@@ -83,19 +83,19 @@ def test_free_answers_are_their_own_target() -> None:
 
 @pytest.mark.parametrize("style", list(WORDINGS))
 def test_closed_questions_ask_for_brevity_in_every_wording(style: str) -> None:
-    """That is a property of the answer, not of the wording; open questions and choices do not change."""
+    """Brevity depends on the answer, not on the wording. Open questions and choices do not change."""
     free = replace(COMPLETE, options=())
     lines = {kind: wording(replace(free, answer_type=kind), style).splitlines() for kind in ("open", "closed")}  # type: ignore[arg-type]
     assert lines["closed"] == [*lines["open"], "Answer with one word or a short phrase."]
     assert wording(COMPLETE, style).splitlines()[-1] == "Answer with the letter."
 
 
-def test_too_many_options() -> None:
+def test_more_than_62_options_are_refused() -> None:
     with pytest.raises(DataError, match="63 options, but at most 62"):
         to_messages(replace(COMPLETE, options=tuple(map(str, range(63)))), "agnostic")
 
 
-def test_options_beyond_z_have_letters_of_their_own() -> None:
+def test_options_beyond_z_have_their_own_letters() -> None:
     options = tuple(map(str, range(62)))
     posed = replace(COMPLETE, options=options)
     assert "Y. 24 Z. 25 a. 26 b. 27" in wording(posed, "agnostic")
@@ -107,7 +107,7 @@ TASK = "{text}\nQuestion: {question}\nOptions: {options}\n{instruction}"
 
 
 def as_published(sample: Sample, style: str) -> str:
-    """The two wordings that committed results were made with, written out a second time."""
+    """The two wordings of the committed results, written out a second time."""
     held, question = sample.modalities, sample.question
     preamble = "Answer whatever the modality of the information."
     if style == "specific":
@@ -146,7 +146,7 @@ def test_the_neutral_wording_is_the_agnostic_one_without_its_clause(sample: Samp
     assert not [name for name in ("image", "text", "modality") if name in neutral]
 
 
-def test_a_wording_of_one_s_own_goes_by_what_a_sample_holds() -> None:
+def test_an_own_wording_is_chosen_by_the_samples_modalities() -> None:
     own = Wording(
         templates={"image": "See {{it}}.\n{question} {options}\n", "any": f"{TASK}\nFrom {{modalities}}."},
         questions={"Is it misleading?": {"image": "A fake?", "any": "A lie?"}},
@@ -185,14 +185,14 @@ def test_a_broken_template_is_refused_by_name(templates: Mapping[str, str], mess
     assert message in str(refused.value)
 
 
-def test_all_that_is_wrong_with_a_wording_is_said_at_once() -> None:
+def test_all_errors_of_a_wording_are_reported_at_once() -> None:
     with pytest.raises(ValidationError) as refused:
         Wording(templates={"b+a": "{question}"}, questions={"Why?": {"": "x"}})
     for part in ("'b+a' must be", "questions.Why?: '' must be", "lacks {options}", "any is required"):
         assert part in str(refused.value)
 
 
-def test_a_name_that_is_no_wording_is_refused() -> None:
+def test_an_unknown_wording_is_refused() -> None:
     own = {"mine": {"templates": {"any": TASK}}}
     assert DataConfig.model_validate({"prompt": "mine", "wordings": own}).wording.templates == {"any": TASK}
     with pytest.raises(ValidationError, match="prompt: 'mine' is not a known wording; known: specific, neutral, agnostic"):
@@ -203,7 +203,7 @@ def test_a_name_that_is_no_wording_is_refused() -> None:
         to_messages(COMPLETE, "mine")
 
 
-def test_a_template_that_applies_to_no_sample_is_a_note() -> None:
+def test_a_template_that_applies_to_no_sample_is_noted() -> None:
     templates = {"any": TASK, "imgae+text": TASK, "none": TASK, "image+text": TASK}
     config = {"num_train": 20, "num_test": 20, "wordings": {"mine": {"templates": templates}}}
     assert load(DataConfig.model_validate(config), 0).notes == ()

@@ -1,4 +1,4 @@
-"""The published reference splits, number by number (facts of the released code, seed 42, 10 clients)."""
+"""The published reference splits, number by number, as the released code gives them for seed 42 and 10 clients."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ HELD = {
 
 
 @pytest.mark.parametrize("alpha", SIZES)
-def test_client_sizes(alpha: float) -> None:
+def test_client_sizes_equal_the_published_ones(alpha: float) -> None:
     parts = reference.dirichlet(LABELS, ("no", "yes"), 10, alpha)
     assert [len(part) for part in parts] == SIZES[alpha]
     assert sorted(i for part in parts for i in part.tolist()) == list(range(8500))
 
 
-def test_members_are_taken_in_file_order() -> None:
-    """The first client takes the first rows of each class."""
+def test_samples_are_taken_in_file_order() -> None:
+    """The first client gets the first rows of each class."""
     first = reference.dirichlet(LABELS, ("no", "yes"), 10, 5.0)[0].tolist()
     without = [i for i in first if i < 5481]
     assert without == list(range(len(without)))
@@ -48,14 +48,14 @@ def clients(content: dict[str, str]) -> dict[str, list[Sample]]:
 
 
 @pytest.mark.parametrize(("level", "images"), [("3:7", {0, 1, 4}), ("5:5", {0, 1, 4, 6, 9}), ("7:3", {0, 1, 4, 5, 6, 8, 9})])
-def test_cross_clients(level: str, images: set[int]) -> None:
+def test_cross_clients_equal_the_published_ones(level: str, images: set[int]) -> None:
     after, _ = apply_scenario(f"cross-{level}", clients({"image": "x", "text": "t"}), ("image", "text"), 7, protocol="reference")
     assert {k for k in range(10) if after[f"client-{k}"][0].modalities == ("image",)} == images
 
 
 @pytest.mark.parametrize("level", HELD)
-def test_hybrid_bits(level: str) -> None:
-    """A client that holds neither (00) keeps one of the two in every sample."""
+def test_hybrid_modalities_equal_the_published_ones(level: str) -> None:
+    """A client with neither modality (00) keeps one of the two in every sample."""
     after, dropped = apply_scenario(f"hybrid-{level}", clients({"image": "x", "text": "t"}), ("image", "text"), 7, protocol="reference")
     assert dropped == 0
     for bits, samples in zip(HELD[level].split(), after.values(), strict=True):

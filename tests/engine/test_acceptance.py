@@ -1,4 +1,4 @@
-"""What a client keeps is committed when its update was accepted: one that is refused, late or lost leaves the client as it was."""
+"""A client's new state is committed when its update is accepted. After a refused, late or lost update the client keeps its old state."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ FAULTS: dict[str, Change] = {
     "late": lambda sent: ClientFailure(sent.client, "no answer within the deadline of 1 s"),
     "lost": lambda sent: ClientFailure(sent.client, "Flower: Node Unavailable"),
 }
-"""What becomes of an answer after its client has trained. What the last two look like is what ``flower.engine`` makes of silence and of an error."""
+"""What happens to an answer after its client has trained. The last two are ``flower.engine``'s failures for silence and for an error."""
 
 
 @dataclass
-class Way(Scripted):
-    """Trains for real, then spoils the answers that it is told to, by round and client, each so often."""
+class SpoiledAnswers(Scripted):
+    """Trains real clients, then spoils chosen answers: ``spoiled`` counts them by round and client."""
 
     engine: InProcessEngine
     change: Change
@@ -63,8 +63,8 @@ class Way(Scripted):
 
 
 @dataclass
-class Seen:
-    """A method that notes what its clients begin a turn with, and what they were sent."""
+class Recorded:
+    """A method that records the state that each client starts from, and each round's broadcast."""
 
     method: Any
     states: dict[tuple[int, str], Slots] = field(default_factory=dict)
@@ -81,7 +81,7 @@ class Seen:
 
 @dataclass
 class Trial:
-    """Loops on a tiny model, on three clients of two samples."""
+    """Runs a loop on a tiny model with three clients."""
 
     vlm: VisionLanguageModel
     encoder: Encoder
@@ -104,10 +104,10 @@ class Trial:
         failures: FailureConfig | None = None,
         strategies: Sequence[str] = (),
         cohort: int = 3,
-    ) -> tuple[Seen, Loop, Stage, ServerState]:
+    ) -> tuple[Recorded, Loop, Stage, ServerState]:
         config = AlgorithmConfig(name=name, strategies=tuple(StrategyConfig(name=strategy) for strategy in strategies))
-        method, training = Seen(build_algorithm(config)), TrainingConfig(learning_rate=3e-3, schedule="constant")
-        way = Way(InProcessEngine(self.vlm, self.encoder, training), change, dict(spoiled))
+        method, training = Recorded(build_algorithm(config)), TrainingConfig(learning_rate=3e-3, schedule="constant")
+        way = SpoiledAnswers(InProcessEngine(self.vlm, self.encoder, training), change, dict(spoiled))
         loop = Loop(
             method, way, training, Split(lambda w, b: {"score": 0.0}), RunStore(self.folder / folder), 0, transforms=compression(compressed)
         )  # type: ignore[arg-type]
@@ -119,7 +119,7 @@ class Trial:
 
 @pytest.fixture
 def trial(vlm: VisionLanguageModel, encoder: Encoder, federation: FederatedData, tmp_path: Path) -> Trial:
-    # Clients of one, two and three samples, some of which miss a modality.
+    # Clients with one, two and three samples. Some samples lack a modality.
     held = zip("abc", federation.clients.values(), strict=True)
     return Trial(vlm, encoder, {name: list(itertools.islice(samples, 1 + i)) for i, (name, samples) in enumerate(held)}, tmp_path)
 
@@ -139,22 +139,22 @@ KEEPERS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("what", KEEPERS)
-def test_a_client_whose_update_was_not_accepted_keeps_what_it_had(trial: Trial, what: str, fault: str) -> None:
-    """The update of b fails in the first round, and twice later: it begins with nothing, then with what it kept from the second round."""
+def test_a_client_keeps_its_state_when_its_update_is_not_accepted(trial: Trial, what: str, fault: str) -> None:
+    """Client b fails in the first, third and fourth round. It starts from nothing, then from the state of the second round."""
     name, compressed, kinds = KEEPERS[what]
     spoiled = dict.fromkeys([(0, "b"), (2, "b"), (3, "b")], 1)
     method, *_ = trial.run(name, spoiled, FAULTS[fault], rounds=5, compressed=compressed)
-    begun = {client: [method.states[i, client] for i in range(5)] for client in "abc"}
-    assert begun["b"][0] == begun["b"][1] == {}
-    assert begun["b"][2].keys() == kinds
-    assert same(begun["b"][2], begun["b"][3])
-    assert same(begun["b"][3], begun["b"][4])
-    assert not any(same(one, other) for client in "ac" for one, other in itertools.pairwise(begun[client]))
+    started = {client: [method.states[i, client] for i in range(5)] for client in "abc"}
+    assert started["b"][0] == started["b"][1] == {}
+    assert started["b"][2].keys() == kinds
+    assert same(started["b"][2], started["b"][3])
+    assert same(started["b"][3], started["b"][4])
+    assert not any(same(one, other) for client in "ac" for one, other in itertools.pairwise(started[client]))
 
 
 @pytest.mark.parametrize("fault", ["too large", "lost"])
-def test_a_personal_model_is_that_of_the_last_accepted_turn(trial: Trial, fault: str) -> None:
-    """In the last round that of b fails, and c's does in both."""
+def test_a_personalized_model_comes_from_the_last_accepted_round(trial: Trial, fault: str) -> None:
+    """In the last round b's update fails; c's fails in both rounds."""
     whole, _, _, _ = trial.run("ditto", {}, FAULTS[fault], rounds=2, folder="whole")
     _, loop, stage, end = trial.run("ditto", dict.fromkeys([(1, "b"), (0, "c"), (1, "c")], 1), FAULTS[fault], rounds=2)
     models = personal_models(loop, stage, end)
@@ -164,7 +164,7 @@ def test_a_personal_model_is_that_of_the_last_accepted_turn(trial: Trial, fault:
 
 @pytest.mark.parametrize(("fault", "strategies"), [("NaN", ()), ("lost", ()), ("late", ("modality_coverage",))])
 def test_the_servers_control_is_the_mean_of_all_clients_controls(trial: Trial, fault: str, strategies: Sequence[str]) -> None:
-    """Whoever is drawn, whoever's update fails, and whatever a strategy makes of the updates' weights."""
+    """For any cohorts, any failures, and any weights of updates that a strategy sets."""
     spoiled = dict.fromkeys([(0, "b"), (1, "b"), (2, "a"), (2, "b"), (2, "c"), (3, "a")], 1)
     _, loop, stage, end = trial.run(
         "scaffold", spoiled, FAULTS[fault], 7, failures=FailureConfig(below="skip"), strategies=strategies, cohort=2
@@ -177,16 +177,16 @@ def test_the_servers_control_is_the_mean_of_all_clients_controls(trial: Trial, f
     assert any(float(tensor.abs().max()) > 1e-5 for tensor in end.slots["control"].values())
 
 
-def test_a_round_that_is_skipped_leaves_its_clients_as_they_were(trial: Trial) -> None:
-    """Two of three answers came well in the second round; it needs three."""
+def test_a_skipped_round_does_not_change_client_state(trial: Trial) -> None:
+    """In the second round only two of the three required updates arrive."""
     policy = FailureConfig(below="skip", min_updates=3)
     method, *_ = trial.run("scaffold", {(1, "b"): 1}, FAULTS["NaN"], 3, failures=policy)
     assert all(same(method.states[1, client], method.states[2, client]) for client in "abc")
     assert all(method.states[2, client] for client in "abc")
 
 
-def test_a_client_that_is_asked_again_begins_where_it_began(trial: Trial) -> None:
-    """Its first answer of the second round is refused, its second taken: it ends as if nothing had been."""
+def test_a_client_asked_again_starts_from_the_same_state(trial: Trial) -> None:
+    """The first answer in the second round is refused, the second accepted. The client ends as if nothing had failed."""
     whole = trial.run("scaffold", {}, FAULTS["lost"], 3, folder="whole", compressed=INT4)
     policy = FailureConfig(below="wait", min_updates=3, pause=0)
     again = trial.run("scaffold", {(1, "b"): 1}, FAULTS["lost"], 3, compressed=INT4, failures=policy)
@@ -196,10 +196,8 @@ def test_a_client_that_is_asked_again_begins_where_it_began(trial: Trial) -> Non
 
 @pytest.mark.parametrize("cut", [0, 2])
 @pytest.mark.parametrize("what", KEEPERS)
-def test_with_updates_refused_a_run_that_was_cut_short_ends_alike(
-    trial: Trial, what: str, cut: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Killed while a round trains whose predecessor's checkpoint was not written any more: what was pending then counts for nothing."""
+def test_an_interrupted_run_with_refused_updates_ends_the_same(trial: Trial, what: str, cut: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run dies before a round's checkpoint is written, after clients have trained in the next round. Their pending state must not count."""
     name, compressed, _ = KEEPERS[what]
     spoiled = dict.fromkeys([(0, "a"), (1, "b"), (2, "c"), (2, "b"), (3, "b")], 1)
     whole = trial.run(name, spoiled, FAULTS["NaN"], 5, folder="whole", compressed=compressed)
@@ -217,7 +215,7 @@ def test_with_updates_refused_a_run_that_was_cut_short_ends_alike(
     assert files[0] == files[1]
 
 
-def test_a_run_that_stopped_for_want_of_updates_goes_on_with_its_clients_as_they_were(trial: Trial) -> None:
+def test_a_run_stopped_by_too_few_updates_resumes_with_unchanged_clients(trial: Trial) -> None:
     whole = trial.run("scaffold", {}, FAULTS["lost"], 3, folder="whole")
     policy = FailureConfig(min_updates=3)
     with pytest.raises(FederationError, match="2 usable updates, 3 needed"):

@@ -16,7 +16,7 @@ from fedmllm.packing import pack
 STATE = ServerState({"a.b/c": torch.randn(2, 3)}, 4, {"momentum": {"a.b/c": torch.randn(2, 3)}}, accepted={"c0": [1, 3], "c1": [2]})
 
 
-def test_a_state_comes_back_bit_for_bit(tmp_path: Path) -> None:
+def test_a_state_is_restored_bit_for_bit(tmp_path: Path) -> None:
     store = RunStore(tmp_path)
     store.save_state("s", STATE)
     loaded = store.load_state("s")
@@ -27,7 +27,7 @@ def test_a_state_comes_back_bit_for_bit(tmp_path: Path) -> None:
 
 
 def test_a_round_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The next one waits for it, and so does the end of the block."""
+    """The next save and the end of the block wait for the write."""
     store, next_round, written = RunStore(tmp_path), threading.Event(), []
 
     def slow(store: RunStore, stage: str, state: ServerState) -> None:
@@ -46,7 +46,7 @@ def test_a_round_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypat
 
 @pytest.mark.parametrize("rounds", [1, 2])
 def test_a_checkpoint_that_cannot_be_written_ends_the_run(tmp_path: Path, rounds: int) -> None:
-    """At the next one, or at the end."""
+    """The error is raised by the next save, or at the end of the block."""
     (tmp_path / "checkpoints").write_text("in the way")
 
     def save() -> None:
@@ -72,8 +72,8 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path, keep: int) -> None:
         store.load_state("s")
 
 
-def test_a_checkpoint_without_word_of_whose_updates_were_accepted_is_refused(tmp_path: Path) -> None:
-    """Clients would go on from nothing, or from what the server refused."""
+def test_a_checkpoint_without_the_accepted_rounds_is_refused(tmp_path: Path) -> None:
+    """Without that list, clients would start from nothing or from a state whose update was refused."""
     write_atomically(tmp_path / "checkpoints" / "s.safetensors", pack({"weights": STATE.weights}, {"round_num": 4}))
     with pytest.raises(RunError, match=r"s\.safetensors: written by an older version .*; delete it to train this stage from the start"):
         RunStore(tmp_path).load_state("s")
@@ -93,7 +93,7 @@ def test_json_refuses_nan(tmp_path: Path) -> None:
     assert not (tmp_path / "x.json").exists()
 
 
-def test_a_line_cut_short_is_forgotten(tmp_path: Path) -> None:
+def test_an_incomplete_last_line_is_dropped(tmp_path: Path) -> None:
     store = RunStore(tmp_path)
     store.append({"stage": "s", "round": 1})
     with store.metrics_file.open("a") as file:
@@ -121,39 +121,39 @@ def test_broken_metrics_are_named(tmp_path: Path) -> None:
         store.records("s")
 
 
-def kept(value: float) -> dict[str, dict[str, torch.Tensor]]:
+def client_state(value: float) -> dict[str, dict[str, torch.Tensor]]:
     return {"control": {"w": torch.full((2,), value)}}
 
 
-def test_a_client_finds_what_it_kept_in_its_last_accepted_turn(tmp_path: Path) -> None:
-    """That of round 4 was refused. A round that was cut short leaves a file of its own behind, which the round's second run must not see."""
+def test_a_client_loads_the_state_of_its_last_accepted_round(tmp_path: Path) -> None:
+    """The update of round 4 was refused. A round that runs a second time overwrites the state left by the first time."""
     states = RunStore(tmp_path).client_states("federated")
     assert states.load("a", []) == states.load("a", [3]) == {}
     for round_num, accepted in ((1, []), (4, [1]), (6, [1])):
-        states.save("a", round_num, kept(round_num), accepted)
+        states.save("a", round_num, client_state(round_num), accepted)
     assert states.load("b", [6]) == {}
     assert [float(states.load("a", accepted)["control"]["w"][0]) for accepted in ([1], [1, 6])] == [1, 6]
-    states.save("a", 6, kept(60), [1])
+    states.save("a", 6, client_state(60), [1])
     assert [float(states.load("a", accepted)["control"]["w"][0]) for accepted in ([1], [1, 6])] == [1, 60]
 
 
-def test_clients_files_do_not_pile_up(tmp_path: Path) -> None:
-    """Of twelve turns those of rounds 8 to 10 were refused; one that ends late, after the next was asked for, takes nothing away."""
+def test_old_client_states_are_deleted(tmp_path: Path) -> None:
+    """Rounds 8 to 10 of twelve are refused. Saving a state late, after the next round has begun, removes no other state."""
     states, accepted = RunStore(tmp_path).client_states("federated"), list[int]()
     for round_num in range(12):
-        states.save("a", round_num, kept(round_num), accepted)
+        states.save("a", round_num, client_state(round_num), accepted)
         if round_num not in (8, 9, 10):
             accepted = [*accepted, round_num][-2:]
-    states.save("a", 10, kept(10), [6, 7])
+    states.save("a", 10, client_state(10), [6, 7])
     folder = tmp_path / "checkpoints" / "federated-clients" / "a"
     assert {path.stem for path in folder.iterdir()} == {"6", "7", "10", "11"}
-    states.save("a", 12, kept(12), [7, 11])
+    states.save("a", 12, client_state(12), [7, 11])
     assert {path.stem for path in folder.iterdir()} == {"7", "11", "12"}
 
 
 def test_a_damaged_client_state_is_named(tmp_path: Path) -> None:
     states = RunStore(tmp_path).client_states("federated")
-    states.save("a", 0, kept(1.0), [])
+    states.save("a", 0, client_state(1.0), [])
     (path,) = (tmp_path / "checkpoints" / "federated-clients" / "a").iterdir()
     path.write_bytes(path.read_bytes()[:20])
     with pytest.raises(RunError, match=r"a/0\.safetensors: damaged checkpoint .*start the run again"):

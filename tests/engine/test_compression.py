@@ -1,4 +1,4 @@
-"""Codecs by their own error bounds, and error feedback by what it is for."""
+"""Codecs stay within their error bounds, and error feedback loses nothing in the long run."""
 
 from __future__ import annotations
 
@@ -40,39 +40,42 @@ def codec(name: str, **settings: float) -> Codec:
     return found.codec
 
 
-def through(name: str, tensor: torch.Tensor, **settings: float) -> torch.Tensor:
+def round_trip(name: str, tensor: torch.Tensor, **settings: float) -> torch.Tensor:
     coder = codec(name, **settings)
     return coder.unpack(coder.pack(tensor), tensor.shape)
 
 
-def test_nothing_is_the_default() -> None:
+def test_compression_is_off_by_default() -> None:
     assert compression(CompressionConfig()) == ()
 
 
 @given(ARRAYS)
 def test_bfloat16_keeps_eight_bits(array: np.ndarray) -> None:
-    np.testing.assert_allclose(through("bfloat16", torch.from_numpy(array)).numpy(), array, rtol=2**-8, atol=1e-37)
+    np.testing.assert_allclose(round_trip("bfloat16", torch.from_numpy(array)).numpy(), array, rtol=2**-8, atol=1e-37)
 
 
 @pytest.mark.parametrize(("name", "largest"), [("int8", 127), ("int4", 7)])
 @given(array=ARRAYS, block=st.integers(2, 64))
 def test_blocks_are_within_half_a_step(name: str, largest: int, array: np.ndarray, block: int) -> None:
-    """S may come out 2^-8 smaller than the maximum asks for: then the largest entry loses that part of itself. Entries whose scale is below the smallest
-    normal number may be lost."""
+    """The error is at most half a step, plus the rounding of the scale.
+
+    The scale may be 2^-8 too small, so the largest entry loses that share of itself. Entries may be lost where the scale is
+    below the smallest normal number.
+    """
     flat = array.reshape(-1)
     padded = np.pad(flat, (0, -len(flat) % block)).reshape(-1, block)
     top = np.abs(padded).max(1, keepdims=True)
     bound = np.broadcast_to(top / largest / 2 * (1 + 2**-7) + top * 2**-8 + largest * np.finfo(np.float32).tiny, padded.shape).reshape(-1)[
         : len(flat)
     ]
-    error = np.abs(through(name, torch.from_numpy(array), block=block).numpy().reshape(-1) - flat)
+    error = np.abs(round_trip(name, torch.from_numpy(array), block=block).numpy().reshape(-1) - flat)
     assert (error <= bound).all()
 
 
 @given(ARRAYS, st.floats(0.01, 1))
-def test_top_k_sends_the_largest(array: np.ndarray, fraction: float) -> None:
+def test_top_k_sends_the_largest_entries(array: np.ndarray, fraction: float) -> None:
     flat, count = np.abs(array.reshape(-1)), math.ceil(fraction * array.size)
-    found = through("top_k", torch.from_numpy(array), fraction=fraction).numpy().reshape(-1)
+    found = round_trip("top_k", torch.from_numpy(array), fraction=fraction).numpy().reshape(-1)
     least = np.sort(flat)[::-1][count - 1]
     assert (found != 0).sum() <= count
     np.testing.assert_allclose(np.sort(np.abs(found))[::-1][:count], np.sort(flat)[::-1][:count], rtol=2**-8, atol=1e-37)
@@ -81,26 +84,26 @@ def test_top_k_sends_the_largest(array: np.ndarray, fraction: float) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_what_is_not_finite_arrives_so(name: str, value: float) -> None:
+def test_values_that_are_not_finite_stay_so(name: str, value: float) -> None:
     tensor = torch.arange(300.0).reshape(3, 100)
     tensor[1, 7] = value
-    assert not torch.isfinite(through(name, tensor)).all()
+    assert not torch.isfinite(round_trip(name, tensor)).all()
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_zeros_stay_zeros(name: str) -> None:
-    assert float(through(name, torch.zeros(5, 7)).abs().max()) == 0
+    assert float(round_trip(name, torch.zeros(5, 7)).abs().max()) == 0
 
 
 @pytest.mark.parametrize(("name", "size"), [("bfloat16", 2000), ("int8", 1016), ("int4", 516), ("top_k", 300)])
-def test_bytes_by_hand(name: str, size: int) -> None:
-    """1,000 entries: 2 bytes each; 1 byte and 8 scales of 2; half a byte and 8 scales; 50 positions of 4 and values of 2."""
+def test_sizes_match_a_hand_computation(name: str, size: int) -> None:
+    """1,000 entries take 2 bytes each; 1 byte each and 8 scales of 2; half a byte each and 8 scales; 50 positions of 4 and values of 2."""
     assert sent_through(codec(name), {"x": torch.randn(10, 100)}, {}).num_bytes == size
 
 
 @pytest.mark.parametrize("name", ["int4", "top_k"])
-def test_with_feedback_nothing_is_lost_in_the_long_run(name: str) -> None:
-    """What has arrived after many rounds is what was sent, up to one round's loss; without feedback the loss adds up."""
+def test_error_feedback_loses_nothing_in_the_long_run(name: str) -> None:
+    """After many rounds the sum received equals the sum sent, up to one round's loss. Without feedback the loss accumulates."""
     update, coder = torch.randn(40, 50, generator=torch.Generator().manual_seed(0)), codec(name, fraction=0.1)
     arrived, alone, lost = torch.zeros(40, 50), torch.zeros(40, 50), {}
     for _ in range(50):
@@ -112,10 +115,10 @@ def test_with_feedback_nothing_is_lost_in_the_long_run(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["fedavg", "rolora", "scaffold", "ditto", "flexlora"])
-def test_what_clients_send_arrives_smaller_and_what_is_lost_stays_with_them(
+def test_updates_are_compressed_and_residuals_stay_at_the_clients(
     name: str, vlm: VisionLanguageModel, encoder: Encoder, federation: FederatedData, tmp_path: Path
 ) -> None:
-    """Three rounds of two clients with two samples: 4 bits and a sixteenth of two bytes per entry, of what the method sends."""
+    """Three rounds of two clients with two samples each. An entry takes 4 bits and a sixteenth of two bytes."""
     algorithm, training = build_algorithm(AlgorithmConfig(name=name)), TrainingConfig()
     clients = {client: list(itertools.islice(samples, 2)) for client, samples in itertools.islice(federation.clients.items(), 2)}
     ends, records, start = [], [], read_weights(vlm.model)
@@ -124,7 +127,7 @@ def test_what_clients_send_arrives_smaller_and_what_is_lost_stays_with_them(
         engine = InProcessEngine(vlm, encoder, training)
         loop = Loop(algorithm, engine, training, Split(lambda w, b: {"score": 0.0}), store, 0, compression(chosen))
         state = run_stage(loop, Stage("federated", clients, 3, 2), algorithm.init(start, frozen_weights(vlm)))
-        # Of factors split anew only the product, which begins at zero, says how far the model has come.
+        # Where the method splits products anew, only the product, which starts at zero, measures how far the model has moved.
         ends.append(factors.products(state.weights) if algorithm.refactorizes else W.subtract(state.weights, start))
         records.append(store.records("federated"))
     for whole, small in zip(*records, strict=True):
@@ -138,7 +141,7 @@ def test_what_clients_send_arrives_smaller_and_what_is_lost_stays_with_them(
     assert 0 < W.norm(W.subtract(*ends)) < W.norm(ends[0])
 
 
-def test_the_baselines_send_theirs_as_they_are(tiny: Experiment, tmp_path: Path) -> None:
+def test_baselines_do_not_compress_updates(tiny: Experiment, tmp_path: Path) -> None:
     values = tiny.model_dump(mode="json") | {"compression": {"name": "int8"}}
     train(Experiment.parse(values | {"evaluation": {"every": 0, "baselines": ["local"]}}), tmp_path / "run")
     store = RunStore(tmp_path / "run")
@@ -150,8 +153,8 @@ A, B = "m.lora_A.weight", "m.lora_B.weight"
 TOP = CompressionConfig(name="top_k", fraction=0.25)
 
 
-def fitted(weights: Weights, target: torch.Tensor, rate: float) -> Weights:
-    """Five steps of AdamW of factors towards a matrix."""
+def fit_factors(weights: Weights, target: torch.Tensor, rate: float) -> Weights:
+    """Five AdamW steps that fit the factors to a matrix."""
     own = {name: tensor.clone().requires_grad_() for name, tensor in weights.items()}
     optimizer = torch.optim.AdamW(own.values(), lr=rate, weight_decay=0.0)
     for _ in range(5):
@@ -161,16 +164,19 @@ def fitted(weights: Weights, target: torch.Tensor, rate: float) -> Weights:
     return {name: tensor.detach() for name, tensor in own.items()}
 
 
-def sent_by(method: Algorithm, chosen: CompressionConfig, update: ClientUpdate, kept: Slots, ended: Weights) -> tuple[ClientUpdate, Slots]:
-    """Through the transform, as a client that trained to ``ended``; without that its residual is not carried over."""
+def send(method: Algorithm, chosen: CompressionConfig, update: ClientUpdate, kept: Slots, ended: Weights) -> tuple[ClientUpdate, Slots]:
+    """An update passed through the transform, as from a client that trained to ``ended``. With ``ended`` empty the residual is not carried over."""
     for transform in compression(chosen):
         return transform.client(update, ClientContext(update.client, method, Broadcast(0, {}), 0, ended, kept))
     return update, {}
 
 
 def federated(name: str, chosen: CompressionConfig, carry: bool, seed: int) -> tuple[float, float]:
-    """Twelve rounds of five clients with random targets: half the squared distance of the end from their mean, and the mean cosine between what
-    was lost of a client's product and what its residual adds to the next one."""
+    """Twelve rounds of five clients with random targets.
+
+    Returns half the squared distance of the end from the targets' mean, and the mean cosine between what a client's product
+    lost and what its residual adds to the next product.
+    """
     rng = torch.Generator().manual_seed(seed)
     common = torch.randn(24, 8, generator=rng) @ torch.randn(8, 20, generator=rng) / 4
     targets = [common + 0.15 * torch.randn(24, 20, generator=rng) for _ in range(5)]
@@ -181,9 +187,9 @@ def federated(name: str, chosen: CompressionConfig, carry: bool, seed: int) -> t
     for round_num in range(12):
         aggregator = Intake(method, state)
         for k, target in enumerate(targets):
-            ended = fitted(state.weights, target, 0.015 * (1 + math.cos(math.pi * round_num / 12)))
+            ended = fit_factors(state.weights, target, 0.015 * (1 + math.cos(math.pi * round_num / 12)))
             update = ClientUpdate(str(k), W.subtract(ended, state.weights), 1)
-            sent, slots = sent_by(method, chosen, update, kept[k], ended if carry else {})
+            sent, slots = send(method, chosen, update, kept[k], ended if carry else {})
             product, kept[k] = ended[B] @ ended[A], slots
             if slots:
                 arrived = W.add(state.weights, sent.update)
@@ -197,9 +203,12 @@ def federated(name: str, chosen: CompressionConfig, carry: bool, seed: int) -> t
     return end, float(np.mean(cosines)) if cosines else math.nan
 
 
-def test_under_new_splits_a_residual_is_carried_over() -> None:
-    """FlexLoRA, largest quarter of the entries, four seeds. Loss above that of whole updates: 45.9 without feedback, 14.1 with residuals as they
-    were (cosine 0.43), 6.0 with residuals carried over (0.97)."""
+def test_a_residual_is_carried_over_to_a_new_split() -> None:
+    """The carried residual has the right direction and lowers the loss.
+
+    FlexLoRA with the largest quarter of the entries, four seeds. Loss above that of whole updates: 45.9 without feedback,
+    14.1 with unchanged residuals (cosine 0.43), 6.0 with residuals carried over (0.97).
+    """
     assert build_algorithm(AlgorithmConfig(name="flexlora")).refactorizes
     assert build_algorithm(AlgorithmConfig(name="calibrated_flexlora")).refactorizes
     ways = {"off": (TOP.model_copy(update={"error_feedback": False}), False), "as it was": (TOP, False), "carried": (TOP, True)}
@@ -213,13 +222,13 @@ def test_under_new_splits_a_residual_is_carried_over() -> None:
 
 
 @pytest.mark.parametrize("name", ["fedavg", "flexlora"])
-def test_an_update_that_is_not_finite_is_sent_with_feedback_too(name: str) -> None:
-    """It has no directions; the server refuses it, and the client keeps nothing of it."""
+def test_an_update_that_is_not_finite_leaves_no_residual(name: str) -> None:
+    """It has no directions. The server refuses it, and the client keeps no residual of it."""
     start = {A: torch.randn(4, 20), B: torch.randn(24, 4)}
     method = build_algorithm(AlgorithmConfig(name=name))
-    first, kept = sent_by(method, TOP, ClientUpdate("c", start, 1), {}, start)
+    first, kept = send(method, TOP, ClientUpdate("c", start, 1), {}, start)
     bad = {**start, A: start[A] * math.nan}
-    sent, slots = sent_by(method, TOP, ClientUpdate("c", bad, 1), kept, bad)
+    sent, slots = send(method, TOP, ClientUpdate("c", bad, 1), kept, bad)
     assert W.is_finite(first.update)
     assert not W.is_finite(sent.update)
     assert slots == {}

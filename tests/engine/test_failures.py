@@ -1,4 +1,4 @@
-"""Clients that raise, are late, or send what is absurd: one policy, whatever the engine."""
+"""One failure policy for every engine: clients that raise, are late, or send impossible updates."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SAMPLE = Sample("s", "?", "a", {"text": "t"})
 
 @dataclass
 class Flaky(Scripted):
-    """Each client sends its number; those of the script fail at so many of their turns first."""
+    """Each client sends its number. The clients in ``fails`` first fail that many times."""
 
     fails: dict[str, int] = field(default_factory=dict)
     asked: list[list[str]] = field(default_factory=list)
@@ -46,9 +46,9 @@ class Flaky(Scripted):
                 yield ClientUpdate(name, {"w": torch.full((2,), 0.01 * int(name[1:]))}, 1, {"loss": 2.0})
 
 
-def run(folder: Path, engine: Flaky, policy: FailureConfig, rounds: int = 1, told: list[Record] | None = None) -> ServerState:
+def run(folder: Path, engine: Flaky, policy: FailureConfig, rounds: int = 1, waits: list[Record] | None = None) -> ServerState:
     method, training = build_algorithm(AlgorithmConfig()), TrainingConfig(learning_rate=1.0)
-    waited = [] if told is None else told
+    waited = [] if waits is None else waits
     loop = Loop(
         method,
         engine,
@@ -62,8 +62,8 @@ def run(folder: Path, engine: Flaky, policy: FailureConfig, rounds: int = 1, tol
     return run_stage(loop, Stage("federated", {f"c{i}": [SAMPLE] for i in range(1, 11)}, rounds, 10), ServerState(START))
 
 
-def test_the_average_is_over_those_who_answered_and_the_others_are_named(tmp_path: Path) -> None:
-    """3 of 10 fail in every round."""
+def test_the_mean_is_over_received_updates_and_failures_are_named(tmp_path: Path) -> None:
+    """Three of ten clients fail in every round."""
     state = run(tmp_path, Flaky({f"c{i}": 99 for i in (1, 2, 3)}), FailureConfig(), rounds=4)
     assert state.weights["w"].tolist() == pytest.approx([4 * 0.01 * np.mean(range(4, 11))] * 2)
     records = RunStore(tmp_path).records("federated")
@@ -73,7 +73,7 @@ def test_the_average_is_over_those_who_answered_and_the_others_are_named(tmp_pat
         assert (record["num_samples"], record["skipped"], record["bytes_down"]) == (7, False, 10 * 8)
 
 
-def test_too_few_updates_stop_the_run_which_then_resumes_to_the_same_end(tmp_path: Path) -> None:
+def test_too_few_updates_stop_the_run_and_it_resumes_to_the_same_end(tmp_path: Path) -> None:
     whole = run(tmp_path / "whole", Flaky(), FailureConfig(), rounds=3)
     policy = FailureConfig(min_updates=10)
     run(tmp_path / "cut", Flaky(), policy, rounds=1)
@@ -83,7 +83,7 @@ def test_too_few_updates_stop_the_run_which_then_resumes_to_the_same_end(tmp_pat
     assert torch.equal(run(tmp_path / "cut", Flaky(), policy, rounds=3).weights["w"], whole.weights["w"])
 
 
-def test_a_round_that_is_skipped_leaves_the_weights(tmp_path: Path) -> None:
+def test_a_skipped_round_does_not_change_the_weights(tmp_path: Path) -> None:
     engine = Flaky({f"c{i}": 1 for i in range(1, 11)})
     state = run(tmp_path, engine, FailureConfig(below="skip"), rounds=2)
     assert state.round_num == 2
@@ -93,26 +93,26 @@ def test_a_round_that_is_skipped_leaves_the_weights(tmp_path: Path) -> None:
     assert (second["skipped"], second["refused"]) == (False, [])
 
 
-def test_waiting_asks_only_those_again_whose_updates_are_missing(tmp_path: Path) -> None:
-    told: list[Record] = []
+def test_waiting_asks_only_clients_without_an_update_again(tmp_path: Path) -> None:
+    waits: list[Record] = []
     engine = Flaky({"c1": 1, "c2": 2})
-    state = run(tmp_path, engine, FailureConfig(below="wait", pause=0, min_updates=10), told=told)
+    state = run(tmp_path, engine, FailureConfig(below="wait", pause=0, min_updates=10), waits=waits)
     assert engine.asked[1:] == [["c1", "c2"], ["c2"]]
-    assert [(record["attempt"], record["clients"]) for record in told] == [(2, ["c1", "c2"]), (3, ["c2"])]
+    assert [(record["attempt"], record["clients"]) for record in waits] == [(2, ["c1", "c2"]), (3, ["c2"])]
     assert state.weights["w"].tolist() == pytest.approx([0.055] * 2)
     (record,) = RunStore(tmp_path).records("federated")
     assert record["bytes_down"] == 13 * 8
 
 
-def test_a_client_that_nothing_was_sent_to_is_not_counted_in_what_went_down(tmp_path: Path) -> None:
-    """Two clients; the weights go to the one that is there, and not to the other, whatever it was asked."""
-    whole = down(tmp_path / "both", {})
-    assert whole == 2 * down(tmp_path / "one", {"client-1": "not connected"}, reached=False)
-    assert whole == down(tmp_path / "late", {"client-1": "no answer within the deadline"}, reached=True)
+def test_bytes_down_do_not_count_clients_that_were_not_reached(tmp_path: Path) -> None:
+    """Two clients. Bytes count for the client that the weights reached, whatever became of its answer."""
+    whole = bytes_down(tmp_path / "both", {})
+    assert whole == 2 * bytes_down(tmp_path / "one", {"client-1": "not connected"}, reached=False)
+    assert whole == bytes_down(tmp_path / "late", {"client-1": "no answer within the deadline"}, reached=True)
 
 
-def down(folder: Path, failing: Mapping[str, str], reached: bool = True) -> int:
-    """Bytes down of a round of FedAvg with two clients, of which some fail."""
+def bytes_down(folder: Path, failing: Mapping[str, str], reached: bool = True) -> int:
+    """Bytes sent to clients in a round of FedAvg with two clients, some of which fail."""
 
     class Some(Scripted):
         def answers(self, assignment: Assignment, clients: Mapping[str, Sequence[Sample]]) -> Iterator[Answer]:
@@ -129,14 +129,14 @@ def down(folder: Path, failing: Mapping[str, str], reached: bool = True) -> int:
     return int(row["bytes_down"])
 
 
-def test_waiting_ends(tmp_path: Path) -> None:
+def test_waiting_ends_after_the_allowed_attempts(tmp_path: Path) -> None:
     engine = Flaky({"c1": 99})
     with pytest.raises(FederationError, match="9 usable updates, 10 needed"):
         run(tmp_path, engine, FailureConfig(below="wait", pause=0, min_updates=10, attempts=3))
     assert len(engine.asked) == 3
 
 
-def test_a_method_that_needs_more_updates_is_not_given_less(tmp_path: Path) -> None:
+def test_a_round_needs_the_methods_smallest_cohort(tmp_path: Path) -> None:
     krum = build_algorithm(AlgorithmConfig(name="krum", parameters={"num_byzantine": 1}))
     engine = Flaky({f"c{i}": 99 for i in range(1, 7)})
     loop = Loop(krum, engine, TrainingConfig(learning_rate=1.0), Split(lambda w, base: {"score": 0.5}), RunStore(tmp_path), 0)
@@ -146,7 +146,7 @@ def test_a_method_that_needs_more_updates_is_not_given_less(tmp_path: Path) -> N
 
 @dataclass
 class Sends(Scripted):
-    """All clients send the same."""
+    """All clients send the same update."""
 
     update: ClientUpdate
 
@@ -162,7 +162,7 @@ class Sends(Scripted):
         (ClientUpdate("", {"w": torch.zeros(2)}, 1, round_num=3), "the update answers round 4, expected round 1"),
     ],
 )
-def test_what_no_training_gives_and_what_is_stale_is_refused(tmp_path: Path, update: ClientUpdate, reason: str) -> None:
+def test_impossible_and_stale_updates_are_refused(tmp_path: Path, update: ClientUpdate, reason: str) -> None:
     loop = Loop(
         build_algorithm(AlgorithmConfig()), Sends(update), TrainingConfig(), Split(lambda w, base: {"score": 0.5}), RunStore(tmp_path), 0
     )
@@ -174,15 +174,15 @@ def test_what_no_training_gives_and_what_is_stale_is_refused(tmp_path: Path, upd
         assert run_stage(unlimited, Stage("federated", {"a": [SAMPLE]}, 1, 1), ServerState(START)).round_num == 1
 
 
-def test_controls_that_are_no_gradients_are_refused(tmp_path: Path) -> None:
-    """Their root mean square is 10.1, then 9.9, with a limit of 10."""
+def test_controls_larger_than_a_gradient_are_refused(tmp_path: Path) -> None:
+    """The root mean square is 10.1, then 9.9; the limit is 10."""
     scaffold = build_algorithm(AlgorithmConfig(name="scaffold"))
     start = scaffold.init(START, {})
-    for size, taken in ((10.1, False), (9.9, True)):
+    for size, accepted in ((10.1, False), (9.9, True)):
         update = ClientUpdate("", {"w": torch.zeros(2)}, 1, extras={"control": {"w": torch.full((2,), size)}})
         loop = Loop(scaffold, Sends(update), TrainingConfig(), Split(lambda w, base: {"score": 0.5}), RunStore(tmp_path / str(size)), 0)
         stage = Stage("federated", {"a": [SAMPLE]}, 1, 1)
-        if taken:
+        if accepted:
             assert run_stage(loop, stage, start).slots["control"]["w"].tolist() == pytest.approx([9.9, 9.9])
         else:
             with pytest.raises(FederationError, match=r"the norm of the control is 14\.3, the limit is 14\.1"):
@@ -212,8 +212,8 @@ def test_a_second_update_of_a_client_does_not_count(tmp_path: Path) -> None:
 
 @settings(deadline=None, max_examples=60)
 @given(st.integers(1, 40), st.floats(0, 0.97), st.floats(0.5, 0.999), st.integers(0, 2**31))
-def test_no_gradients_take_adamw_further_than_its_reach(steps: int, beta1: float, beta2: float, seed: int) -> None:
-    """Gradients of all sizes and signs, the worst of them those whose size falls like Cauchy and Schwarz have it."""
+def test_adamw_never_moves_further_than_its_reach(steps: int, beta1: float, beta2: float, seed: int) -> None:
+    """Gradients of all sizes and signs. The worst ones decay as in the Cauchy-Schwarz bound."""
     rng = np.random.default_rng(seed)
     sizes = rng.choice([1.0, 1e-3, 1e3], size=(steps, 3)) * rng.normal(size=(steps, 3))
     sizes[:, 2] = (beta1 / beta2) ** np.arange(steps, 0, -1)
@@ -226,7 +226,7 @@ def test_no_gradients_take_adamw_further_than_its_reach(steps: int, beta1: float
     assert float(parameter.detach().norm()) <= limit * (1 + 1e-9)
 
 
-def test_the_reach_of_one_step_is_one_learning_rate_and_of_any_number_at_hand_at_once() -> None:
+def test_the_reach_has_a_closed_form_for_any_number_of_steps() -> None:
     training = TrainingConfig(batch_size=1)
     assert reach(training, 0.01, 1, 1) == pytest.approx(0.01)
     assert reach(training, 0.01, 10**15, 1) == pytest.approx(0.01 * 10**15 * np.sqrt(0.2 / (1 - 0.81 / 0.95)), rel=1e-3)

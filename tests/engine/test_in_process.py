@@ -1,4 +1,4 @@
-"""Clients in this process: submitted, trained side by side when their answers are asked for, each by itself where one breaks."""
+"""The in-process engine trains clients in parallel when their answers are requested, and one by one where a client fails."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from fedmllm.types import Answer, ClientFailure, ClientUpdate
 from scripted import answers
 
 
-def real(vlm: VisionLanguageModel, together: int = 16, seconds: float | None = None) -> tuple[InProcessEngine, Assignment]:
+def build(vlm: VisionLanguageModel, together: int = 16, seconds: float | None = None) -> tuple[InProcessEngine, Assignment]:
     method = build_algorithm(AlgorithmConfig())
     broadcast = method.broadcast(ServerState(read_weights(vlm.model)))
     training = TrainingConfig(batch_size=8)
@@ -34,7 +34,7 @@ def real(vlm: VisionLanguageModel, together: int = 16, seconds: float | None = N
 
 @dataclass(frozen=True)
 class Raises(LossTerm):
-    """A loss term that raises when it is asked."""
+    """A loss term that always raises."""
 
     error: Exception
 
@@ -44,7 +44,7 @@ class Raises(LossTerm):
 
 @dataclass(frozen=True)
 class Breaks:
-    """A method's client rule that raises at one client while it trains."""
+    """A method whose client rule raises for one client during training."""
 
     method: object
     client: str
@@ -59,10 +59,10 @@ class Breaks:
 
 
 @pytest.mark.parametrize("together", [1, 16])
-def test_a_client_that_raises_takes_no_other_with_it(
+def test_a_client_that_raises_does_not_affect_others(
     vlm: VisionLanguageModel, federation: FederatedData, together: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    engine, assignment = real(vlm, together)
+    engine, assignment = build(vlm, together)
     names = sorted(federation.clients)[:3]
     clients = {name: federation.clients[name] for name in names}
     alone = list(answers(engine, assignment, {name: clients[name] for name in (names[0], names[2])}))
@@ -77,16 +77,16 @@ def test_a_client_that_raises_takes_no_other_with_it(
             torch.testing.assert_close(found.update[name], tensor, atol=2e-5, rtol=0)
 
 
-def test_what_is_wrong_with_settings_or_data_is_no_failure_of_a_client(vlm: VisionLanguageModel, federation: FederatedData) -> None:
-    engine, assignment = real(vlm)
+def test_an_error_in_settings_or_data_is_not_a_client_failure(vlm: VisionLanguageModel, federation: FederatedData) -> None:
+    engine, assignment = build(vlm)
     name = min(federation.clients)
     broken = replace(assignment, algorithm=Breaks(assignment.algorithm, name, DataError("row 3 is bad")))  # type: ignore[arg-type]
     with pytest.raises(DataError, match="row 3 is bad"):
         list(answers(engine, broken, federation.clients))
 
 
-def test_clients_that_have_not_begun_by_the_deadline_are_left_out(vlm: VisionLanguageModel, federation: FederatedData) -> None:
-    engine, assignment = real(vlm, together=1, seconds=1e-9)
+def test_clients_that_have_not_started_by_the_deadline_fail(vlm: VisionLanguageModel, federation: FederatedData) -> None:
+    engine, assignment = build(vlm, together=1, seconds=1e-9)
     found = list(answers(engine, assignment, federation.clients))
     assert found == [ClientFailure(name, "did not start within the deadline of 1e-09 s") for name in federation.clients]
 
@@ -97,9 +97,9 @@ def updates(found: Iterator[Answer]) -> list[str]:
     return [answer.client for answer in every]
 
 
-def test_answers_come_in_any_order_and_are_the_same(vlm: VisionLanguageModel, federation: FederatedData) -> None:
-    """Those of a wave that are asked for later wait."""
-    engine, assignment = real(vlm)
+def test_answers_do_not_depend_on_their_order(vlm: VisionLanguageModel, federation: FederatedData) -> None:
+    """Answers of a wave that are requested later are kept."""
+    engine, assignment = build(vlm)
     names = sorted(federation.clients)
     first = {answer.client: answer for answer in answers(engine, assignment, federation.clients)}
     engine.submit(assignment, federation.clients)
@@ -110,8 +110,8 @@ def test_answers_come_in_any_order_and_are_the_same(vlm: VisionLanguageModel, fe
         assert all(torch.equal(answer.update[name], tensor) for name, tensor in expected.update.items())
 
 
-def test_what_was_not_taken_stays_outstanding(vlm: VisionLanguageModel, federation: FederatedData) -> None:
-    engine, assignment = real(vlm)
+def test_clients_whose_answers_were_not_taken_stay_outstanding(vlm: VisionLanguageModel, federation: FederatedData) -> None:
+    engine, assignment = build(vlm)
     names = sorted(federation.clients)
     engine.submit(assignment, federation.clients)
     assert next(engine.completed()).client == names[0]
@@ -120,8 +120,8 @@ def test_what_was_not_taken_stays_outstanding(vlm: VisionLanguageModel, federati
     assert list(engine.completed()) == []
 
 
-def test_nobody_answers_who_is_not_outstanding(vlm: VisionLanguageModel, federation: FederatedData) -> None:
-    engine, assignment = real(vlm)
+def test_only_outstanding_clients_can_be_requested(vlm: VisionLanguageModel, federation: FederatedData) -> None:
+    engine, assignment = build(vlm)
     engine.submit(assignment, federation.clients)
     with pytest.raises(LookupError, match="'nobody' is not outstanding"):
         next(engine.completed(["nobody"]))
@@ -129,9 +129,9 @@ def test_nobody_answers_who_is_not_outstanding(vlm: VisionLanguageModel, federat
     assert list(engine.completed()) == []
 
 
-def test_an_error_of_settings_or_data_leaves_nobody_outstanding(vlm: VisionLanguageModel, federation: FederatedData) -> None:
-    """So that the same clients can be submitted again."""
-    engine, assignment = real(vlm)
+def test_an_error_in_settings_or_data_leaves_no_client_outstanding(vlm: VisionLanguageModel, federation: FederatedData) -> None:
+    """The same clients can be submitted again."""
+    engine, assignment = build(vlm)
     name = min(federation.clients)
     broken = replace(assignment, algorithm=Breaks(assignment.algorithm, name, DataError("row 3 is bad")))  # type: ignore[arg-type]
     engine.submit(broken, federation.clients)
@@ -140,8 +140,8 @@ def test_an_error_of_settings_or_data_leaves_nobody_outstanding(vlm: VisionLangu
     assert updates(answers(engine, assignment, federation.clients)) == list(federation.clients)
 
 
-def test_models_of_clients_are_scored_here(vlm: VisionLanguageModel, federation: FederatedData) -> None:
-    engine, assignment = real(vlm)
+def test_client_models_are_scored_in_this_process(vlm: VisionLanguageModel, federation: FederatedData) -> None:
+    engine, assignment = build(vlm)
     split = Split(lambda weights, base: {"score": float(len(weights)), "base": float(len(base))})
     count = float(len(assignment.broadcast.weights))
     assert engine.scores(assignment, ["a", "b"], split) == {name: {"score": count, "base": 0.0} for name in ("a", "b")}

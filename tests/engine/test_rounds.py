@@ -32,7 +32,7 @@ START = {"w": torch.zeros(2)}
 
 @dataclass
 class Numbers(Scripted):
-    """An engine of the test's own: each client sends its number, except where the script says otherwise."""
+    """Each client sends its number, unless ``script`` has another update for it."""
 
     script: Mapping[str, ClientUpdate] = field(default_factory=dict)
 
@@ -50,7 +50,7 @@ def loop(folder: Path, engine: Numbers | None = None, seen: list[Record] | None 
     return Loop(
         build_algorithm(AlgorithmConfig()),
         engine or Numbers(),
-        TrainingConfig(learning_rate=1.0),  # so large that updates of the size of a client's number could be trained
+        TrainingConfig(learning_rate=1.0),  # large enough for updates of the size of a client's number
         Split(score),
         RunStore(folder),
         0,
@@ -72,7 +72,7 @@ def test_cohorts_are_fair_distinct_and_derived_from_seed_and_round() -> None:
     assert s.cohort(0, 5) == cohorts[5] != s.cohort(1, 5)
 
 
-def test_records_tell_what_happened(tmp_path: Path) -> None:
+def test_records_describe_each_round(tmp_path: Path) -> None:
     seen: list[Record] = []
     watched = replace(loop(tmp_path, seen=seen), validation=Split(lambda weights, base: {"score": -float(weights["w"].mean())}))
     state = run_stage(watched, stage(4, 2, rounds=3, every=2), ServerState(START))
@@ -120,7 +120,7 @@ def test_a_good_update_is_not_refused() -> None:
 
 
 def test_fedavg_of_real_clients_equals_numpy(vlm: VisionLanguageModel, encoder: Encoder, federation: FederatedData, tmp_path: Path) -> None:
-    """Two rounds of real training; the averages are redone in NumPy from each client's own weights."""
+    """Two rounds of real training. NumPy recomputes the averages from each client's own weights."""
     training = TrainingConfig(batch_size=8)
     engine = InProcessEngine(vlm, encoder, training)
     calls: list[tuple[Weights, list[ClientUpdate]]] = []
@@ -172,17 +172,17 @@ def test_resume_in_the_middle_repeats_nothing_and_skips_nothing(tmp_path: Path) 
     assert rounds == [record["clients"] for record in RunStore(tmp_path / "whole").records("federated")]
 
 
-def test_a_personalized_method_is_scored_by_the_mean_of_the_clients_own_models(tmp_path: Path) -> None:
+def test_a_personalized_method_is_scored_by_the_mean_over_client_models(tmp_path: Path) -> None:
     def scored(weights: Weights, base: Weights) -> Metrics:
         return {"score": float(weights["w"].mean()), "standard_error": 0.5, "num_samples": 8, "failures": 1}
 
     own = replace(loop(tmp_path), algorithm=build_algorithm(AlgorithmConfig(name="ditto")), test=Split(scored))
     for client, value in (("c0", 0.25), ("c1", 0.75)):
         own.store.client_states("federated").save(client, 0, {"personal": {"w": torch.full((2,), value)}}, [])
-    # 0.25, 0.75 and, of a client that never took part, the global 0.5: standard deviation 0.25.
+    # 0.25, 0.75, and the global 0.5 for a client that never took part: standard deviation 0.25.
     state = ServerState({"w": torch.full((2,), 0.5)}, round_num=1, accepted={"c0": [0], "c1": [0]})
     several = evaluate_state(own, stage(3), state)
     assert several == {"score": 0.5, "standard_error": pytest.approx(0.25 / 3**0.5), "num_samples": 24, "failures": 3}
-    # One client has no error over clients: it keeps that over the test samples.
+    # A single client has no error over clients, so its error over test samples stays.
     alone = evaluate_state(own, stage(1), state)
     assert alone == {"score": 0.25, "standard_error": 0.5, "num_samples": 8, "failures": 1}

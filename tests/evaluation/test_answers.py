@@ -19,12 +19,12 @@ CONFIG = EvaluationConfig()
 
 @pytest.fixture
 def vlm(nano: VisionLanguageModel) -> VisionLanguageModel:
-    """The embedded model, which has learned to answer."""
+    """The embedded model, which is trained to answer."""
     return nano
 
 
 def test_probabilities_equal_brute_force(vlm: VisionLanguageModel, encoder: Encoder, federation: FederatedData) -> None:
-    """Each option's letter put in as the answer, its first token's likelihood read off, and normalized."""
+    """Each option's letter is used as the answer; the likelihoods of its first token are normalized."""
     samples = federation.dataset.test[:6]
     for sample, prediction in zip(samples, predict(vlm, samples, encoder, CONFIG), strict=True):
         scores = []
@@ -46,8 +46,8 @@ def test_batches_do_not_change_answers(vlm: VisionLanguageModel, encoder: Encode
         assert a.probabilities == pytest.approx(b.probabilities, abs=1e-4)
 
 
-def test_sixty_two_options_are_told_apart(vlm: VisionLanguageModel, encoder: Encoder, federation: FederatedData) -> None:
-    """The probability of each against the whole prompt with its letter put in as the answer."""
+def test_sixty_two_options_have_distinct_letters(vlm: VisionLanguageModel, encoder: Encoder, federation: FederatedData) -> None:
+    """Each probability equals that of the whole prompt with the option's letter as the answer."""
     options = tuple(map(str, range(62)))
     sample = replace(federation.dataset.test[0], id="many", options=options, answer="30")
     (prediction,) = predict(vlm, [sample], encoder, CONFIG)
@@ -76,13 +76,13 @@ def test_greedy_answers_equal_generate_one_by_one(vlm: VisionLanguageModel, enco
         assert prediction.answer == text
 
 
-def test_an_answer_without_end_is_a_failure(vlm: VisionLanguageModel, encoder: Encoder, federation: FederatedData) -> None:
+def test_an_answer_without_an_end_token_is_a_failure(vlm: VisionLanguageModel, encoder: Encoder, federation: FederatedData) -> None:
     (prediction,) = predict(vlm, reading(federation, 1), encoder, EvaluationConfig(max_new_tokens=1))
     assert prediction.answer is None
 
 
-def test_a_closed_answer_that_is_cut_off_keeps_its_whole_words(vlm: VisionLanguageModel) -> None:
-    """Politeness must not cost the answer; but No may be the beginning of Normal, so that a single word without end is none."""
+def test_a_truncated_closed_answer_keeps_its_complete_words(vlm: VisionLanguageModel) -> None:
+    """A polite answer must not be lost. But "No" may begin "Normal", so a single word without an end is no answer."""
     ends = _end_tokens(vlm)
 
     def read(text: str, cut: bool) -> str | None:
@@ -94,10 +94,10 @@ def test_a_closed_answer_that_is_cut_off_keeps_its_whole_words(vlm: VisionLangua
     assert read("No<|end|> more", True) == read("No<|end|> more", False) == "No"
 
 
-def test_a_closed_question_is_read_by_whole_words_where_an_open_one_fails(
+def test_a_truncated_answer_is_read_for_closed_questions_and_fails_for_open_ones(
     vlm: VisionLanguageModel, encoder: Encoder, federation: FederatedData
 ) -> None:
-    """A model that has learnt to be polite is cut off one token before its end: of the closed question "yes it is" leaves "yes it"."""
+    """A polite model is cut off one token before its end. The closed question's "yes it is" becomes "yes it"."""
     (opened,) = reading(federation, 1)
     opened = replace(opened, answer="yes it is")
     kinds = [opened, replace(opened, id="closed", answer_type="closed")]
@@ -113,13 +113,13 @@ def test_a_closed_question_is_read_by_whole_words_where_an_open_one_fails(
     assert [p.answer for p in cut] == [None, "yes it"]
 
 
-def test_probabilities_that_are_no_numbers_are_a_failure(vlm: VisionLanguageModel, encoder: Encoder, federation: FederatedData) -> None:
+def test_probabilities_that_are_not_finite_are_a_failure(vlm: VisionLanguageModel, encoder: Encoder, federation: FederatedData) -> None:
     with torch.no_grad():
         vlm.model.get_base_model().lm_head.weight.fill_(float("nan"))  # type: ignore[operator, union-attr]
     predictions = predict(vlm, federation.dataset.test[:2], encoder, CONFIG)
     assert [p.answer for p in predictions] == [None, None]
 
 
-def test_kinds_of_questions_may_be_mixed(vlm: VisionLanguageModel, encoder: Encoder, federation: FederatedData) -> None:
+def test_different_kinds_of_questions_can_be_mixed(vlm: VisionLanguageModel, encoder: Encoder, federation: FederatedData) -> None:
     samples = [*federation.dataset.test[:2], *reading(federation, 2), *federation.dataset.test[2:4]]
     assert [p.sample.id for p in predict(vlm, samples, encoder, CONFIG)] == [s.id for s in samples]

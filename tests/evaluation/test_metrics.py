@@ -49,7 +49,7 @@ def test_auc_uses_probabilities_not_hard_answers() -> None:
     assert auc([binary(0, 0.6), binary(1, 0.7), binary(0, 0.55), binary(1, 0.9)]) == 1.0
 
 
-def test_a_failure_never_helps_the_auc() -> None:
+def test_a_failure_never_raises_the_auc() -> None:
     good = [binary(0, 0.1), binary(0, 0.2), binary(1, 0.8), binary(1, 0.9)]
     assert auc(good) == 1.0
     assert auc([*good[:3], binary(1, None)]) == 0.5
@@ -72,8 +72,8 @@ def test_macro_f1_equals_scikit_learn_over_occurring_classes(rows: list[tuple[st
 Rows = list[tuple[str, str | None]]
 
 
-def side_by_side(truth: Sequence[str], guess: Sequence[str]) -> dict[str, float]:
-    """Scikit-learn's, over the classes that occur."""
+def reference_scores(truth: Sequence[str], guess: Sequence[str]) -> dict[str, float]:
+    """Scikit-learn's scores over the classes that occur."""
     labels = sorted(set(truth))
     return {
         "accuracy": float(np.mean(np.array(truth) == np.array(guess))),
@@ -83,9 +83,9 @@ def side_by_side(truth: Sequence[str], guess: Sequence[str]) -> dict[str, float]
 
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from(["a", "b", "c", None])), min_size=1, max_size=40))
-def test_accuracy_balanced_accuracy_and_macro_f1_stand_beside_each_other(rows: Rows) -> None:
-    """Whichever of them is the headline."""
-    expected = side_by_side([t for t, _ in rows], [g or "failed" for _, g in rows])
+def test_accuracy_balanced_accuracy_and_macro_f1_equal_scikit_learn(rows: Rows) -> None:
+    """For any headline."""
+    expected = reference_scores([t for t, _ in rows], [g or "failed" for _, g in rows])
     for headline in ("macro_f1", "accuracy"):
         numbers = all_metrics(headline, [multi(*row) for row in rows], seed=0)
         assert {name: numbers[name] for name in SIDE_BY_SIDE} == pytest.approx(expected, abs=1e-12)
@@ -93,28 +93,28 @@ def test_accuracy_balanced_accuracy_and_macro_f1_stand_beside_each_other(rows: R
 
 
 @given(st.lists(st.tuples(st.integers(0, 1), st.sampled_from([0.0, 0.1, 0.5, 0.51, None])), min_size=2, max_size=40))
-def test_they_stand_beside_an_auc_too(rows: list[tuple[int, float | None]]) -> None:
-    """Of the chosen options; even odds choose the first, a failure none."""
+def test_class_metrics_are_reported_beside_an_auc(rows: list[tuple[int, float | None]]) -> None:
+    """Computed from the chosen options: even odds choose the first option, a failure chooses none."""
     assume(len({label for label, _ in rows}) == 2)
     predictions = [binary(*row) for row in rows]
-    expected = side_by_side([("no", "yes")[label] for label, _ in rows], [p.answer or "failed" for p in predictions])
+    expected = reference_scores([("no", "yes")[label] for label, _ in rows], [p.answer or "failed" for p in predictions])
     numbers = all_metrics("auc", predictions, seed=0)
     assert {name: numbers[name] for name in SIDE_BY_SIDE} == pytest.approx(expected, abs=1e-12)
 
 
-def test_what_ignores_the_classes_that_are_rare() -> None:
-    """Always the most frequent answer: 8 of 10 right, and no better than chance where classes count alike."""
+def test_accuracy_hides_rare_classes_and_balanced_accuracy_does_not() -> None:
+    """Always the most frequent answer: 8 of 10 right, and chance level where classes count equally."""
     numbers = all_metrics("macro_f1", [multi("a", "a")] * 8 + [multi("b", "a")] * 2, seed=0)
     assert [numbers[name] for name in SIDE_BY_SIDE] == pytest.approx([0.8, 0.5, (16 / 18 + 0) / 2])
 
 
-def test_where_there_are_no_classes_there_is_accuracy_only() -> None:
-    """Free answers; and options in an order, or of a kind, that each question has for itself."""
+def test_questions_without_classes_have_accuracy_only() -> None:
+    """For free answers, and for options whose order or set differs by question."""
     for rows in ([free("a", "a")], [multi("a", "a"), multi("a", "a", ("b", "a"))]):
         assert set(all_metrics("accuracy", rows, seed=0)) & set(SIDE_BY_SIDE) == {"accuracy"}
 
 
-def test_of_a_mixture_each_is_the_mean_over_datasets() -> None:
+def test_class_metrics_of_a_mixture_are_means_over_datasets() -> None:
     parts = {"claims": [binary(0, 0.1), binary(1, 0.2), binary(1, 0.9)], "triage": [multi("a", "a"), multi("b", "c"), multi("b", "b")]}
     named = [replace(p, sample=replace(p.sample, domain=domain)) for domain, part in parts.items() for p in part]
     numbers = all_metrics("mixed", named, seed=0)
@@ -124,7 +124,7 @@ def test_of_a_mixture_each_is_the_mean_over_datasets() -> None:
     assert set(all_metrics("mixed", with_free, seed=0)) & set(SIDE_BY_SIDE) == {"accuracy"}
 
 
-def test_a_failure_is_no_class() -> None:
+def test_a_failure_is_not_a_class() -> None:
     assert macro_f1([multi("a", "a"), multi("b", None)]) == pytest.approx(0.5)
 
 
@@ -190,13 +190,13 @@ def test_near_misses_of_free_answers(answer: str, guess: str | None, right: bool
         ("yes", "...", False),
     ],
 )
-def test_signs_stay_and_punctuation_of_any_script_goes(answer: str, guess: str, right: bool) -> None:
+def test_normalizing_keeps_signs_and_drops_punctuation_of_any_script(answer: str, guess: str, right: bool) -> None:
     assert is_right(free(answer, guess)) is right
 
 
 @pytest.mark.parametrize(("right", "wrong"), [("+", "-"), ("yes", "Yes."), ("a", "a."), ("café", "cafe\u0301"), (".", ",")])
-def test_options_are_compared_by_position_not_as_text(right: str, wrong: str) -> None:
-    """Whatever normalization would make of them: the majority answer of an even split is right half of the time."""
+def test_options_are_compared_by_position_not_by_text(right: str, wrong: str) -> None:
+    """Normalization plays no role: the majority answer of an even split is right half of the time."""
     rows = [multi(right, guess, (right, wrong)) for guess in (right, wrong)]
     assert accuracy(rows) == 0.5
     even = [p.sample for p in rows] + [multi(wrong, wrong, (right, wrong)).sample] * 2
@@ -206,19 +206,19 @@ def test_options_are_compared_by_position_not_as_text(right: str, wrong: str) ->
 
 @pytest.mark.parametrize("metric", ["accuracy", "macro_f1"])
 def test_a_majority_answer_that_a_question_does_not_offer_is_wrong(metric: str) -> None:
-    """Each question has options of its own; "cat" is the most frequent answer and no option of the second question."""
+    """The second question does not offer "cat", the most frequent answer."""
     cat, fly = multi("cat", None, ("dog", "cat")).sample, multi("fly", None, ("ant", "fly")).sample
     assert majority_score(metric, [cat, cat, fly], [cat, fly]) == pytest.approx({"accuracy": 1 / 2, "macro_f1": 2 / 3}[metric])
 
 
 @given(st.text(st.characters(codec="utf-8") | st.sampled_from("*_` .,-+#(א。ßΣİé"), max_size=30))
-def test_normalizing_never_leaves_nothing(text: str) -> None:
+def test_normalizing_never_gives_an_empty_answer(text: str) -> None:
     assert bool(normalize(text)) == bool(text.split())
     assert normalize(normalize(text)) == normalize(text)
 
 
 @given(st.text())
-def test_normalizing_twice_is_normalizing_once(text: str) -> None:
+def test_normalizing_is_idempotent(text: str) -> None:
     assert normalize(normalize(text)) == normalize(text)
 
 
@@ -275,19 +275,22 @@ def test_other_closed_and_open_answers_are_compared_whole(answer: str, guess: st
     assert not is_failure(free(answer, guess, kind))
 
 
-def test_a_polite_model_scores_as_a_terse_one_where_yes_or_no_is_asked() -> None:
-    """And one that evades the question is a counted failure, no class."""
+def test_a_polite_model_scores_like_a_terse_one_on_yes_or_no_questions() -> None:
+    """A model that evades the question is counted as a failure, not as a class."""
     truths = ["yes", "no", "yes", "no"]
     terse, polite = (["yes", "no", "no", "no"], ["Yes, it is.", "No, there is none.", "No - it is not.", "No. That is normal."])
-    scores = [all_metrics("accuracy", [free(t, g, "closed") for t, g in zip(truths, told, strict=True)], 0) for told in (terse, polite)]
+    scores = [
+        all_metrics("accuracy", [free(t, g, "closed") for t, g in zip(truths, given_answers, strict=True)], 0)
+        for given_answers in (terse, polite)
+    ]
     assert scores[0] == scores[1]
     assert scores[0]["score"] == scores[0]["accuracy_closed"] == 0.75
     evasive = all_metrics("accuracy", [free(t, "I cannot say yes or no.", "closed") for t in truths], 0)
     assert (evasive["score"], evasive["failures"]) == (0, 4)
 
 
-def test_open_answers_by_hand() -> None:
-    """Right answer 3 words, model's 6, 3 shared: recall 1, F1 2 * 3 / 9. Then 1 of 2 shared with 1: recall 1/2, F1 2 / 3. Then a failure."""
+def test_open_scores_match_a_hand_computation() -> None:
+    """Right answer 3 words, model's answer 6, 3 shared: recall 1, F1 2 * 3 / 9. Then 1 of 2 shared with 1: recall 1/2, F1 2 / 3. Then a failure."""
     rows = [free("left lower lobe", "It is the left lower lobe."), free("chest CT", "CT"), free("liver", None)]
     scores = free_scores(rows)
     assert scores == pytest.approx({"accuracy_open": 0, "recall_open": (1 + 1 / 2) / 3, "f1_open": (2 / 3 + 2 / 3) / 3})
@@ -298,8 +301,8 @@ def test_open_answers_by_hand() -> None:
     assert free_scores([binary(0, 0.1)]) == {}
 
 
-def test_long_answers_by_hand() -> None:
-    """Of 9 words in the order a to i, the model's 6 have b d e in common: F1 2 * 3 / 15. Bags would share 6. An answer of 8 words is not long."""
+def test_long_answer_scores_match_a_hand_computation() -> None:
+    """Of 9 words in the order a to i, the model's 6 share b d e in order: F1 2 * 3 / 15. Bags of words share 6. 8 words are not long."""
     right, given = "a b c d e f g h i", "g h i b d e"
     scores = free_scores([free(right, given), free("a b c d e f g h", "x"), free(right, None)])
     assert scores["rouge_l_long"] == pytest.approx((2 * 3 / 15 + 0) / 2)
@@ -308,7 +311,7 @@ def test_long_answers_by_hand() -> None:
 
 
 def longest(one: tuple[str, ...], other: tuple[str, ...]) -> int:
-    """Of common subsequences, by definition."""
+    """The longest common subsequence, by definition."""
 
     @cache
     def of(i: int, k: int) -> int:
@@ -331,7 +334,7 @@ def test_free_scores_equal_their_definitions(right: list[str], given: list[str])
     assert all(0 <= value <= 1 for value in scores.values())
 
 
-def test_words_of_scripts_without_spaces_are_characters() -> None:
+def test_scripts_without_spaces_are_compared_by_character() -> None:
     assert words("Left lung, X-ray: <5 (mm).") == ["left", "lung", "x-ray", "<5", "mm"]
     assert words("\u5de6\u80ba\uff0c\u53f3\u80ba\u3002CT") == ["\u5de6", "\u80ba", "\u53f3", "\u80ba", "ct"]
     assert words("?!") == ["?!"]
@@ -348,7 +351,7 @@ def test_accuracy_by_answer_type() -> None:
 
 
 @given(st.lists(st.tuples(st.booleans(), st.sampled_from([0.0, 0.1, 0.5, 0.51, 1.0])), min_size=2, max_size=40))
-def test_the_auc_of_choices_is_scikit_learn_s(rows: list[tuple[bool, float]]) -> None:
+def test_the_auc_of_choices_equals_scikit_learn(rows: list[tuple[bool, float]]) -> None:
     """Even odds choose the first option, as the answer does."""
     truth = [int(label) for label, _ in rows]
     assume(len(set(truth)) == 2)
@@ -356,26 +359,26 @@ def test_the_auc_of_choices_is_scikit_learn_s(rows: list[tuple[bool, float]]) ->
     assert hard.score() == pytest.approx(roc_auc_score(truth, [p > 0.5 for _, p in rows]), abs=1e-12)
 
 
-def test_a_failure_counts_against_the_auc_of_choices_too() -> None:
-    """Two pairs: the failed positive is below its negative, the right one above."""
+def test_a_failure_lowers_the_auc_of_choices() -> None:
+    """Two pairs: the failed positive ranks below its negative, the right one above."""
     numbers = all_metrics("auc", [binary(0, 0.2), binary(1, None), binary(1, 0.9)], seed=0)
     assert (numbers["auc_hard"], numbers["failures"]) == (0.5, 1)
     assert "auc_hard" not in all_metrics("accuracy", [free("a", "a")], seed=0)
 
 
-def test_hard_guesses_leave_other_datasets_of_a_mixture_alone() -> None:
+def test_hard_guesses_do_not_change_other_datasets_of_a_mixture() -> None:
     rows = [binary(0, 0.6), binary(1, 0.7), multi("c", "c")]
     mixed = [replace(p, sample=replace(p.sample, domain=domain)) for p, domain in zip(rows, ("claims", "claims", "triage"), strict=True)]
     assert answered("mixed", mixed).hard().guess.tolist() == [1.0, 1.0, 2.0]
 
 
 def test_standard_error_of_a_share() -> None:
-    """The bootstrap of a mean of 0/1 values estimates sqrt(p (1 - p) / n)."""
+    """The bootstrap over 0/1 values estimates sqrt(p (1 - p) / n)."""
     rows = [free("a", "a" if i % 4 else "b") for i in range(400)]
     assert standard_error("accuracy", rows, 0) == pytest.approx(np.sqrt(0.75 * 0.25 / 400), rel=0.15)
 
 
-def test_standard_error_survives_a_rare_class() -> None:
+def test_standard_error_exists_for_a_rare_class() -> None:
     rows = [binary(0, 0.1), binary(0, 0.3), binary(0, 0.2), binary(1, 0.25)]
     assert np.isfinite(standard_error("auc", rows, 0))
 
@@ -392,13 +395,13 @@ def test_majority_score() -> None:
     assert majority_score("macro_f1", samples("aab", "choice", options), samples("ab", "choice", options)) == pytest.approx((2 / 3 + 0) / 2)
 
 
-def test_ties_of_the_majority_do_not_depend_on_the_order() -> None:
+def test_a_tied_majority_does_not_depend_on_the_order() -> None:
     test = samples("ab")
     assert majority_score("accuracy", samples("ab"), test) == majority_score("accuracy", samples("ba"), test)
 
 
 def test_a_mixture_is_the_mean_of_its_datasets_by_their_own_metrics() -> None:
-    """And a resample that misses one of them the mean of the others."""
+    """A resample without one dataset is the mean of the others."""
     rows = {
         "claims": [binary(0, 0.1), binary(1, 0.9), binary(1, 0.05)],
         "triage": [multi("a", "a"), multi("b", "c")],
@@ -411,7 +414,7 @@ def test_a_mixture_is_the_mean_of_its_datasets_by_their_own_metrics() -> None:
 
 
 @pytest.mark.parametrize("metric", ["auc", "macro_f1", "accuracy"])
-def test_the_score_of_a_resample_is_that_of_its_predictions(metric: str) -> None:
+def test_a_resamples_score_equals_the_score_of_its_predictions(metric: str) -> None:
     rng = np.random.default_rng(0)
     rows = [binary(int(rng.integers(2)), None if i % 9 == 0 else float(rng.random())) for i in range(60)]
     for _ in range(5):
@@ -420,8 +423,8 @@ def test_the_score_of_a_resample_is_that_of_its_predictions(metric: str) -> None
 
 
 @pytest.mark.parametrize("metric", ["auc", "macro_f1", "accuracy"])
-def test_answers_survive_as_json(metric: str) -> None:
-    """Failures too, which are told apart from any probability."""
+def test_answers_survive_json(metric: str) -> None:
+    """Failures stay distinct from any probability."""
     models = [answered(metric, [binary(i % 2, None if i % 5 == k else i / 20) for i in range(20)]) for k in range(2)]
     again = from_record(json.loads(json.dumps(to_record(models), allow_nan=False)))
     for before, after in zip(models, again, strict=True):
@@ -430,8 +433,8 @@ def test_answers_survive_as_json(metric: str) -> None:
             np.testing.assert_array_equal(getattr(after, name), getattr(before, name))
 
 
-def test_the_question_alone_says_more_than_the_majority() -> None:
-    """A model that only knows how often questions have which answers does not pass for one that looks."""
+def test_the_question_score_counts_answers_by_question() -> None:
+    """A model that only knows how frequent each question's answers are must not pass for one that looks."""
 
     def asked(question: str, *answers: str) -> list[Sample]:
         return [Sample(f"{question}{i}", question, answer, {}, answer_type="open") for i, answer in enumerate(answers)]

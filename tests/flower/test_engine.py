@@ -1,4 +1,4 @@
-"""Flower as the engine: faults of clients and of the way on a Grid in this process, and the simulation on Ray with a worker killed."""
+"""Flower as the engine: faulty answers and lost messages with a Grid in this process, and a real Ray simulation with a killed worker."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ SETTINGS: dict[str, Any] = {
 }
 
 EMBEDDED = {"model": {"name": "nano"}}
-"""Wide enough for factors to be smaller than their product, and slow enough for a worker to be killed in time."""
+"""Wide enough for factors to be smaller than their product, and slow enough to kill a worker in time."""
 
 
 def trained(folder: Path, monkeypatch: pytest.MonkeyPatch, tamper: Tamper, **failures: Any) -> list[dict[str, Any]]:
@@ -133,10 +133,8 @@ def test_a_bad_answer_is_refused_named_and_left_out(fault: Tamper, reason: str, 
         assert record["num_samples"] == 30
 
 
-def test_with_three_of_ten_clients_failing_in_every_round_the_run_goes_on_with_the_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In each round others, each in another way; what is averaged is the seven that are left."""
+def test_a_run_continues_with_three_of_ten_clients_failing_in_every_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each round three other clients fail, each in another way. The mean is over the seven others."""
     ways: list[Tamper] = [not_a_number, garbage, an_error, absurd, lambda reply: None]
     faults: dict[int, dict[str, Tamper]] = {}
 
@@ -157,10 +155,8 @@ def test_with_three_of_ten_clients_failing_in_every_round_the_run_goes_on_with_t
 
 
 @pytest.mark.parametrize("fault", [not_a_number, absurd, an_error, lambda reply: None], ids=["NaN", "too large", "an error", "late"])
-def test_over_messages_too_a_client_keeps_what_its_last_accepted_turn_left(
-    fault: Tamper, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """SCAFFOLD's control at the server stays the mean of all clients': client-02's update fails in the second round, client-01's in the last."""
+def test_a_client_keeps_its_state_when_its_update_is_not_accepted(fault: Tamper, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server's SCAFFOLD control stays the mean over all clients. client-02 fails in the second round, client-01 in the last."""
 
     def spoil(reply: Message) -> Message | None:
         key = (client_of(reply), unpack(enclosed(reply.content))[1]["round_num"])
@@ -174,27 +170,27 @@ def test_over_messages_too_a_client_keeps_what_its_last_accepted_turn_left(
     state, states = store.load_state("federated"), store.client_states("federated")
     assert state is not None
     assert list(state.accepted.values()) == [[1, 2], [0, 1], [0, 2], [1, 2]]
-    kept = [states.load(client, rounds)["control"] for client, rounds in state.accepted.items()]
+    recording = [states.load(client, rounds)["control"] for client, rounds in state.accepted.items()]
     for name, control in state.slots["control"].items():
-        mean = torch.stack([own[name].double() for own in kept]).mean(0)
+        mean = torch.stack([own[name].double() for own in recording]).mean(0)
         torch.testing.assert_close(control.double(), mean, atol=1e-7, rtol=1e-5)
 
 
-def test_an_answer_that_does_not_come_is_not_waited_for_past_the_deadline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_answer_fails_at_the_deadline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     start = time.monotonic()
     records = trained(tmp_path / "run", monkeypatch, of_client(lambda reply: None), deadline=0.5)
     assert time.monotonic() - start < 60
     assert [record["refused"] for record in records] == [[{"client": "client-02", "reason": "no answer within the deadline of 0.5 s"}]] * 2
 
 
-def test_answers_that_are_there_when_time_is_up_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first client's does not come; while it was waited for, the others' did."""
+def test_answers_that_arrived_before_the_deadline_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first client never answers. The others' answers arrive while the server waits for it."""
     records = trained(tmp_path / "run", monkeypatch, of_client(lambda reply: None, "client-00"), deadline=0.2)
     assert all([row["client"] for row in record["refused"]] == ["client-00"] for record in records)
 
 
-def test_no_more_messages_are_on_their_way_than_asked_for() -> None:
-    """The next is made and sent when the first of them is answered, so that as many are held."""
+def test_at_most_the_requested_number_of_messages_is_in_flight() -> None:
+    """The next message is created and sent when the oldest one is answered."""
     app, made = ClientApp(), []
 
     @app.train()
@@ -213,7 +209,7 @@ def test_no_more_messages_are_on_their_way_than_asked_for() -> None:
     assert answered == [(f"c{i}", "not connected" if i == 4 else bytes([i])) for i in range(7)]
 
 
-def test_a_federation_without_answers_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_round_without_answers_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(FederationError, match=r"round 1: no usable update:\n  - client-00: no answer within the deadline"):
         trained(tmp_path / "run", monkeypatch, lambda reply: None, deadline=0.1)
 
@@ -223,17 +219,17 @@ def test_without_ray_the_engine_is_refused_before_anything_is_written(tmp_path: 
         require_flower("not_there")
 
 
-def test_what_is_merged_into_the_frozen_weights_travels_as_factors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Messages hold as many bytes as the rounds count, names and settings aside, and not the matrices of full size."""
+def test_changes_of_the_frozen_weights_are_sent_as_factors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Messages hold exactly the bytes that the rounds count, besides names and settings. They never hold a matrix of full size."""
     grids: list[LoopbackGrid] = []
 
     @contextmanager
-    def kept(*arguments: Any, **named: Any) -> Iterator[Any]:
+    def recording(*arguments: Any, **named: Any) -> Iterator[Any]:
         with loopback(*arguments, **named) as (grid, nodes):
             grids.append(grid)
             yield grid, nodes
 
-    monkeypatch.setattr(federation, "simulation", kept)
+    monkeypatch.setattr(federation, "simulation", recording)
     monkeypatch.setattr(federation, "require_flower", lambda *modules: None)
     rounds = {"federation": SETTINGS["federation"] | {"num_rounds": 3}, "algorithm": {"name": "fedex_lora"}}
     run.train(Experiment.parse(SETTINGS | EMBEDDED | rounds), tmp_path / "run", resident=RESIDENT, report=False)
@@ -251,7 +247,7 @@ def parent(pid: int) -> int:
 
 
 def workers_of(pid: int) -> list[int]:
-    """Ray's workers among the descendants of a process."""
+    """Ray workers that descend from a process."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
@@ -267,8 +263,8 @@ def workers_of(pid: int) -> list[int]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for workers in /proc")
-def test_the_simulation_ends_alike_with_a_worker_killed(tmp_path: Path) -> None:
-    """The command, with real workers: one is killed after the first round, its clients are asked again."""
+def test_a_killed_worker_does_not_change_the_simulations_result(tmp_path: Path) -> None:
+    """The command with real workers. One is killed after the first round, and its clients are asked again."""
     pytest.importorskip("ray", reason="Ray is not installed: pip install 'fedmllm[flower]'")
     settings = Experiment.parse(SETTINGS | EMBEDDED | {"failures": {"below": "wait", "min_updates": 4, "pause": 2}})
     (tmp_path / "x.yaml").write_text(settings.to_yaml())

@@ -1,4 +1,4 @@
-"""What workers elsewhere have of the change to the frozen weights: bit for bit the server's, whoever was asked when, and nothing sent twice."""
+"""Workers' copies of the change to the frozen weights equal the server's bit for bit, in any cohort order, and nothing is sent twice."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def step_of(number: int) -> Weights:
 
 
 def broadcast(round_num: int, first: Weights | None = None, skipped: tuple[int, ...] = ()) -> Broadcast:
-    """At the start of a round, computed from the beginning."""
+    """A round's broadcast, recomputed from the first round."""
     base = first or {}
     for number in range(1, round_num + 1):
         base = base if number in skipped else factors.accumulated(base, step_of(number))
@@ -40,7 +40,7 @@ def same(one: Weights, other: Weights) -> bool:
 
 @given(st.lists(st.sets(st.sampled_from("abc")), min_size=1, max_size=7), st.sets(st.integers(1, 6)), st.booleans())
 @settings(max_examples=40, deadline=None)
-def test_every_client_has_what_the_server_has_whoever_was_asked_when(
+def test_every_client_has_the_servers_frozen_weights_in_any_cohort_order(
     tmp_path_factory: pytest.TempPathFactory, cohorts: list[set[str]], skipped: set[int], begins: bool
 ) -> None:
     folder = tmp_path_factory.mktemp("base")
@@ -52,16 +52,16 @@ def test_every_client_has_what_the_server_has_whoever_was_asked_when(
         for client in sorted(cohort):
             missing = server.missing(client, now)
             sent += len(missing.steps)
-            # Of rounds that were skipped before anything was merged nothing is written down: then all is sent, once.
+            # Rounds skipped before the first merge leave no history, so everything is sent once.
             assert begins or 1 in skipped or not missing.whole
             assert same(KeptBase(folder / client).brought_up(missing, round_num, first), now.base)
             server.answered(client, now)
     last = {client: max((i for i, cohort in enumerate(cohorts) if client in cohort), default=0) for client in "abc"}
-    # Rounds before anything was merged have nothing to be kept of.
+    # Rounds before the first merge have no steps to send.
     assert sent <= sum(last.values())
 
 
-def test_a_client_that_was_there_is_sent_one_step_and_a_new_one_all(tmp_path: Path) -> None:
+def test_a_client_receives_the_steps_that_it_lacks(tmp_path: Path) -> None:
     server = BaseHistory(tmp_path)
     for round_num in range(4):
         server.note(broadcast(round_num))
@@ -72,7 +72,7 @@ def test_a_client_that_was_there_is_sent_one_step_and_a_new_one_all(tmp_path: Pa
 
 
 @pytest.mark.parametrize("how", ["many steps", "lost history"])
-def test_all_of_it_is_sent_where_that_is_less_or_steps_are_lost(how: str, tmp_path: Path) -> None:
+def test_the_whole_change_is_sent_where_it_is_smaller_or_steps_are_lost(how: str, tmp_path: Path) -> None:
     server, last = BaseHistory(tmp_path / "server"), SIDE // (2 * RANK) + 1 if how == "many steps" else 3
     for round_num in range(last + 1):
         server.note(broadcast(round_num))
@@ -84,14 +84,14 @@ def test_all_of_it_is_sent_where_that_is_less_or_steps_are_lost(how: str, tmp_pa
     assert W.num_bytes(missing.whole) == 4 * SIDE * SIDE
     kept = KeptBase(tmp_path / "a")
     assert same(kept.brought_up(missing, last, {}), now.base)
-    # From there on by steps again.
+    # Afterwards only steps are sent.
     server.answered("a", now)
     now = broadcast(last + 1)
     server.note(now)
     assert same(kept.brought_up(server.missing("a", now), last + 1, {}), now.base)
 
 
-def test_a_client_that_has_lost_it_says_so_and_is_sent_it_again(tmp_path: Path) -> None:
+def test_a_client_that_lost_its_copy_receives_it_again(tmp_path: Path) -> None:
     server, kept = BaseHistory(tmp_path / "server"), KeptBase(tmp_path / "a")
     for round_num in range(3):
         now = broadcast(round_num)
@@ -108,8 +108,8 @@ def test_a_client_that_has_lost_it_says_so_and_is_sent_it_again(tmp_path: Path) 
     assert same(kept.brought_up(server.missing("a", now), 3, {}), now.base)
 
 
-def test_what_was_kept_in_an_earlier_session_is_not_gone_on_from(tmp_path: Path) -> None:
-    """The server was killed after a round of which it keeps nothing; trained again, the round comes to something else."""
+def test_a_copy_from_an_earlier_session_is_not_used(tmp_path: Path) -> None:
+    """The server died after a round that it did not save. The repeated round has another result."""
     kept = KeptBase(tmp_path / "a")
     kept.brought_up(Missing(0, {1: step_of(77)}, session="1" * 8), 1, {})
     again = BaseHistory(tmp_path / "server")
@@ -118,7 +118,7 @@ def test_what_was_kept_in_an_earlier_session_is_not_gone_on_from(tmp_path: Path)
     assert [path.name.split("-")[1] for path in (tmp_path / "a").iterdir()] == [again.session]
 
 
-def test_two_rounds_are_kept_for_workers_that_share_a_folder(tmp_path: Path) -> None:
+def test_the_last_two_rounds_are_kept_for_workers_that_share_a_folder(tmp_path: Path) -> None:
     server = BaseHistory(tmp_path / "server")
     for round_num in range(6):
         server.note(broadcast(round_num))

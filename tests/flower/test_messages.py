@@ -1,4 +1,4 @@
-"""Messages: what is written is read back, and what is not ours is refused by name, whatever it is."""
+"""Messages are read back as written, and anything else is refused by name, whatever it is."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_a_task_arrives_as_it_was_broadcast(name: str) -> None:
     assert received.extras.keys() == asked.broadcast.extras.keys()
 
 
-def test_what_never_changes_is_not_sent_and_a_lower_rank_is_sent_its_own() -> None:
+def test_a_task_leaves_out_constant_tensors_and_directions_beyond_the_rank() -> None:
     assert read_task(write_task(assignment("ffa_lora"), "s", "c1", {}, Missing())).weights.keys() == {B, EMBEDDING}
     task = read_task(write_task(assignment("hetlora", {"c1": 2}), "s", "c1", {}, Missing()))
     assert [tuple(task.weights[name].shape) for name in (A, B, EMBEDDING)] == [(2, 6), (5, 2), (3, 2)]
@@ -88,7 +88,7 @@ def test_what_never_changes_is_not_sent_and_a_lower_rank_is_sent_its_own() -> No
     assert not received[2:].any()
 
 
-def test_a_server_with_another_model_is_told_so() -> None:
+def test_a_task_for_another_model_is_refused() -> None:
     task = read_task(write_task(assignment(), "s", "c1", {}, Missing()))
     with pytest.raises(ValueError, match=r"1 tensors that the client's model does not have, e\.g\. embed\.weight"):
         task.broadcast(Broadcast(0, {A: WEIGHTS[A], B: WEIGHTS[B]}), KEPT)
@@ -118,19 +118,19 @@ def test_a_failure_arrives_with_its_reason() -> None:
         (b"\x80garbage", "the message cannot be read: not safetensors written by fedmllm"),
     ],
 )
-def test_a_word_that_is_none_is_a_failure(content: bytes, reason: str) -> None:
-    told = read_message(content, "c1", Scores)
-    assert isinstance(told, ClientFailure)
-    assert told.client == "c1"
-    assert told.reason.startswith(reason)
+def test_an_invalid_message_is_a_failure(content: bytes, reason: str) -> None:
+    received = read_message(content, "c1", Scores)
+    assert isinstance(received, ClientFailure)
+    assert received.client == "c1"
+    assert received.reason.startswith(reason)
 
 
-def test_a_word_arrives_as_it_was_said() -> None:
-    for word in (
+def test_a_message_arrives_as_it_was_sent() -> None:
+    for message in (
         Scores(client="c1", round_num=3, metric="auc", metrics={"score": 0.25, "failures": 0.0}),
         Presence(client="c1", num_samples=4, profile={"image": 4}, rank=2, trial=True),
     ):
-        assert read_message(write_message(word), "c1", type(word)) == word
+        assert read_message(write_message(message), "c1", type(message)) == message
 
 
 def facts(**changes: Any) -> dict[str, Any]:
@@ -155,14 +155,14 @@ def facts(**changes: Any) -> dict[str, Any]:
         (write_answer(UPDATE, 2).replace(b'\\"loss\\": 0.5', b'\\"loss\\": NaN'), "1 invalid value(s), e.g. ('metrics', 'loss')"),
     ],
 )
-def test_what_is_no_answer_of_this_client_is_named(content: bytes, why: str) -> None:
+def test_an_invalid_answer_is_a_failure_with_its_reason(content: bytes, why: str) -> None:
     assert why in reason(content)
 
 
 @settings(deadline=None, max_examples=150)
 @given(st.data())
-def test_no_damage_on_the_way_raises(data: st.DataObject) -> None:
-    """Cut short, or with bytes changed: an answer, possibly of other numbers, or a failure."""
+def test_a_damaged_answer_never_raises(data: st.DataObject) -> None:
+    """A truncated or changed message gives an answer, possibly with other numbers, or a failure."""
     content = bytearray(write_answer(UPDATE, 2))
     for _ in range(data.draw(st.integers(1, 4))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
@@ -171,7 +171,7 @@ def test_no_damage_on_the_way_raises(data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("name", ["bfloat16", "int8", "int4", "top_k"])
-def test_packed_updates_that_do_not_fit_are_failures(name: str) -> None:
+def test_compressed_updates_of_a_wrong_shape_are_failures(name: str) -> None:
     wanted = replace(WANTED, codec=compression(CompressionConfig(name=name))[0].codec)  # type: ignore[arg-type]
     few, more = ({key: torch.zeros(1, dtype=torch.int8) for key in WEIGHTS} for _ in range(2))
     for groups in ({"update.0": few, "update.1": more}, {"update.0": few}, {"update.0": {"other": torch.zeros(1)}}):
@@ -180,7 +180,7 @@ def test_packed_updates_that_do_not_fit_are_failures(name: str) -> None:
     assert "cannot be read" in reason(pack(far, facts()), wanted)
 
 
-def test_what_is_expected_is_what_the_method_sends_at_the_clients_rank() -> None:
+def test_the_expected_tensors_have_the_clients_rank() -> None:
     wanted = expected(assignment("scaffold"), "c1")
     assert (wanted.tensors.keys(), wanted.kinds) == (WEIGHTS.keys(), ("update", "control"))
     cut = expected(assignment("hetlora", {"c1": 2}), "c1")

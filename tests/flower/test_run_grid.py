@@ -1,4 +1,4 @@
-"""A run on a SuperLink that is gone for a while, that forgets the run, and that has answers only in part; the SuperLink is a stand-in."""
+"""A run on a stand-in SuperLink that is unreachable for a while, forgets the run, or has only parts of an answer."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def status(code: int) -> httpx.HTTPStatusError:
 
 
 class Link:
-    """A SuperLink's answers; it echoes what it is sent. ``trouble`` is raised by every call while it is set."""
+    """A SuperLink that echoes what it receives. While ``trouble`` is set, every call raises it."""
 
     def __init__(self) -> None:
         self.trouble: Exception | None = None
@@ -52,12 +52,12 @@ class Link:
         self._replies: dict[str, Message] = {}
         self._pieces: dict[str, bytes] = {}
 
-    def _well(self) -> None:
+    def _check(self) -> None:
         if self.trouble is not None:
             raise self.trouble
 
     def push_messages(self, messages: list[Message]) -> list[str]:
-        self._well()
+        self._check()
         names = []
         for message in messages:
             message.metadata.__dict__["_message_id"] = name = message.object_id
@@ -72,7 +72,7 @@ class Link:
         return list(get_all_nested_objects(self._replies[name]))
 
     def PullMessages(self, request: PullAppMessagesRequest) -> PullAppMessagesResponse:
-        self._well()
+        self._check()
         replies = [self._replies.pop(name) for name in request.message_ids if name in self._replies]
         return PullAppMessagesResponse(
             messages_list=[message_to_proto(remove_content_from_message(reply)) for reply in replies],
@@ -80,7 +80,7 @@ class Link:
         )
 
     def PullObject(self, request: PullObjectRequest) -> PullObjectResponse:
-        self._well()
+        self._check()
         name = request.object_id
         self.asked.append(name)
         there = name not in self.withheld
@@ -89,23 +89,23 @@ class Link:
         )
 
     def ConfirmMessageReceived(self, request: ConfirmMessageReceivedRequest) -> None:
-        self._well()
+        self._check()
         self.forgotten.append(request.message_object_id)
 
     def get_nodes(self) -> list[Any]:
-        self._well()
+        self._check()
         return []
 
 
 class Grid(RunGrid):
-    """Whose runs begin on a stand-in."""
+    """A Grid whose runs start on the stand-in."""
 
     def __init__(self, link: Link) -> None:
         self.link, self.begun = link, 0
         super().__init__(SuperLink("host:1", Path(), Path(), {}, patience=30))
 
     def _open(self, patience: float | None = None) -> None:
-        self.link._well()
+        self.link._check()
         self.begun += 1
         self._heartbeat = SimpleNamespace(stop=lambda: None)
         self._grid = SimpleNamespace(
@@ -118,7 +118,7 @@ def sent(grid: RunGrid, content: bytes = b"hello") -> str:
     return name
 
 
-def test_an_answer_is_handed_over_once_it_is_complete_and_no_piece_is_fetched_twice() -> None:
+def test_an_answer_is_returned_when_complete_and_no_piece_is_fetched_twice() -> None:
     grid = Grid(link := Link())
     name = sent(grid, bytes(range(256)) * 60_000)
     pieces = link.pieces(name)
@@ -131,12 +131,12 @@ def test_an_answer_is_handed_over_once_it_is_complete_and_no_piece_is_fetched_tw
     assert enclosed(reply.content) == bytes(range(256)) * 60_000
     assert reply.metadata.reply_to_message_id == name
     assert sorted(set(link.asked)) == sorted(pieces)
-    # Each was looked for in vain once, and fetched once.
+    # Each piece was requested once in vain and fetched once.
     assert len(link.asked) == 2 * len(pieces)
 
 
-def test_answers_that_come_side_by_side_are_looked_at_in_turn_and_none_is_lost() -> None:
-    """The SuperLink tells of an answer once: what is there of one is kept while another is looked for, until it is forgotten."""
+def test_answers_that_arrive_at_the_same_time_are_not_lost() -> None:
+    """The SuperLink lists an answer once. Pieces of an answer are kept while another is looked for, until the answer is forgotten."""
     grid = Grid(link := Link())
     names = [sent(grid, bytes([i]) * 1000) for i in range(3)]
     link.withheld = {piece for name in names for piece in link.pieces(name)}
@@ -149,7 +149,7 @@ def test_answers_that_come_side_by_side_are_looked_at_in_turn_and_none_is_lost()
     assert list(grid.pull_messages(names[2:], MANY)) == []
 
 
-def test_an_answer_whose_site_died_while_it_sent_is_given_up() -> None:
+def test_an_answer_with_a_lost_piece_is_given_up() -> None:
     grid = Grid(link := Link())
     name = sent(grid)
     link.lost = set(link.pieces(name)[:1])
@@ -157,8 +157,8 @@ def test_an_answer_whose_site_died_while_it_sent_is_given_up() -> None:
         grid.pull_messages([name], MANY)
 
 
-def test_answers_are_deleted_only_when_all_have_been_taken() -> None:
-    """Deleting one keeps the sites that still send theirs from writing, which Flower's database tells them after 5 s and they then give up."""
+def test_answers_are_deleted_when_all_have_been_fetched() -> None:
+    """A deletion blocks Flower's database for sites that are still sending. After 5 s they give up."""
     grid = Grid(link := Link())
     names = [sent(grid, bytes([i])) for i in range(3)]
     replies = [link.pieces(name)[-1] for name in names]
@@ -170,7 +170,7 @@ def test_answers_are_deleted_only_when_all_have_been_taken() -> None:
         assert sorted(link.forgotten) == sorted(replies)
 
 
-def test_an_answer_that_is_too_large_is_not_fetched_to_its_end() -> None:
+def test_an_answer_that_is_too_large_is_not_fetched_completely() -> None:
     grid = Grid(link := Link())
     name = sent(grid, os.urandom(50 << 20))
     pieces = link.pieces(name)
@@ -180,7 +180,7 @@ def test_an_answer_that_is_too_large_is_not_fetched_to_its_end() -> None:
 
 
 @pytest.mark.parametrize("trouble", [httpx.ConnectError("refused"), httpx.ReadTimeout("slow"), status(502)])
-def test_a_superlink_that_cannot_be_reached_is_not_waited_for_and_the_run_goes_on_when_it_is_back(trouble: Exception) -> None:
+def test_calls_fail_fast_while_the_superlink_is_unreachable_and_the_run_continues_afterwards(trouble: Exception) -> None:
     grid = Grid(link := Link())
     name = sent(grid)
     link.trouble, start = trouble, time.monotonic()
@@ -193,7 +193,7 @@ def test_a_superlink_that_cannot_be_reached_is_not_waited_for_and_the_run_goes_o
     assert grid.begun == 1
 
 
-def test_a_run_that_the_superlink_has_forgotten_is_begun_anew_once_and_what_was_asked_before_is_given_up() -> None:
+def test_a_run_that_the_superlink_forgot_is_restarted_once_and_its_earlier_tasks_are_given_up() -> None:
     grid = Grid(link := Link())
     name = sent(grid)
     link.trouble = status(401)
@@ -220,8 +220,8 @@ def asked(link: Link, grid: RunGrid, count: int, deadline: float, then: Callable
     return found
 
 
-def test_all_clients_together_wait_for_one_deadline_if_the_superlink_is_gone() -> None:
-    """Each had waited for itself."""
+def test_all_clients_share_one_deadline_while_the_superlink_is_unreachable() -> None:
+    """The deadline covers all clients; it does not start again for each one."""
     grid = Grid(link := Link())
     link.trouble, start = httpx.ConnectError("refused"), time.monotonic()
     found = asked(link, grid, 20, 0.5)
@@ -229,7 +229,7 @@ def test_all_clients_together_wait_for_one_deadline_if_the_superlink_is_gone() -
     assert all(isinstance(content, ClientFailure) and "cannot be reached: refused" in content.reason for content in found.values())
 
 
-def test_answers_are_not_lost_with_a_superlink_that_is_gone_for_a_while() -> None:
+def test_answers_survive_a_superlink_that_is_unreachable_for_a_while() -> None:
     grid = Grid(link := Link())
     working = grid.pull_messages
     start = time.monotonic()
@@ -243,7 +243,7 @@ def test_answers_are_not_lost_with_a_superlink_that_is_gone_for_a_while() -> Non
     assert time.monotonic() - start >= 0.3
 
 
-def test_the_reason_tells_that_the_superlink_was_gone_when_time_was_up() -> None:
+def test_the_failure_reason_names_an_unreachable_superlink() -> None:
     grid = Grid(link := Link())
 
     def gone(name: str) -> None:
@@ -254,10 +254,10 @@ def test_the_reason_tells_that_the_superlink_was_gone_when_time_was_up() -> None
     assert found["c1"].reason == "no answer within the deadline of 0.4 s; the SuperLink at host:1 cannot be reached: refused"
 
 
-def test_a_message_that_is_too_large_for_what_stands_before_the_superlink_is_a_failure() -> None:
+def test_a_message_too_large_for_the_proxy_is_a_failure() -> None:
     class Small(Link):
         def push_messages(self, messages: list[Message]) -> list[str]:
-            # What Flower makes of a 413.
+            # Flower's result for a 413 response.
             return []
 
     found = asked(link := Small(), Grid(link), 1, 5)

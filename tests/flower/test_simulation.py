@@ -1,4 +1,4 @@
-"""Flower's simulation on a real Ray, in a process of its own: where it cannot start, and where it does not end."""
+"""Flower's simulation on a real Ray in a subprocess: failures to start and failures to end."""
 
 from __future__ import annotations
 
@@ -46,27 +46,27 @@ print("ended")
 """
 
 
-def test_rays_folder_is_short_wherever_temporary_files_are(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rays_folder_has_a_short_name_for_any_temporary_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_TMPDIR", raising=False)
     for length, short in ((39, None), (40, Path("/tmp")), (120, Path("/tmp"))):
         monkeypatch.setenv("TMPDIR", "/" + "x" * (length - 1))
         with simulation._short_folder() as folder:
             assert (folder and folder.parent) == short
-            # Ray makes the folder, the session's and the sockets' in it, of names of its own.
+            # Ray adds the folder, the session's folder and the sockets' folder, with names of its own.
             assert len(f"{folder or os.environ['TMPDIR'] + '/ray'}/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store") <= 107
         assert folder is None or not folder.exists()
 
 
 def ran(seconds: float = 0.0, deadline: float | None = None, before: str = "", within: str = "", **environment: str) -> Any:
-    """The output of a simulation of one client that works for so long, whose answer is waited for until a deadline."""
+    """The process of a simulation with one client that works for ``seconds``, and whose answer has a deadline."""
     code = SCRIPT.format(seconds=seconds, deadline=deadline, before=before, within=within)
     own = {name: value for name, value in os.environ.items() if name not in ("RAY_TMPDIR", "TMPDIR")}
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600, env=own | environment)
 
 
 @pytest.mark.slow
-def test_a_temporary_folder_whose_name_is_too_long_for_sockets_is_not_used_and_it_is_told(tmp_path: Path) -> None:
-    """Ray's error was lost in a thread, and the run waited for its first client until it was killed."""
+def test_a_temporary_folder_with_a_name_too_long_for_sockets_is_replaced_with_a_warning(tmp_path: Path) -> None:
+    """Without the check, Ray's error is lost in a thread, and the run waits for its first client forever."""
     folder = tmp_path / ("x" * (119 - len(str(tmp_path))))
     folder.mkdir()
     run = ran(TMPDIR=str(folder))
@@ -78,7 +78,7 @@ def test_a_temporary_folder_whose_name_is_too_long_for_sockets_is_not_used_and_i
 
 
 @pytest.mark.slow
-def test_a_backend_that_does_not_start_is_an_error_at_once(tmp_path: Path) -> None:
+def test_a_backend_that_does_not_start_is_an_immediate_error(tmp_path: Path) -> None:
     before = f"given = simulation._backend; simulation._backend = lambda *o: given(1, 0, Path({str(tmp_path / ('x' * 120))!r}))"
     run = ran(before=before)
     assert run.returncode == 1
@@ -92,8 +92,8 @@ def test_a_backend_that_does_not_start_is_an_error_at_once(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_a_backend_that_has_ended_is_an_error_at_once() -> None:
-    """Without a deadline the client's answer was waited for for ever."""
+def test_a_backend_that_has_ended_is_an_immediate_error() -> None:
+    """Without the check, a run without a deadline waits for the client's answer forever."""
     before = "running, started = [], simulation._Simulation.started\n"
     before += "simulation._Simulation.started = lambda self: (running.append(self), started(self))[1]"
     run = ran(before=before, within="running[0].end()")
@@ -102,7 +102,7 @@ def test_a_backend_that_has_ended_is_an_error_at_once() -> None:
 
 
 @pytest.mark.slow
-def test_a_client_that_does_not_end_is_ended_with_the_simulation() -> None:
+def test_a_client_that_does_not_end_is_killed_with_the_simulation() -> None:
     start = time.monotonic()
     run = ran(600, 1.0, "simulation._END = 1.0")
     assert "ClientFailure(client='a', reason='no answer within the deadline of 1 s', reached=True)\n" in run.stdout

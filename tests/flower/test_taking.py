@@ -1,4 +1,4 @@
-"""Submitting clients to Flower's engine, and taking their answers in an order or as they arrive."""
+"""Clients submitted to the Flower engine, and their answers taken in a given order or as they arrive."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ NODES = {name: number for number, name in enumerate("abcd")}
 
 @dataclass
 class Slow:
-    """A carrier whose answers are there after so many looks at them, by client; without an entry never."""
+    """A carrier that has a client's answer after that many polls, or never for a client without an entry."""
 
-    looks: dict[str, int]
+    polls: dict[str, int]
     asked: list[str] = field(default_factory=list)
     forgotten: list[str] = field(default_factory=list)
 
@@ -43,8 +43,8 @@ class Slow:
 
     def pull_messages(self, message_ids: list[str], largest: int) -> Iterable[Any]:
         (name,) = message_ids
-        self.looks[name] = self.looks.get(name, 10**9) - 1
-        if self.looks[name] >= 0:
+        self.polls[name] = self.polls.get(name, 10**9) - 1
+        if self.polls[name] >= 0:
             return []
         update = ClientUpdate(name, {"w": torch.full((2,), float(NODES[name]))}, 1, {"steps": 1.0})
         return [Reply(write_answer(update, 0))]
@@ -67,13 +67,13 @@ class Reply:
 
 @pytest.fixture(autouse=True)
 def _of_a_run() -> None:
-    # Flower sets it where it starts the process that a Grid is handed to.
+    # Flower sets these when it starts the process that receives a Grid.
     TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1
 
 
-def submitted(looks: dict[str, int], tmp_path: Path, ahead: int | None = None, deadline: float | None = None) -> FlowerEngine:
+def submitted(polls: dict[str, int], tmp_path: Path, ahead: int | None = None, deadline: float | None = None) -> FlowerEngine:
     reached = lambda names: {name: NODES[name] for name in names if name != "d"}  # noqa: E731
-    engine = FlowerEngine(Slow(looks), "federated", {}, reached, BaseHistory(tmp_path / "base"), ahead)
+    engine = FlowerEngine(Slow(polls), "federated", {}, reached, BaseHistory(tmp_path / "base"), ahead)
     broadcast = FedAvg().broadcast(ServerState({"w": torch.zeros(2)}))
     engine.submit(Assignment(broadcast, FedAvg(), 1e-3, 0, ClientStates(tmp_path), deadline=deadline), dict.fromkeys("abc", ()))
     return engine
@@ -86,7 +86,7 @@ def names(answers: Iterable[Any]) -> list[str]:
 
 
 @pytest.mark.parametrize("order", [["a", "b", "c"], ["c", "a", "b"]])
-def test_answers_come_in_the_order_that_is_asked_for(order: Sequence[str], tmp_path: Path) -> None:
+def test_answers_come_in_the_requested_order(order: Sequence[str], tmp_path: Path) -> None:
     assert names(submitted({"a": 5, "b": 0, "c": 2}, tmp_path).completed(order)) == order
 
 
@@ -94,7 +94,7 @@ def test_answers_come_as_they_arrive(tmp_path: Path) -> None:
     assert names(submitted({"a": 6, "b": 0, "c": 3}, tmp_path).completed()) == ["b", "c", "a"]
 
 
-def test_what_was_not_taken_stays_outstanding_beside_what_is_submitted_later(tmp_path: Path) -> None:
+def test_clients_stay_outstanding_when_others_are_submitted(tmp_path: Path) -> None:
     engine = submitted({"a": 8, "b": 0, "c": 4}, tmp_path)
     assert next(engine.completed()).client == "b"
     broadcast = FedAvg().broadcast(ServerState({"w": torch.zeros(2)}))
@@ -103,7 +103,7 @@ def test_what_was_not_taken_stays_outstanding_beside_what_is_submitted_later(tmp
     assert list(engine.completed()) == []
 
 
-def test_tasks_follow_as_answers_are_taken(tmp_path: Path) -> None:
+def test_tasks_are_sent_as_answers_are_taken(tmp_path: Path) -> None:
     engine = submitted(dict.fromkeys("abc", 0), tmp_path, ahead=1)
     assert engine.grid.asked == ["a"]  # type: ignore[attr-defined]
     assert names([next(engine.completed(["c"]))]) == ["c"]
@@ -111,7 +111,7 @@ def test_tasks_follow_as_answers_are_taken(tmp_path: Path) -> None:
     assert names(engine.completed()) == ["a", "b"]
 
 
-def test_whoever_is_late_is_a_failure_whichever_way_answers_are_taken(tmp_path: Path) -> None:
+def test_a_late_client_is_a_failure_in_either_order(tmp_path: Path) -> None:
     for order in (None, ["a", "b", "c"]):
         engine = submitted({"b": 0}, tmp_path, deadline=0.3)
         found = {answer.client: answer for answer in engine.completed(order)}
@@ -121,14 +121,14 @@ def test_whoever_is_late_is_a_failure_whichever_way_answers_are_taken(tmp_path: 
         assert all(isinstance(answer, ClientFailure) and "no answer within the deadline of 0.3 s" in answer.reason for answer in late)
 
 
-def test_a_client_that_is_not_connected_was_sent_nothing(tmp_path: Path) -> None:
+def test_a_client_that_is_not_connected_was_not_reached(tmp_path: Path) -> None:
     engine = submitted(dict.fromkeys("abc", 0), tmp_path)
     broadcast = FedAvg().broadcast(ServerState({"w": torch.zeros(2)}))
     engine.submit(Assignment(broadcast, FedAvg(), 1e-3, 0, ClientStates(tmp_path)), {"d": ()})
     assert list(engine.completed(["d"])) == [ClientFailure("d", "not connected", reached=False)]
 
 
-def test_nobody_answers_who_is_not_outstanding(tmp_path: Path) -> None:
+def test_only_outstanding_clients_can_be_requested(tmp_path: Path) -> None:
     engine = submitted(dict.fromkeys("abc", 0), tmp_path)
     with pytest.raises(LookupError, match="'d' is not outstanding"):
         next(engine.completed(["d"]))

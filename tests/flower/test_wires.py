@@ -1,4 +1,4 @@
-"""The connection of a run's server to its SuperLink broken at the wrong moment of each call; Flower's own interfaces and database, over TLS on loopback."""
+"""The connection from a run's server to its SuperLink breaks at each call; Flower's own interfaces and database, over TLS on loopback."""
 
 from __future__ import annotations
 
@@ -30,48 +30,48 @@ from fedmllm.flower.superlink import SuperLink
 from fedmllm.sites import keys
 from fedmllm.types import ClientFailure
 
-# Of a library that Flower's database uses.
+# Raised by a library that Flower's database uses.
 pytestmark = pytest.mark.filterwarnings("ignore:No path_separator found:DeprecationWarning")
 
 BROKEN: tuple[Fault, ...] = ("unread", "unanswered", "torn")
 BEGIN = ("list-nodes", "register-node", "start-run", "acquire-task", "pull-task-input")
 ROUND = ("get-nodes", "push-messages", "push-object", "pull-messages", "pull-object", "confirm-message-received", "push-task-output")
 FAULTS: list[tuple[Fault, ...]] = [("unanswered",), ("unread", "torn")]
-# An answer is given once. Whether it was, nobody knows where the connection broke then.
-GIVEN_AGAIN = [(call, faults) for call in (*BEGIN, *ROUND) for faults in FAULTS if call != "pull-messages"]
+# The SuperLink hands out an answer once. If the connection breaks then, nobody knows whether it arrived.
+RETRIED = [(call, faults) for call in (*BEGIN, *ROUND) for faults in FAULTS if call != "pull-messages"]
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wire, "PAUSES", (0.01,) * 4)
-    # A claim that nobody uses lasts so many seconds, a task without a sign of life twice as many.
+    # An unused claim expires after this many seconds, a task without a heartbeat after twice as many.
     monkeypatch.setattr(sql_corestate, "HEARTBEAT_DEFAULT_INTERVAL", 10)
 
 
 class Server:
-    """A SuperLink, and the site ``a``, which echoes what it is sent."""
+    """A SuperLink, and the site ``a``, which echoes what it receives."""
 
     def __init__(self, link: SuperLink, proxy: Proxy, state: Any) -> None:
         self.link, self.proxy, self._state = link, proxy, state
         self.asked = 0
 
     def connect(self) -> int:
-        """Have the site connected; its number."""
+        """Connect the site and return its node number."""
         key = superlink._public_key("a", self.link.keys["a"])
         node: int = self._state.get_node_id_by_public_key(key)
         self._state.activate_node(node, 1000)
         return node
 
     def end_runs(self) -> None:
-        """As where a run's server gave no sign of life."""
+        """End the runs, as the SuperLink does when a run's server sends no heartbeat."""
         for task in self._state.get_tasks(statuses=["running"]):
             assert self._state.finish_task(task.task_id, "failed", "no sign of life")
 
     def answer(self, node: int) -> None:
-        """What the site's SuperNode and worker do with a message, if there is one."""
-        for told in self._state.get_message_ins(node, limit=1):
+        """Answer one pending message, as the site's SuperNode and worker would."""
+        for pending in self._state.get_message_ins(node, limit=1):
             self.asked += 1
-            store, run, name = self._state.object_store, told.metadata.run_id, told.metadata.message_id
+            store, run, name = self._state.object_store, pending.metadata.run_id, pending.metadata.message_id
             pieces = {piece.object_id: store.get(piece.object_id) for piece in iterate_object_tree(store.get_object_tree(name))}
             message = inflate_object_from_contents(name, pieces)
             assert isinstance(message, Message)
@@ -108,7 +108,7 @@ def upstream(federation: Path) -> Iterator[tuple[int, Any]]:
 def server(federation: Path, upstream: tuple[int, Any]) -> Iterator[Server]:
     tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     tls.load_cert_chain(federation / "server.crt", federation / "server.key")
-    # Another in each test, which is not admitted yet.
+    # A new key for each test, which is not admitted yet.
     key = ec.generate_private_key(ec.SECP384R1()).public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
     with Proxy(upstream[0], tls) as proxy:
         link = SuperLink(f"127.0.0.1:{proxy.port}", federation / "ca.crt", federation / "secret", {"a": key}, patience=20)
@@ -116,13 +116,13 @@ def server(federation: Path, upstream: tuple[int, Any]) -> Iterator[Server]:
 
 
 def run(server: Server, content: bytes = bytes(1000)) -> bytes | ClientFailure:
-    """A run from its begin to its end, with one question to one site; what comes of it."""
+    """The answer of one site in a run with one question, from the run's start to its end."""
     server.link.register()
     node = server.connect()
     with serving(server.link) as grid:
         assert grid.online(["a"]) == {"a": node}
         (found,) = asked(server, grid, node, content)
-        # What has been taken is deleted when sites are looked for again.
+        # Fetched answers are deleted at the next look for sites.
         grid.online(["a"])
     return found
 
@@ -130,18 +130,16 @@ def run(server: Server, content: bytes = bytes(1000)) -> bytes | ClientFailure:
 def asked(server: Server, grid: RunGrid, node: int, content: bytes, deadline: float = 20) -> list[bytes | ClientFailure]:
     pull = grid.pull_messages
 
-    def looked(names: Any, largest: int) -> Any:
+    def polled(names: Any, largest: int) -> Any:
         server.answer(node)
         return pull(names, largest)
 
-    grid.pull_messages = looked  # type: ignore[method-assign]
+    grid.pull_messages = polled  # type: ignore[method-assign]
     return [answer for _, answer in ask(grid, "train", [("a", content)], {"a": node}, deadline, lambda name: 1 << 30)]
 
 
-@pytest.mark.parametrize(("call", "faults"), GIVEN_AGAIN)
-def test_a_run_ends_as_ever_although_connections_broke(
-    call: str, faults: tuple[Fault, ...], server: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize(("call", "faults"), RETRIED)
+def test_a_run_survives_broken_connections(call: str, faults: tuple[Fault, ...], server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     if call == "acquire-task":
         monkeypatch.setattr(sql_corestate, "HEARTBEAT_DEFAULT_INTERVAL", 2)
     server.proxy.fail(call, *faults)
@@ -150,13 +148,13 @@ def test_a_run_ends_as_ever_although_connections_broke(
     assert server.asked == 1
 
 
-def test_a_question_to_the_superlink_that_was_not_read_is_asked_again(server: Server) -> None:
+def test_a_request_that_the_superlink_did_not_read_is_repeated(server: Server) -> None:
     server.proxy.fail("pull-messages", "unread", "unread")
     assert run(server) == bytes(1000)
 
 
 @pytest.mark.parametrize("fault", ["unanswered", "torn"])
-def test_an_answer_that_was_given_to_a_broken_connection_is_a_failure_that_says_so(fault: Fault, server: Server) -> None:
+def test_an_answer_lost_in_a_broken_connection_is_a_failure(fault: Fault, server: Server) -> None:
     server.proxy.fail("pull-messages", fault)
     start = time.monotonic()
     assert run(server) == ClientFailure("a", "the answer was lost because the connection to the SuperLink broke during delivery")
@@ -164,17 +162,17 @@ def test_an_answer_that_was_given_to_a_broken_connection_is_a_failure_that_says_
 
 
 @pytest.mark.parametrize("call", ["push-messages", "push-object"])
-def test_a_site_is_asked_once_although_a_message_is_sent_until_the_superlink_answers(call: str, server: Server) -> None:
-    """Each new try had sent another message, and the site, which waited for the rest of the first for 3 minutes, had trained for each."""
+def test_a_site_is_asked_once_when_a_message_is_sent_repeatedly(call: str, server: Server) -> None:
+    """Otherwise each retry sends another message, and the site, which waits up to 3 minutes for the rest of the first one, trains for each."""
     server.proxy.fail(call, *["unanswered"] * 7)
     assert run(server) == bytes(1000)
-    # Pieces are sent side by side, and those that are left not at all once one has failed.
+    # Pieces are sent concurrently; once one has failed, the remaining ones are not sent.
     assert set(server.proxy.broken) == {call}
     assert len(server.proxy.broken) >= 5
     assert server.asked == 1
 
 
-def test_a_message_goes_with_the_run_that_was_begun_for_one_that_the_superlink_has_ended(server: Server) -> None:
+def test_a_message_uses_the_new_run_after_the_superlink_ended_the_old_one(server: Server) -> None:
     server.link.register()
     node = server.connect()
     with serving(server.link) as grid:
@@ -185,14 +183,14 @@ def test_a_message_goes_with_the_run_that_was_begun_for_one_that_the_superlink_h
     assert server.asked == 1
 
 
-def test_no_connection_is_used_that_the_superlink_may_have_closed(server: Server) -> None:
-    """The proxy closes each that is used again."""
+def test_no_connection_is_used_twice(server: Server) -> None:
+    """The proxy closes every connection that is used a second time."""
     assert run(server) == bytes(1000)
     assert server.proxy.broken == []
 
 
 @pytest.mark.parametrize("call", [*BEGIN, "get-nodes"])
-def test_a_superlink_that_is_silent_ends_the_begin_with_an_error(call: str, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_silent_superlink_is_an_error_at_the_start(call: str, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wire, "TIMEOUT", 0.2)
     monkeypatch.setattr(superlink, "_PATIENCE", 0.1)
     server.link = replace(server.link, patience=0.5)
@@ -204,7 +202,7 @@ def test_a_superlink_that_is_silent_ends_the_begin_with_an_error(call: str, serv
 
 
 @pytest.mark.parametrize("call", ["push-messages", "push-object", "pull-messages", "pull-object"])
-def test_a_superlink_that_is_silent_is_waited_for_until_the_deadline(call: str, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_server_waits_for_a_silent_superlink_until_the_deadline(call: str, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     server.link.register()
     node = server.connect()
     with serving(server.link) as grid:
@@ -219,7 +217,7 @@ def test_a_superlink_that_is_silent_is_waited_for_until_the_deadline(call: str, 
         assert "cannot be reached: " in found.reason
 
 
-def test_a_superlink_that_is_silent_does_not_keep_a_run_from_ending(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_silent_superlink_does_not_delay_the_end_of_a_run(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(server.link) as grid:
         monkeypatch.setattr(wire, "TIMEOUT", 0.2)
         grid._grid._client._patience = 0.1

@@ -1,4 +1,4 @@
-"""What methods add to the frozen weights of a model in bfloat16."""
+"""Changes that methods add to the frozen weights of a bfloat16 model."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ from fedmllm.training.settings import TrainingConfig
 from fedmllm.types import Weights
 
 SMALL = 1e-4
-"""Half of what bfloat16 tells apart at 0.05, which is the size of the embedded model's weights."""
+"""Half of bfloat16's spacing at 0.05, the size of the embedded model's weights."""
 
 
-def coarse(**settings: bool) -> VisionLanguageModel:
+def bfloat16_model(**settings: bool) -> VisionLanguageModel:
     return attach_lora(load_model(ModelConfig(dtype="bfloat16"), torch.device("cpu")), LoraConfig(**settings), 0)  # type: ignore[arg-type]
 
 
@@ -41,26 +41,26 @@ def change(vlm: VisionLanguageModel, size: float = SMALL) -> Weights:
     return {name: size * torch.randn(w.shape, generator=generator) / lora_scale(vlm.model) for name, w in frozen_weights(vlm).items()}
 
 
-def alone(vlm: VisionLanguageModel, x: Tensor) -> Tensor:
-    """The first adapted layer's output, through PEFT."""
+def single_client(vlm: VisionLanguageModel, x: Tensor) -> Tensor:
+    """The first adapted layer's output through PEFT."""
     with torch.no_grad(), vlm.autocast():
         return next(adapted_layers(vlm.model))[1](x)  # type: ignore[no-any-return]
 
 
-def together(vlm: VisionLanguageModel, x: Tensor) -> Tensor:
-    """The same, of two clients side by side."""
+def parallel_clients(vlm: VisionLanguageModel, x: Tensor) -> Tensor:
+    """The same output for two parallel clients."""
     with torch.no_grad(), parallel_adapters(vlm.model) as layers, vlm.autocast(), stacked(layers, [read_weights(vlm.model)] * 2, [1, 1]):
         return next(iter(layers.values()))(x.unflatten(0, (2, -1))).flatten(0, 1)  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("forward", [alone, together])
+@pytest.mark.parametrize("forward", [single_client, parallel_clients])
 def test_a_small_change_reaches_what_a_layer_computes(forward: Callable[[VisionLanguageModel, Tensor], Tensor]) -> None:
-    """Read off the outputs by least squares over 65,536 inputs, which takes their own rounding away.
+    """Least squares over 65,536 inputs recovers the change from the outputs and averages their rounding away.
 
-    What is left of the rounding is 7 % of the change, and without a direction: along the change all of it is there. Merged into the matrix, a
-    third of it was lost, and 72 % of the change with what rounding added.
+    The remaining rounding is 7 % of the change and has no direction: along the change nothing is lost. Merged into the matrix,
+    a third of the change was lost, and rounding added 72 % of it.
     """
-    vlm = coarse()
+    vlm = bfloat16_model()
     name, layer = next(adapted_layers(vlm.model))
     x = torch.randn(2**16, layer.in_features, generator=torch.Generator().manual_seed(2)).bfloat16()
     before = forward(vlm, x).float()
@@ -73,8 +73,8 @@ def test_a_small_change_reaches_what_a_layer_computes(forward: Callable[[VisionL
     assert float((found * expected).sum() / expected.square().sum()) == pytest.approx(1, abs=0.01)
 
 
-def test_what_is_held_is_the_change_to_sixteen_bits_and_the_matrix_stays() -> None:
-    vlm = coarse()
+def test_the_change_is_stored_to_sixteen_bits_beside_the_matrix() -> None:
+    vlm = bfloat16_model()
     loaded = {name: tensor.clone() for name, tensor in frozen_weights(vlm).items()}
     base = change(vlm)
     for factor in (1.0, -3.0):
@@ -85,24 +85,24 @@ def test_what_is_held_is_the_change_to_sixteen_bits_and_the_matrix_stays() -> No
     assert all(torch.equal(tensor, loaded[name]) for name, tensor in frozen_weights(vlm).items())
 
 
-def test_it_is_taken_back_without_a_trace() -> None:
-    vlm = coarse()
+def test_a_change_can_be_removed_completely() -> None:
+    vlm = bfloat16_model()
     x = torch.randn(4, next(adapted_layers(vlm.model))[1].in_features).bfloat16()
     frozen = [layer.get_base_layer() for _, layer in adapted_layers(vlm.model)]
-    before, forwards = alone(vlm, x), [vars(layer).get("forward") for layer in frozen]
+    before, forwards = single_client(vlm, x), [vars(layer).get("forward") for layer in frozen]
     write_base(vlm, change(vlm, 1.0))
-    assert not torch.equal(alone(vlm, x), before)
+    assert not torch.equal(single_client(vlm, x), before)
     write_base(vlm, {})
-    assert torch.equal(alone(vlm, x), before)
+    assert torch.equal(single_client(vlm, x), before)
     write_base(vlm, change(vlm, 1.0))
     detach_lora(vlm)
     assert not vlm.beside
     assert [vars(layer).get("forward") for layer in frozen] == forwards
 
 
-def test_gradients_go_through_it() -> None:
-    """Of what enters a layer, in float64 by hand from the rounded matrices, to bfloat16's own precision."""
-    vlm = coarse()
+def test_gradients_pass_through_the_change() -> None:
+    """The gradient of a layer's input equals a float64 computation from the rounded matrices, to bfloat16's precision."""
+    vlm = bfloat16_model()
     write_base(vlm, change(vlm, 0.05))
     name, layer = next(adapted_layers(vlm.model))
     x = torch.randn(64, layer.in_features, generator=torch.Generator().manual_seed(3)).bfloat16().requires_grad_()
@@ -113,8 +113,8 @@ def test_gradients_go_through_it() -> None:
     torch.testing.assert_close(x.grad.double(), whole.sum(0).expand(64, -1), rtol=0.02, atol=0.02)
 
 
-def test_in_float32_the_matrix_itself_changes_as_before(vlm: VisionLanguageModel) -> None:
-    """To the bit: the original and s times the change, added in float32."""
+def test_a_float32_matrix_is_changed_in_place(vlm: VisionLanguageModel) -> None:
+    """Bit for bit: the original plus s times the change, added in float32."""
     loaded = {name: tensor.clone() for name, tensor in frozen_weights(vlm).items()}
     base = change(vlm)
     write_base(vlm, base)
@@ -124,9 +124,9 @@ def test_in_float32_the_matrix_itself_changes_as_before(vlm: VisionLanguageModel
 
 
 @pytest.mark.parametrize("name", ["flora", "fedex_lora", "yoco"])
-def test_what_a_round_merges_is_in_the_model(name: str, federation: FederatedData, tmp_path: Path) -> None:
-    """A round of two real clients; the model of the next one holds all of the state's change, and the saved adapter the whole."""
-    vlm = coarse()
+def test_merged_changes_reach_the_model_and_the_adapter(name: str, federation: FederatedData, tmp_path: Path) -> None:
+    """After a round of two clients, the next round's model holds the state's whole change, and the saved adapter everything."""
+    vlm = bfloat16_model()
     algorithm, training = build_algorithm(AlgorithmConfig(name=name)), TrainingConfig()
     clients = {client: samples[:1] for client, samples in list(federation.clients.items())[:2]}
     loop = Loop(
@@ -150,7 +150,7 @@ def test_what_a_round_merges_is_in_the_model(name: str, federation: FederatedDat
         assert float((layer.get_delta_weight("default") - expected).norm()) <= 1e-4 * float(expected.norm())
 
 
-def test_the_length_of_what_is_not_in_the_matrix_is_not_known_to_dora() -> None:
+def test_dora_with_a_bfloat16_model_is_refused_for_methods_that_change_frozen_weights() -> None:
     values = {"algorithm": {"name": "flora"}, "lora": {"dora": True}}
     Experiment.parse(values)
     with pytest.raises(ConfigError, match=r"lora\.dora: flora adds to the frozen weights, which bfloat16 cannot hold exactly"):
@@ -159,9 +159,9 @@ def test_the_length_of_what_is_not_in_the_matrix_is_not_known_to_dora() -> None:
 
 
 @pytest.mark.parametrize("settings", [{}, {"dora": True}])
-def test_merging_tells_what_the_number_format_loses(settings: dict[str, bool], tmp_path: Path) -> None:
-    """Against the change added in float64 by hand; next to nothing in float32."""
-    vlm = coarse(**settings)
+def test_merging_reports_the_loss_of_precision(settings: dict[str, bool], tmp_path: Path) -> None:
+    """Compared with the change added in float64 by hand. In float32 almost nothing is lost."""
+    vlm = bfloat16_model(**settings)
     for _, layer in adapted_layers(vlm.model):
         torch.nn.init.constant_(layer.lora_B["default"].weight, SMALL)
     layer = next(adapted_layers(vlm.model))[1]

@@ -14,14 +14,14 @@ from fedmllm.types import Message, Part, Sample
 
 @pytest.fixture
 def mixed(federation: FederatedData, encoder: Encoder) -> list[Encoded]:
-    """Samples with an image, a text, and both, of different lengths."""
+    """Samples with an image, a text, or both, of different lengths."""
     samples = [sample for client in federation.clients.values() for sample in client]
     chosen = [next(s for s in samples if s.modalities == kind) for kind in (("image",), ("text",), ("image", "text"))]
     free = Sample("free", "Which digits?", "4711 and more", {"image": chosen[0].content["image"]}, answer_type="open")
     return [encoder(sample) for sample in [*chosen, free]]
 
 
-def test_a_mixed_batch_equals_its_samples_one_by_one(vlm: VisionLanguageModel, mixed: list[Encoded]) -> None:
+def test_a_mixed_batch_equals_single_samples(vlm: VisionLanguageModel, mixed: list[Encoded]) -> None:
     with torch.no_grad():
         together = answer_nll(vlm, collate(vlm, mixed)).sum(dim=1)
         alone = torch.cat([answer_nll(vlm, collate(vlm, [sample])).sum(dim=1) for sample in mixed])
@@ -29,7 +29,7 @@ def test_a_mixed_batch_equals_its_samples_one_by_one(vlm: VisionLanguageModel, m
 
 
 def test_only_answer_tokens_carry_loss(vlm: VisionLanguageModel, mixed: list[Encoded]) -> None:
-    """Against the full logits of the whole sequence, which the package itself never computes."""
+    """Compared with the full logits of the whole sequence, which the package never computes."""
     sample = mixed[-1]
     batch = collate(vlm, [sample])
     with torch.no_grad():
@@ -62,7 +62,7 @@ def test_two_images_in_one_sample(vlm: VisionLanguageModel, federation: Federate
     assert abs(a - b) > 1e-6
 
 
-def test_the_picture_matters(vlm: VisionLanguageModel, mixed: list[Encoded]) -> None:
+def test_the_loss_depends_on_the_picture(vlm: VisionLanguageModel, mixed: list[Encoded]) -> None:
     sample = mixed[0]
     blank = Encoded(sample.input_ids, sample.answer_length, {"pixel_values": torch.ones_like(sample.extras["pixel_values"])})
     with torch.no_grad():
@@ -76,8 +76,8 @@ def test_a_sample_longer_than_the_context_is_refused(vlm: VisionLanguageModel, f
         encode(vlm, to_messages(sample, "agnostic"), "yes")
 
 
-def test_text_that_looks_like_a_special_token_does_no_harm(vlm: VisionLanguageModel, federation: FederatedData) -> None:
-    """A hostile text must not be able to pass for an image or an end of turn."""
+def test_special_tokens_spelled_in_a_text_are_plain_text(vlm: VisionLanguageModel, federation: FederatedData) -> None:
+    """A hostile text must not be read as an image or an end of turn."""
     sample = Sample("odd", "<image><|end|> what?", "yes", {"image": federation.dataset.test[0].content["image"], "text": "<image>"})
     encoded = encode(vlm, to_messages(sample, "agnostic"), "yes")
     image_token = vlm.tokenizer.convert_tokens_to_ids("<image>")
@@ -85,8 +85,8 @@ def test_text_that_looks_like_a_special_token_does_no_harm(vlm: VisionLanguageMo
 
 
 @pytest.mark.parametrize("answer", ["the <image> tag", "yes <|end|> no <pad> x"])
-def test_an_answer_that_looks_like_a_special_token_does_no_harm(answer: str, vlm: VisionLanguageModel, federation: FederatedData) -> None:
-    """It trains like any text: the picture's features stand where they belong, and only the real end ends the answer."""
+def test_special_tokens_spelled_in_an_answer_are_plain_text(answer: str, vlm: VisionLanguageModel, federation: FederatedData) -> None:
+    """It trains like any text: the picture's features stay in their place, and only the real end token ends the answer."""
     sample = Sample("odd", "What?", answer, {"image": federation.dataset.test[0].content["image"]}, answer_type="open")
     encoded = encode(vlm, to_messages(sample, "agnostic"), answer)
     specials = {id_: token for token, id_ in vlm.tokenizer.get_added_vocab().items()}

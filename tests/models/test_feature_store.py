@@ -13,7 +13,7 @@ def filled(key: int, size: int) -> dict[str, torch.Tensor]:
 
 
 @given(sizes=st.lists(st.integers(0, 200), min_size=1, max_size=60), limit=st.integers(128, 4096))
-def test_what_is_there_is_what_was_put_and_it_is_the_newest(sizes: list[int], limit: int) -> None:
+def test_the_store_returns_the_newest_entries_unchanged(sizes: list[int], limit: int) -> None:
     store = TensorStore(limit)
     for key, size in enumerate(sizes):
         store.put(key, filled(key, size))
@@ -37,7 +37,7 @@ def test_every_number_format_comes_back(dtype: torch.dtype) -> None:
     assert found["none"].shape == (0, 3)
 
 
-def test_a_copy_outlives_its_place() -> None:
+def test_a_returned_copy_survives_eviction() -> None:
     store = TensorStore(256)
     store.put("a", {"x": torch.ones(32)})
     first = store.get("a")
@@ -48,7 +48,7 @@ def test_a_copy_outlives_its_place() -> None:
     assert float(first["x"].sum()) == 32
 
 
-def test_a_full_disk_ends_the_keeping(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_disables_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*arguments: object) -> int:
         raise OSError(28, "No space left on device")
 

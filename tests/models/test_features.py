@@ -1,4 +1,4 @@
-"""Features kept in place of pictures."""
+"""Vision features stored in place of pictures."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fedmllm.training.batches import Encoder
 
 @pytest.fixture
 def vlm(nano: VisionLanguageModel) -> VisionLanguageModel:
-    """The embedded model, which the errors name."""
+    """The embedded model, whose name appears in the errors."""
     return nano
 
 
@@ -34,7 +34,7 @@ def samples(encoder: Encoder, federation: FederatedData) -> list[Encoded]:
 
 
 def count_calls(vlm: VisionLanguageModel, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """One entry per pass of the vision tower."""
+    """One entry for each pass of the vision tower."""
     tower, calls = vlm.model.get_base_model().model.vision_tower, []
     forward = tower.forward
 
@@ -46,39 +46,39 @@ def count_calls(vlm: VisionLanguageModel, monkeypatch: pytest.MonkeyPatch) -> li
     return calls
 
 
-def test_a_model_that_would_not_read_them_is_refused(vlm: VisionLanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model of an older Transformers takes any argument, and trains without the pictures that it was fed so."""
+def test_a_model_that_ignores_features_is_refused(vlm: VisionLanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model of an older Transformers accepts any argument, and would train without the pictures."""
     decoder = vlm.model.get_base_model()
     monkeypatch.setattr(type(decoder), "forward", lambda self, input_ids=None, pixel_values=None, **kwargs: None)
     with pytest.raises(ModelError, match=r"'nano' does not accept image features instead of images; set engine\.feature_bytes to 0"):
         VisionFeatures(vlm, 1 << 20)
 
 
-def test_each_picture_is_seen_once(keeping: VisionLanguageModel, samples: list[Encoded], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_picture_is_encoded_once(keeping: VisionLanguageModel, samples: list[Encoded], monkeypatch: pytest.MonkeyPatch) -> None:
     calls = count_calls(keeping, monkeypatch)
     for order in (samples, samples[::-1], samples[2:4]):
         answer_logits(keeping, collate(keeping, order))
     assert len(calls) == len({sample.picture for sample in samples}) == 6
 
 
-def test_the_second_time_is_the_first_bit_for_bit(keeping: VisionLanguageModel, samples: list[Encoded]) -> None:
-    """So that a resumed run, whose store is empty, ends as an uninterrupted one."""
+def test_stored_features_give_the_same_result_bit_for_bit(keeping: VisionLanguageModel, samples: list[Encoded]) -> None:
+    """Therefore a resumed run, whose store is empty, ends as an uninterrupted one."""
     with torch.no_grad():
         first, second = (answer_logits(keeping, collate(keeping, samples)) for _ in range(2))
     assert torch.equal(first, second)
 
 
-def test_the_mode_of_the_model_stays(keeping: VisionLanguageModel, samples: list[Encoded]) -> None:
+def test_the_models_training_mode_does_not_change(keeping: VisionLanguageModel, samples: list[Encoded]) -> None:
     keeping.model.train()
     collate(keeping, samples)
     assert keeping.model.training
     assert all(module.training for module in keeping.model.modules())
 
 
-def test_a_blurred_picture_is_another(
+def test_a_blurred_picture_has_its_own_features(
     keeping: VisionLanguageModel, encoder: Encoder, federation: FederatedData, vlm: VisionLanguageModel
 ) -> None:
-    """The store tells copies apart by what the processor made of them, whatever their samples are called."""
+    """The store identifies copies by the processor's output, whatever their samples' ids."""
     plain = federation.dataset.test[:3]
     for samples in (plain, reduced_copy(plain, "blur-1", 0)):
         encoded = [encoder(sample) for sample in samples]

@@ -1,4 +1,4 @@
-"""Which model a folder holds: the same for its copies, another for any other."""
+"""The fingerprint of a model's folder: equal for copies, different for any other model."""
 
 from __future__ import annotations
 
@@ -33,21 +33,21 @@ def set_key(folder: Path, key: str, value: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
 
 
-def test_a_copy_in_bfloat16_saved_by_another_version_is_the_same(copy: Path) -> None:
+def test_a_bfloat16_copy_saved_by_another_version_has_the_same_fingerprint(copy: Path) -> None:
     change(copy, lambda weights: {name: tensor.bfloat16() for name, tensor in weights.items()})
     set_key(copy, "transformers_version", "99")
     set_key(copy, "dtype", "bfloat16")
     assert fingerprint_of(ModelConfig(name=str(copy))) == NANO
 
 
-def test_a_copy_in_several_files_is_the_same(copy: Path) -> None:
+def test_a_copy_in_several_files_has_the_same_fingerprint(copy: Path) -> None:
     load_model(ModelConfig(name=str(copy)), torch.device("cpu")).model.save_pretrained(copy.parent / "sharded", max_shard_size="1MB")
     assert len(list((copy.parent / "sharded").glob("*.safetensors"))) > 1
     shutil.copy(copy / "config.json", copy.parent / "sharded")
     assert fingerprint_of(ModelConfig(name=str(copy.parent / "sharded"))) == NANO
 
 
-def test_another_in_one_tensor_or_setting_is_another(copy: Path) -> None:
+def test_a_difference_in_one_tensor_or_setting_changes_the_fingerprint(copy: Path) -> None:
     name = next(name for name in sorted(load_file(copy / "model.safetensors")) if name.endswith("layers.5.self_attn.q_proj.weight"))
     change(copy, lambda weights: weights | {name: weights[name] * 1.02})
     trained = fingerprint_of(ModelConfig(name=str(copy)))
@@ -56,7 +56,7 @@ def test_another_in_one_tensor_or_setting_is_another(copy: Path) -> None:
     assert len({NANO, trained, fingerprint_of(ModelConfig(name=str(copy)))}) == 3
 
 
-def test_only_the_model_that_is_named_loads() -> None:
+def test_a_model_with_another_fingerprint_does_not_load() -> None:
     with pytest.raises(ModelError, match=f"'nano' does not match model.fingerprint .found {NANO}, expected 0+."):
         load_model(ModelConfig(fingerprint="0" * 16), torch.device("cpu"))
     load_model(ModelConfig(fingerprint=NANO), torch.device("cpu"))

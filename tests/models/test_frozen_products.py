@@ -1,4 +1,4 @@
-"""Products with frozen matrices through oneDNN, against float64 and against PyTorch's own."""
+"""Products with frozen matrices through oneDNN, compared with float64 and with PyTorch."""
 
 from __future__ import annotations
 
@@ -24,54 +24,54 @@ RNG = torch.Generator().manual_seed(0)
 pytestmark = pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="this PyTorch is built without oneDNN")
 
 
-def drawn(*shape: int) -> Tensor:
+def random(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=RNG)
 
 
 def frozen(inputs: int, outputs: int, bias: bool) -> tuple[nn.Linear, nn.Linear]:
-    """A frozen layer through oneDNN, and the same in float64."""
+    """A frozen layer through oneDNN, and the same layer in float64."""
     layer, exact = nn.Linear(inputs, outputs, bias=bias).requires_grad_(False), nn.Linear(inputs, outputs, bias=bias)
     exact.load_state_dict(layer.state_dict())
     direct(layer)
     return layer, exact.double().requires_grad_(False)
 
 
-def nodes(product: Tensor) -> str:
+def backward_node(product: Tensor) -> str:
     assert product.grad_fn is not None
     return type(product.grad_fn).__name__
 
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("shape", [(40,), (2, 31), (3, 2, 7)])
-def test_a_frozen_layer_and_its_gradient_are_those_of_float64(shape: tuple[int, ...], bias: bool) -> None:
+def test_a_frozen_layer_and_its_gradient_equal_float64(shape: tuple[int, ...], bias: bool) -> None:
     layer, exact = frozen(24, 10, bias)
-    x, gradient = drawn(*shape, 24), drawn(*shape, 10)
+    x, gradient = random(*shape, 24), random(*shape, 10)
     own, other = x.clone().requires_grad_(), x.double().requires_grad_()
     y, reference = layer(own), exact(other)
     y.backward(gradient)
     reference.backward(gradient.double())
-    assert nodes(y) == "_ProductBackward"
+    assert backward_node(y) == "_ProductBackward"
     torch.testing.assert_close(y.double(), reference, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(own.grad.double(), other.grad, rtol=1e-5, atol=1e-5)
     with torch.no_grad():
         assert torch.equal(layer(x), y)
 
 
-def test_rows_that_do_not_lie_behind_one_another_are_read_right() -> None:
+def test_rows_that_are_not_contiguous_are_read_correctly() -> None:
     layer, exact = frozen(24, 10, True)
-    x = drawn(24, 40).t()
+    x = random(24, 40).t()
     torch.testing.assert_close(layer(x).double(), exact(x.double()), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("resting", ["", "a", "b", "x"])
-def test_an_adapted_layer_and_its_gradients_are_those_of_the_formula(resting: str, bias: bool) -> None:
-    """y_i = W x_i + bias + s B_k A_k x_i of two groups of three rows, written row by row in float64."""
+@pytest.mark.parametrize("untrained", ["", "a", "b", "x"])
+def test_an_adapted_layer_and_its_gradients_equal_the_formula(untrained: str, bias: bool) -> None:
+    """y_i = W x_i + bias + s B_k A_k x_i for two groups of three rows, computed row by row in float64."""
     layer, exact = frozen(24, 10, bias)
-    start = {"x": drawn(6, 9, 24), "a": drawn(2, 4, 24), "b": drawn(2, 10, 4)}
-    gradient = drawn(6, 9, 10)
-    own = {name: tensor.clone().requires_grad_(name != resting) for name, tensor in start.items()}
-    other = {name: tensor.double().requires_grad_(name != resting) for name, tensor in start.items()}
+    start = {"x": random(6, 9, 24), "a": random(2, 4, 24), "b": random(2, 10, 4)}
+    gradient = random(6, 9, 10)
+    own = {name: tensor.clone().requires_grad_(name != untrained) for name, tensor in start.items()}
+    other = {name: tensor.double().requires_grad_(name != untrained) for name, tensor in start.items()}
     y = adapted(layer, own["x"], own["a"], own["b"], 1.5)
     assert y is not None
     rows = [exact(x) + 1.5 * (other["b"][i // 3] @ other["a"][i // 3] @ x.T).T for i, x in enumerate(other["x"])]
@@ -80,23 +80,23 @@ def test_an_adapted_layer_and_its_gradients_are_those_of_the_formula(resting: st
     reference.backward(gradient.double())
     torch.testing.assert_close(y.double(), reference, rtol=1e-4, atol=1e-4)
     for name, tensor in own.items():
-        if name == resting:
+        if name == untrained:
             assert tensor.grad is None
         else:
             torch.testing.assert_close(tensor.grad.double(), other[name].grad, rtol=1e-4, atol=1e-4)
 
 
-def test_what_trains_or_is_no_float32_is_left_to_pytorch() -> None:
+def test_trained_or_non_float32_layers_are_left_to_pytorch() -> None:
     layer, _ = frozen(24, 10, True)
-    x = drawn(40, 24)
+    x = random(40, 24)
     few = x[:15].requires_grad_()
     assert torch.equal(layer(few), F.linear(few, layer.weight, layer.bias))
-    assert nodes(layer(few)) == "AddmmBackward0"
+    assert backward_node(layer(few)) == "AddmmBackward0"
     with torch.autocast("cpu", torch.bfloat16):
         assert layer(x).dtype == torch.bfloat16
-        assert adapted(layer, x[None], drawn(1, 4, 24), drawn(1, 10, 4), 1.0) is None
-    assert adapted(layer, x[None], drawn(1, 4, 24).double(), drawn(1, 10, 4), 1.0) is None
-    assert adapted(nn.Linear(24, 10), x[None], drawn(1, 4, 24), drawn(1, 10, 4), 1.0) is None
+        assert adapted(layer, x[None], random(1, 4, 24), random(1, 10, 4), 1.0) is None
+    assert adapted(layer, x[None], random(1, 4, 24).double(), random(1, 10, 4), 1.0) is None
+    assert adapted(nn.Linear(24, 10), x[None], random(1, 4, 24), random(1, 10, 4), 1.0) is None
     layer.weight.requires_grad_(True)
     layer(x).sum().backward()
     assert layer.weight.grad is not None
@@ -107,26 +107,26 @@ def loaded(onednn: bool) -> VisionLanguageModel:
     return attach_lora(load_model(ModelConfig(onednn=onednn), torch.device("cpu")), LoraConfig(), seed=0)
 
 
-def trained(vlm: VisionLanguageModel, federation: FederatedData, together: bool) -> list[LocalResult]:
+def trained(vlm: VisionLanguageModel, federation: FederatedData, parallel: bool) -> list[LocalResult]:
     encoder, start = Encoder(vlm, "agnostic"), read_weights(vlm.model)
-    # Six and five samples: in the second step the clients have different numbers of rows.
+    # Six and five samples, so that in the second step the clients have different numbers of rows.
     held = [[encoder(sample) for sample in samples[:n]] for samples, n in zip(federation.clients.values(), (6, 5), strict=False)]
-    turns = [(LocalTask(str(k), 0, 0, samples, start, 1e-3), LocalRule()) for k, samples in enumerate(held)]
-    if together:
-        return train_in_parallel(vlm, turns, TrainingConfig(batch_size=3))
-    return [train_locally(vlm, task, rule, TrainingConfig(batch_size=3)) for task, rule in turns]
+    tasks = [(LocalTask(str(k), 0, 0, samples, start, 1e-3), LocalRule()) for k, samples in enumerate(held)]
+    if parallel:
+        return train_in_parallel(vlm, tasks, TrainingConfig(batch_size=3))
+    return [train_locally(vlm, task, rule, TrainingConfig(batch_size=3)) for task, rule in tasks]
 
 
-@pytest.mark.parametrize("together", [False, True])
-def test_training_comes_to_the_same_with_and_without(together: bool, federation: FederatedData, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("parallel", [False, True])
+def test_training_is_the_same_with_and_without_onednn(parallel: bool, federation: FederatedData, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fedmllm.models.load.available", lambda: True)
-    without = trained(loaded(False), federation, together)
-    for a, b in zip(trained(loaded(True), federation, together), without, strict=True):
+    without = trained(loaded(False), federation, parallel)
+    for a, b in zip(trained(loaded(True), federation, parallel), without, strict=True):
         assert W.norm(W.subtract(a.weights, b.weights)) < 0.02 * W.norm(W.subtract(b.weights, b.received))
         assert a.metrics["loss"] == pytest.approx(b.metrics["loss"], rel=1e-4)
 
 
-def test_a_model_is_loaded_so_where_there_is_something_to_gain(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_onednn_is_used_where_it_is_available(monkeypatch: pytest.MonkeyPatch) -> None:
     def changed(onednn: bool) -> bool:
         model = load_model(ModelConfig(onednn=onednn), torch.device("cpu")).model
         return any("forward" in vars(module) for module in model.modules())

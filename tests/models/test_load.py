@@ -30,7 +30,7 @@ def load(name: str | Path) -> None:
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
-    """The embedded model's folder, to be damaged."""
+    """A copy of the embedded model's folder, for tests that damage it."""
     return shutil.copytree(NANO_FOLDER, tmp_path / "model")
 
 
@@ -63,7 +63,7 @@ def test_damaged_weights(copy: Path) -> None:
 
 
 def test_weights_that_lack_a_layer_are_refused(copy: Path) -> None:
-    """Transformers would draw the layer at random, and the run would train on it."""
+    """Transformers would initialize the layer at random, and the run would train on it."""
     weights = load_file(copy / "model.safetensors")
     kept = {name: tensor for name, tensor in weights.items() if ".layers.3." not in name}
     save_file(kept, copy / "model.safetensors", metadata={"format": "pt"})
@@ -74,14 +74,14 @@ def test_weights_that_lack_a_layer_are_refused(copy: Path) -> None:
 
 
 def test_tied_weights_are_not_missing(tmp_path: Path) -> None:
-    """The head is the embedding, which the file holds once."""
+    """The head is the embedding matrix, which the file holds once."""
     make("gemma3", tmp_path)
     vlm = load_model(ModelConfig(name=str(tmp_path)), torch.device("cpu"))
     assert vlm.model.get_output_embeddings().weight is vlm.model.get_input_embeddings().weight
     assert not any("lm_head" in name for name in load_file(tmp_path / "model.safetensors"))
 
 
-def test_tensors_that_the_model_does_not_use_are_told(copy: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_tensors_that_the_model_does_not_use_are_reported(copy: Path, caplog: pytest.LogCaptureFixture) -> None:
     weights = load_file(copy / "model.safetensors")
     save_file({**weights, "model.further.weight": torch.zeros(2)}, copy / "model.safetensors", metadata={"format": "pt"})
     load(copy)
@@ -95,13 +95,13 @@ def test_a_folder_cloned_without_its_large_files(file: str, copy: Path) -> None:
         load(copy)
 
 
-def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
+def test_a_folder_without_a_model(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"has no config\.json"):
         load(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "/no/such/model", "a/b/c"])
-def test_a_folder_that_is_not_there(name: str) -> None:
+def test_a_missing_folder(name: str) -> None:
     with pytest.raises(ModelError, match="is not a folder"):
         load(name)
 
@@ -130,7 +130,7 @@ def test_a_model_without_processor(copy: Path) -> None:
         ("some/gated", GatedRepoError, r"'some/gated' is gated; accept its terms on its hub page, and log in with 'hf auth login'"),
     ],
 )
-def test_what_the_hub_does_not_give(name: str, error: type[HfHubHTTPError], part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_of_the_hub_are_explained(name: str, error: type[HfHubHTTPError], part: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The hub's own errors, as its client raises them."""
 
     def refuse(*args: object, **kwargs: object) -> None:
@@ -141,7 +141,7 @@ def test_what_the_hub_does_not_give(name: str, error: type[HfHubHTTPError], part
         load_model(ModelConfig(name=name), torch.device("cpu"))
 
 
-def test_without_a_network_a_name_of_the_hub_says_how_to_get_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_model_without_a_network_gets_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: object, **kwargs: object) -> None:
         raise LocalEntryNotFoundError("an error happened while trying to locate the file on the Hub")
 
@@ -153,7 +153,7 @@ def test_without_a_network_a_name_of_the_hub_says_how_to_get_the_model(monkeypat
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:99", "tpu"])
-def test_devices_that_are_not_there(device: str) -> None:
+def test_unavailable_devices_are_refused(device: str) -> None:
     with pytest.raises(ModelError, match=r"engine\.device"):
         choose_device(device)
 
@@ -212,10 +212,10 @@ class OwnProcessor(StandInProcessor):
         }
     ),
 }
-"""A folder whose code comes with it, as MiniCPM-V 2.6's does."""
+"""A folder that contains the model's own code, as MiniCPM-V 2.6's does."""
 
 
-def test_code_that_comes_with_a_model_runs_only_if_it_is_trusted(tmp_path: Path, federation: FederatedData) -> None:
+def test_a_models_own_code_runs_only_if_it_is_trusted(tmp_path: Path, federation: FederatedData) -> None:
     for name, content in REMOTE.items():
         (tmp_path / name).write_text(content)
     torch.manual_seed(0)
@@ -230,15 +230,15 @@ def test_code_that_comes_with_a_model_runs_only_if_it_is_trusted(tmp_path: Path,
     assert nll.sum() > 0
 
 
-def test_the_oldest_transformers_is_the_one_that_is_asked_for() -> None:
-    """The floor in the package's requirements is the one that is checked when a model is loaded."""
+def test_the_oldest_transformers_is_the_required_one() -> None:
+    """The floor in the package's requirements equals the floor checked when a model is loaded."""
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     (asked,) = (Requirement(row) for row in project["dependencies"] if row.startswith("transformers"))
     assert OLDEST_TRANSFORMERS in asked.specifier
     assert not asked.specifier.contains("5.22.4")
 
 
-def test_a_transformers_that_is_too_old_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_old_transformers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for version in ("5.23.0", "5.23.1", "5.100"):
         require_transformers(version)
     monkeypatch.setattr("fedmllm.models.load.metadata.version", lambda name: "5.17.0")
@@ -248,13 +248,13 @@ def test_a_transformers_that_is_too_old_is_refused(monkeypatch: pytest.MonkeyPat
         load_model(ModelConfig(), torch.device("cpu"))
 
 
-def test_code_from_the_hub_is_trusted_by_commit() -> None:
+def test_code_from_the_hub_needs_a_commit() -> None:
     with pytest.raises(ModelError, match=r"name the commit you trust in model\.revision"):
         load_model(ModelConfig(name="someone/model", trust_remote_code=True), torch.device("cpu"))
 
 
-def test_a_processor_with_videos_is_made_without_them(tmp_path: Path) -> None:
-    """By the class that its settings name, whatever the kind of model; torchvision, which videos would need, is not installed here."""
+def test_a_processor_with_videos_loads_without_them(tmp_path: Path) -> None:
+    """The class comes from the processor's settings, for any kind of model. torchvision, which videos need, is not installed here."""
     make("qwen3_vl", tmp_path)
     assert type(load_processor(str(tmp_path))).__name__ == "Qwen3VLProcessor"
     (tmp_path / "video_preprocessor_config.json").write_text('{"video_processor_type": "Qwen3VLVideoProcessor"}')
@@ -268,8 +268,8 @@ def test_a_processor_with_videos_is_made_without_them(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", RECIPES)
-def test_a_saved_processor_loads_or_transformers_says_what_it_needs(tmp_path: Path, kind: str) -> None:
-    """Without torchvision Transformers makes no processor with a part for videos; with it, it makes this one: the settings are there."""
+def test_a_saved_processor_loads_or_needs_torchvision(tmp_path: Path, kind: str) -> None:
+    """Without torchvision, Transformers cannot make a processor with videos. With it, Transformers makes this one from the saved settings."""
     processor(kind).save_pretrained(tmp_path / "base")
     AutoConfig.for_model(kind).save_pretrained(tmp_path / "base")
     loaded = load_processor(str(tmp_path / "base"))
@@ -284,7 +284,7 @@ def test_a_saved_processor_loads_or_transformers_says_what_it_needs(tmp_path: Pa
             AutoProcessor.from_pretrained(tmp_path / folder)
 
 
-def test_the_settings_for_videos_are_saved_as_they_were(tmp_path: Path) -> None:
+def test_settings_for_videos_are_saved_unchanged(tmp_path: Path) -> None:
     processor("qwen3_vl").save_pretrained(tmp_path)
     own = {"video_processor_type": "Qwen3VLVideoProcessor", "fps": 3}
     settings = json.loads((tmp_path / "processor_config.json").read_text())

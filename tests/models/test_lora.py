@@ -35,14 +35,14 @@ def test_targets_choose_the_layers() -> None:
     assert len(names) == 6 * 7 * 2
 
 
-def test_the_start_is_drawn_from_the_seed() -> None:
+def test_initial_weights_depend_on_the_seed() -> None:
     first, again, other = (read_weights(attach_lora(fresh(), LoraConfig(), seed).model) for seed in (0, 0, 1))
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert any(not torch.equal(first[name], other[name]) for name in first)
     assert all(not tensor.any() for name, tensor in first.items() if "lora_B" in name)
 
 
-def test_what_is_written_is_read_back_and_not_shared(vlm: VisionLanguageModel) -> None:
+def test_written_weights_are_read_back_as_copies(vlm: VisionLanguageModel) -> None:
     weights = {name: torch.randn_like(tensor) for name, tensor in read_weights(vlm.model).items()}
     write_weights(vlm.model, weights)
     read = read_weights(vlm.model)
@@ -53,7 +53,7 @@ def test_what_is_written_is_read_back_and_not_shared(vlm: VisionLanguageModel) -
 
 
 @pytest.mark.parametrize("damage", ["missing", "unknown", "shape"])
-def test_weights_that_do_not_fit_are_refused_whole(vlm: VisionLanguageModel, damage: str) -> None:
+def test_weights_that_do_not_fit_change_nothing(vlm: VisionLanguageModel, damage: str) -> None:
     before = read_weights(vlm.model)
     bad = {name: tensor + 1 for name, tensor in before.items()}
     name = sorted(bad)[-1]
@@ -85,7 +85,7 @@ def test_saved_adapter_is_a_standard_peft_folder(tmp_path: Path) -> None:
     assert not list((tmp_path / "adapter").glob("*.bin"))
 
 
-def test_adapters_that_do_not_fit(vlm: VisionLanguageModel, tmp_path: Path) -> None:
+def test_missing_and_damaged_adapters_are_refused(vlm: VisionLanguageModel, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"no adapter_config\.json"):
         load_adapter(fresh(), tmp_path)
     save_adapter(vlm, read_weights(vlm.model), tmp_path / "adapter")
@@ -95,8 +95,8 @@ def test_adapters_that_do_not_fit(vlm: VisionLanguageModel, tmp_path: Path) -> N
         load_adapter(fresh(), tmp_path / "adapter")
 
 
-def test_an_adapter_for_which_there_is_no_room_is_named(vlm: VisionLanguageModel, tmp_path: Path) -> None:
-    """Files of safetensors say so in words of their own. The adapter that was there stays."""
+def test_a_full_disk_is_reported_with_the_adapters_path(vlm: VisionLanguageModel, tmp_path: Path) -> None:
+    """Safetensors has error messages of its own. The adapter that was there stays."""
     resource = pytest.importorskip("resource")
     save_adapter(vlm, read_weights(vlm.model), tmp_path / "adapter")
     before = (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes()
@@ -115,8 +115,8 @@ def test_an_adapter_for_which_there_is_no_room_is_named(vlm: VisionLanguageModel
     ("layers", "message"),
     [(4, r"16 of its tensors do not match; .*\n  - the model has no place for .*layers\.[45]\."), (0, "the adapter lacks .*layers.5")],
 )
-def test_an_adapter_is_not_cut_to_fit(layers: int, message: str, vlm: VisionLanguageModel, tmp_path: Path) -> None:
-    """A base of four layers instead of six; an adapter without the factors of a layer."""
+def test_an_adapter_is_not_truncated_to_fit(layers: int, message: str, vlm: VisionLanguageModel, tmp_path: Path) -> None:
+    """A base model with four layers instead of six; an adapter without the factors of a layer."""
     save_adapter(vlm, read_weights(vlm.model), tmp_path / "adapter")
     other = fresh()
     if layers:

@@ -1,4 +1,4 @@
-"""The memory plan."""
+"""The memory plan and the token budget."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ MIB = 4 * 2**18
 
 @pytest.fixture
 def vlm(nano: VisionLanguageModel) -> VisionLanguageModel:
-    """The embedded model: a tiny one needs too little memory for it to be measured."""
+    """The embedded model: a tiny model needs too little memory to measure."""
     return nano
 
 
-def test_what_lives_at_once_is_counted() -> None:
-    """In units of x: what is freed on the way is not held at the end; a view, and what is changed in place, take nothing."""
+def test_peak_bytes_counts_tensors_that_are_alive_at_once() -> None:
+    """In units of x: tensors freed on the way do not count at the end. A view and an in-place change take no memory."""
     x = torch.randn(512, 512, requires_grad=True)
 
-    def there_and_back(again: bool) -> None:
+    def forward_and_backward(again: bool) -> None:
         def layer(y: torch.Tensor) -> torch.Tensor:
             return y.sin().sin().sin()
 
@@ -50,13 +50,13 @@ def test_what_lives_at_once_is_counted() -> None:
     assert peak_bytes(lambda: x.detach() + 1) == MIB
     assert peak_bytes(lambda: (x.detach() + 1).add_(1).view(-1)[3:]) == MIB
     assert peak_bytes(lambda: ((x.detach() + 1) + 1) + 1) == 2 * MIB
-    # 13 results, and on the way back two gradients, besides sums; computed again, the inputs of 4 layers, one layer's 3 and the same two.
-    assert peak_bytes(lambda: there_and_back(False)) // MIB == 15
-    assert peak_bytes(lambda: there_and_back(True)) // MIB == 9
+    # 13 results, plus two gradients in the backward pass. Recomputed: the inputs of 4 layers, one layer's 3 results and two gradients.
+    assert peak_bytes(lambda: forward_and_backward(False)) // MIB == 15
+    assert peak_bytes(lambda: forward_and_backward(True)) // MIB == 9
 
 
-def test_a_pass_holds_more_for_more_tokens(vlm: VisionLanguageModel, encoder: Encoder, federation: FederatedData) -> None:
-    """At least what a decoder layer's attention and gate need; at most all of a float32 pass's intermediate results, generously."""
+def test_the_memory_of_a_pass_grows_with_its_tokens(vlm: VisionLanguageModel, encoder: Encoder, federation: FederatedData) -> None:
+    """At least what a decoder layer's attention and gate need; at most a generous bound on a float32 pass's intermediate results."""
     samples = sorted(map(encoder, federation.clients["client-00"]), key=lambda sample: len(sample.input_ids))
     text = vlm.model.config.get_text_config()
     least = 4 * text.num_hidden_layers * (4 * text.hidden_size + 2 * text.intermediate_size)
@@ -65,8 +65,8 @@ def test_a_pass_holds_more_for_more_tokens(vlm: VisionLanguageModel, encoder: En
         assert least < peak / len(sample.input_ids) < 5 * least
 
 
-def test_the_budget_is_the_device_s(monkeypatch: pytest.MonkeyPatch) -> None:
-    """0.6 of the free bytes over bytes per token, here 4 MiB for a sample of 100 tokens; measured once, and nothing where it is set."""
+def test_the_budget_follows_from_the_devices_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """0.6 of the free bytes divided by bytes per token, here 4 MiB for 100 tokens. It is measured once, and not at all if it is set."""
     passes: list[int] = []
 
     def work() -> torch.Tensor:
@@ -89,7 +89,7 @@ def test_the_budget_is_the_device_s(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class OnAGpu(TokenBudget):
-    """Measures as on a GPU, and remembers in which mode the model was."""
+    """A budget that measures as on a GPU and records the model's training mode."""
 
     def __init__(self, vlm: VisionLanguageModel) -> None:
         super().__init__()
@@ -100,23 +100,23 @@ class OnAGpu(TokenBudget):
         super().measure(torch.device("cuda"), length, work)
 
 
-@pytest.mark.parametrize("together", [False, True])
-def test_the_budget_is_measured_as_the_model_trains(
-    together: bool, encoder: Encoder, federation: FederatedData, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("parallel", [False, True])
+def test_the_budget_is_measured_in_training_mode(
+    parallel: bool, encoder: Encoder, federation: FederatedData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With layers computed again a pass holds far less, but only in training mode. Nothing is left of the measuring: losses are the same."""
+    """Recomputed layers hold far less memory, but only in training mode. Measuring does not change the losses."""
     monkeypatch.setattr(memory, "_free_bytes", lambda device: 2**30)
     samples = [encoder(sample) for sample in federation.clients["client-00"][:3]]
     tokens = []
     for checkpoints in (False, True):
         vlm = attach_lora(load_model(ModelConfig(gradient_checkpointing=checkpoints), torch.device("cpu")), LoraConfig(), 0)
-        turn = (LocalTask("a", 0, 0, samples, read_weights(vlm.model), 1e-3), LocalRule())
+        client = (LocalTask("a", 0, 0, samples, read_weights(vlm.model), 1e-3), LocalRule())
         budget, losses = OnAGpu(vlm), []
         for given in (None, budget):
-            if together:
-                losses.append(train_in_parallel(vlm, [turn, turn], TrainingConfig(), given)[0].metrics["loss"])
+            if parallel:
+                losses.append(train_in_parallel(vlm, [client, client], TrainingConfig(), given)[0].metrics["loss"])
             else:
-                losses.append(train_locally(vlm, *turn, TrainingConfig(), given).metrics["loss"])
+                losses.append(train_locally(vlm, *client, TrainingConfig(), given).metrics["loss"])
         assert losses[0] == pytest.approx(losses[1], rel=1e-4)
         assert budget.modes == [True]
         assert budget.tokens is not None
@@ -124,8 +124,8 @@ def test_the_budget_is_measured_as_the_model_trains(
     assert tokens[1] > 2 * tokens[0]
 
 
-def test_a_wave_is_as_large_as_a_gpu_s_memory_allows(vlm: VisionLanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A client's tensors take 16 bytes of each of 73,728 parameters; a fifth of the memory is theirs."""
+def test_the_number_of_parallel_clients_follows_from_a_gpus_memory(vlm: VisionLanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client's tensors take 16 bytes for each of 73,728 parameters; they may use a fifth of the memory."""
     assert clients_at_once(vlm) is None
     for free, clients in ((5 * 16 * 73_728 * 7, 7), (5 * 16 * 73_728 * 7 - 5, 6), (1, 1)):
         monkeypatch.setattr(memory, "_free_bytes", lambda device, free=free: free)
@@ -151,5 +151,5 @@ def test_a_pass_that_did_not_fit_halves_the_budget(caplog: pytest.LogCaptureFixt
         (ValueError("out of memory"), False),
     ],
 )
-def test_what_an_allocation_that_failed_looks_like(error: Exception, memory_failed: bool) -> None:
+def test_failed_allocations_are_recognized(error: Exception, memory_failed: bool) -> None:
     assert out_of_memory(error) == memory_failed

@@ -1,4 +1,4 @@
-"""The embedded model, and the code that makes it."""
+"""The embedded model, and the code that trains it."""
 
 from __future__ import annotations
 
@@ -26,33 +26,33 @@ from fedmllm.randomness import generator, torch_randomness
 
 @pytest.fixture(scope="module")
 def fresh() -> VisionLanguageModel:
-    """Seed 0 before any step. Tests must leave it as it is."""
+    """Seed 0 before any step. Tests must not change it."""
     return new_nano(0)
 
 
-def test_the_folder_is_small_and_ordinary() -> None:
+def test_the_folder_is_small_and_has_the_usual_files() -> None:
     assert sum(path.stat().st_size for path in NANO_FOLDER.iterdir()) < 12e6
     assert {"config.json", "model.safetensors", "tokenizer.json", "processor_config.json", "chat_template.jinja", "README.md"} <= {
         path.name for path in NANO_FOLDER.iterdir()
     }
 
 
-def test_its_size_is_as_stated(base: VisionLanguageModel) -> None:
+def test_the_model_has_the_stated_size(base: VisionLanguageModel) -> None:
     assert 3e6 < sum(parameter.numel() for parameter in base.model.parameters()) < 6e6
 
 
-def test_any_text_has_tokens_and_comes_back(base: VisionLanguageModel) -> None:
+def test_any_text_survives_tokenization(base: VisionLanguageModel) -> None:
     for text in ("Größe 12 µm", "日本語 😀", "a\tb\n  c"):
         ids = base.tokenizer(text, add_special_tokens=False)["input_ids"]
         assert base.tokenizer.decode(ids) == text
 
 
-def test_digits_are_tokens_of_their_own(base: VisionLanguageModel) -> None:
+def test_each_digit_is_one_token(base: VisionLanguageModel) -> None:
     assert len(base.tokenizer("47", add_special_tokens=False)["input_ids"]) == 2
 
 
-def test_it_has_the_skills_its_card_states(base: VisionLanguageModel) -> None:
-    """The card's scores are over 1,000 dialogues; these 200 are others, and three standard errors are allowed."""
+def test_skills_match_the_model_card(base: VisionLanguageModel) -> None:
+    """The card's scores are over 1,000 dialogues. These are 200 others, with a tolerance of three standard errors."""
     card = dict(_card_rows())
     for skill, (share, count) in skills(base, seed=123, count=200).items():
         expected = card[skill]
@@ -83,7 +83,7 @@ def test_dialogues_mix_contexts_and_never_show_the_tasks() -> None:
 
 
 def test_answers_to_dialogues_are_right() -> None:
-    """The notes say what the answers must be: read back here from the text."""
+    """The right answers are read back from the notes' text."""
     checked = 0
     for i in range(1000):
         item = dialogue(generator(1, "t", i))
@@ -116,8 +116,8 @@ def test_lessons_differ_between_splits_in_the_handwriting_only() -> None:
         assert pages[0] == pages[1] != pages[2]
 
 
-def test_checks_of_notes_are_right() -> None:
-    """The statement's words decide: read back here from the note."""
+def test_note_checks_have_right_answers() -> None:
+    """The right answers are read back from the note and the statement's words."""
     answers: list[str] = []
     for i in range(300):
         item = note_checks(generator(2, "t", i), "pretrain")
@@ -136,8 +136,8 @@ def test_checks_of_notes_are_right() -> None:
     assert 0.4 < answers.count("yes") / len(answers) < 0.6
 
 
-def test_checks_of_pictures_agree_with_each_other() -> None:
-    """Statements of one kind found right must be the same statement, and one found right is never found wrong."""
+def test_picture_checks_are_consistent() -> None:
+    """Of statements of one kind at most one is right, and no statement is both right and wrong."""
     for i in range(100):
         item = picture_checks(generator(2, "t", i), "pretrain")
         verdicts: dict[str, set[str]] = {}
@@ -148,8 +148,8 @@ def test_checks_of_pictures_agree_with_each_other() -> None:
             assert sum(verdicts[question] == {"yes"} for question in verdicts if re.fullmatch(form, question)) <= 1
 
 
-def test_the_tower_alone_learns_to_tell_inks(fresh: VisionLanguageModel) -> None:
-    """Over seeds 0 to 2 it tells at least 98 of 100 inks after these steps; guessing tells 25."""
+def test_the_tower_alone_learns_to_recognize_inks(fresh: VisionLanguageModel) -> None:
+    """For seeds 0 to 2 it recognizes at least 98 of 100 inks after these steps; guessing gives 25."""
     vlm = replace(fresh, model=deepcopy(fresh.model))
     with torch_randomness(vlm.device, 0, "test"):
         exam, rng = SightExam(vlm), generator(0, "t")
@@ -171,7 +171,7 @@ def test_stages_share_all_steps() -> None:
     assert all(sum(share for _, share in stage.lessons) == pytest.approx(1) for stage in STAGES if stage.lessons)
 
 
-def test_keys_start_out_like_queries(fresh: VisionLanguageModel) -> None:
+def test_initial_keys_correlate_with_queries(fresh: VisionLanguageModel) -> None:
     attention = fresh.model.model.language_model.layers[0].self_attn
     query, key = (weight.detach().flatten() for weight in (attention.q_proj.weight, attention.k_proj.weight))
     assert torch.corrcoef(torch.stack([query, key]))[0, 1].item() == pytest.approx(0.7, abs=0.02)

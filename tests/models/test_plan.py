@@ -1,4 +1,4 @@
-"""Plans of models whose weights are not there."""
+"""Plans of models whose weights are not downloaded."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
-def test_what_a_choice_costs(folder: Path) -> None:
-    """Q and o have 64 inputs and outputs, k and v 64 and 2 * 16: rank 8 in 4 layers."""
+def test_the_plan_counts_the_parameters_of_a_choice(folder: Path) -> None:
+    """Rank 8 in 4 layers: q and o have 64 inputs and outputs, k and v 64 inputs and 2 * 16 outputs."""
     small = make_plan(ModelConfig(name=str(folder)), LoraConfig())
     assert small.trainable == 4 * 8 * (2 * (64 + 64) + 2 * (64 + 32))
     assert small.update_bytes == 4 * small.trainable
@@ -40,8 +40,8 @@ def test_what_a_choice_costs(folder: Path) -> None:
     assert small.memory(100, clients=3) == small.weight_bytes + 3 * 16 * small.trainable + 100 * small.bytes_per_token
 
 
-def test_layers_add_up(folder: Path, tmp_path: Path) -> None:
-    """Twice as many layers keep twice as much, but for what is kept outside of them."""
+def test_memory_is_proportional_to_layers(folder: Path, tmp_path: Path) -> None:
+    """Twice as many layers keep twice as much memory, except what is kept outside of them."""
     Qwen2_5_VLConfig(text_config=TEXT | {"num_hidden_layers": 8}, vision_config={"depth": 1}).save_pretrained(tmp_path / "deep")
     once, twice = (make_plan(ModelConfig(name=str(path)), LoraConfig()).bytes_per_token for path in (folder, tmp_path / "deep"))
     assert 1.8 < twice / once <= 2
@@ -51,7 +51,7 @@ def test_layers_add_up(folder: Path, tmp_path: Path) -> None:
     ("name", "part"),
     [("./nowhere", "is not a folder"), ("empty", r"has no config\.json"), ("text", "cannot be planned: .*qwen2")],
 )
-def test_what_cannot_be_planned_is_told(name: str, part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_models_that_cannot_be_planned_are_refused(name: str, part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "text").mkdir()

@@ -1,4 +1,4 @@
-"""Frozen weights in 4 bits. They are meant for GPUs; where bitsandbytes is installed its slow way on the CPU shows that they compute."""
+"""Frozen weights in 4 bits. They are meant for GPUs; where bitsandbytes is installed, its slow CPU path shows that they compute."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "wide"
 
 
-def in_four_bits(folder: Path) -> VisionLanguageModel:
+def quantized(folder: Path) -> VisionLanguageModel:
     from transformers import AutoModelForImageTextToText
 
     cpu = torch.device("cpu")
@@ -57,10 +57,10 @@ def in_four_bits(folder: Path) -> VisionLanguageModel:
 @installed
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated", "ignore:.*:UserWarning:bitsandbytes")
 @pytest.mark.parametrize("config", [LoraConfig(), LoraConfig(connector="full", embeddings="full"), LoraConfig(dora=True)])
-def test_adapters_train_on_four_bits(folder: Path, config: LoraConfig, federation: FederatedData, tmp_path: Path) -> None:
-    """Close to the model in bfloat16; gradients reach all that trains; the adapter is the same kind of folder."""
+def test_adapters_train_on_a_quantized_model(folder: Path, config: LoraConfig, federation: FederatedData, tmp_path: Path) -> None:
+    """The loss is close to the bfloat16 model's, gradients reach every trained tensor, and the adapter's folder has the usual format."""
     losses = []
-    for vlm in (in_four_bits(folder), load_model(ModelConfig(name=str(folder), dtype="bfloat16"), torch.device("cpu"))):
+    for vlm in (quantized(folder), load_model(ModelConfig(name=str(folder), dtype="bfloat16"), torch.device("cpu"))):
         vlm = attach_lora(vlm, config, 0)
         encoder = Encoder(vlm, "agnostic")
         vlm.model.train()
@@ -76,9 +76,9 @@ def test_adapters_train_on_four_bits(folder: Path, config: LoraConfig, federatio
 
 @installed
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
-def test_what_is_held_in_four_bits(folder: Path) -> None:
-    """Linear layers of decoder and tower; not the connector, the head, embeddings and norms. Nothing can be added to them."""
-    vlm = attach_lora(in_four_bits(folder), LoraConfig(), 0)
+def test_which_layers_are_quantized(folder: Path) -> None:
+    """Linear layers of decoder and tower are quantized; connector, head, embeddings and norms are not. Quantized weights cannot change."""
+    vlm = attach_lora(quantized(folder), LoraConfig(), 0)
     kinds = {name: type(module).__name__ for name, module in vlm.model.get_base_model().named_modules()}
     assert kinds["model.language_model.layers.0.mlp.up_proj"] == kinds["model.visual.blocks.0.attn.qkv"] == "Linear4bit"
     assert (
@@ -90,7 +90,7 @@ def test_what_is_held_in_four_bits(folder: Path) -> None:
         write_base(vlm, {name: torch.zeros(layer.out_features, layer.in_features)})
 
 
-def test_a_plan_in_four_bits(folder: Path) -> None:
+def test_the_plan_counts_quantized_weights(folder: Path) -> None:
     whole, small = (make_plan(ModelConfig(name=str(folder), **settings), LoraConfig()) for settings in ({"dtype": "bfloat16"}, FOUR_BITS))  # type: ignore[arg-type]
     decoder = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)
     tower = 2 * (64 * 3 * 64 + 64 * 64 + 2 * 64 * 128)
@@ -98,8 +98,8 @@ def test_a_plan_in_four_bits(folder: Path) -> None:
     assert small.weight_bytes == pytest.approx(whole.weight_bytes - (16 - BITS) / 8 * (decoder + tower), abs=1)
 
 
-def test_without_a_gpu_it_is_refused(folder: Path) -> None:
-    """By setting, and where a checkpoint brings weights in few bits."""
+def test_quantization_without_a_gpu_is_refused(folder: Path) -> None:
+    """By setting, and for a checkpoint with quantized weights."""
     with pytest.raises(ModelError, match=r"model\.quantization: 4bit needs a GPU, but engine\.device is cpu"):
         load_model(ModelConfig(name=str(folder), **FOUR_BITS), torch.device("cpu"))  # type: ignore[arg-type]
     settings = json.loads((folder / "config.json").read_text())
@@ -110,7 +110,7 @@ def test_without_a_gpu_it_is_refused(folder: Path) -> None:
 
 
 @pytest.mark.skipif(find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
-def test_without_bitsandbytes_it_says_what_to_install() -> None:
+def test_quantization_without_bitsandbytes_is_refused_with_a_remedy() -> None:
     with pytest.raises(ModelError, match=r"pip install 'fedmllm\[quantized\]'"):
         require_gpu("model.quantization: 4bit", torch.device("cuda"))
 
@@ -123,7 +123,7 @@ def test_without_bitsandbytes_it_says_what_to_install() -> None:
         ({"model": FOUR_BITS, "algorithm": {"name": "yoco"}}, "yoco adds to the frozen weights"),
     ],
 )
-def test_settings_that_contradict_each_other(values: dict[str, object], part: str) -> None:
+def test_contradictory_settings_are_refused(values: dict[str, object], part: str) -> None:
     with pytest.raises(ConfigError) as caught:
         Experiment.parse(values)
     assert part in str(caught.value)

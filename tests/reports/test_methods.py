@@ -29,17 +29,17 @@ from fedmllm.types import Record
 
 @pytest.fixture
 def vlm(nano: VisionLanguageModel) -> VisionLanguageModel:
-    """The embedded model, all of whose adapted modules are square."""
+    """The embedded model, whose adapted modules are all square."""
     return nano
 
 
 @pytest.fixture(scope="module")
 def rows() -> Record:
-    """The catalog as a reader of the JSON has it."""
+    """The catalog as it is read from JSON."""
     return dict(json.loads(json.dumps(catalog())))
 
 
-def test_everything_is_there_with_a_line_and_its_source(rows: Record) -> None:
+def test_the_catalog_is_complete_with_summaries_and_sources(rows: Record) -> None:
     assert set(rows) == {"methods", "strategies"}
     assert (set(rows["methods"]), set(rows["strategies"])) == (set(ALGORITHMS), set(STRATEGIES))
     for row in (*rows["methods"].values(), *rows["strategies"].values()):
@@ -73,13 +73,13 @@ def test_a_title_ends_where_the_authors_begin(rows: Record, kind: str, name: str
 
 BY_HAND: dict[str, dict[str, Any]] = {
     "fedavg": {"kind": "classic", "up": "1", "down": "1", "client_state": {}, "server_state": [], "exact": False, "streams": True},
-    # Its update and the change of its control go up; the weights and the server's control come down.
+    # Clients send the update and the change of their control. The server sends the weights and its control.
     "scaffold": {"up": "2", "down": "2", "client_state": {"control": 1.0}, "server_state": ["control"], "streams": True},
     "fedadam": {"up": "1", "down": "1", "server_state": ["momentum", "second_moment"]},
-    # B alone is half of an adapter whose modules are square.
+    # With square modules, B alone is half of an adapter.
     "ffa_lora": {"kind": "lora", "up": "0.5", "down": "0.5", "exact": True, "heterogeneous_ranks": False},
     "rolora": {"up": "0.5", "down": "1", "exact": True},
-    # A round's stack is as large as the adapters of its clients; before the first there is none.
+    # A round's stack is as large as its clients' adapters. Before the first round there is none.
     "flora": {"up": "1", "down": "0, then K", "exact": True, "heterogeneous_ranks": True, "streams": False},
     "fedex_lora": {"up": "1", "down": "1, then 1 + K", "server_state": ["base", "base_step"]},
     "fedsa_lora": {"kind": "personalized", "up": "0.5", "down": "0.5", "client_state": {"own": 0.5}, "personalized": True},
@@ -91,12 +91,12 @@ BY_HAND: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", BY_HAND)
-def test_properties_and_costs_by_hand(rows: Record, name: str) -> None:
+def test_properties_and_costs_match_a_hand_computation(rows: Record, name: str) -> None:
     row = rows["methods"][name]
     assert {key: row[key] for key in BY_HAND[name]} == BY_HAND[name]
 
 
-def test_what_strategies_change(rows: Record) -> None:
+def test_the_catalog_says_what_strategies_change(rows: Record) -> None:
     found = {name: (row["changes"], row["published"]) for name, row in rows["strategies"].items()}
     assert found["adaptive_regularization"] == (["client"], True)
     assert found["agnostic_prompt"] == (["prompt"], True)
@@ -104,21 +104,21 @@ def test_what_strategies_change(rows: Record) -> None:
 
 
 def adapters(text: str, round_num: int, cohort: int) -> float:
-    """``1, then 1 + K`` in numbers."""
+    """The value of a notation such as ``1, then 1 + K``."""
     terms = text.split(", then ")[min(round_num, text.count(", then "))].split(" + ")
     return sum(float(term.removesuffix("K") or 1) * cohort if term.endswith("K") else float(term) for term in terms)
 
 
-def test_the_notation_is_read_as_meant() -> None:
+def test_the_notation_of_costs_is_evaluated_correctly() -> None:
     assert [adapters("1, then 0.5 + 2 K", round_num, 3) for round_num in (0, 1, 2)] == [1.0, 6.5, 6.5]
     assert adapters("0, then K", 1, 4) == 4.0
 
 
 @pytest.mark.parametrize("name", sorted(ALGORITHMS))
-def test_a_run_on_the_embedded_model_counts_the_same(
+def test_costs_equal_those_of_a_run_on_the_embedded_model(
     name: str, vlm: VisionLanguageModel, encoder: Encoder, federation: FederatedData, tmp_path: Path
 ) -> None:
-    """Three rounds of the engine itself, whose clients take no steps; all modules of the embedded model are square."""
+    """Three rounds of the real engine, whose clients take no steps. All adapted modules of the embedded model are square."""
     method, training, cohort = ALGORITHMS[name](), TrainingConfig(local_epochs=0), len(federation.clients)
     clients = {client: samples[:1] for client, samples in federation.clients.items()}
     weights, store = read_weights(vlm.model), RunStore(tmp_path)
@@ -134,7 +134,7 @@ def test_a_run_on_the_embedded_model_counts_the_same(
     assert list(end.slots) == row["server_state"]
 
 
-def test_the_list_says_of_a_method_what_it_costs(rows: Record) -> None:
+def test_the_list_shows_a_methods_costs(rows: Record) -> None:
     out = StringIO()
     Console(file=out, width=200).print(methods_view(rows))
     text = [line.strip() for line in out.getvalue().splitlines()]

@@ -37,9 +37,7 @@ def shown(terminal: bool, records: list[Record]) -> str:
 @pytest.mark.parametrize(
     ("silence", "lines"), [(-1.0, ["encoding samples: 1,000 of 2,000", "encoding samples: 2,000 of 2,000"]), (600.0, [])]
 )
-def test_how_many_samples_were_looked_at_is_said_where_it_takes_long(
-    silence: float, lines: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_encoding_progress_is_shown_if_it_takes_long(silence: float, lines: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(display, "SILENCE", silence)
     out = StringIO()
     shows = Display(4, Console(file=out, force_terminal=False, width=80))
@@ -48,7 +46,7 @@ def test_how_many_samples_were_looked_at_is_said_where_it_takes_long(
     assert out.getvalue().splitlines() == lines
 
 
-def test_plain_lines_where_there_is_no_terminal() -> None:
+def test_output_without_a_terminal_is_plain_lines() -> None:
     text = shown(False, [record("federated", 1, 4), record("federated", 2, 4)])
     first, second = text.splitlines()
     assert first.startswith("federated round 1/4  cohort 00  loss 0.500  sent 1.50 MB  left ")
@@ -56,22 +54,22 @@ def test_plain_lines_where_there_is_no_terminal() -> None:
     assert "\x1b" not in text
 
 
-def test_a_live_table_in_a_terminal() -> None:
+def test_output_in_a_terminal_is_a_live_table() -> None:
     text = shown(True, [record("federated", 1, 4)])
     assert "\x1b[" in text
     for part in ("round", "cohort", "loss", "score", "sent so far: 1.50 MB", "left"):
         assert part in text
 
 
-def test_time_left_counts_from_where_the_run_was_resumed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Six rounds of like size in all; resumed after the third, each takes 10 s."""
+def test_the_time_left_counts_rounds_since_the_resume(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six rounds of similar size in total. The run resumes after the third, and each round takes 10 s."""
     clock = iter([0.0, 0.0, 10.0, 20.0, 30.0])
     monkeypatch.setattr("fedmllm.reports.progress.time.monotonic", lambda: next(clock))
     text = shown(False, [record("federated", 4, 4), record("centralized", 1, 2), record("centralized", 2, 2)])
     assert [line.rpartition("left ")[2] for line in text.splitlines()] == ["20.0 s", "10.0 s", "0.00 s"]
 
 
-def test_strategies_that_do_otherwise_than_described_are_named_at_the_start() -> None:
+def test_remarks_about_strategies_are_shown_at_the_start() -> None:
     out = StringIO()
     with Display(4, Console(file=out, width=40)) as display:
         display.observer.remarked(
@@ -89,7 +87,7 @@ def test_refused_updates_are_counted() -> None:
 
 
 def result(clients: dict[str, dict[str, float]]) -> RunResult:
-    """A finished run of four clients."""
+    """A finished run with four clients."""
     scores: dict[str, float | None] = dict.fromkeys(SCORES, 0.5)
     errors: dict[str, float | None] = dict.fromkeys(SCORES, None)
     return RunResult(
@@ -105,7 +103,7 @@ def table_text(clients: dict[str, dict[str, float]]) -> str:
     return " ".join(out.getvalue().split())
 
 
-def test_the_clients_own_scores_stand_below_the_others() -> None:
+def test_scores_by_client_are_shown_below_the_others() -> None:
     # 0, 0.25, 0.5, 0.75: mean 0.375, standard deviation sqrt(0.3125 / 3) = 0.3227, half of it over four clients.
     text = table_text({"federated": {f"client-0{i}": i / 4 for i in range(4)}, "local": {"client-00": 0.125}})
     assert "federated, accuracy on clients' own kind of samples │ 0.375 │ 0.161" in text
@@ -114,12 +112,12 @@ def test_the_clients_own_scores_stand_below_the_others() -> None:
     assert "fine-tuned" not in text
 
 
-def test_no_rows_for_clients_that_were_not_asked() -> None:
+def test_no_rows_for_clients_that_were_not_scored() -> None:
     assert "own kind" not in table_text({})
     assert "own kind" not in table_text({"federated": {}})
 
 
-def test_a_run_that_waits_says_for_whom() -> None:
+def test_outstanding_clients_are_shown() -> None:
     out = StringIO()
     with Display(4, Console(file=out, force_terminal=True, width=140)) as display:
         display.observer.started(STAGES)
@@ -130,7 +128,7 @@ def test_a_run_that_waits_says_for_whom() -> None:
     assert "federated round 2: retrying site-5, attempt 2" in out.getvalue()
 
 
-def test_where_there_is_no_terminal_a_long_silence_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_wait_without_a_terminal_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(display, "SILENCE", 0.1)
     out = StringIO()
     with Display(4, Console(file=out, width=100)) as shown:
@@ -146,7 +144,7 @@ def test_where_there_is_no_terminal_a_long_silence_is_explained(monkeypatch: pyt
     assert out.getvalue() == "federated round 4: waiting for b (1 more after it)\n"
 
 
-def test_a_long_silence_before_the_first_round_is_explained_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_wait_before_the_first_round_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(display, "SILENCE", 0.1)
     out = StringIO()
     with Display(4, Console(file=out, width=100)) as shown:
@@ -156,7 +154,7 @@ def test_a_long_silence_before_the_first_round_is_explained_too(monkeypatch: pyt
     assert out.getvalue() == "waiting for b\n"
 
 
-def test_a_run_says_for_which_sites_it_waits_before_it_begins_and_whom_it_begins_without() -> None:
+def test_sites_that_the_start_waits_for_and_leaves_out_are_shown() -> None:
     out = StringIO()
     tell = Display(3, Console(file=out, width=100)).observer.waiting
     tell({"stage": "start", "clients": ["notes", "both"], "given_up": False})
@@ -164,7 +162,7 @@ def test_a_run_says_for_which_sites_it_waits_before_it_begins_and_whom_it_begins
     assert out.getvalue() == "waiting for notes, both\nstarting without both\n"
 
 
-def test_passes_that_did_not_fit_are_told() -> None:
+def test_passes_that_did_not_fit_are_shown() -> None:
     assert "out of memory" not in shown(False, [record("federated", 1, 4) | {"halvings": {}}])
     halved = record("federated", 1, 4) | {"halvings": {"client-00": 1, "client-01": 2}}
     assert "(out of memory 2 times, passes halved)" in shown(False, [halved])
@@ -175,8 +173,8 @@ def test_a_skipped_round_is_marked() -> None:
     assert "(1 refused, skipped)" in shown(False, [skipped])
 
 
-def test_what_was_sent_before_an_interruption_is_counted_on() -> None:
-    """2 MB then, 1.5 MB since."""
+def test_the_sent_bytes_include_those_before_an_interruption() -> None:
+    """2 MB before the interruption and 1.5 MB after it."""
     console = Console(file=StringIO(), width=200)
     with Display(4, console) as display:
         display.observer.started([Stage("federated", {"a": ()}, 4, 1)])

@@ -1,4 +1,4 @@
-"""The committed results: what the tables say is what the cells hold, and the cells are the grid's."""
+"""The committed results: the tables follow from the cells, and the cells are those of the grid."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FORMER = {"Calibrated FlexLoRA": "fedmllm"}
 """Rows that were renamed after the cells were recorded."""
 
 
-# The large grid takes as long as a twentieth of all fast tests.
+# The large grid takes as long as a twentieth of all fast tests together.
 @pytest.fixture(scope="module", params=[pytest.param("nano-settings", marks=pytest.mark.slow), "nano-medical"])
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Sweep]:
     folder = tmp_path_factory.mktemp("results")
@@ -27,7 +27,7 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return request.param, read_sweep(folder)
 
 
-def test_the_tables_are_made_of_the_cells(results: tuple[str, Sweep]) -> None:
+def test_the_tables_follow_from_the_cells(results: tuple[str, Sweep]) -> None:
     name, sweep = results
     folder = ROOT / "docs" / "results" / name
     assert to_csv(sweep) == (folder / "results.csv").read_text()
@@ -36,12 +36,12 @@ def test_the_tables_are_made_of_the_cells(results: tuple[str, Sweep]) -> None:
         assert to_markdown(score_table(sweep, "nano", dataset)) in written
         if dataset != "claims" and (beside := beside_table(sweep, "nano", dataset)) is not None:
             assert to_markdown(beside) in written
-    # Gains and their intervals too.
+    # This includes gains and their intervals.
     assert to_markdown(overview_table(sweep)) in written
     assert {cell.code for cell in sweep.cells.values()} == {"97c166288a84"}
 
 
-def test_the_cells_are_all_of_the_grids(results: tuple[str, Sweep]) -> None:
+def test_the_cells_are_exactly_the_grids(results: tuple[str, Sweep]) -> None:
     name, sweep = results
     file, count = GRIDS[name]
     asked = {

@@ -1,4 +1,4 @@
-"""A synthetic run folder in, one page out: complete, self-contained, escaped, and the same bytes every time."""
+"""The report of a synthetic run folder: complete, self-contained, escaped and reproducible byte by byte."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NONE = "\N{EN DASH}"
 
 @pytest.fixture(scope="module")
 def html(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The page of the finished run, as it stands."""
+    """The page of the finished run."""
     return Folder(tmp_path_factory.mktemp("runs") / "run").report()
 
 
@@ -37,20 +37,20 @@ def folder(tmp_path: Path) -> Folder:
 
 
 def with_models_per_client(folder: Folder, personalized: bool = False) -> Folder:
-    """The run with fine-tuned models and every client's own scores besides: 0, 0.25, 0.5, ... over, and the same turned around."""
+    """The run with fine-tuned models and scores for each client: 0, 0.25, 0.5, ..., and the reverse for the local models."""
     assert folder.result is not None
     scores = {name: i % 5 / 4 for i, name in enumerate(folder.names)}
-    turned = dict(zip(scores, reversed(scores.values()), strict=True))
+    reversed_scores = dict(zip(scores, reversed(scores.values()), strict=True))
     folder.lines += [round_line(f"fine_tuned-{name}", 1, 0.4 + i / 1000) for i, name in enumerate(folder.names)]
     folder.result["seconds_by_stage"] |= {f"fine_tuned-{name}": 2.0 for name in folder.names}
-    folder.result |= {"clients": {"federated": scores, "local": turned, "fine_tuned": scores}, "personalized": personalized}
+    folder.result |= {"clients": {"federated": scores, "local": reversed_scores, "fine_tuned": scores}, "personalized": personalized}
     return folder
 
 
-def test_scores_are_the_inputs(html: str) -> None:
+def test_shown_scores_equal_the_inputs(html: str) -> None:
     rows = table_rows(html)
     assert rows["zero-shot"] == ["0.111", "0.012", "0.346", "0.789", "11 of 400", ""]
-    # Standard deviation of 0.300 ... 0.303 is sqrt(5 / 3) / 1000; every client failed on 3 of 400.
+    # The standard deviation of 0.300 ... 0.303 is sqrt(5 / 3) / 1000. Every client failed on 3 of 400.
     spread = "4 clients: standard deviation 0.001, worst 0.300 (client-00)"
     assert rows["local mean"] == ["0.333", "0.023", "0.346", "0.789", "12 of 1,600", spread]
     assert rows["federated"] == ["0.568", "0.034", "0.346", "0.789", "22 of 400", ""]
@@ -60,25 +60,25 @@ def test_scores_are_the_inputs(html: str) -> None:
 
 
 def test_a_client_that_withholds_its_number_of_samples_is_left_out_of_the_counts(folder: Folder) -> None:
-    told = [client["num_samples"] for client in folder.manifest["clients"]]
+    counts = [client["num_samples"] for client in folder.manifest["clients"]]
     folder.manifest["clients"][0]["num_samples"] = None
-    assert f"{sum(told[1:])} training samples" in Page(folder.report()).text.replace(",", "")
+    assert f"{sum(counts[1:])} training samples" in Page(folder.report()).text.replace(",", "")
 
 
-def test_rounds_are_the_inputs(html: str) -> None:
+def test_shown_rounds_equal_the_inputs(html: str) -> None:
     rows = table_rows(html)
     assert rows["1"] == ["2", "60", "1.00e-03", "2.0000", "", "1.00 MB", "2.00 MB", "3.00 MB"]
     assert rows["2"] == ["2", "60", "1.00e-03", "1.0000", "0.520", "1.00 MB", "2.00 MB", "6.00 MB"]
     assert rows["all"] == ["", "360", "", "", "", "6.00 MB", "12.0 MB", "18.0 MB"]
 
 
-def test_summary_tells_settings_and_costs(html: str) -> None:
+def test_the_summary_shows_settings_and_costs(html: str) -> None:
     text = Page(html).text
     assert "fine-tuned the model nano with fedavg (strategy: agnostic_prompt) on digits-vqa under the scenario missing-0.4" in text
     assert "6 rounds with 2 of 4 clients per round, 65,536 trainable parameters, seed 7" in text
     assert "sent 6.00 MB and received 12.0 MB" in text
     assert "took 1 min 15 s" in text
-    # Six federated rounds of 2 s training; four local stages of 1 s taken together.
+    # Six federated rounds with 2 s of training; four local stages with 1 s each.
     for words in ("train", "12.0 s", "local, all clients", "4.0 s"):
         assert words in text
     for words in ("a score can exceed it by chance", "12 rows had no image", "5 samples lost every modality"):
@@ -87,7 +87,7 @@ def test_summary_tells_settings_and_costs(html: str) -> None:
     assert "seed: 7 # <kept> as it is" in text
 
 
-def test_what_strategies_did_otherwise_than_described_is_told(folder: Folder) -> None:
+def test_remarks_about_strategies_are_shown(folder: Folder) -> None:
     assert folder.result is not None
     folder.result |= {
         "remarks": {"feature_alignment": "nothing to <align>", "adaptive_regularization": "holds all"},
@@ -97,7 +97,7 @@ def test_what_strategies_did_otherwise_than_described_is_told(folder: Folder) ->
     assert "feature_alignment had no effect in this run: nothing to <align>. adaptive_regularization: holds all." in text
 
 
-def test_self_contained(html: str) -> None:
+def test_the_page_is_self_contained(html: str) -> None:
     page = Page(html)
     assert {"script", "link", "img", "iframe", "object", "image", "foreignobject"}.isdisjoint(page.tags)
     links = [value for name, value in page.attributes if name in ("src", "href", "xlink:href", "srcset", "data", "action")]
@@ -119,7 +119,7 @@ def test_ids_are_unique_and_every_reference_has_its_target(html: str) -> None:
     assert set(references) <= set(ids)
 
 
-def test_hostile_text_stays_text(tmp_path: Path) -> None:
+def test_hostile_text_is_escaped(tmp_path: Path) -> None:
     folder = Folder(tmp_path / "run", labels=[HOSTILE, "_hidden", "", 'id="x" url(#y)'])
     folder.manifest |= {"dataset": HOSTILE, "scenario": HOSTILE, "notes": [HOSTILE]}
     for client in folder.manifest["clients"]:
@@ -139,7 +139,7 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
     assert 'id="x" url(#y)' in page.text
 
 
-def test_same_files_give_the_same_bytes_whatever_the_settings_of_matplotlib(html: str, folder: Folder) -> None:
+def test_the_pages_bytes_do_not_depend_on_matplotlibs_settings(html: str, folder: Folder) -> None:
     before = dict(mpl.rcParams)
     with mpl.rc_context({"font.size": 30, "axes.grid": True, "svg.fonttype": "path", "lines.linewidth": 9}):
         assert folder.report() == html
@@ -151,7 +151,7 @@ def test_numbers_change_the_bytes(html: str, folder: Folder) -> None:
     assert folder.report() != html
 
 
-def test_unfinished_run_shows_what_there_is(folder: Folder) -> None:
+def test_an_unfinished_run_shows_its_rounds(folder: Folder) -> None:
     folder.result, folder.lines = None, folder.lines[:4]
     html = folder.report()
     rows, text = table_rows(html), Page(html).text
@@ -164,28 +164,28 @@ def test_unfinished_run_shows_what_there_is(folder: Folder) -> None:
     assert "not requested" not in text
 
 
-def test_finished_run_is_not_called_unfinished(html: str) -> None:
+def test_a_finished_run_is_not_called_unfinished(html: str) -> None:
     assert "Unfinished" not in Page(html).text
 
 
-def test_run_that_has_only_begun(folder: Folder) -> None:
+def test_a_run_without_rounds_has_a_report(folder: Folder) -> None:
     folder.result, folder.lines = None, []
     html = folder.report()
     assert "No federated round has finished yet." in html
     assert Page(html).tags.count("svg") == 1
 
 
-def test_nothing_evaluated_yet(folder: Folder) -> None:
+def test_a_run_without_scores_has_a_report(folder: Folder) -> None:
     folder.result, folder.lines = None, [round_line("federated", 1)]
     assert "no round has been evaluated yet" in folder.report()
 
 
-def test_rounds_in_which_nobody_took_a_step_have_no_loss(folder: Folder) -> None:
+def test_rounds_without_steps_have_no_loss(folder: Folder) -> None:
     folder.lines[1]["loss"] = None
     assert table_rows(folder.report())["1"][3] == NONE
 
 
-def test_null_scores_were_not_asked_for(folder: Folder) -> None:
+def test_null_scores_are_shown_as_not_requested(folder: Folder) -> None:
     assert folder.result is not None
     nothing = dict.fromkeys(("zero_shot", "local_mean", "centralized", "ceiling"))
     folder.result |= {"local": {}, "majority": None, "details": {"federated": {"score": 0.5678, "num_samples": 400, "failures": 0}}}
@@ -200,7 +200,7 @@ def test_null_scores_were_not_asked_for(folder: Folder) -> None:
     assert "population optimum" not in html
 
 
-def test_a_model_that_does_not_beat_what_looks_at_nothing_is_told_so(folder: Folder) -> None:
+def test_a_model_that_does_not_beat_answers_without_content_is_reported(folder: Folder) -> None:
     assert folder.result is not None
     assert "does not beat" not in folder.report()
     folder.result["question_only"] = 0.95
@@ -211,7 +211,7 @@ def test_a_model_that_does_not_beat_what_looks_at_nothing_is_told_so(folder: Fol
     assert "It does not beat the majority answer or the most frequent answer to each question" in Page(folder.report()).text
 
 
-def test_an_unfinished_run_tells_how_it_goes_on_the_validation_part(folder: Folder) -> None:
+def test_an_unfinished_run_shows_its_validation_score(folder: Folder) -> None:
     folder.result = None
     folder.manifest["validation"] = folder.manifest["test"]
     folder.lines = [line for line in folder.lines if line["stage"] == "federated"][:2]
@@ -222,14 +222,14 @@ def test_an_unfinished_run_tells_how_it_goes_on_the_validation_part(folder: Fold
     assert table_rows(html)["2"][4:6] == ["0.432", ""]
 
 
-def test_chance_stands_in_for_the_majority_under_auc(folder: Folder) -> None:
+def test_under_auc_chance_replaces_the_majority_answer(folder: Folder) -> None:
     assert folder.result is not None
     folder.manifest["metric"] = folder.result["metric"] = "auc"
     folder.result["majority"] = 0.5
     assert table_rows(folder.report())["chance"][0] == "0.500"
 
 
-def test_parts_that_can_train_are_priced(folder: Folder) -> None:
+def test_trainable_parts_are_shown_with_their_costs(folder: Folder) -> None:
     assert folder.result is not None
     folder.result |= {"parts": {"adapters": 5_000_000, "connector": 0, "embeddings": 543_570_944}, "trained": ["adapters"]}
     rows = table_rows(folder.report())
@@ -238,12 +238,12 @@ def test_parts_that_can_train_are_priced(folder: Folder) -> None:
     assert "connector" not in rows
 
 
-def test_costs_are_the_inputs(html: str, folder: Folder) -> None:
+def test_shown_costs_equal_the_inputs(html: str, folder: Folder) -> None:
     rows = table_rows(html)
     assert rows["sent by the clients (up)"] == ["1.00 MB", "1.00 MB", "6.00 MB"]
     assert rows["received by the clients (down)"] == ["2.00 MB", "2.00 MB", "12.0 MB"]
     assert rows["server time to receive and aggregate"] == ["0.25 s", "0.25 s", "1.5 s"]
-    # Lines of an older run do not tell what was held.
+    # An older run's lines do not record the aggregation's memory.
     assert "memory of the aggregation" not in rows
     for line in folder.lines[1:7]:
         line |= {"bytes_held": 1000 * line["round"], "bytes_up": 100 * line["round"]}
@@ -264,7 +264,7 @@ def test_scores_by_client(html: str, folder: Folder) -> None:
     assert "own kind" not in Page(html).text
     page = with_models_per_client(folder).report()
     rows = table_rows(page[page.index("Each client on its own kind") :])
-    # Four clients at 0, 0.25, 0.5 and 0.75: standard deviation sqrt(0.3125 / 3).
+    # Four clients with 0, 0.25, 0.5 and 0.75: standard deviation sqrt(0.3125 / 3).
     assert rows["federated"] == ["4", "0.375", "0.000", "0.323", "0.000", "0.750", "client-00"]
     assert rows["local"] == ["4", "0.375", "0.000", "0.323", "0.000", "0.750", "client-03"]
     assert rows["fine-tuned"] == rows["federated"]
@@ -282,16 +282,16 @@ def test_clients_without_samples_of_their_kind_are_counted(folder: Folder) -> No
     assert table_rows(page[page.index("Each client on its own kind") :])["federated"][:4] == ["1", "0.500", "0.500", NONE]
 
 
-def test_no_client_could_be_asked(folder: Folder) -> None:
+def test_a_run_without_scored_clients_has_a_report(folder: Folder) -> None:
     assert folder.result is not None
     folder.result["clients"] = {}
     assert "own kind" not in folder.report()
 
 
-def test_fine_tuned_models_stand_beside_the_local_ones(folder: Folder) -> None:
+def test_fine_tuned_models_are_shown_beside_the_local_ones(folder: Folder) -> None:
     page = with_models_per_client(folder).report()
     row = table_rows(page[: page.index("Each client on its own kind")])["fine-tuned mean"]
-    # 0.400 ... 0.403: mean 0.4015, standard deviation sqrt(5 / 3) / 1000, error half of it; 3 of 400 failed with each.
+    # 0.400 ... 0.403: mean 0.4015, standard deviation sqrt(5 / 3) / 1000, its error half of that; 3 of 400 failed for each.
     assert row == [
         *("0.402", "0.001", "0.346", "0.789", "12 of 1,600"),
         "4 clients: standard deviation 0.001, worst 0.400 (client-00)",
@@ -303,7 +303,7 @@ def test_fine_tuned_models_stand_beside_the_local_ones(folder: Folder) -> None:
     assert "fine_tuned-client" not in text
 
 
-def test_fine_tuned_models_have_no_row_where_none_were_asked_for(html: str, folder: Folder) -> None:
+def test_fine_tuned_models_have_no_row_if_there_are_none(html: str, folder: Folder) -> None:
     assert "fine-tuned mean" not in html
     assert "fine-tuned clients" not in html
     folder = with_models_per_client(folder)
@@ -313,7 +313,7 @@ def test_fine_tuned_models_have_no_row_where_none_were_asked_for(html: str, fold
     assert "fine-tuned clients" in unfinished
 
 
-def test_a_personalized_method_is_scored_by_the_clients_own_models(html: str, folder: Folder) -> None:
+def test_a_personalized_methods_score_is_explained(html: str, folder: Folder) -> None:
     page = with_models_per_client(folder, personalized=True).report()
     text = Page(page).text
     assert table_rows(page[: page.index("Each client on its own kind")])["federated"][-1] == "mean of the clients&#39; personalized models"
@@ -322,9 +322,9 @@ def test_a_personalized_method_is_scored_by_the_clients_own_models(html: str, fo
     assert "personalized model" not in Page(html).text
 
 
-def test_many_clients_with_their_scores(tmp_path: Path) -> None:
+def test_scores_of_many_clients_are_summarized(tmp_path: Path) -> None:
     page = with_models_per_client(Folder(tmp_path / "run", 200, 3)).report()
-    # 40 of 200 clients at 0: the worst 20 are among them.
+    # 40 of 200 clients score 0, so the worst 20 do.
     assert table_rows(page[page.index("Each client on its own kind") :])["local"][:3] == ["200", "0.500", "0.000"]
     assert len(page) < 1_000_000
 
@@ -334,12 +334,12 @@ def test_many_clients_with_their_scores(tmp_path: Path) -> None:
     [([0.5], 0.5), ([0.9, 0.2, 0.4], 0.2), ([i / 10 for i in range(10)], 0.0), ([i / 10 for i in range(11)], 0.05), ([0.3] * 40, 0.3)],
 )
 def test_worst_decile(scores: list[float], expected: float) -> None:
-    """Ten clients: the lowest; eleven: the mean of the lowest two, (0 + 0.1) / 2."""
+    """With ten clients it is the lowest score; with eleven the mean of the lowest two, (0 + 0.1) / 2."""
     assert worst_decile(scores) == pytest.approx(expected)
 
 
 def test_standard_error_over_clients() -> None:
-    # Of 0, 1: standard deviation sqrt(1 / 2), divided by sqrt(2).
+    # For 0 and 1: standard deviation sqrt(1 / 2), divided by sqrt(2).
     assert error_over_models([0.0, 1.0]) == pytest.approx(0.5)
     assert error_over_models([0.3]) is None
     assert error_over_models([]) is None
@@ -355,7 +355,7 @@ def test_refused_updates_are_listed_and_counted(html: str, folder: Folder) -> No
 
 
 @pytest.mark.parametrize(("num_clients", "num_rounds", "num_labels"), [(1, 1, 1), (2, 1, 2), (40, 3, 12), (200, 120, 40)])
-def test_sizes(tmp_path: Path, num_clients: int, num_rounds: int, num_labels: int) -> None:
+def test_reports_scale_with_clients_rounds_and_labels(tmp_path: Path, num_clients: int, num_rounds: int, num_labels: int) -> None:
     labels = [f"a rather long name of category {i:02d}" for i in range(num_labels)]
     html = Folder(tmp_path / "run", num_clients, num_rounds, labels).report()
     text = Page(html).text
@@ -364,7 +364,7 @@ def test_sizes(tmp_path: Path, num_clients: int, num_rounds: int, num_labels: in
     assert len(html) < 1_000_000
 
 
-def test_last_line_without_its_end_is_left_out(html: str, folder: Folder) -> None:
+def test_an_incomplete_last_line_is_left_out(html: str, folder: Folder) -> None:
     with (folder.write() / "metrics.jsonl").open("a") as file:
         file.write('{"stage": "federated", "rou')
     assert write_report(folder.path).read_text(encoding="utf-8") == html
@@ -399,7 +399,7 @@ BREAKS: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("name", BREAKS)
-def test_broken_file_is_named_and_the_old_report_stays(folder: Folder, name: str) -> None:
+def test_a_broken_file_is_named_and_the_old_report_stays(folder: Folder, name: str) -> None:
     report = folder.write() / "report.html"
     report.write_text("old")
     before = set(folder.path.iterdir())
@@ -411,19 +411,19 @@ def test_broken_file_is_named_and_the_old_report_stays(folder: Folder, name: str
     assert set(folder.path.iterdir()) <= before
 
 
-def test_folder_that_is_none(tmp_path: Path) -> None:
+def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="name a complete folder that fedmllm train wrote"):
         write_report(tmp_path / "nowhere")
 
 
-def test_report_that_cannot_be_written(folder: Folder) -> None:
+def test_a_report_that_cannot_be_written_is_an_error(folder: Folder) -> None:
     (folder.write() / "report.html").mkdir()
     with pytest.raises(RunError, match=r"report\.html: cannot be written"):
         write_report(folder.path)
 
 
-def test_groups_sum_up_the_rarest() -> None:
-    # 13 labels with 13, 12, ..., 1 samples: the 11 most frequent stay, in their own order, and 2 + 1 are left.
+def test_the_rarest_labels_are_grouped() -> None:
+    # 13 labels with 13, 12, ..., 1 samples: the 11 most frequent stay in their order, and 2 + 1 remain.
     clients = [{f"label {i:02d}": 13 - i for i in range(13)}, {"label 00": 1}]
     groups = _groups(clients, ["#000000"])
     assert [group.name for group in groups] == [*(f"label {i:02d}" for i in range(11)), "other (2 labels)"]
@@ -433,7 +433,7 @@ def test_groups_sum_up_the_rarest() -> None:
 
 def test_spread_keeps_order_and_gap() -> None:
     assert _spread([0.0, 5.0, 9.0], 1.0) == [0.0, 5.0, 9.0]
-    # Pushed up: 0, 1, 2; pushed down: -2, -1, 0.
+    # Moved up: 0, 1, 2. Moved down: -2, -1, 0.
     assert _spread([0.0, 0.0, 0.0], 1.0) == [-1.0, 0.0, 1.0]
 
 
@@ -462,12 +462,12 @@ def test_short_keeps_both_ends() -> None:
     assert short("x" * 20) == "x" * 20
 
 
-def test_clients_that_tell_neither_labels_nor_modalities_are_drawn_without_a_legend() -> None:
-    """Sites withhold them; a legend of nothing is a warning of Matplotlib's, which is an error here."""
-    told_nothing = [Client(id=name, num_samples=None, labels={}, modalities={}) for name in ("a", "b")]
-    assert str(client_samples(told_nothing)).count("unknown") == 2
+def test_clients_without_labels_and_modalities_are_drawn_without_a_legend() -> None:
+    """Sites may withhold both. Matplotlib warns of an empty legend, and warnings are errors here."""
+    clients = [Client(id=name, num_samples=None, labels={}, modalities={}) for name in ("a", "b")]
+    assert str(client_samples(clients)).count("unknown") == 2
 
 
-def test_a_majority_that_the_server_cannot_know_says_why() -> None:
+def test_a_majority_answer_unknown_to_the_server_is_explained() -> None:
     assert _majority_row("accuracy", None).note == "unknown, because sites do not report their training answers"
     assert _majority_row("auc", 0.5).name == "chance"

@@ -21,7 +21,7 @@ from fedmllm.reports.split import catalog, describe, export_split, save_picture
 from fedmllm.run.reader import read_run
 
 
-def test_the_catalog_names_everything_with_one_line() -> None:
+def test_the_catalog_describes_each_entry_in_one_line() -> None:
     names = catalog()
     assert set(names["datasets"]) == set(DATASETS)
     assert set(names["heterogeneity"]) == set(PARTS)
@@ -44,7 +44,7 @@ def test_a_split_is_described_by_its_counts_and_one_example(tiny: Experiment) ->
     assert example["target"] in ("A", "B")
 
 
-def test_a_wording_of_one_s_own_is_shown_beside_the_others(tiny: Experiment) -> None:
+def test_an_own_wording_is_shown_beside_the_others(tiny: Experiment) -> None:
     template = "Own words.\n{text}\n{question}\n{options}"
     data = tiny.data.model_copy(update={"wordings": {"mine": Wording(templates={"any": template})}})
     example = describe(tiny.model_copy(update={"data": data}))["example"]
@@ -63,7 +63,7 @@ def test_a_picture_is_drawn(tiny: Experiment, tmp_path: Path) -> None:
         save_picture(describe(tiny), tmp_path / "clients.words")
 
 
-def test_training_goes_on_from_an_export_alike(tiny: Experiment, tmp_path: Path) -> None:
+def test_training_from_an_export_is_the_same(tiny: Experiment, tmp_path: Path) -> None:
     train(tiny, tmp_path / "here")
     train(Experiment.load(export_split(tiny, tmp_path / "files")), tmp_path / "there")
     here, there = (read_run(tmp_path / name).result for name in ("here", "there"))

@@ -1,4 +1,4 @@
-"""A sweep's folder in, a page and tables out."""
+"""The page and tables of a synthetic sweep folder."""
 
 from __future__ import annotations
 
@@ -51,14 +51,14 @@ def score_of(method: str, scenario: str, seed: int) -> float:
 
 
 def answers(score: float, count: int = 100) -> Answered:
-    """Right answers first."""
+    """Answers with the right ones first."""
     guess = (np.arange(count) < round(score * count)).astype(float)
     return Answered("accuracy", ("accuracy",), np.zeros(count, int), np.ones(count, int), guess)
 
 
 @pytest.fixture
 def sweep(tmp_path: Path) -> Path:
-    """Three methods, two scenarios, two seeds; baselines beside the first method; one cell is not there, one is not finished."""
+    """Three methods, two scenarios, two seeds, and baselines for the first method. One cell is missing and one is unfinished."""
     folder = tmp_path / "study"
     (folder / "cells").mkdir(parents=True)
     names = {"methods": list(METHODS), "models": ["nano"], "datasets": ["cats"], "scenarios": list(SCENARIOS), "seeds": list(SEEDS)}
@@ -92,7 +92,7 @@ def test_scores_ranks_and_baselines(sweep: Path) -> None:
     found = {row[0].text: [entry.text for entry in row[1:]] for row in table.rows}
     assert found["zero-shot"] == ["11.1 (0.0)", "11.1 (0.0)", "11.1 (0.0)", ""]
     assert found["FedAvg"] == ["56.0 (1.0)", "51.0 (1.0)", "53.5 (1.0)", "3.0"]
-    # A seed whose cell is not there counts in the columns where it is.
+    # A method's seed with a missing cell counts in the columns that it has.
     assert found["FedProx_1 & co"] == ["65.0", "61.0 (1.0)", "62.5", "2.0"]
     best = {row[0].text for row in table.rows if row[1].best and row[2].best and row[3].best and row[4].best}
     assert best == {"<b>ours</b>"}
@@ -100,10 +100,10 @@ def test_scores_ranks_and_baselines(sweep: Path) -> None:
     assert table.rules == (4, 7)
 
 
-def test_an_auc_of_chosen_options_stands_beside_that_of_probabilities(sweep: Path) -> None:
-    """Of 0.2, 0.6 | 0.7, 0.9 the AUC is 1; of the choices 0, 1 | 1, 1 three quarters: two pairs right, two tied."""
+def test_the_auc_of_chosen_options_is_shown_beside_that_of_probabilities(sweep: Path) -> None:
+    """For 0.2, 0.6 | 0.7, 0.9 the AUC is 1. For the choices 0, 1 | 1, 1 it is three quarters: two pairs right, two tied."""
     assert hard_table(read_sweep(sweep), "nano", "cats") is None
-    told = Answered("auc", ("auc",), np.zeros(4, int), np.array([0, 0, 1, 1]), np.array([0.2, 0.6, 0.7, 0.9]))
+    choices = Answered("auc", ("auc",), np.zeros(4, int), np.array([0, 0, 1, 1]), np.array([0.2, 0.6, 0.7, 0.9]))
     for folder in (path for path in (sweep / "cells").iterdir() if path.is_dir()):
         for name in ("result.json", "manifest.json"):
             if (folder / name).exists():
@@ -111,7 +111,7 @@ def test_an_auc_of_chosen_options_stands_beside_that_of_probabilities(sweep: Pat
                 if "details" in written:
                     written["details"]["zero_shot"]["auc_hard"] = 0.25
                 (folder / name).write_text(json.dumps(written))
-        (folder / "predictions.json").write_text(json.dumps(to_record([told])))
+        (folder / "predictions.json").write_text(json.dumps(to_record([choices])))
     table = hard_table(read_sweep(sweep), "nano", "cats")
     assert table is not None
     found = {row[0].text: [entry.text for entry in row[1:]] for row in table.rows}
@@ -122,7 +122,7 @@ def test_an_auc_of_chosen_options_stands_beside_that_of_probabilities(sweep: Pat
     assert "of the chosen options" in Page(write_sweep_report(sweep).read_text()).text
 
 
-def test_gains_are_over_the_cells_that_both_have(sweep: Path) -> None:
+def test_gains_are_over_cells_that_both_methods_have(sweep: Path) -> None:
     rows = {row[0].text: [entry.text for entry in row] for row in overview_table(read_sweep(sweep)).rows}
     assert rows["FedAvg"][3:6] == ["", "", ""]
     mean, interval, won = rows["<b>ours</b>"][3:6]
@@ -132,8 +132,8 @@ def test_gains_are_over_the_cells_that_both_have(sweep: Path) -> None:
     assert [rows[method][6] for method in METHODS] == ["1.00 MB", "10.0 MB", "100 MB"]
 
 
-def test_bold_is_what_survives_the_correction_and_not_what_is_highest(sweep: Path) -> None:
-    """Both seeds agree on +10.0 and +20.0 to the last digit, and the noise of 100 test samples remains, times t(1) = 12.7."""
+def test_bold_marks_what_survives_the_correction_not_the_best(sweep: Path) -> None:
+    """Both seeds agree exactly on +10.0 and +20.0. Only the noise of 100 test samples remains, times t(1) = 12.7."""
     read = read_sweep(sweep)
     table = overview_table(read)
     assert [row[0].text for row in table.rows if row[1].best] == ["<b>ours</b>"]
@@ -145,7 +145,7 @@ def test_bold_is_what_survives_the_correction_and_not_what_is_highest(sweep: Pat
     assert survivors([None, *gains, Gain(0.1, Interval(0.0, 0.2, 0.04), 1, 1, 3)]) == [False, False, True, False]
 
 
-def test_a_table_of_one_seed_says_that_it_has_no_interval(sweep: Path) -> None:
+def test_a_table_of_one_seed_has_no_intervals_and_says_so(sweep: Path) -> None:
     for path in (sweep / "cells").glob("*-1.json"):
         path.unlink()
     table = overview_table(read_sweep(sweep))
@@ -155,19 +155,19 @@ def test_a_table_of_one_seed_says_that_it_has_no_interval(sweep: Path) -> None:
 
 
 def classified(score: float, extra: float) -> Answered:
-    """Of 80 cats and 20 dogs: so many cats right in 100, and ``extra`` of the dogs; the rest are answered with the other."""
+    """Of 80 cats and 20 dogs, a share ``score`` of the cats and ``extra`` of the dogs is right; the others get the other class."""
     truth = np.repeat([0, 1], (80, 20))
     right = np.concatenate([np.arange(80) < round(80 * score), np.arange(20) < round(20 * extra)])
     return Answered("macro_f1", ("macro_f1",), np.zeros(100, int), truth, np.where(right, truth, 1 - truth).astype(float))
 
 
 def test_a_gain_in_balanced_accuracy_may_be_a_loss_of_accuracy(sweep: Path) -> None:
-    """FedAvg answers cat to 90 % and dog to 10 %; ``ours`` 80 % of the cats and half of the dogs right: 74 to 74, and 50 to 65."""
+    """FedAvg has 90 % of the cats and 10 % of the dogs right, ``ours`` 80 % and 50 %: accuracy 74 and 74, balanced accuracy 50 and 65."""
     assert beside_table(read_sweep(sweep), "nano", "cats") is None
-    told = {"FedAvg": classified(0.9, 0.1), "FedProx_1 & co": classified(0.9, 0.1), "<b>ours</b>": classified(0.8, 0.5)}
+    choices = {"FedAvg": classified(0.9, 0.1), "FedProx_1 & co": classified(0.9, 0.1), "<b>ours</b>": classified(0.8, 0.5)}
     for names in (sweep / "cells").glob("*.json"):
         method = json.loads(names.read_text())["method"]
-        (names.with_suffix("") / "predictions.json").write_text(json.dumps(to_record([told[method]])))
+        (names.with_suffix("") / "predictions.json").write_text(json.dumps(to_record([choices[method]])))
     read = read_sweep(sweep)
     table = beside_table(read, "nano", "cats")
     assert table is not None
@@ -190,7 +190,7 @@ def macro(right_cats: int, missed_cats: int, right_dogs: int, missed_dogs: int) 
 
 
 def changed(sweep: Path, method: str, config: str = "", **values: Any) -> None:
-    """Other results, and settings, of a method's cells."""
+    """Change a method's results and settings in all its cells."""
     for names in (sweep / "cells").glob("*.json"):
         folder = names.with_suffix("")
         if json.loads(names.read_text())["method"] == method and (folder / "result.json").exists():
@@ -199,7 +199,7 @@ def changed(sweep: Path, method: str, config: str = "", **values: Any) -> None:
             (folder / "config.yaml").write_text((folder / "config.yaml").read_text() + config)
 
 
-def test_a_strategy_is_compared_with_the_same_without_it(sweep: Path) -> None:
+def test_a_strategy_is_compared_with_the_same_method_without_it(sweep: Path) -> None:
     published = {"algorithm": "FedMLLM(fedavg)", "strategies": ["agnostic_prompt", "adaptive_regularization"]}
     changed(sweep, "FedProx_1 & co", "evaluation: {every: 2}\ndata: {prompt: agnostic}\n", **published)
     changed(sweep, "<b>ours</b>", "training: {batch_size: 2}\n")
@@ -211,7 +211,7 @@ def test_a_strategy_is_compared_with_the_same_without_it(sweep: Path) -> None:
     (row,) = ([entry.text for entry in row] for row in table.rows)
     assert row[0] == "adaptive_regularization on FedAvg"
     assert (row[1], row[3]) == ("+10.0", "3 of 3")
-    # One of two seeds is there in aligned settings, of which nothing is known about chance.
+    # One of two seeds exists for aligned settings, so there is no interval.
     assert row[4] == "+10.0"
     assert row[5].startswith("+10.0 (")
     assert "A difference from a single seed has no interval." in table.caption
@@ -220,8 +220,8 @@ def test_a_strategy_is_compared_with_the_same_without_it(sweep: Path) -> None:
     assert Page(html).tags.count("svg") == 4
 
 
-def test_cells_in_which_a_strategy_could_do_nothing_are_left_out_of_its_average(sweep: Path) -> None:
-    """One scenario in which it is idle: the mean is over the other's cells. Of a pair that adds two strategies one may be idle."""
+def test_cells_with_an_idle_strategy_are_left_out_of_its_mean(sweep: Path) -> None:
+    """The mean leaves out a scenario in which the strategy is idle. A pair that adds two strategies stays if only one of them is idle."""
     strategies = {"strategies": ["agnostic_prompt", "feature_alignment"]}
     changed(sweep, "FedProx_1 & co", algorithm="fedavg", **strategies)
     changed(sweep, "<b>ours</b>", "training: {batch_size: 2}\n")
@@ -262,7 +262,7 @@ def test_cells_in_which_a_strategy_could_do_nothing_are_left_out_of_its_average(
         ("", {"strategies": ["agnostic_prompt", "adaptive_regularization"], "algorithm": "fedprox"}),
     ],
 )
-def test_what_differs_in_more_or_less_is_no_pair(sweep: Path, config: str, values: dict[str, Any]) -> None:
+def test_methods_that_differ_in_more_than_a_strategy_are_no_pair(sweep: Path, config: str, values: dict[str, Any]) -> None:
     changed(sweep, "FedProx_1 & co", config, **values)
     changed(sweep, "<b>ours</b>", "training: {batch_size: 2}\n")
     read = read_sweep(sweep)
@@ -271,7 +271,7 @@ def test_what_differs_in_more_or_less_is_no_pair(sweep: Path, config: str, value
 
 
 def test_a_baseline_out_of_reach_is_named_at_the_edge() -> None:
-    """Lines at 0.9 and 0.98 beside scores of 0.92 to 0.94 leave these their room; one at 0.3 would not."""
+    """Lines at 0.9 and 0.98 leave room for scores of 0.92 to 0.94; a line at 0.3 would not."""
     axes = Figure().add_subplot()
     _levels(axes, {"zero_shot": 0.3, "local_mean": 0.9, "ceiling": 0.98}, [0.92, 0.94])
     assert 0.85 < axes.get_ylim()[0] < 0.9
@@ -279,7 +279,7 @@ def test_a_baseline_out_of_reach_is_named_at_the_edge() -> None:
     assert [text.get_text() for text in axes.texts] == ["not shown: zero-shot 0.3"]
 
 
-def test_the_page_is_whole_escaped_and_the_same_every_time(sweep: Path) -> None:
+def test_the_page_is_complete_escaped_and_reproducible(sweep: Path) -> None:
     html = write_sweep_report(sweep).read_text()
     page = Page(html)
     assert "script" not in page.tags
@@ -296,7 +296,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed: apt-get install chromium")
 def test_a_browser_shows_the_page_without_a_network(sweep: Path, tmp_path: Path) -> None:
-    """Everything is laid out, nothing is asked for that is not in the file, and the pictures have the colors of the methods."""
+    """Everything is laid out, nothing is requested from the network, and the figures have the methods' colors."""
     page, shot = write_sweep_report(sweep), tmp_path / "page.png"
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--host-resolver-rules=MAP * ~NOTFOUND"]
     flags += [f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--window-size=1000,3200", f"--screenshot={shot}"]
@@ -307,14 +307,14 @@ def test_a_browser_shows_the_page_without_a_network(sweep: Path, tmp_path: Path)
     for color in FILLS[: len(METHODS)]:
         wanted = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
         assert (abs(pixels - wanted).max(-1) < 4).sum() > 20, color
-    # The last words stand above the window's end, so that nothing was cut off, and no wider than it.
+    # The last text ends above the window's lower edge and within its width, so nothing was cut off.
     inked = (pixels < 200).any(-1)
     assert np.flatnonzero(inked.any(1)).max() < 3100
     assert not inked[:, -20:].any()
 
 
-def test_plain_means_are_over_the_columns_that_all_methods_have(sweep: Path) -> None:
-    """The third method has no cell of one scenario; what the others have there does not enter."""
+def test_means_are_over_columns_that_all_methods_have(sweep: Path) -> None:
+    """The third method has no cell in one scenario, so the others' cells there do not count."""
     shutil.rmtree(sweep / "cells" / "2-aligned-0")
     for method, score in METHODS.items():
         changed(sweep, method, tested={"image": {"score": score - 0.1}}, clients={"federated": {"a": score, "b": score}})
@@ -326,7 +326,7 @@ def test_plain_means_are_over_the_columns_that_all_methods_have(sweep: Path) -> 
         assert [entry.text for entry in table.rows[0]][1:] == numbers
 
 
-def test_a_line_for_each_cell(sweep: Path) -> None:
+def test_the_csv_file_has_a_line_for_each_cell(sweep: Path) -> None:
     write_sweep_report(sweep)
     rows = list(csv.DictReader((sweep / "results.csv").read_text().splitlines()))
     assert len(rows) == 10
@@ -336,14 +336,14 @@ def test_a_line_for_each_cell(sweep: Path) -> None:
         assert row["code"] == "abc"
 
 
-def test_code_that_changed_between_cells_is_told(sweep: Path) -> None:
+def test_cells_of_different_code_versions_get_a_warning(sweep: Path) -> None:
     path = sweep / "cells" / "0-aligned-0.json"
     path.write_text(path.read_text().replace('"abc"', '"def"'))
     assert "Mixed code" in Page(write_sweep_report(sweep).read_text()).text
 
 
 def test_latex_and_markdown_say_the_same() -> None:
-    """In bold what is sure, in italics what is only the highest."""
+    """Bold marks a significant result, italics a best one that is not significant."""
     entries = ((Entry("FedAvg"), Entry("50 %"), Entry("1", True)), (Entry("a_b & c|d"), Entry("60.1", sure=True), Entry("0")))
     table = Table("x", "A caption: 100 %.", ("", "mean_1", "won"), entries, (1,))
     tex, markdown = to_latex(table), to_markdown(table)
@@ -356,7 +356,7 @@ def test_latex_and_markdown_say_the_same() -> None:
     assert "| a_b & c/d | **60.1** | 0 |" in markdown
 
 
-def test_what_nothing_beats_in_both() -> None:
+def test_unbeaten_methods_are_not_beaten_in_cost_and_score() -> None:
     points = {
         "small": (1.0, 0.2),
         "middle": (2.0, 0.5),
@@ -368,8 +368,8 @@ def test_what_nothing_beats_in_both() -> None:
     assert _unbeaten(points) == ["small", "middle", "large", "twin"]
 
 
-def test_what_is_chosen_is_chosen_by_the_validation_part(sweep: Path) -> None:
-    """The order of the test scores is another one. A single cell without a validation score is refused: what is left would be the test split."""
+def test_methods_are_chosen_by_the_validation_part(sweep: Path) -> None:
+    """The order of the test scores is different. A single cell without a validation score is refused, because only test scores would be left."""
     with pytest.raises(RunError, match=r"10 cell\(s\) have no validation score, and methods are never chosen by test scores"):
         ranked(read_sweep(sweep))
     for method, value in (("FedAvg", 0.9), ("FedProx_1 & co", 0.8), ("<b>ours</b>", 0.7)):

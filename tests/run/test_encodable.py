@@ -1,4 +1,4 @@
-"""What cannot be trained on, or scored, is found before the first round; what fails after it costs no adapter."""
+"""Samples that cannot be trained on or scored are found before the first round. A later error does not cost the adapter."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def experiment(root: Path, **sections: Any) -> Experiment:
 
 
 def write(root: Path, long: str = "", test_answers: str = "ny") -> Path:
-    """Ten rows to train on, two to test on; one of either split may be long."""
+    """Ten training rows and two test rows. One split may get an additional, very long row."""
     for split, count in (("train", 10), ("test", 2)):
         answers = test_answers if split == "test" else "ny" * 5
         rows = [{"t": f"{split} {i}", "q": "Is it?", "a": {"n": "no", "y": "yes"}[answers[i]]} for i in range(count)]
@@ -53,13 +53,13 @@ def write(root: Path, long: str = "", test_answers: str = "ny") -> Path:
 
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_a_text_too_long_for_the_model_is_a_bad_row(split: str, tmp_path: Path) -> None:
-    """Named with the model's own limit and refused before the folder is made; or left out, counted and told, also when an adapter is scored."""
+    """It is refused with the model's limit before the folder is created, or it is skipped, counted and noted, also when an adapter is scored."""
     write(tmp_path, long=split)
     with pytest.raises(
         DataError, match=r"the model cannot encode 1 sample\(s\); .*\n.*-(11|3): prompt and answer take .* the limit is 512, the"
-    ) as told:
+    ) as caught:
         train(experiment(tmp_path), tmp_path / "run")
-    assert "the model's own limit; shorten the text" in str(told.value)
+    assert "the model's own limit; shorten the text" in str(caught.value)
     assert not (tmp_path / "run").exists()
     train(experiment(tmp_path, data={"on_bad_sample": "skip"}), tmp_path / "run")
     found = read_run(tmp_path / "run").manifest
@@ -68,7 +68,7 @@ def test_a_text_too_long_for_the_model_is_a_bad_row(split: str, tmp_path: Path) 
     assert score_adapter(tmp_path / "run")[1]["num_samples"] == 2
 
 
-def test_the_limit_that_is_set_is_told_from_the_models_own(tmp_path: Path) -> None:
+def test_the_configured_limit_and_the_models_limit_have_different_messages(tmp_path: Path) -> None:
     write(tmp_path, long="train")
     short = experiment(tmp_path).model_copy(update={"model": ModelConfig(max_length=100)})
     with pytest.raises(
@@ -78,8 +78,8 @@ def test_the_limit_that_is_set_is_told_from_the_models_own(tmp_path: Path) -> No
         train(short, tmp_path / "run")
 
 
-def test_every_picture_that_the_processor_does_not_take_is_listed(tmp_path: Path) -> None:
-    """Qwen's wants sides of less than 200 to 1."""
+def test_every_picture_that_the_processor_rejects_is_listed(tmp_path: Path) -> None:
+    """Qwen's processor rejects sides in a ratio above 200 to 1."""
     make("qwen2_5_vl", tmp_path)
     vlm = load_model(ModelConfig(name=str(tmp_path)), torch.device("cpu"))
     pictures = {"good": (40, 40), "thin": (10, 4000), "flat": (4000, 10)}
@@ -101,9 +101,7 @@ def test_every_picture_that_the_processor_does_not_take_is_listed(tmp_path: Path
     ("answers", "tested", "message"),
     [("nn", [], "the test split: the AUC needs samples of both classes"), ("ny", ["image"], "evaluation.tested: image")],
 )
-def test_one_class_in_what_is_scored_is_refused_before_anything_is_trained(
-    answers: str, tested: list[str], message: str, tmp_path: Path
-) -> None:
+def test_a_scored_split_with_one_class_is_refused_before_training(answers: str, tested: list[str], message: str, tmp_path: Path) -> None:
     write(tmp_path, test_answers=answers)
     if tested:
         Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
@@ -117,7 +115,7 @@ def test_one_class_in_what_is_scored_is_refused_before_anything_is_trained(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_held_out_share_holds_every_class() -> None:
+def test_a_held_out_share_contains_every_class() -> None:
     samples = [Sample(f"{i:03d}", "?", "x", {}, category="rare" if i < 5 else "common") for i in range(50)]
     for seed in range(20):
         rest, held = hold_out(samples, 0.2, seed)
@@ -128,8 +126,8 @@ def test_a_held_out_share_holds_every_class() -> None:
 
 
 @pytest.mark.parametrize("call", [1, 2])
-def test_scores_that_fail_cost_no_adapter(call: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first of them within the last round, the second after it; an adapter is there, and the run can be resumed."""
+def test_an_error_in_scoring_does_not_lose_the_adapter(call: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scoring fails within the last round or after it. The adapter is there, and the run can be resumed."""
     write(tmp_path)
     calls, evaluate = [0], run.evaluate
 

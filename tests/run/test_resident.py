@@ -1,4 +1,4 @@
-"""Runs one after another in one process, on the same resident model."""
+"""Several runs in one process, on the same resident model."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def changed(experiment: Experiment, changes: dict[str, Any]) -> Experiment:
     return Experiment.parse(values)
 
 
-def test_it_ends_as_it_does_alone_whatever_ran_before(tiny: Experiment, tmp_path: Path) -> None:
+def test_a_run_ends_the_same_after_other_runs(tiny: Experiment, tmp_path: Path) -> None:
     resident = Resident()
     for i, changes in enumerate(CHANGES):
         experiment = changed(tiny, changes)
@@ -54,7 +54,7 @@ def test_it_ends_as_it_does_alone_whatever_ran_before(tiny: Experiment, tmp_path
         assert after.keys() == alone.keys()
 
 
-def test_what_is_alike_is_loaded_once(tiny: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equal_models_and_data_are_loaded_once(tiny: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     resident, loads = Resident(), []
     for name in ("load", "load_model"):
         real = getattr(module, name)
@@ -66,7 +66,7 @@ def test_what_is_alike_is_loaded_once(tiny: Experiment, tmp_path: Path, monkeypa
     assert loads == ["load", "load_model", "load"]
 
 
-def test_a_run_that_fails_leaves_the_model_as_it_was(tiny: Experiment, tmp_path: Path) -> None:
+def test_a_failed_run_leaves_the_model_unchanged(tiny: Experiment, tmp_path: Path) -> None:
     resident = Resident()
     with resident.model(tiny) as (vlm, _):
         before = {name: tensor.clone() for name, tensor in vlm.model.get_base_model().state_dict().items() if "lora" not in name}
@@ -90,25 +90,25 @@ SPLITS: list[dict[str, Any]] = [
 ]
 
 
-def alike(a: Encoded, b: Encoded) -> bool:
-    """Tokens, and pixels or the key of what stands for them."""
+def same_encoding(a: Encoded, b: Encoded) -> bool:
+    """Equal tokens, and equal pixels or keys of their features."""
     return torch.equal(a.input_ids, b.input_ids) and a.picture == b.picture
 
 
-def test_no_split_meets_samples_of_another(tiny: Experiment) -> None:
-    """100 samples, spread in many ways, under the same ids: each is encoded as if nothing had been kept."""
+def test_no_split_gets_encoded_samples_of_another(tiny: Experiment) -> None:
+    """100 samples in many splits keep their ids. Each is encoded as if nothing had been kept."""
     resident = Resident()
     for federation in SPLITS:
         experiment = changed(tiny, {"data": {"num_train": 100}, "federation": federation})
         data = spread(resident.dataset(experiment), experiment.federation, experiment.seed)
         with resident.model(experiment):
             kept, alone = resident.encoder(experiment), Encoder(resident._plain(experiment), "agnostic")
-            wrong = [s.id for samples in data.clients.values() for s in samples if not alike(kept(s), alone(s))]
+            wrong = [s.id for samples in data.clients.values() for s in samples if not same_encoding(kept(s), alone(s))]
         assert wrong == [], federation
 
 
-def test_a_cell_ends_as_it_does_alone_after_one_of_another_split(tiny: Experiment, tmp_path: Path) -> None:
-    """misaligned-0.5 takes texts from samples of the same client, so that they hang on the split."""
+def test_a_cell_ends_the_same_after_a_cell_with_another_split(tiny: Experiment, tmp_path: Path) -> None:
+    """misaligned-0.5 takes texts from samples of the same client, so they depend on the split."""
     resident, adapters = Resident(), {}
     for alpha in (5.0, 0.5):
         experiment = changed(tiny, {"federation": {"scenario": f"aligned-{alpha}", "heterogeneity": ["misaligned-0.5"], "num_rounds": 1}})
@@ -119,7 +119,7 @@ def test_a_cell_ends_as_it_does_alone_after_one_of_another_split(tiny: Experimen
 
 
 def test_encoded_samples_are_shared_by_all_splits(tiny: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is alike is encoded once, whatever the settings around it."""
+    """Equal samples are encoded once, whatever the settings around them."""
     resident, encoded = Resident(), []
     real = Encoder._encoded
     monkeypatch.setattr(Encoder, "_encoded", lambda self, sample: encoded.append(sample.id) or real(self, sample))
@@ -143,7 +143,7 @@ def own_files(root: Path, tiny: Experiment) -> Experiment:
 
 
 def test_data_that_changed_on_disk_are_read_again(tiny: Experiment, tmp_path: Path) -> None:
-    """A row and the pixels of a picture, for a worker that lives for weeks."""
+    """A row and a picture's pixels change, as may happen during a worker's lifetime of weeks."""
     experiment, resident = own_files(tmp_path, tiny), Resident()
     first = resident.dataset(experiment)
     assert resident.dataset(experiment) is first
@@ -154,7 +154,7 @@ def test_data_that_changed_on_disk_are_read_again(tiny: Experiment, tmp_path: Pa
     os.utime(tmp_path / "5.png", ns=(1, 1))
     second = resident.dataset(experiment)
     after = {sample.id: resident.encoder(experiment)(sample) for sample in (*second.train, *second.test)}
-    assert {name for name in before if not alike(before[name], after[name])} == {"train-4", "train-6"}
+    assert {name for name in before if not same_encoding(before[name], after[name])} == {"train-4", "train-6"}
 
 
 def test_a_model_that_changed_on_disk_is_loaded_again(tiny: Experiment, tmp_path: Path) -> None:

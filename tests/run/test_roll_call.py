@@ -1,4 +1,4 @@
-"""Sites before the first round: who is waited for, and for how long, with sites that answer in this process."""
+"""Sites before the first round: which ones the server waits for, and for how long. The sites answer in this process."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Sites(LoopbackGrid):
-    """Each is connected from a second on, counted from now; ``wrong`` say what is wrong with them."""
+    """Sites that connect after given delays; those in ``wrong`` report an error."""
 
     def __init__(self, since: Mapping[str, float], wrong: Sequence[str] = (), tamper: Tamper = lambda reply: reply) -> None:
         app = ClientApp()
@@ -43,8 +43,8 @@ class Sites(LoopbackGrid):
             client = read_task(enclosed(message.content)).facts.client
             if client in wrong:
                 return Message(enclose(write_message(ClientFailure(client, "no data"))), reply_to=message)
-            told = Presence(client=client, num_samples=5, profile={}, rank=None, trial=False)
-            return Message(enclose(write_message(told)), reply_to=message)
+            answered = Presence(client=client, num_samples=5, profile={}, rank=None, trial=False)
+            return Message(enclose(write_message(answered)), reply_to=message)
 
         super().__init__(app, tamper)
         self._since, self._begun = since, time.monotonic()
@@ -54,72 +54,72 @@ class Sites(LoopbackGrid):
         return {name: NAMES.index(name) + 1 for name in names if self._since.get(name, now + 1) <= now}
 
 
-def called(grid: Sites, needed: int = 3, **policy: Any) -> tuple[Callable[[], dict[str, Presence]], list[Record]]:
+def roll_call_of(grid: Sites, needed: int = 3, **policy: Any) -> tuple[Callable[[], dict[str, Presence]], list[Record]]:
     said: list[Record] = []
     return RollCall(NAMES, grid, "seed: 0", FailureConfig(**policy), needed, Observer(waiting=said.append)).present, said
 
 
-def test_sites_that_are_there_are_asked_once_and_nobody_is_waited_for() -> None:
+def test_connected_sites_are_asked_once_without_waiting() -> None:
     grid = Sites(dict.fromkeys(NAMES, 0))
-    present, said = called(grid, deadline=5)
+    present, said = roll_call_of(grid, deadline=5)
     assert list(present()) == list(NAMES)
     assert said == []
     assert len(grid.sent) == 3
 
 
-def test_it_is_told_whose_answer_is_waited_for() -> None:
-    told: list[Record] = []
+def test_outstanding_sites_are_reported() -> None:
+    answered: list[Record] = []
     grid, policy = Sites({"a": 0, "c": 0}), FailureConfig(deadline=0.1)
-    RollCall(NAMES, grid, "seed: 0", policy, 2, Observer(answered=told.append)).present()
-    assert [record["clients"] for record in told][:3] == [["a", "c"], ["c"], []]
+    RollCall(NAMES, grid, "seed: 0", policy, 2, Observer(answered=answered.append)).present()
+    assert [record["clients"] for record in answered][:3] == [["a", "c"], ["c"], []]
 
 
-def test_a_site_that_connects_later_is_waited_for_by_name() -> None:
-    present, said = called(Sites({"a": 0, "b": 0, "c": 0.4}), needed=1, deadline=20)
+def test_the_server_waits_for_a_late_site_and_names_it() -> None:
+    present, said = roll_call_of(Sites({"a": 0, "b": 0, "c": 0.4}), needed=1, deadline=20)
     assert list(present()) == list(NAMES)
     assert said == [{"stage": "start", "clients": ["c"], "given_up": False}]
 
 
-def test_a_run_begins_without_a_site_that_stays_away_if_a_round_is_complete_without_it() -> None:
+def test_a_run_starts_without_a_missing_site_that_no_round_needs() -> None:
     start = time.monotonic()
-    present, said = called(Sites({"a": 0, "c": 0}), needed=2, deadline=0.5)
+    present, said = roll_call_of(Sites({"a": 0, "c": 0}), needed=2, deadline=0.5)
     assert list(present()) == ["a", "c"]
     assert 0.5 <= time.monotonic() - start < 5
     assert said[-1] == {"stage": "start", "clients": ["b"], "given_up": True}
 
 
-def test_sites_that_are_connected_and_silent_are_waited_for_until_the_deadline_only() -> None:
+def test_the_server_waits_for_silent_sites_until_the_deadline_only() -> None:
     start = time.monotonic()
-    present, _ = called(Sites(dict.fromkeys(NAMES, 0), tamper=lambda reply: None), deadline=0.4)
+    present, _ = roll_call_of(Sites(dict.fromkeys(NAMES, 0), tamper=lambda reply: None), deadline=0.4)
     with pytest.raises(FederationError, match=r"0 sites are ready, 3 are needed:\n  - a: no answer within the deadline of 0"):
         present()
     assert time.monotonic() - start < 5
 
 
 @pytest.mark.parametrize("below", ["stop", "skip"])
-def test_too_few_sites_are_an_error_that_names_the_others(below: str) -> None:
-    present, _ = called(Sites({"a": 0}), deadline=0.2, below=below)
+def test_too_few_sites_are_an_error_that_names_the_missing_ones(below: str) -> None:
+    present, _ = roll_call_of(Sites({"a": 0}), deadline=0.2, below=below)
     with pytest.raises(FederationError, match=r"1 sites are ready, 3 are needed:\n  - b: not connected\n  - c: not connected\nstart them"):
         present()
 
 
-def test_who_waits_waits_for_more_than_one_deadline_and_not_for_ever() -> None:
+def test_the_wait_policy_lasts_a_limited_number_of_deadlines() -> None:
     late = {"a": 0, "b": 0, "c": 0.5}
-    assert list(called(Sites(late), deadline=0.2, below="wait", attempts=20)[0]()) == list(NAMES)
+    assert list(roll_call_of(Sites(late), deadline=0.2, below="wait", attempts=20)[0]()) == list(NAMES)
     with pytest.raises(FederationError, match="2 sites are ready"):
-        called(Sites({"a": 0, "b": 0}), deadline=0.2, below="wait", attempts=2)[0]()
+        roll_call_of(Sites({"a": 0, "b": 0}), deadline=0.2, below="wait", attempts=2)[0]()
 
 
-def test_what_is_wrong_with_a_site_is_an_error_at_once() -> None:
+def test_a_sites_error_is_raised_immediately() -> None:
     start = time.monotonic()
     with pytest.raises(FederationError, match="site b cannot participate: no data"):
-        called(Sites(dict.fromkeys(NAMES, 0), wrong=["b"]), needed=1, deadline=30)[0]()
+        roll_call_of(Sites(dict.fromkeys(NAMES, 0), wrong=["b"]), needed=1, deadline=30)[0]()
     assert time.monotonic() - start < 10
 
 
-def test_who_waits_asks_a_site_again_that_says_what_is_wrong_with_it() -> None:
+def test_the_wait_policy_asks_a_site_with_an_error_again() -> None:
     grid = Sites(dict.fromkeys(NAMES, 0), wrong=["b"])
-    present, said = called(grid, needed=2, deadline=0.4, below="wait")
+    present, said = roll_call_of(grid, needed=2, deadline=0.4, below="wait")
     assert list(present()) == ["a", "c"]
     assert len(grid.sent) > 4
     assert said[-1]["clients"] == ["b"]

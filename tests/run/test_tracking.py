@@ -1,4 +1,4 @@
-"""What trackers are told, TensorBoard's files read back, and what is refused."""
+"""The values that trackers receive, TensorBoard's files read back, and refused settings."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ RECORD = {
 
 
 def test_a_round_as_numbers() -> None:
-    """What is not finite is left out, what was refused is counted."""
+    """Values that are not finite are left out; refused updates are counted."""
     expected = {
         "score": 0.5,
         "failures": 2.0,
@@ -36,9 +36,9 @@ def test_a_round_as_numbers() -> None:
         "seconds_train": 2.0,
     }
     assert numbers(RECORD) == {f"federated/{name}": value for name, value in expected.items()}
-    told = numbers(RECORD | {"losses": {"a": 0.5, "b": float("nan")}})
-    assert told["federated/loss of a"] == 0.5
-    assert told.keys() - numbers(RECORD).keys() == {"federated/loss of a"}
+    values = numbers(RECORD | {"losses": {"a": 0.5, "b": float("nan")}})
+    assert values["federated/loss of a"] == 0.5
+    assert values.keys() - numbers(RECORD).keys() == {"federated/loss of a"}
     assert "federated/loss of 0" not in numbers(RECORD | {"losses": {str(i): 0.5 for i in range(51)}})
     zero_shot = {"stage": "zero_shot", "round": 0, "score": 0.25, "scores": {"score": 0.25}, "seconds": {"evaluate": 1.0}}
     assert numbers(zero_shot) == {"zero_shot/score": 0.25, "zero_shot/seconds_evaluate": 1.0}
@@ -60,8 +60,8 @@ def test_tensorboard_reads_what_a_run_wrote(tiny: Experiment, tmp_path: Path) ->
     assert "missing-0.3" in read.Tensors("experiment/text_summary")[0].tensor_proto.string_val[0].decode()
 
 
-def test_an_interruption_waits_until_a_round_is_written_down(tiny: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a tracker's lock in hand it would leave the thread behind it, and so the process, waiting for ever."""
+def test_an_interruption_waits_until_the_round_is_tracked(tiny: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A KeyboardInterrupt while a tracker holds its lock would leave its thread, and so the process, waiting forever."""
     written: list[int] = []
 
     @contextmanager
@@ -80,7 +80,7 @@ def test_an_interruption_waits_until_a_round_is_written_down(tiny: Experiment, t
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_nothing_is_written_down_unless_asked(tiny: Experiment, tmp_path: Path) -> None:
+def test_nothing_is_tracked_by_default(tiny: Experiment, tmp_path: Path) -> None:
     train(tiny, tmp_path / "run", report=False)
     assert not (tmp_path / "run" / "tensorboard").exists()
 
@@ -99,7 +99,7 @@ def test_weights_and_biases_offline(tiny: Experiment, tmp_path: Path, monkeypatc
     assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of its own use of SQLAlchemy
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # from MLflow's use of SQLAlchemy
 def test_mlflow_in_a_folder(tiny: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mlflow = pytest.importorskip("mlflow", reason="mlflow is not installed: make test-tracking")
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""Whole runs on the embedded model: what is in the folder, what equals what, and going on after a kill."""
+"""Complete runs: the folder's contents, equal runs, and resuming after a kill."""
 
 from __future__ import annotations
 
@@ -89,8 +89,8 @@ def test_the_folder_is_complete(finished: Path) -> None:
 
 
 @pytest.mark.parametrize("method", ["calibrated_flexlora", "flora", "fedsa_lora"])
-def test_connector_and_embeddings_train_and_travel(tiny: Experiment, tmp_path: Path, method: str) -> None:
-    """One after another, pictures computed every time; they move, are counted and sent, and come back with the adapter."""
+def test_connector_and_embeddings_are_trained_and_sent(tiny: Experiment, tmp_path: Path, method: str) -> None:
+    """Clients train one by one, and pictures are encoded every time. Both parts move, are counted, are sent, and are saved with the adapter."""
     extra = {"connector": "full", "embeddings": "full"}
     result = train(change(tiny, lora=extra, algorithm={"name": method}, evaluation={"baselines": []}), tmp_path / "run")
     assert result.trained == ["decoder, LoRA on attention", "connector", "embeddings"]
@@ -109,7 +109,7 @@ def test_connector_and_embeddings_train_and_travel(tiny: Experiment, tmp_path: P
     assert "connector; embeddings: " in (folder / "README.md").read_text()
 
 
-def test_copies_of_the_test_split_are_asked_too(tiny: Experiment, tmp_path: Path) -> None:
+def test_changed_copies_of_the_test_split_are_scored(tiny: Experiment, tmp_path: Path) -> None:
     result = train(change(tiny, evaluation={"tested": ["image", "text", "image+text", "typos-1:0"]}), tmp_path / "run")
     assert list(result.tested) == ["image", "text", "image+text", "typos-1:0"]
     for unchanged in ("image+text", "typos-1:0"):
@@ -120,7 +120,7 @@ def test_copies_of_the_test_split_are_asked_too(tiny: Experiment, tmp_path: Path
     assert outcome(tmp_path / "run") == result
 
 
-def test_copies_that_hold_nothing_are_refused_before_anything_is_written(tiny: Experiment, tmp_path: Path) -> None:
+def test_empty_copies_of_the_test_split_are_refused_before_anything_is_written(tiny: Experiment, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="audio leaves no test sample any content"):
         train(change(tiny, evaluation={"tested": ["audio"]}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -137,14 +137,14 @@ def test_a_modality_the_model_does_not_read_is_refused_before_anything_is_writte
     assert not (tmp_path / "run").exists()
 
 
-def test_the_result_says_everything(finished: Path) -> None:
+def test_the_result_is_complete(finished: Path) -> None:
     record = json.loads((finished / "result.json").read_text())
     assert record["metric"] == "auc"
     assert set(record["scores"]) == set(SCORES)
     asked = {name: score for name, score in record["scores"].items() if score is not None}
     assert set(record["scores"]) - set(asked) == {"calibrated_local_mean", "calibrated_centralized"}
     assert all(0 <= score <= 1 for score in asked.values())
-    # Whatever the headline, the three stand beside each other, of the clients' mean too.
+    # The three metrics are reported beside any headline, also for the clients' mean.
     assert all(set(SIDE_BY_SIDE) <= set(record["details"][name]) for name in asked if name != "ceiling")
     assert record["scores"]["local_mean"] == pytest.approx(sum(record["local"].values()) / 3)
     adapter = load_file(finished / "adapter" / "adapter_model.safetensors")
@@ -157,8 +157,8 @@ def test_the_result_says_everything(finished: Path) -> None:
     assert outcome(finished).to_record() == record
 
 
-def test_the_test_split_is_asked_at_the_end_only(finished: Path) -> None:
-    """What shows how a run goes, and what is chosen by, is the validation split."""
+def test_the_test_split_is_scored_once_at_the_end(finished: Path) -> None:
+    """Progress and every choice use the validation split."""
     rows = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     federated = [row for row in rows if row["stage"] == "federated"]
     assert [row["score"] is None for row in federated] == [True] * (len(federated) - 1) + [False]
@@ -172,7 +172,7 @@ def test_the_test_split_is_asked_at_the_end_only(finished: Path) -> None:
     assert all(row["validation"] is None for row in other)
 
 
-def test_the_adapter_s_card_says_what_it_is_and_nothing_of_this_machine(finished: Path) -> None:
+def test_the_adapters_card_is_complete_and_has_no_local_paths(finished: Path) -> None:
     card, record = (finished / "adapter" / "README.md").read_text(), outcome(finished)
     _, front, body = card.split("---\n", 2)
     assert yaml.safe_load(front) == {
@@ -203,8 +203,8 @@ def test_the_card_of_a_run_over_sites_says_so(finished: Path) -> None:
     assert "simulated" not in card
 
 
-def plain(model: Any, source: str | Path, samples: Sequence[Sample]) -> torch.Tensor:
-    """Logits of the letters A and B right after the prompt, one row per sample. No code of ours but the prompt's wording."""
+def plain_logits(model: Any, source: str | Path, samples: Sequence[Sample]) -> torch.Tensor:
+    """Logits of the letters A and B right after the prompt, one row per sample. Of our code only the prompt's wording is used."""
     from transformers import AutoProcessor
 
     processor = AutoProcessor.from_pretrained(source)
@@ -220,32 +220,32 @@ def plain(model: Any, source: str | Path, samples: Sequence[Sample]) -> torch.Te
     return torch.stack(rows)
 
 
-def in_plain_peft(folder: Path) -> tuple[torch.Tensor, float]:
-    """Logits and AUC of a run's adapter where only Transformers and PEFT load, render, tokenize and score."""
+def score_in_plain_peft(folder: Path) -> tuple[torch.Tensor, float]:
+    """Logits and AUC of a run's adapter with only Transformers and PEFT."""
     from peft import PeftModel
     from sklearn.metrics import roc_auc_score
     from transformers import AutoModelForImageTextToText
 
-    source, test = model_source("nano"), split_of(folder)
+    source, test = model_source("nano"), load_test_split(folder)
     base = AutoModelForImageTextToText.from_pretrained(source, dtype=torch.float32)
-    logits = plain(PeftModel.from_pretrained(base, str(folder / "adapter")).eval(), source, test)
+    logits = plain_logits(PeftModel.from_pretrained(base, str(folder / "adapter")).eval(), source, test)
     return logits, float(roc_auc_score([sample.label for sample in test], logits.softmax(1)[:, 1].numpy()))
 
 
-def split_of(folder: Path) -> Sequence[Sample]:
+def load_test_split(folder: Path) -> Sequence[Sample]:
     experiment = Experiment.load(folder / "config.yaml")
     return federate(experiment.data, experiment.federation, 0).dataset.test
 
 
 def test_the_adapter_gives_the_same_predictions_in_plain_peft(finished: Path) -> None:
-    assert in_plain_peft(finished)[1] == pytest.approx(outcome(finished).scores["federated"], abs=1e-9)
+    assert score_in_plain_peft(finished)[1] == pytest.approx(outcome(finished).scores["federated"], abs=1e-9)
 
 
 @pytest.mark.parametrize("method", ["flora", "fedex_lora"])
-def test_the_adapter_holds_what_was_merged_into_the_frozen_weights(
+def test_the_adapter_includes_changes_of_the_frozen_weights(
     embedded: Experiment, tmp_path: Path, nano: VisionLanguageModel, method: str
 ) -> None:
-    """The run's last model is the base model with changed frozen weights; the adapter says the same on the published ones."""
+    """The run's final model has changed frozen weights. The saved adapter gives the same results on the published ones."""
     experiment = change(embedded, algorithm={"name": method}, evaluation={"every": 0})
     expected = train(experiment, tmp_path / "run").scores["federated"]
     state = RunStore(tmp_path / "run").load_state("federated")
@@ -253,8 +253,10 @@ def test_the_adapter_holds_what_was_merged_into_the_frozen_weights(
     assert state.base
     write_base(nano, state.base)
     write_weights(nano.model, state.weights)
-    logits, score = in_plain_peft(tmp_path / "run")
-    torch.testing.assert_close(logits, plain(nano.model.eval(), model_source("nano"), split_of(tmp_path / "run")), atol=1e-4, rtol=1e-4)
+    logits, score = score_in_plain_peft(tmp_path / "run")
+    torch.testing.assert_close(
+        logits, plain_logits(nano.model.eval(), model_source("nano"), load_test_split(tmp_path / "run")), atol=1e-4, rtol=1e-4
+    )
     assert score == pytest.approx(expected, abs=1e-9)
     assert score_adapter(tmp_path / "run")[1]["score"] == pytest.approx(expected, abs=1e-9)
     settings = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
@@ -264,7 +266,7 @@ def test_the_adapter_holds_what_was_merged_into_the_frozen_weights(
 
 @pytest.fixture(scope="module")
 def personalized(tiny: Experiment, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of a personalized method, with every client's models scored by themselves."""
+    """A finished run of a personalized method, with scores for each client's models."""
     folder = tmp_path_factory.mktemp("runs") / "own"
     sections = {"algorithm": {"name": "ditto"}, "evaluation": {"every": 1, "baselines": ["local", "fine_tuned"], "client_samples": 10}}
     train(change(tiny, **sections), folder)
@@ -297,7 +299,7 @@ def test_a_personalized_run_scores_each_client_s_own_model(personalized: Path) -
     assert {f"fine_tuned-{client}" for client in CLIENTS} < set(result.seconds_by_stage)
 
 
-def test_each_client_s_models_are_asked_its_own_kind_of_samples(personalized: Path) -> None:
+def test_each_clients_models_are_scored_on_its_kind_of_samples(personalized: Path) -> None:
     clients = outcome(personalized).clients
     assert {model: list(scores) for model, scores in clients.items()} == dict.fromkeys(("federated", "local", "fine_tuned"), CLIENTS)
     assert all(0 <= score <= 1 for scores in clients.values() for score in scores.values())
@@ -306,10 +308,10 @@ def test_each_client_s_models_are_asked_its_own_kind_of_samples(personalized: Pa
     assert "fine-tuned mean" in report
 
 
-def test_the_bytes_that_the_aggregation_holds_are_told(finished: Path, personalized: Path) -> None:
+def test_the_memory_of_the_aggregation_is_recorded(finished: Path, personalized: Path) -> None:
     for folder in (finished, personalized):
         rounds, weights = read_run(folder).rounds, load_file(folder / "adapter" / "adapter_model.safetensors")
-        # A running mean in float64, however many clients: twice the bytes of an adapter.
+        # A running mean in float64 takes twice the bytes of an adapter, for any number of clients.
         assert {line.bytes_held for line in rounds} == {2 * sum(tensor.nbytes for tensor in weights.values())}
 
 
@@ -322,15 +324,15 @@ def test_evaluate_gives_the_run_s_own_score(finished: Path) -> None:
 
 @pytest.fixture(scope="module")
 def other_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of the embedded one's shapes with other weights."""
+    """A model with the embedded model's shapes and other weights."""
     folder = Path(shutil.copytree(model_source("nano"), tmp_path_factory.mktemp("models") / "other"))
     weights = load_file(folder / "model.safetensors")
     save_file({name: -tensor for name, tensor in weights.items()}, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 
-def test_an_adapter_is_put_on_its_own_base_only(finished: Path, other_base: Path, tmp_path: Path) -> None:
-    """Also where the experiment is named, or only the adapter's folder is given."""
+def test_an_adapter_loads_on_its_own_base_model_only(finished: Path, other_base: Path, tmp_path: Path) -> None:
+    """Also if the experiment is given, or only the adapter's folder."""
     override = f"model.name={other_base}"
     named = tmp_path / "named.yaml"
     named.write_text(change(Experiment.load(finished / "config.yaml").with_fingerprint(None), model={"name": str(other_base)}).to_yaml())
@@ -348,8 +350,8 @@ def test_an_adapter_is_put_on_its_own_base_only(finished: Path, other_base: Path
     assert score_adapter(finished, None, [override], force=True)[1] != score_adapter(finished)[1]
 
 
-def test_a_run_goes_on_with_its_own_base_only(tiny: Experiment, other_base: Path, tmp_path: Path) -> None:
-    """The folder of the model has different content than when the run began."""
+def test_a_run_resumes_on_its_own_base_model_only(tiny: Experiment, other_base: Path, tmp_path: Path) -> None:
+    """The content of the model's folder changed after the run started."""
     base = Path(shutil.copytree(model_source("nano"), tmp_path / "base"))
     experiment = change(tiny, model={"name": str(base)})
 
@@ -387,7 +389,7 @@ def test_resuming_with_other_settings_is_refused(finished: Path) -> None:
 
 @pytest.mark.parametrize("file", ["train.csv", "test.csv", "a.png"])
 def test_resuming_with_other_data_is_refused(file: str, tmp_path: Path) -> None:
-    """A row of either split, or a picture, is edited between two sessions; the manifest stays that of the run."""
+    """A row of either split or a picture changes between two sessions. The run's manifest does not change."""
     Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png")
     for split in ("train", "test"):
         (tmp_path / f"{split}.csv").write_text("p,t,a\n" + "".join(f"a.png,{split} {i},{'yes' if i % 2 else 'no'}\n" for i in range(8)))
@@ -451,10 +453,10 @@ def test_one_client_with_all_data_equals_centralized_bit_for_bit(tmp_path: Path,
     assert result.scores["federated"] == result.scores["centralized"]
 
 
-def test_a_strategy_that_stands_for_a_wording_is_listed_where_that_is_used(
+def test_a_strategy_for_a_wording_is_listed_if_the_wording_is_used(
     tmp_path: Path, tiny: Experiment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And refused beside another wording; the modality-agnostic prompt is one of them."""
+    """It is refused beside another wording. The modality-agnostic prompt is such a strategy."""
 
     @dataclass(frozen=True)
     class Neutral(Strategy):
@@ -469,8 +471,8 @@ def test_a_strategy_that_stands_for_a_wording_is_listed_where_that_is_used(
         change(tiny, algorithm={"name": "fedavg", "strategies": ["neutral_prompt"]})
 
 
-def test_baselines_visit_samples_as_often_as_the_federation(tmp_path: Path, tiny: Experiment) -> None:
-    """Under a buffered schedule the clients that train in a round are those in the buffer, not those at work."""
+def test_baselines_visit_each_sample_as_often_as_the_federation(tmp_path: Path, tiny: Experiment) -> None:
+    """Under a buffered schedule the clients of a round are those in the buffer, not those at work."""
     federation = {"num_clients": 4, "clients_per_round": 4, "num_rounds": 4, "min_partition_size": 1}
     for schedule, rounds in ({"name": "synchronous"}, 4), ({"name": "buffered", "parameters": {"buffer": 2}}, 2):
         sections = {"federation": federation, "schedule": schedule, "evaluation": {"every": 0, "baselines": ["centralized"]}}
@@ -479,7 +481,7 @@ def test_baselines_visit_samples_as_often_as_the_federation(tmp_path: Path, tiny
 
 
 def test_calibrated_baselines_are_plain_training_with_calibration(tmp_path: Path, tiny: Experiment) -> None:
-    """Controls of ``label_calibration``: a federation of one client under it is calibrated centralized, and local, training."""
+    """A federation with one client and ``label_calibration`` equals calibrated centralized and calibrated local training."""
     alone = change(
         tiny,
         federation={"num_clients": 1, "clients_per_round": 1, "num_rounds": 2},
@@ -489,10 +491,10 @@ def test_calibrated_baselines_are_plain_training_with_calibration(tmp_path: Path
     )
     result = train(alone, tmp_path / "run")
     names = ("federated", "calibrated_centralized", "calibrated_local-client-00", "local-client-00")
-    federated, *calibrated, plain = (load_file(tmp_path / "run" / "checkpoints" / f"{name}.safetensors") for name in names)
+    federated, *calibrated, plain_logits = (load_file(tmp_path / "run" / "checkpoints" / f"{name}.safetensors") for name in names)
     for baseline in calibrated:
         assert all(torch.equal(federated[name], baseline[name]) for name in federated)
-    assert not all(torch.equal(federated[name], plain[name]) for name in federated)
+    assert not all(torch.equal(federated[name], plain_logits[name]) for name in federated)
     assert result.scores["calibrated_centralized"] == result.scores["calibrated_local_mean"] == result.scores["federated"]
     assert result.local == {"client-00": result.scores["local_mean"]}
     report, card = (tmp_path / "run" / "report.html").read_text(), (tmp_path / "run" / "adapter" / "README.md").read_text()
@@ -501,7 +503,7 @@ def test_calibrated_baselines_are_plain_training_with_calibration(tmp_path: Path
         assert text in card
 
 
-def test_with_one_client_the_global_prior_is_its_own(tmp_path: Path, tiny: Experiment) -> None:
+def test_with_one_client_the_global_prior_is_the_clients_prior(tmp_path: Path, tiny: Experiment) -> None:
     ended = []
     for given in (False, True):
         strategy = {"name": "label_calibration", "parameters": {"global_prior": given}}
@@ -533,7 +535,7 @@ def test_seeds_decide_the_outcome(tmp_path: Path, tiny: Experiment) -> None:
 
 
 def comparable(folder: Path) -> tuple[Any, ...]:
-    """All that must not depend on how often a run was interrupted: everything but times."""
+    """Everything that must not depend on interruptions, which is all but times."""
     result = json.loads((folder / "result.json").read_text())
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for record in [result, *lines]:
@@ -546,10 +548,10 @@ def comparable(folder: Path) -> tuple[Any, ...]:
 
 
 @pytest.mark.parametrize("method", ["scaffold", "ditto"])
-def test_interrupted_after_a_round_and_within_one_the_end_is_bit_identical(
+def test_a_run_interrupted_after_and_within_a_round_ends_bit_for_bit_the_same(
     tiny: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
-    """Methods whose clients keep something: stopped between rounds, then a round after one whose checkpoint was not written any more."""
+    """Methods whose clients keep state. The run stops between rounds, and then before a checkpoint is written."""
     experiment = change(tiny, algorithm={"name": method}, federation={"num_rounds": 3}, evaluation={"every": 0, "client_samples": 5})
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train(experiment, whole, name="x")
@@ -578,8 +580,8 @@ engine: {device: cpu}
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments_the_end_is_bit_identical(tmp_path: Path) -> None:
-    """SIGKILL, at least five times, at moments between the first line of a session and the end of the run."""
+def test_a_run_killed_at_random_moments_ends_bit_for_bit_the_same(tmp_path: Path) -> None:
+    """Five SIGKILLs, each at a moment between a session's first line and the end of the run."""
     (tmp_path / "demo.yaml").write_text(RESUMED)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert start(tmp_path, whole).wait() == 0
@@ -606,7 +608,7 @@ def start(folder: Path, output: Path, *more: str) -> subprocess.Popen[bytes]:
 
 
 def wait_for_progress(process: subprocess.Popen[bytes], folder: Path) -> None:
-    """Until the process has trained a round in this session, or has ended."""
+    """Wait until the process has trained a round in this session or has ended."""
     lines = count_lines(folder)
     while process.poll() is None and count_lines(folder) <= lines:
         time.sleep(0.005)

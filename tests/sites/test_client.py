@@ -1,4 +1,4 @@
-"""What a site's worker makes of the server's settings, and what leaves it."""
+"""How a site's worker handles the server's settings, and what leaves the site."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ def worker(folder: Path, **values: Any) -> SiteWorker:
 
 
 def presence(site: SiteWorker, experiment: Experiment, name: str = "client-00") -> Presence | ClientFailure:
-    told = read_message(site.present(write_question(name, {"experiment": settings(experiment), "run": "r"})), name, Presence)
+    reply = read_message(site.present(write_question(name, {"experiment": settings(experiment), "run": "r"})), name, Presence)
     site.close()
-    return told
+    return reply
 
 
 def answer(site: SiteWorker, experiment: Experiment, run: str = "r", trial: bool = False) -> ClientUpdate | ClientFailure:
@@ -67,20 +67,20 @@ def sent(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_a_site_trains_on_its_own_data_with_its_own_modalities(experiment: Experiment, tmp_path: Path) -> None:
-    told = presence(worker(tmp_path, data=OWN, modalities=["image"]), experiment)
-    assert told == Presence(client="client-00", num_samples=12, profile={"image": 12}, rank=None, trial=False)
+    reply = presence(worker(tmp_path, data=OWN, modalities=["image"]), experiment)
+    assert reply == Presence(client="client-00", num_samples=12, profile={"image": 12}, rank=None, trial=False)
 
 
-def test_a_site_without_data_trains_its_part_of_the_embedded_split(experiment: Experiment, tmp_path: Path) -> None:
-    told = presence(worker(tmp_path), experiment)
-    assert isinstance(told, Presence)
-    assert told.trial
+def test_a_site_without_data_trains_its_share_of_the_embedded_split(experiment: Experiment, tmp_path: Path) -> None:
+    reply = presence(worker(tmp_path), experiment)
+    assert isinstance(reply, Presence)
+    assert reply.trial
     data = federate(experiment.data, experiment.federation, experiment.seed)
-    assert told.num_samples == len(data.clients["client-00"])
+    assert reply.num_samples == len(data.clients["client-00"])
 
 
-def test_a_run_begins_on_the_data_as_they_are_then(experiment: Experiment, tmp_path: Path) -> None:
-    """The same settings again, from a server that runs its experiment a second time, find the row that came in between."""
+def test_each_run_reads_the_sites_current_data(experiment: Experiment, tmp_path: Path) -> None:
+    """The server repeats its experiment with the same settings. The second run reads the rows added in between."""
     row, file = {"t": "words", "a": "x"}, tmp_path / "train.jsonl"
     columns = {"text": "t", "answer": "a"}
     options = {"train": "train.jsonl", "test_share": 0.25, "columns": columns, "question": "Which?", "choices": ["x", "y"]}
@@ -93,14 +93,14 @@ def test_a_run_begins_on_the_data_as_they_are_then(experiment: Experiment, tmp_p
     assert counts == [6, 9]
 
 
-def test_a_site_with_another_base_does_not_take_part(experiment: Experiment, tmp_path: Path) -> None:
-    """Shapes are the same, and what it learned would be averaged in."""
-    told = presence(worker(tmp_path, data=OWN), experiment.with_fingerprint("0" * 16))
-    assert isinstance(told, ClientFailure)
-    assert "'nano' does not match model.fingerprint" in told.reason
+def test_a_site_with_another_base_model_is_refused(experiment: Experiment, tmp_path: Path) -> None:
+    """The shapes are equal, so its updates would be averaged with the others."""
+    reply = presence(worker(tmp_path, data=OWN), experiment.with_fingerprint("0" * 16))
+    assert isinstance(reply, ClientFailure)
+    assert "'nano' does not match model.fingerprint" in reply.reason
 
 
-def test_what_leaves_the_site_is_written_down(experiment: Experiment, tmp_path: Path) -> None:
+def test_everything_that_leaves_the_site_is_logged(experiment: Experiment, tmp_path: Path) -> None:
     site = worker(tmp_path, data=OWN)
     presence(site, experiment)
     found = answer(site, experiment)
@@ -113,10 +113,10 @@ def test_what_leaves_the_site_is_written_down(experiment: Experiment, tmp_path: 
     assert second["profile"] == dict(found.profile)
 
 
-def test_what_is_withheld_does_not_leave(experiment: Experiment, tmp_path: Path) -> None:
+def test_withheld_facts_do_not_leave_the_site(experiment: Experiment, tmp_path: Path) -> None:
     site = worker(tmp_path, data=OWN, withhold=["metrics", "profile", "num_samples"])
-    told = presence(site, experiment)
-    assert told == Presence(client="client-00", num_samples=None, profile={}, rank=None, trial=False)
+    reply = presence(site, experiment)
+    assert reply == Presence(client="client-00", num_samples=None, profile={}, rank=None, trial=False)
     found = answer(site, experiment)
     assert isinstance(found, ClientUpdate)
     assert (found.num_samples, found.metrics, found.profile) == (None, {}, {})
@@ -128,7 +128,7 @@ def with_method(experiment: Experiment, **algorithm: Any) -> Experiment:
 
 
 @pytest.mark.parametrize(("name", "every", "trained"), [("fedavg", 1, 200), ("ditto", 0, 200), ("ditto", 1, 180)])
-def test_a_site_holds_rows_out_only_where_a_model_is_scored_there(
+def test_a_site_holds_rows_out_only_if_it_scores_a_model(
     name: str, every: int, trained: int, experiment: Experiment, tmp_path: Path
 ) -> None:
     for split, count in (("train", 200), ("test", 20)):
@@ -138,13 +138,13 @@ def test_a_site_holds_rows_out_only_where_a_model_is_scored_there(
     options = {"train": "train.jsonl", "test": "test.jsonl", "columns": columns, "question": "Which?", "choices": ["x", "y"]}
     asked = with_method(experiment, name=name)
     asked = asked.model_copy(update={"evaluation": asked.evaluation.model_copy(update={"every": every})})
-    told = presence(worker(tmp_path, data={"dataset": "jsonl", "root": ".", "options": options}), asked)
-    assert isinstance(told, Presence)
-    assert told.num_samples == trained
+    reply = presence(worker(tmp_path, data={"dataset": "jsonl", "root": ".", "options": options}), asked)
+    assert isinstance(reply, Presence)
+    assert reply.num_samples == trained
 
 
-def test_steps_that_a_method_needs_follow_from_the_number_of_samples(experiment: Experiment, tmp_path: Path) -> None:
-    """Its metrics are withheld, but the server weighs the update by as many steps as 12 samples take."""
+def test_withheld_steps_follow_from_the_number_of_samples(experiment: Experiment, tmp_path: Path) -> None:
+    """The metrics are withheld. The server weights the update by the number of steps that 12 samples take."""
     nova, training = with_method(experiment, name="fednova"), experiment.training
     site = worker(tmp_path, data=OWN, withhold=["metrics", "profile"])
     assert isinstance(presence(site, nova), Presence)
@@ -172,14 +172,14 @@ def test_steps_that_a_method_needs_follow_from_the_number_of_samples(experiment:
         ),
     ],
 )
-def test_a_method_that_needs_what_is_withheld_is_refused_before_the_first_round(
+def test_a_method_that_needs_withheld_facts_is_refused_before_the_first_round(
     experiment: Experiment, tmp_path: Path, algorithm: dict[str, Any], withheld: list[str], reason: str
 ) -> None:
     asked = with_method(experiment, **algorithm)
     site = worker(tmp_path, data=OWN, withhold=withheld)
-    for told in (presence(site, asked), answer(site, asked)):
-        assert isinstance(told, ClientFailure)
-        assert told.reason.startswith("ConfigError: withhold: the method " + reason)
+    for reply in (presence(site, asked), answer(site, asked)):
+        assert isinstance(reply, ClientFailure)
+        assert reply.reason.startswith("ConfigError: withhold: the method " + reason)
     assert isinstance(presence(site, experiment), Presence)
 
 
@@ -193,23 +193,23 @@ def test_a_method_that_needs_what_is_withheld_is_refused_before_the_first_round(
         ),
     ],
 )
-def test_the_servers_settings_lead_to_no_path_of_the_site(
+def test_the_servers_settings_cannot_name_a_path_at_the_site(
     experiment: Experiment, tmp_path: Path, changes: dict[str, Any], reason: str
 ) -> None:
-    told = presence(worker(tmp_path), Experiment.parse(experiment.model_dump(mode="json", exclude_none=True) | changes))
-    assert isinstance(told, ClientFailure)
-    assert reason in told.reason
+    reply = presence(worker(tmp_path), Experiment.parse(experiment.model_dump(mode="json", exclude_none=True) | changes))
+    assert isinstance(reply, ClientFailure)
+    assert reason in reply.reason
 
 
-def test_code_of_a_model_is_not_run_for_the_server(experiment: Experiment, tmp_path: Path) -> None:
+def test_the_server_cannot_enable_remote_code_at_the_site(experiment: Experiment, tmp_path: Path) -> None:
     asked = experiment.model_copy(update={"model": experiment.model.model_copy(update={"trust_remote_code": True, "revision": "main"})})
     here = worker(tmp_path, model="/models/qwen").experiment(settings(asked))
     assert (here.model.name, here.model.trust_remote_code, here.model.revision) == ("/models/qwen", False, None)
     assert here.engine.device == "cpu"
 
 
-def test_sites_word_their_samples_as_the_server_does(experiment: Experiment, tmp_path: Path) -> None:
-    """Its own wordings travel, and a site's are not looked at."""
+def test_sites_use_the_servers_wording(experiment: Experiment, tmp_path: Path) -> None:
+    """The server sends its wordings. The site's own wordings are not used."""
     own, other = (Wording(templates={"any": f"{word} {{text}} {{question}} {{options}}"}) for word in ("Server.", "Site."))
     data = experiment.data.model_copy(update={"prompt": "mine", "wordings": {"mine": own}})
     site = OWN | {"prompt": "mine", "wordings": {"mine": other.model_dump()}}
@@ -218,7 +218,7 @@ def test_sites_word_their_samples_as_the_server_does(experiment: Experiment, tmp
     assert here.data.num_train == 12
 
 
-def test_a_run_cannot_name_a_folder_elsewhere(experiment: Experiment, tmp_path: Path) -> None:
+def test_a_run_name_cannot_leave_the_sites_folder(experiment: Experiment, tmp_path: Path) -> None:
     found = answer(worker(tmp_path, data=OWN), experiment, run="../../elsewhere")
     assert isinstance(found, ClientFailure)
     assert "not a valid name" in found.reason
@@ -236,7 +236,7 @@ def test_a_run_cannot_name_a_folder_elsewhere(experiment: Experiment, tmp_path: 
         ({}, False, "ConfigError: data: this site has no data of its own, the server did not know that when the run started"),
     ],
 )
-def test_a_site_that_comes_later_does_not_train_what_it_has_not_told_of(
+def test_a_late_site_refuses_a_task_that_does_not_match_its_settings(
     experiment: Experiment, tmp_path: Path, own: dict[str, Any], trial: bool, reason: str
 ) -> None:
     found = answer(worker(tmp_path, **own), experiment, trial=trial)
@@ -244,31 +244,31 @@ def test_a_site_that_comes_later_does_not_train_what_it_has_not_told_of(
     assert found.reason.startswith(reason)
 
 
-def test_an_errors_words_stay_at_the_site_unless_they_are_ours(experiment: Experiment, tmp_path: Path) -> None:
+def test_messages_of_foreign_errors_stay_at_the_site(experiment: Experiment, tmp_path: Path) -> None:
     class Broken(SiteWorker):
         def clients(self, experiment: Experiment) -> Any:
             raise OSError("/wards/7/patient-123.png is damaged")
 
     site = Broken(SiteConfig.model_validate({"name": "client-00", "server": "host:1", "folder": tmp_path}))
-    told = presence(site, experiment)
-    assert told == ClientFailure("client-00", "OSError; see the site's log")
+    reply = presence(site, experiment)
+    assert reply == ClientFailure("client-00", "OSError; see the site's log")
 
 
-def test_another_client_is_not_trained_here(experiment: Experiment, tmp_path: Path) -> None:
-    told = presence(worker(tmp_path, data=OWN), experiment, "client-01")
-    assert isinstance(told, ClientFailure)
-    assert told.reason == "LookupError; see the site's log"
+def test_a_site_does_not_train_another_client(experiment: Experiment, tmp_path: Path) -> None:
+    reply = presence(worker(tmp_path, data=OWN), experiment, "client-01")
+    assert isinstance(reply, ClientFailure)
+    assert reply.reason == "LookupError; see the site's log"
 
 
-def test_the_server_tells_workers_no_path_of_its_own(experiment: Experiment) -> None:
+def test_the_server_sends_none_of_its_paths_to_workers(experiment: Experiment) -> None:
     changes = {"engine": experiment.engine.model_copy(update={"name": "flower", "server": Path("/srv/federation/server.yaml")})}
     text = settings(experiment.model_copy(update=changes))
     assert "/srv" not in text
     assert Experiment.from_yaml(text).engine.server is None
 
 
-def test_a_port_that_another_process_has_is_named(tmp_path: Path) -> None:
-    """Flower's interface there answers that the secret is not its own."""
+def test_a_port_used_by_another_process_is_named(tmp_path: Path) -> None:
+    """Flower's interface on that port rejects the secret."""
 
     class Other:
         def AcquireTask(self, request: object) -> None:

@@ -1,4 +1,4 @@
-"""``docs/deploy.md``, step by step as it stands there."""
+"""The commands and settings of ``docs/deploy.md``, run as they are written."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="the page is written for a POSIX shell")
-def test_the_walk_through_works_as_it_is_written(tmp_path: Path) -> None:
+def test_the_pages_commands_work(tmp_path: Path) -> None:
     text = (ROOT / "docs" / "deploy.md").read_text(encoding="utf-8")
     steps = "\n".join(re.findall(r"^```bash\n(.*?)^```", text, re.DOTALL | re.MULTILINE))
     assert "127.0.0.1:8000" in steps
@@ -40,10 +40,10 @@ def test_the_walk_through_works_as_it_is_written(tmp_path: Path) -> None:
     done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=400, check=False)
     logs = "\n".join(f"== {path}\n{path.read_text(errors='replace')[-3000:]}" for path in tmp_path.glob("federation/**/*.log"))
     assert done.returncode == 0, done.stdout + done.stderr + logs
-    _the_run_is_whole(tmp_path)
+    _assert_run_is_complete(tmp_path)
 
 
-def _the_run_is_whole(folder: Path) -> None:
+def _assert_run_is_complete(folder: Path) -> None:
     manifest = json.loads((folder / "run" / "manifest.json").read_text())
     held = {client["id"]: client["modalities"] for client in manifest["clients"]}
     assert {name: set(modalities) for name, modalities in held.items()} == {
@@ -67,7 +67,7 @@ def _the_run_is_whole(folder: Path) -> None:
 
 @contextmanager
 def proxied(folder: Path, server: Path, address: str, own: str) -> Iterator[None]:
-    """Nginx with the settings of the page, at other ports and in other folders."""
+    """Nginx with the page's settings, on other ports and in other folders."""
     text = (ROOT / "docs" / "deploy.md").read_text(encoding="utf-8")
     (block,) = re.findall(r"^```nginx\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
     assert all(part in block for part in ("listen 8000 ssl", "https://127.0.0.1:8001", "/srv/federation/server"))
@@ -89,12 +89,12 @@ def proxied(folder: Path, server: Path, address: str, own: str) -> Iterator[None
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nginx") is None, reason="nginx is not installed")
-def test_sites_train_through_the_proxy_of_the_page_and_nothing_else_passes(tmp_path: Path) -> None:
+def test_the_pages_proxy_passes_training_and_nothing_else(tmp_path: Path) -> None:
     experiment: dict[str, Any] = {
         "data": {"dataset": "digits-claims", "num_train": 40, "num_test": 8},
         "federation": {"num_clients": 2, "clients_per_round": 2, "num_rounds": 2, "min_partition_size": 10},
         "evaluation": {"every": 0, "baselines": []},
-        # Adapters of 30 MB, which Flower sends in pieces.
+        # Adapters of 30 MB, which Flower sends in several pieces.
         "lora": {"r": 800},
         "failures": {"deadline": 200, "below": "wait", "min_updates": 2, "pause": 2, "attempts": 10},
     }
@@ -112,7 +112,7 @@ def test_sites_train_through_the_proxy_of_the_page_and_nothing_else_passes(tmp_p
 
 
 def _answer(address: str, trusted: ssl.SSLContext) -> int:
-    """The code of an answer to an empty message."""
+    """The status code of the answer to an empty message."""
     try:
         with urllib.request.urlopen(urllib.request.Request(address, data=b"", method="POST"), context=trusted, timeout=20) as answer:
             return int(answer.status)

@@ -1,4 +1,4 @@
-"""Processes that are kept up, with small ones of the test's own."""
+"""Processes that are restarted when they exit, tested with small scripts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def script(text: str) -> list[str]:
 
 
 def keeper(names: str, text: str, folder: Path) -> list[str]:
-    """A process that keeps up one of that text for each letter; their logs are named so."""
+    """The command of a process that keeps up one script for each letter in ``names``, which also names its log."""
     return script(
         "import sys; from pathlib import Path; from fedmllm.sites.processes import Kept, keep_up\n"
         f"keep_up([Kept(name, [sys.executable, '-c', {text!r}], Path({str(folder)!r}) / name, 1) for name in {names!r}],\n"
@@ -25,44 +25,44 @@ def keeper(names: str, text: str, folder: Path) -> list[str]:
     )
 
 
-def tended(kept: Kept, until: str, told: list[str], seconds: float = 20) -> None:
+def tend_until(kept: Kept, until: str, messages: list[str], seconds: float = 20) -> None:
     end = time.monotonic() + seconds
-    while not any(until in line for line in told) and time.monotonic() < end:
-        kept.tend(told.append)
+    while not any(until in line for line in messages) and time.monotonic() < end:
+        kept.tend(messages.append)
         time.sleep(0.05)
-    assert any(until in line for line in told), told
+    assert any(until in line for line in messages), messages
 
 
-def test_what_ends_is_started_anew_after_a_delay_and_says_why(tmp_path: Path) -> None:
-    told: list[str] = []
+def test_a_process_that_ends_is_restarted_after_a_delay_with_its_reason(tmp_path: Path) -> None:
+    messages: list[str] = []
     words = "print('Exit Code: 7'); print('the key'); print('was refused.'); import sys; sys.exit(1)"
     kept = Kept("node", script(words), tmp_path / "log", 0.5)
-    tended(kept, "exited", told)
-    assert told[-1] == f"node exited with code 1 (the key was refused.); see {tmp_path / 'log'}; restarting in 0.5 s"
+    tend_until(kept, "exited", messages)
+    assert messages[-1] == f"node exited with code 1 (the key was refused.); see {tmp_path / 'log'}; restarting in 0.5 s"
     since = time.monotonic()
-    while len(told) < 3:
-        kept.tend(told.append)
+    while len(messages) < 3:
+        kept.tend(messages.append)
         time.sleep(0.02)
     assert time.monotonic() - since > 0.4
-    assert told[2].startswith("node started, process ")
+    assert messages[2].startswith("node started, process ")
     kept.stop()
 
 
-def test_what_is_done_once_is_not_started_again(tmp_path: Path) -> None:
-    told: list[str] = []
+def test_a_process_that_runs_once_is_not_restarted(tmp_path: Path) -> None:
+    messages: list[str] = []
     kept = Kept("admitting", script("print('hello')"), tmp_path / "log", 0, once=True)
     while not kept.done:
-        kept.tend(told.append)
+        kept.tend(messages.append)
         time.sleep(0.02)
-    kept.tend(told.append)
+    kept.tend(messages.append)
     assert kept.process is None
-    assert told == []
+    assert messages == []
     kept.stop()
 
 
 @pytest.mark.parametrize("deaf", [False, True])
-def test_what_ends_with_another_is_started_anew_at_once_unless_it_had_to_be_forced(deaf: bool, tmp_path: Path) -> None:
-    told: list[str] = []
+def test_a_dependent_process_is_restarted_at_once_unless_it_had_to_be_killed(deaf: bool, tmp_path: Path) -> None:
+    messages: list[str] = []
     words = (
         "import signal, time; "
         + ("signal.signal(signal.SIGTERM, signal.SIG_IGN); " if deaf else "")
@@ -70,7 +70,7 @@ def test_what_ends_with_another_is_started_anew_at_once_unless_it_had_to_be_forc
     )
     node = Kept("node", script(words), tmp_path / "node", 1.5, patience=0.2 if deaf else 10, ends_with="worker")
     worker = Kept("worker", script("import time; time.sleep(60)"), tmp_path / "worker", 60)
-    tend([node, worker], told.append)
+    tend([node, worker], messages.append)
     while not (tmp_path / "node").read_text():
         time.sleep(0.02)
     assert node.process is not None
@@ -78,15 +78,15 @@ def test_what_ends_with_another_is_started_anew_at_once_unless_it_had_to_be_forc
     first = node.process.pid
     worker.process.kill()
     worker.process.wait()
-    tend([node, worker], told.append)
-    assert told[-1] == f"node was stopped because worker exited; restarting in {1.5 if deaf else 0:g} s"
+    tend([node, worker], messages.append)
+    assert messages[-1] == f"node was stopped because worker exited; restarting in {1.5 if deaf else 0:g} s"
     assert not Path(f"/proc/{first}").exists()
-    tend([node, worker], told.append)
+    tend([node, worker], messages.append)
     assert (node.process is None) == deaf
     node.stop()
 
 
-def test_what_does_not_end_by_itself_is_ended(tmp_path: Path) -> None:
+def test_a_process_that_ignores_termination_is_killed(tmp_path: Path) -> None:
     deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True); time.sleep(60)"
     kept = Kept("deaf", script(deaf), tmp_path / "log", 1)
     kept.tend(lambda words: None)
@@ -98,9 +98,9 @@ def test_what_does_not_end_by_itself_is_ended(tmp_path: Path) -> None:
     assert process.poll() == -9
 
 
-def test_what_does_not_end_when_it_is_killed_is_left_and_it_is_told(tmp_path: Path) -> None:
-    """As what waits for a device that does not answer; here nobody is told of its end."""
-    told: list[str] = []
+def test_a_process_that_survives_a_kill_is_left_and_reported(tmp_path: Path) -> None:
+    """Like a process that waits for a device that does not respond. Here waiting for its end always times out."""
+    messages: list[str] = []
     kept = Kept("stuck", script("import time; time.sleep(60)"), tmp_path / "log", 1, patience=0.2)
     kept.tend(lambda words: None)
     process = kept.process
@@ -111,13 +111,13 @@ def test_what_does_not_end_when_it_is_killed_is_left_and_it_is_told(tmp_path: Pa
         raise subprocess.TimeoutExpired("stuck", timeout or 0)
 
     process.wait = never  # type: ignore[method-assign]
-    assert not kept.stop(told.append)
-    assert told == ["stuck is still running 0.2 s after it was killed; leaving it"]
+    assert not kept.stop(messages.append)
+    assert messages == ["stuck is still running 0.2 s after it was killed; leaving it"]
     assert end(20) < 0
 
 
-def test_all_end_with_the_one_that_keeps_them_up(tmp_path: Path) -> None:
-    """The process of ``fedmllm site up``: terminated, it terminates its own, and ends well."""
+def test_children_end_with_their_keeper(tmp_path: Path) -> None:
+    """``fedmllm site up``, once terminated, terminates its children and exits with code 0."""
     with subprocess.Popen(keeper("a", "import time; time.sleep(60)", tmp_path), stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         child = int(process.stdout.readline().split("process ")[1].split(",")[0])
@@ -127,8 +127,8 @@ def test_all_end_with_the_one_that_keeps_them_up(tmp_path: Path) -> None:
     assert not Path(f"/proc/{child}").exists()
 
 
-def test_an_impatient_end_leaves_no_process_behind(tmp_path: Path) -> None:
-    """Terminated again while it waits for its own to end, which takes a second."""
+def test_repeated_termination_leaves_no_process_behind(tmp_path: Path) -> None:
+    """It is terminated again while it waits a second for its children."""
     slow = (
         "import signal, time; signal.signal(signal.SIGTERM, lambda *_: (time.sleep(1), exit())); print('there', flush=True); time.sleep(60)"
     )
@@ -144,13 +144,13 @@ def test_an_impatient_end_leaves_no_process_behind(tmp_path: Path) -> None:
     assert not any(Path(f"/proc/{child}").exists() for child in children)
 
 
-def test_the_last_line_says_why_where_flower_does_not(tmp_path: Path) -> None:
-    told: list[str] = []
+def test_the_reason_falls_back_to_the_last_line_of_output(tmp_path: Path) -> None:
+    messages: list[str] = []
     kept = Kept("worker", script("raise SystemExit('the port is taken')"), tmp_path / "log", 60)
-    tended(kept, "exited", told)
-    assert told[-1].startswith("worker exited with code 1 (the port is taken); see ")
+    tend_until(kept, "exited", messages)
+    assert messages[-1].startswith("worker exited with code 1 (the port is taken); see ")
 
 
-def test_nothing_heavy_is_imported_to_keep_processes_up() -> None:
+def test_keeping_processes_up_imports_no_heavy_library() -> None:
     code = "import sys, fedmllm.sites.processes; print(sorted({name.split('.')[0] for name in sys.modules} & {'torch', 'numpy', 'flwr', 'pydantic'}))"
     assert subprocess.run(script(code), capture_output=True, text=True, check=True).stdout == "[]\n"

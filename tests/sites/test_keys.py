@@ -1,4 +1,4 @@
-"""What ``fedmllm site init`` makes, and the settings beside it."""
+"""The files that ``fedmllm site init`` creates, and the settings beside them."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_secrets_are_for_their_owner_only(made: Path) -> None:
+def test_only_the_owner_can_read_secrets(made: Path) -> None:
     secret = {path.name for path in made.rglob("*") if path.is_file() and path.stat().st_mode & 0o077 == 0}
     assert secret == {"ca.key", "server.key", "secret", "site.key"}
     assert not list(made.glob("server/ca.key"))
     assert not list(made.glob("sites/*/ca.key"))
 
 
-def test_a_site_gets_nothing_of_another_or_of_the_server(made: Path) -> None:
+def test_a_site_gets_no_secret_of_the_server_or_another_site(made: Path) -> None:
     contents = {path.relative_to(made).as_posix(): path.read_bytes() for path in made.rglob("*") if path.is_file()}
     for name, content in contents.items():
         if name.endswith((".key", "secret")):
             assert sum(content == other for other in contents.values()) == 1, name
 
 
-def test_the_servers_certificate_holds_for_its_host_and_comes_from_the_authority(made: Path) -> None:
+def test_the_servers_certificate_names_its_host_and_is_signed_by_the_authority(made: Path) -> None:
     certificate = x509.load_pem_x509_certificate((made / "server" / "server.crt").read_bytes())
     authority = x509.load_pem_x509_certificate((made / "sites" / "a" / "ca.crt").read_bytes())
     certificate.verify_directly_issued_by(authority)
@@ -53,7 +53,7 @@ def test_the_servers_certificate_holds_for_its_host_and_comes_from_the_authority
     ssl.create_default_context(cafile=str(made / "sites" / "b" / "ca.crt"))
 
 
-def test_an_address_may_be_a_number(tmp_path: Path) -> None:
+def test_the_address_may_be_an_ip_address(tmp_path: Path) -> None:
     keys.init(tmp_path / "f", "192.0.2.7:443", ["a"])
     certificate = x509.load_pem_x509_certificate((tmp_path / "f" / "server" / "server.crt").read_bytes())
     names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
@@ -72,7 +72,7 @@ def test_the_server_has_each_sites_public_key(made: Path) -> None:
         assert private.public_key().public_numbers() == public.public_numbers()
 
 
-def test_sites_have_ports_of_their_own(made: Path) -> None:
+def test_each_site_has_its_own_port(made: Path) -> None:
     sites = [SiteConfig.load(made / "sites" / name / "site.yaml") for name in ("a", "b")]
     assert [site.port for site in sites] == [9094, 9095]
     assert {site.server for site in sites} == {"server.example.org:8000"}
@@ -90,13 +90,15 @@ def test_sites_have_ports_of_their_own(made: Path) -> None:
         ("host:1", [], "name at least one site, and each site only once"),
     ],
 )
-def test_what_cannot_be_made_is_refused_before_anything_is_written(tmp_path: Path, address: str, sites: list[str], rule: str) -> None:
+def test_invalid_addresses_and_names_are_refused_before_anything_is_written(
+    tmp_path: Path, address: str, sites: list[str], rule: str
+) -> None:
     with pytest.raises(ConfigError, match=rule):
         keys.init(tmp_path / "f", address, sites)
     assert not (tmp_path / "f").exists()
 
 
-def test_keys_are_not_written_over(made: Path) -> None:
+def test_existing_keys_are_not_overwritten(made: Path) -> None:
     before = (made / "authority" / "ca.key").read_bytes()
     with pytest.raises(RunError, match="not empty"):
         keys.init(made, "host:1", ["a"])
@@ -112,7 +114,7 @@ def test_keys_are_not_written_over(made: Path) -> None:
         ({"data": {"dataset": "mnist"}}, "data.dataset: 'mnist' is not a known dataset"),
     ],
 )
-def test_a_sites_file_is_checked(tmp_path: Path, values: dict[str, Any], rule: str) -> None:
+def test_settings_of_a_site_are_checked(tmp_path: Path, values: dict[str, Any], rule: str) -> None:
     path = tmp_path / "site.yaml"
     path.write_text(yaml.safe_dump({"name": "a", "server": "host:1"} | values))
     with pytest.raises(ConfigError) as caught:
@@ -121,7 +123,7 @@ def test_a_sites_file_is_checked(tmp_path: Path, values: dict[str, Any], rule: s
     assert str(path) in str(caught.value)
 
 
-def test_files_that_are_none_are_named(tmp_path: Path) -> None:
+def test_a_missing_or_invalid_settings_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no such file; fedmllm site init writes it"):
         ServerConfig.load(tmp_path / "server.yaml")
     (tmp_path / "server.yaml").write_text("- a\n")
@@ -132,14 +134,14 @@ def test_files_that_are_none_are_named(tmp_path: Path) -> None:
         ServerConfig.load(tmp_path / "server.yaml").keys()
 
 
-def test_a_sites_data_lie_beside_its_file(tmp_path: Path) -> None:
+def test_a_sites_data_paths_are_relative_to_its_settings_file(tmp_path: Path) -> None:
     (tmp_path / "site.yaml").write_text("{name: a, server: 'host:1', data: {dataset: vqa_rad, root: data}}")
     data = SiteConfig.load(tmp_path / "site.yaml").data
     assert data is not None
     assert data.root == tmp_path / "data"
 
 
-def test_a_node_is_a_site_by_its_key_and_not_by_its_name(made: Path) -> None:
+def test_a_node_is_identified_by_its_key_not_its_name(made: Path) -> None:
     link = ServerConfig.load(made / "server" / "server.yaml").link
     own = public_key_to_bytes(load_ssh_public_key(link.keys["a"]))  # type: ignore[arg-type]
     other = public_key_to_bytes(ec.generate_private_key(ec.SECP384R1()).public_key())
@@ -153,7 +155,7 @@ def test_a_node_is_a_site_by_its_key_and_not_by_its_name(made: Path) -> None:
     assert link.sites_of(nodes) == {"a": nodes[1]}
 
 
-def test_behind_a_proxy_runs_are_served_past_it(made: Path) -> None:
+def test_runs_bypass_the_proxy(made: Path) -> None:
     values = {"address": "hospital.example.org:8000", "sites": ["a", "b"], "folder": made / "server"}
     behind = ServerConfig.model_validate({**values, "listen": "127.0.0.1:8001"})
     assert (behind.listening, behind.link.address) == (("127.0.0.1", 8001), "127.0.0.1:8001")
@@ -164,7 +166,7 @@ def test_behind_a_proxy_runs_are_served_past_it(made: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "value"), [("address", "host"), ("address", "host:0"), ("listen", "127.0.0.1:port"), ("listen", ":8001")])
-def test_an_address_that_is_none_is_refused(made: Path, name: str, value: str) -> None:
+def test_an_invalid_address_is_refused(made: Path, name: str, value: str) -> None:
     file = made / "server" / "wrong.yaml"
     file.write_text(yaml.safe_dump({"address": "host:8000", "sites": ["a"], name: value}))
     with pytest.raises(ConfigError, match=f"{name}: .*{value!r} is not host:port"):

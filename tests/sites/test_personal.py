@@ -1,4 +1,4 @@
-"""Methods that end with a model for each client, over sites: the models stay there, and are scored there."""
+"""Personalized methods over sites: each site keeps and scores its own model."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ OWN = {"data": {"dataset": "digits-claims", "num_train": 12, "num_test": 6, "che
 
 
 class Sites(LoopbackGrid):
-    """A worker for each site, all of this process."""
+    """One worker for each site, all in this process."""
 
     def __init__(self, workers: Mapping[str, SiteWorker], tamper: Tamper) -> None:
         self._names = list(workers)
@@ -92,7 +92,7 @@ def scored(folder: Path) -> list[Any]:
 
 
 @pytest.mark.parametrize("name", ["ditto", "fedsa_lora"])
-def test_models_stay_at_their_sites_and_score_as_in_one_process(name: str, over_sites: Any, tmp_path: Path) -> None:
+def test_personalized_models_stay_at_their_sites_and_score_as_in_one_process(name: str, over_sites: Any, tmp_path: Path) -> None:
     here = run.train(Experiment.parse(SETTINGS | {"algorithm": {"name": name}}), tmp_path / "here", resident=RESIDENT, report=False)
     there = over_sites(tmp_path / "there", {}, algorithm={"name": name})
     assert (there.scores, there.tested, there.standard_errors) == (here.scores, here.tested, here.standard_errors)
@@ -107,13 +107,13 @@ def test_models_stay_at_their_sites_and_score_as_in_one_process(name: str, over_
 
 
 @pytest.mark.parametrize("name", ["ditto", "fedsa_lora"])
-def test_a_site_whose_answer_is_lost_keeps_the_model_it_had(name: str, over_sites: Any, tmp_path: Path) -> None:
-    """In the second and last round all train, and one answer is lost: that site's model scores as it did after the first, the others' do not."""
+def test_a_site_whose_answer_is_lost_keeps_its_previous_model(name: str, over_sites: Any, tmp_path: Path) -> None:
+    """All sites train in the last of two rounds, and one answer is lost. That site keeps the model of the first round."""
     every = {"algorithm": {"name": name}, "federation": SETTINGS["federation"] | {"clients_per_round": 3}}
 
     def lose(reply: Message) -> Message | None:
-        told = unpack(enclosed(reply.content))[1]
-        return None if (told["client"], told.get("round_num")) == ("client-01", 1) and "num_samples" in told else reply
+        facts = unpack(enclosed(reply.content))[1]
+        return None if (facts["client"], facts.get("round_num")) == ("client-01", 1) and "num_samples" in facts else reply
 
     over_sites(tmp_path / "there", {}, lose, **every, failures={"deadline": 0.5})
     (record,) = [r for r in RunStore(tmp_path / "there").records("federated") if r["refused"]]
@@ -125,31 +125,31 @@ def test_a_site_whose_answer_is_lost_keeps_the_model_it_had(name: str, over_site
         model = load_file(folder / "adapter_model.safetensors")
         for i in (0, 1):
             own = states.load(client, [i])[kind]
-            alike = all(torch.equal(model[key], tensor) for key, tensor in own.items())
-            assert alike == (i == (0 if client == "client-01" else 1))
+            equal = all(torch.equal(model[key], tensor) for key, tensor in own.items())
+            assert equal == (i == (0 if client == "client-01" else 1))
 
 
-def test_a_site_scores_its_model_on_its_own_test_data_and_writes_down_what_it_tells(over_sites: Any, tmp_path: Path) -> None:
+def test_a_site_scores_its_model_on_its_own_test_data_and_logs_the_scores(over_sites: Any, tmp_path: Path) -> None:
     own = dict.fromkeys(NAMES, OWN) | {"client-01": OWN | {"withhold": ["metrics"]}}
     result = over_sites(
         tmp_path / "there", own, algorithm={"name": "fedsa_lora"}, federation=SETTINGS["federation"] | {"clients_per_round": 3}
     )
     lines = {name: (tmp_path / "federation" / "sites" / name / "sent.jsonl").read_text().splitlines() for name in NAMES}
-    told = {name: [row for row in map(json.loads, rows) if row["kind"] == "scores"] for name, rows in lines.items()}
-    assert [(row["round"], row["tested"]) for row in told["client-00"]] == [
+    facts = {name: [row for row in map(json.loads, rows) if row["kind"] == "scores"] for name, rows in lines.items()}
+    assert [(row["round"], row["tested"]) for row in facts["client-00"]] == [
         (1, "validation"),
         (2, "validation"),
         (2, ""),
         (2, "image"),
     ]
-    assert told["client-01"] == []
-    scores = [told[name][2]["metrics"] for name in ("client-00", "client-02")]
+    assert facts["client-01"] == []
+    scores = [facts[name][2]["metrics"] for name in ("client-00", "client-02")]
     assert result.scores["federated"] == pytest.approx(sum(row["score"] for row in scores) / 2)
     assert result.details["federated"]["num_samples"] == sum(row["num_samples"] for row in scores) == 12
     assert (tmp_path / "federation" / "sites" / "client-01" / "adapters").exists()
 
 
-def test_a_federation_of_which_no_site_tells_its_score_says_so(over_sites: Any, tmp_path: Path) -> None:
+def test_a_run_without_any_sites_score_is_an_error(over_sites: Any, tmp_path: Path) -> None:
     own = {name: OWN | {"withhold": ["metrics"]} for name in NAMES}
     with pytest.raises(
         FederationError,
@@ -158,7 +158,7 @@ def test_a_federation_of_which_no_site_tells_its_score_says_so(over_sites: Any, 
         over_sites(tmp_path / "there", own, algorithm={"name": "ditto"})
 
 
-def test_a_federation_of_which_no_site_has_a_validation_part_says_so(over_sites: Any, tmp_path: Path) -> None:
+def test_a_run_without_any_sites_validation_part_is_an_error(over_sites: Any, tmp_path: Path) -> None:
     rows = [{"text": f"case {i}", "answer": "ab"[i % 2]} for i in range(12)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = {
@@ -174,7 +174,7 @@ def test_a_federation_of_which_no_site_has_a_validation_part_says_so(over_sites:
         over_sites(tmp_path / "there", own, algorithm={"name": "ditto"})
 
 
-def test_a_score_by_another_metric_is_not_averaged_with_the_others(over_sites: Any, tmp_path: Path) -> None:
+def test_scores_of_another_metric_are_not_averaged(over_sites: Any, tmp_path: Path) -> None:
     triage = {"data": OWN["data"] | {"dataset": "digits-triage"}}
     result = over_sites(tmp_path / "there", {NAMES[0]: triage, NAMES[1]: OWN, NAMES[2]: OWN}, algorithm={"name": "ditto"})
     assert result.details["federated"]["num_samples"] == 12
@@ -183,14 +183,14 @@ def test_a_score_by_another_metric_is_not_averaged_with_the_others(over_sites: A
         over_sites(tmp_path / "none", dict.fromkeys(NAMES, triage), algorithm={"name": "ditto"})
 
 
-def test_all_clients_answers_are_not_counted_where_sites_keep_theirs(over_sites: Any, tmp_path: Path) -> None:
+def test_a_global_prior_is_refused_over_sites(over_sites: Any, tmp_path: Path) -> None:
     strategy = {"name": "label_calibration", "parameters": {"global_prior": True}}
     with pytest.raises(ConfigError, match="which sites do not report; omit global_prior"):
         over_sites(tmp_path / "there", dict.fromkeys(NAMES, OWN), algorithm={"name": "fedavg", "strategies": [strategy]})
     assert not (tmp_path / "there").exists()
 
 
-def test_what_would_need_the_sites_models_here_is_refused(over_sites: Any, tmp_path: Path) -> None:
+def test_settings_that_need_the_sites_models_at_the_server_are_refused(over_sites: Any, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="personalized models of ditto stay at the sites"):
         over_sites(tmp_path / "there", {}, algorithm={"name": "ditto"}, evaluation={"baselines": [], "client_samples": 5})
     assert not (tmp_path / "there").exists()

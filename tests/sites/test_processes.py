@@ -1,4 +1,4 @@
-"""Real processes on this machine: training over sites ends as in one process, whoever is not admitted is refused, and what dies comes back."""
+"""Real processes on this machine: training over sites ends as in one process, strangers are refused, and killed processes are restarted."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ EXPERIMENT: dict[str, Any] = {
 }
 
 
-def alike(here: Path, there: Path) -> None:
+def assert_same_adapter(here: Path, there: Path) -> None:
     first, second = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (here, there))
     assert first.keys() == second.keys()
     for name, tensor in first.items():
@@ -50,7 +50,7 @@ def in_one_process(processes: Processes, experiment: dict[str, Any], output: Pat
 
 
 def refused(command: list[str], words: str, seconds: float = 60) -> str:
-    """The output of a process that is to say why it is not let in."""
+    """The output of a process that must be refused, up to the expected word."""
     process = subprocess.Popen(command, env={**ENVIRONMENT, **QUIET}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     until, said = time.monotonic() + seconds, ""
     assert process.stdout is not None
@@ -62,34 +62,34 @@ def refused(command: list[str], words: str, seconds: float = 60) -> str:
 
 
 @pytest.mark.slow
-def test_training_over_sites_ends_as_in_one_process_and_strangers_are_refused(tmp_path: Path) -> None:
+def test_training_over_sites_equals_one_process_and_strangers_are_refused(tmp_path: Path) -> None:
     with Processes(tmp_path / "federation", {name: {} for name in SITES}) as processes:
         run = processes.train(EXPERIMENT, tmp_path / "there")
         in_one_process(processes, EXPERIMENT, tmp_path / "here")
         ended(run)
-        alike(tmp_path / "here", tmp_path / "there")
+        assert_same_adapter(tmp_path / "here", tmp_path / "there")
         here, there = ([json.loads(line) for line in rounds(tmp_path / name)] for name in ("here", "there"))
-        # Waiting for a site that is slow to start may be part of a run, but not of its end.
+        # A slow site may delay the run, but must not change its result.
         for ours, theirs in zip(here, there, strict=True):
             assert [theirs[key] for key in ("clients", "num_samples", "bytes_up")] == [
                 ours[key] for key in ("clients", "num_samples", "bytes_up")
             ]
             assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-4)
-        _strangers_are_refused(processes, tmp_path)
+        _assert_strangers_are_refused(processes, tmp_path)
 
 
-def _strangers_are_refused(processes: Processes, folder: Path) -> None:
+def _assert_strangers_are_refused(processes: Processes, folder: Path) -> None:
     site = SiteConfig.load(processes.site("client-00"))
     keys.init(folder / "others", processes.address, ["client-00"])
     other = SiteConfig.load(folder / "others" / "sites" / "client-00" / "site.yaml").model_copy(update={"port": site.port + 1000})
-    # A key of one's own, with the right authority: not admitted.
+    # Its own key with the right authority: the SuperLink does not admit it.
     (folder / "others" / "sites" / "client-00" / "ca.crt").write_bytes((site.folder / "ca.crt").read_bytes())
     assert "failed to activate" in (said := refused(list(supernode(other).command), "activate").lower()), said
-    # The right key, with another authority: whoever answers at the address is not believed.
+    # The right key with another authority: the SuperNode does not trust the server.
     (other.folder / "ca.crt").write_bytes((folder / "others" / "authority" / "ca.crt").read_bytes())
     (other.folder / "site.key").write_bytes((site.folder / "site.key").read_bytes())
     assert "certificate" in (said := refused(list(supernode(other).command), "certificate").lower()), said
-    # Who holds no secret of the server's serves no runs.
+    # Without the server's secret nobody can serve a run.
     link = ServerConfig.load(processes.server).link
     stranger = SuperLink(link.address, link.certificate, folder / "others" / "server" / "secret", link.keys, patience=5)
     with pytest.raises(ConnectionError, match="refused the call: Client error '401 Unauthorized'"):
@@ -98,7 +98,7 @@ def _strangers_are_refused(processes: Processes, folder: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["worker", "SuperNode", "SuperLink"])
-def test_what_is_killed_comes_back_and_the_run_ends_alike(what: str, tmp_path: Path) -> None:
+def test_a_killed_process_is_restarted_and_the_run_ends_the_same(what: str, tmp_path: Path) -> None:
     experiment = EXPERIMENT | {"federation": EXPERIMENT["federation"] | {"num_rounds": 5}}
     with Processes(tmp_path / "federation", {name: {} for name in SITES}) as processes:
         run = processes.train(experiment, tmp_path / "there")
@@ -108,11 +108,11 @@ def test_what_is_killed_comes_back_and_the_run_ends_alike(what: str, tmp_path: P
         processes.kill(processes.folder / f"{'server' if what == 'SuperLink' else 'client-01'}.out", what)
         in_one_process(processes, experiment, tmp_path / "here")
         ended(run, 500)
-        alike(tmp_path / "here", tmp_path / "there")
+        assert_same_adapter(tmp_path / "here", tmp_path / "there")
 
 
 @pytest.mark.slow
-def test_a_server_that_is_killed_goes_on_with_resume(tmp_path: Path) -> None:
+def test_a_killed_server_resumes_to_the_same_end(tmp_path: Path) -> None:
     experiment = EXPERIMENT | {"federation": EXPERIMENT["federation"] | {"num_rounds": 4}, "algorithm": {"name": "scaffold"}}
     with Processes(tmp_path / "federation", {name: {} for name in SITES}) as processes:
         run = processes.train(experiment, tmp_path / "there")
@@ -122,11 +122,11 @@ def test_a_server_that_is_killed_goes_on_with_resume(tmp_path: Path) -> None:
         run.communicate()
         ended(processes.train(experiment, tmp_path / "there", "--resume"))
         in_one_process(processes, experiment, tmp_path / "here")
-        alike(tmp_path / "here", tmp_path / "there")
+        assert_same_adapter(tmp_path / "here", tmp_path / "there")
 
 
 @pytest.mark.slow
-def test_a_run_whose_superlink_is_gone_for_good_stops_by_its_deadline_and_says_so(tmp_path: Path) -> None:
+def test_a_run_without_its_superlink_stops_at_its_deadline(tmp_path: Path) -> None:
     experiment = EXPERIMENT | {"federation": EXPERIMENT["federation"] | {"num_rounds": 50}, "failures": {"deadline": 40}}
     with Processes(tmp_path / "federation", {name: {} for name in SITES}) as processes:
         run = processes.train(experiment, tmp_path / "there")
@@ -136,7 +136,7 @@ def test_a_run_whose_superlink_is_gone_for_good_stops_by_its_deadline_and_says_s
         processes.kill(processes.folder / "server.out", "SuperLink")
         start = time.monotonic()
         output, _ = run.communicate(timeout=300)
-        # One deadline for the round, not one for each of the three clients; the rest of the second deadline is for a loaded machine.
+        # One deadline for the round, not one for each of the three clients. The second one is for a loaded machine.
         assert time.monotonic() - start < 2 * 40
     assert run.returncode == 1
     assert "no usable update" in output
@@ -145,8 +145,8 @@ def test_a_run_whose_superlink_is_gone_for_good_stops_by_its_deadline_and_says_s
 
 
 @pytest.mark.slow
-def test_a_buffered_schedule_over_sites_steps_on_whoever_is_done(tmp_path: Path) -> None:
-    """Two of three updates a step: whatever the order, every site takes part, and some updates are stale."""
+def test_a_buffered_schedule_over_sites_steps_with_the_first_updates(tmp_path: Path) -> None:
+    """A step takes two of three updates. In any order every site takes part, and some updates are stale."""
     schedule = {"name": "buffered", "parameters": {"buffer": 2}}
     experiment = EXPERIMENT | {"schedule": schedule, "federation": EXPERIMENT["federation"] | {"num_rounds": 6}}
     policy = EXPERIMENT["failures"] | {"min_updates": 2}
@@ -160,8 +160,8 @@ def test_a_buffered_schedule_over_sites_steps_on_whoever_is_done(tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_a_server_that_slept_goes_on_with_a_new_run(tmp_path: Path) -> None:
-    """Flower ends a run whose server gives no sign of life for a minute."""
+def test_a_suspended_server_continues_with_a_new_run(tmp_path: Path) -> None:
+    """Flower ends a run whose server sends no heartbeat for a minute."""
     experiment = EXPERIMENT | {"federation": EXPERIMENT["federation"] | {"num_rounds": 4}, "algorithm": {"name": "scaffold"}}
     with Processes(tmp_path / "federation", {name: {} for name in SITES}) as processes:
         run = processes.train(experiment, tmp_path / "there")
@@ -173,15 +173,15 @@ def test_a_server_that_slept_goes_on_with_a_new_run(tmp_path: Path) -> None:
         run.send_signal(signal.SIGCONT)
         output = ended(run)
         assert "Traceback" not in output
-        # Clients are asked a second time if they were at work when it fell asleep, and not if it had just not asked them yet.
+        # Clients are asked again only if they were at work when the server fell asleep.
         with closing(sqlite3.connect(f"file:{processes.server.parent / 'state.db'}?mode=ro", uri=True)) as database:
             assert database.execute("SELECT COUNT(*) FROM run").fetchone() == (2,)
         in_one_process(processes, experiment, tmp_path / "here")
-        alike(tmp_path / "here", tmp_path / "there")
+        assert_same_adapter(tmp_path / "here", tmp_path / "there")
 
 
 @pytest.mark.slow
-def test_a_site_that_stays_away_is_named_and_not_waited_for_past_the_deadline(tmp_path: Path) -> None:
+def test_a_site_that_leaves_is_named_after_the_deadline(tmp_path: Path) -> None:
     policy = {"deadline": 60, "below": "skip", "min_updates": 2}
     with Processes(tmp_path / "federation", {name: {} for name in SITES}) as processes:
         experiment = EXPERIMENT | {"failures": policy, "federation": EXPERIMENT["federation"] | {"num_rounds": 4}}
@@ -197,7 +197,7 @@ def test_a_site_that_stays_away_is_named_and_not_waited_for_past_the_deadline(tm
 
 
 @pytest.mark.slow
-def test_a_run_begins_without_a_site_that_is_not_there_and_goes_on_with_it_when_it_comes(tmp_path: Path) -> None:
+def test_a_run_starts_without_a_missing_site_and_includes_it_later(tmp_path: Path) -> None:
     policy = {"deadline": 60, "below": "skip", "min_updates": 2}
     with Processes(tmp_path / "federation", {name: {} for name in SITES}, later=["client-02"]) as processes:
         experiment = EXPERIMENT | {"failures": policy, "federation": EXPERIMENT["federation"] | {"num_rounds": 20}}

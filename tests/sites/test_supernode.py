@@ -1,4 +1,4 @@
-"""Taking messages from a SuperNode, against Flower's own: its state, its handlers and its fetching, without processes or a network."""
+"""Messages taken from Flower's SuperNode: its real state, handlers and fetching, without processes or a network."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Connection:
-    """Of a task, as the interface gives it to the one that shows the token."""
+    """A task's connection: the interface that the holder of its token gets."""
 
     def __init__(self, node: Node, token: str) -> None:
         self._node, self._token = node, token
@@ -57,32 +57,32 @@ def nothing() -> str:
     return ""
 
 
-def taken(node: Node, another: Callable[[], str] = nothing, token: str = "") -> None:
+def answer_next(node: Node, another: Callable[[], str] = nothing, token: str = "") -> None:
     answer("a", echo(), Connection(node, token or node.acquire()), another)
 
 
 def test_a_message_is_answered(node: Node) -> None:
     message = sent(1)
     node.fetch(message)
-    taken(node)
+    answer_next(node)
     (reply,) = node.replies()
     assert reply.metadata.reply_to_message_id == message.metadata.message_id
     assert not reply.has_error()
 
 
-def test_what_the_app_raises_is_a_reply_that_tells_its_kind_only(node: Node) -> None:
+def test_an_error_in_the_app_is_a_reply_with_the_errors_type_only(node: Node) -> None:
     node.fetch(sent(1, "fail"))
-    taken(node)
+    answer_next(node)
     (reply,) = node.replies()
     assert reply.has_error()
     assert reply.error.reason == "OSError"
 
 
-def test_a_message_that_comes_after_its_task_is_waited_for(node: Node) -> None:
-    """The SuperNode makes the task first. Who looked in between found nothing, and the SuperNode waited for ever for a reply."""
+def test_the_worker_waits_for_a_message_that_arrives_after_its_task(node: Node) -> None:
+    """The SuperNode creates the task first. A worker that looked in between and gave up left the SuperNode waiting forever."""
     node.state.create_task(task_type="flwr-clientapp", run_id=1, fab_hash=None)
     token = node.acquire()
-    thread = threading.Thread(target=taken, args=(node, nothing, token))
+    thread = threading.Thread(target=answer_next, args=(node, nothing, token))
     thread.start()
     time.sleep(0.1)
     node.fetch(sent(1))
@@ -90,7 +90,7 @@ def test_a_message_that_comes_after_its_task_is_waited_for(node: Node) -> None:
     assert len(node.replies()) == 1
 
 
-def test_content_that_comes_late_is_waited_for(node: Node) -> None:
+def test_the_worker_waits_for_late_content(node: Node) -> None:
     message, gate = sent(1), threading.Event()
     contents = {name: thing.deflate() for name, thing in get_all_nested_objects(message).items()}
 
@@ -102,7 +102,7 @@ def test_content_that_comes_late_is_waited_for(node: Node) -> None:
     fetching.start()
     while not (token := node.acquire()):
         time.sleep(0.01)
-    answering = threading.Thread(target=taken, args=(node, node.acquire, token))
+    answering = threading.Thread(target=answer_next, args=(node, node.acquire, token))
     answering.start()
     time.sleep(0.1)
     assert not node.replies()
@@ -112,20 +112,20 @@ def test_content_that_comes_late_is_waited_for(node: Node) -> None:
     assert len(node.replies()) == 1
 
 
-def over(name: str) -> bytes:
+def run_ended(name: str) -> bytes:
     raise RunNotRunningException
 
 
-def test_a_message_whose_run_ended_while_it_was_fetched_gives_way_to_the_next(node: Node) -> None:
-    """The SuperNode says nothing of it: its task was waited for, and the site was gone for every later run."""
-    node.fetch(sent(1), over)
+def test_a_message_whose_run_ended_during_the_fetch_is_abandoned_for_the_next(node: Node) -> None:
+    """The SuperNode does not report this. The worker would wait for the old task and miss every later run."""
+    node.fetch(sent(1), run_ended)
     token = node.acquire()
     assert token
     following = sent(2)
     node.fetch(following)
     with pytest.raises(AbandonedError, match="its run ended before its content arrived") as raised:
-        taken(node, node.acquire, token)
-    taken(node, token=raised.value.token)
+        answer_next(node, node.acquire, token)
+    answer_next(node, token=raised.value.token)
     (reply,) = node.replies()
     assert reply.metadata.reply_to_message_id == following.metadata.message_id
     assert all(task.status.status == "finished" for task in node.state.get_tasks())
@@ -143,14 +143,14 @@ def test_a_message_that_could_not_be_fetched_is_given_up(node: Node) -> None:
         return lost(name)
 
     node.fetch(message, acquired_first)
-    # Flower has finished the task; whoever holds its token is turned down.
+    # Flower has finished the task and turns down its token.
     with pytest.raises(httpx.HTTPStatusError):
-        taken(node, token=tokens[0])
+        answer_next(node, token=tokens[0])
     assert not node.replies()
     assert node.acquire() == ""
 
 
-def test_a_reply_that_cannot_be_handed_over_leaves_the_task_for_the_supernode_to_notice(node: Node) -> None:
+def test_a_reply_that_cannot_be_delivered_leaves_the_task_running(node: Node) -> None:
     class Broken(Connection):
         def PushMessages(self, request: object) -> None:
             raise httpx.ConnectError("gone")

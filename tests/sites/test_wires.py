@@ -1,4 +1,4 @@
-"""The connection of a worker to its SuperNode broken at the wrong moment of each call; Flower's own interface and state, over real connections."""
+"""The connection from a worker to its SuperNode breaks at each call; Flower's own interface and state, over real connections."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ SECRET = b"secret" * 6
 CALLS = ("acquire-task", "pull-task-input", "pull-messages", "pull-object", "confirm-message-received")
 REPLIES = ("push-messages", "push-object", "push-task-output")
 BROKEN: tuple[Fault, ...] = ("unread", "unanswered", "torn")
-GIVEN_ONCE = [("pull-messages", "unanswered"), ("pull-messages", "torn")]
-GIVEN_AGAIN = [case for case in product([*CALLS, *REPLIES], BROKEN) if case not in GIVEN_ONCE]
+NOT_RETRIED = [("pull-messages", "unanswered"), ("pull-messages", "torn")]
+RETRIED = [case for case in product([*CALLS, *REPLIES], BROKEN) if case not in NOT_RETRIED]
 
 
 @pytest.fixture(autouse=True)
@@ -73,7 +73,7 @@ def inbox(site: SiteConfig) -> Inbox:
 
 
 def work(site: SiteConfig, app: Any = None) -> None:
-    """What ``serve`` does with the next message."""
+    """Handle the next message as ``serve`` does."""
     waiting, token = inbox(site), ""
     while not token:
         token = waiting.next()
@@ -82,7 +82,7 @@ def work(site: SiteConfig, app: Any = None) -> None:
 
 
 def replied(node: Node, seconds: float = 20) -> Message:
-    """What the SuperNode finds, which looks for replies until there is one, and at them for those of tasks that give no sign of life."""
+    """The SuperNode's reply. The SuperNode looks for replies until there is one, and fails tasks that send no heartbeat."""
     until = time.monotonic() + seconds
     while not (found := node.replies()):
         assert time.monotonic() < until, "no reply"
@@ -103,66 +103,62 @@ def answered(node: Node, site: SiteConfig) -> Message:
     return reply
 
 
-def is_whole(node: Node, reply: Message) -> bool:
-    """Whether the SuperNode has all of a reply, which is none of its own errors."""
+def is_complete(node: Node, reply: Message) -> bool:
+    """Whether the SuperNode has every piece of a reply that is not an error."""
     pieces = iterate_object_tree(node.store.get_object_tree(reply.metadata.message_id))
     return not reply.has_error() and all(node.store.get(piece.object_id) for piece in pieces)
 
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A claim that nobody uses lasts 2 s in the place of 30, a task without a sign of life 4."""
+    """An unused claim expires after 2 s instead of 30, a task without a heartbeat after 4."""
     monkeypatch.setattr(in_memory_corestate, "HEARTBEAT_DEFAULT_INTERVAL", 2)
 
 
 @pytest.mark.usefixtures("impatient")
-@pytest.mark.parametrize(("call", "fault"), GIVEN_AGAIN)
-def test_a_message_is_answered_once_although_a_connection_broke(
-    call: str, fault: Fault, node: Node, proxy: Proxy, site: SiteConfig
-) -> None:
+@pytest.mark.parametrize(("call", "fault"), RETRIED)
+def test_a_message_is_answered_once_when_a_connection_breaks(call: str, fault: Fault, node: Node, proxy: Proxy, site: SiteConfig) -> None:
     proxy.fail(call, fault)
     reply = answered(node, site)
     assert proxy.broken == [call]
-    assert is_whole(node, reply)
+    assert is_complete(node, reply)
     assert [task.status.sub_status for task in node.state.get_tasks()] == ["completed"]
     assert not node.replies()
 
 
 @pytest.mark.parametrize("fault", BROKEN)
 @pytest.mark.parametrize("call", REPLIES)
-def test_a_reply_is_handed_over_although_connections_broke_again_and_again(
+def test_a_reply_is_delivered_when_connections_break_repeatedly(
     call: str, fault: Fault, node: Node, proxy: Proxy, site: SiteConfig
 ) -> None:
     proxy.fail(call, *[fault] * 4)
-    assert is_whole(node, answered(node, site))
+    assert is_complete(node, answered(node, site))
     assert proxy.broken == [call] * 4
 
 
 @pytest.mark.usefixtures("impatient")
-@pytest.mark.parametrize(("call", "fault"), GIVEN_ONCE)
-def test_a_message_that_was_given_to_a_broken_connection_is_answered_with_an_error(
+@pytest.mark.parametrize(("call", "fault"), NOT_RETRIED)
+def test_a_message_lost_in_a_broken_connection_is_answered_with_an_error(
     call: str, fault: Fault, node: Node, proxy: Proxy, site: SiteConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The worker had waited for it for ever, and had given signs of life, so that the SuperNode waited too."""
+    """Without this, the worker waits for the message forever and keeps sending heartbeats, so the SuperNode waits too."""
     proxy.fail(call, fault)
     reply = answered(node, site)
     assert reply.has_error()
     assert "lost a message (the connection broke during delivery)" in caplog.text
 
 
-def test_no_connection_is_used_that_the_supernode_may_have_closed(node: Node, proxy: Proxy, site: SiteConfig) -> None:
-    """It closes those that were idle for 5 s: the reply of a message whose training took as long was lost. The proxy closes each that is used again."""
+def test_no_connection_is_used_twice(node: Node, proxy: Proxy, site: SiteConfig) -> None:
+    """The SuperNode closes connections that were idle for 5 s, which lost replies after longer training. The proxy closes reused connections."""
     for _ in range(2):
-        assert is_whole(node, answered(node, site))
+        assert is_complete(node, answered(node, site))
         node.state.delete_messages()
     assert proxy.seen.count("push-messages") == 2
 
 
 @pytest.mark.parametrize("call", REPLIES)
-def test_a_reply_that_cannot_be_handed_over_ends_the_worker_and_with_it_the_supernode(
-    call: str, node: Node, proxy: Proxy, site: SiteConfig
-) -> None:
-    """Which would wait for the rest of it for ever, and take no other message."""
+def test_a_reply_that_cannot_be_delivered_ends_the_worker_and_the_supernode(call: str, node: Node, proxy: Proxy, site: SiteConfig) -> None:
+    """Otherwise the SuperNode waits forever for the rest of the reply and takes no other message."""
     proxy.fail(call, *["unread"] * 100)
     node.fetch(sent(1))
     with pytest.raises(RunError, match=r"cannot hand over a reply to the SuperNode .*; this worker and the SuperNode restart"):
@@ -170,18 +166,18 @@ def test_a_reply_that_cannot_be_handed_over_ends_the_worker_and_with_it_the_supe
     assert proxy.broken == [call] * 5 or call == "push-object"
 
 
-def test_a_sign_of_life_that_does_not_arrive_is_given_again(node: Node, proxy: Proxy, site: SiteConfig) -> None:
+def test_a_lost_heartbeat_is_repeated(node: Node, proxy: Proxy, site: SiteConfig) -> None:
     proxy.fail("send-task-heartbeat", *BROKEN)
-    assert is_whole(node, answered(node, site))
+    assert is_complete(node, answered(node, site))
 
 
-def test_a_sign_of_life_of_a_task_that_has_ended_does_not_interrupt_the_process(node: Node, site: SiteConfig) -> None:
-    """Flower's own raises SIGINT where a task ends between its being looked up and the sign being noted."""
+def test_a_heartbeat_of_an_ended_task_does_not_interrupt_the_process(node: Node, site: SiteConfig) -> None:
+    """Flower's own heartbeat raises SIGINT if the task ends between its lookup and the acknowledgment."""
     node.state.acknowledge_task_heartbeat = lambda task: False  # type: ignore[method-assign]
-    assert is_whole(node, answered(node, site))
+    assert is_complete(node, answered(node, site))
 
 
-def test_a_supernode_that_is_silent_while_a_reply_is_handed_over_ends_the_worker(
+def test_a_silent_supernode_during_delivery_ends_the_worker(
     node: Node, proxy: Proxy, site: SiteConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(wire, "TIMEOUT", 0.3)
@@ -194,7 +190,7 @@ def test_a_supernode_that_is_silent_while_a_reply_is_handed_over_ends_the_worker
     assert time.monotonic() - start < 10
 
 
-def test_a_supernode_that_is_silent_is_waited_for_so_long_and_it_is_told(
+def test_the_worker_waits_for_a_silent_supernode_for_a_limited_time(
     proxy: Proxy, site: SiteConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(wire, "TIMEOUT", 0.1)
@@ -208,7 +204,7 @@ def test_a_supernode_that_is_silent_is_waited_for_so_long_and_it_is_told(
     assert caplog.text.count("waiting for it, for at most 0.5 s") == 1
 
 
-def test_a_supernode_that_comes_late_is_waited_for_and_it_is_told(node: Node, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_worker_waits_for_a_late_supernode_and_logs_it(node: Node, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "fedmllm.site")
     with served(create_app(node.factory, SECRET)) as upstream:
         with Proxy(upstream) as proxy:
@@ -224,7 +220,7 @@ def test_a_supernode_that_comes_late_is_waited_for_and_it_is_told(node: Node, tm
         assert "a: the SuperNode responds" in caplog.text
 
 
-def test_content_that_never_comes_ends_the_worker(
+def test_content_that_never_arrives_ends_the_worker(
     node: Node, site: SiteConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", "fedmllm.site")
@@ -247,7 +243,7 @@ def test_content_that_never_comes_ends_the_worker(
     assert "Waiting for the content of a message, for at most 0.6 s" in caplog.text
 
 
-def test_a_call_that_is_refused_is_not_repeated(node: Node, proxy: Proxy, site: SiteConfig) -> None:
+def test_a_refused_call_is_not_repeated(node: Node, proxy: Proxy, site: SiteConfig) -> None:
     own = supernode._connected(site, "flwr-clientapp", RuntimeTokenHttpInterceptor("no token"))
     with pytest.raises(httpx.HTTPStatusError):
         own.PullTaskInput(PullTaskInputRequest())

@@ -1,4 +1,4 @@
-"""Statistics over the cells of a sweep."""
+"""Statistics over a sweep's cells."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ COLUMNS = tuple(Column("nano", dataset, scenario) for dataset in ("claims", "tri
 
 @dataclass
 class Stub:
-    """As much of a cell as statistics need."""
+    """The part of a cell that the statistics use."""
 
     score: float
     resampled: NDArray[np.float64]
@@ -31,7 +31,7 @@ class Stub:
 
 
 def sweep(table: dict[str, NDArray[np.float64]], noise: float = 0.0, same_test: bool = False) -> Sweep:
-    """Of scores by method, of shape (columns, seeds); NaN for a cell that is not there. Test samples add the same noise to all methods."""
+    """A sweep with scores by method, of shape (columns, seeds), NaN for a missing cell. Test samples add the same noise to all methods."""
     rng = np.random.default_rng(0)
     shared = noise * rng.standard_normal((*next(iter(table.values())).shape, RESAMPLES))
     found = {
@@ -56,7 +56,7 @@ def test_means_and_errors_over_seeds() -> None:
     assert one == pytest.approx((table[0].mean(), table[0].std(ddof=1) / np.sqrt(3)))
 
 
-def test_columns_that_all_methods_have() -> None:
+def test_shared_columns_are_those_of_all_methods() -> None:
     full, part = scores(), scores(1)
     part[1] = np.nan
     part[2, 0] = np.nan
@@ -69,7 +69,7 @@ def test_columns_that_all_methods_have() -> None:
     assert sweep({"fedavg": full, "ditto": part}).shared == COLUMNS
 
 
-def test_a_seed_counts_where_it_has_all_columns() -> None:
+def test_a_seed_counts_only_if_it_has_all_columns() -> None:
     table = scores()
     table[2, 1] = np.nan
     found = sweep({"fedavg": table})
@@ -78,14 +78,14 @@ def test_a_seed_counts_where_it_has_all_columns() -> None:
     assert sweep({"fedavg": np.full((4, 3), np.nan), "fedprox": table}).mean_and_error("fedavg") is None
 
 
-def test_ranks_are_scipy_s_averaged() -> None:
+def test_ranks_equal_scipys_averaged_over_columns() -> None:
     tables = {name: scores(i).round(1) for i, name in enumerate(["a", "b", "c", "d"])}
     expected = np.mean([rankdata([-tables[name][c].mean() for name in tables]) for c in range(len(COLUMNS))], axis=0)
     assert sweep(tables).ranks() == pytest.approx(dict(zip(tables, expected, strict=True)))
 
 
 def test_a_gain_is_paired() -> None:
-    """The same better by 0.1 in every cell is 0.1 for sure, however hard the test samples are; one seed or many."""
+    """A method that is better by 0.1 in every cell gains exactly 0.1, however noisy the test samples."""
     table = scores()
     found = sweep({"fedavg": table, "better": table + 0.1}, noise=0.2).gain("better")
     assert found is not None
@@ -103,8 +103,8 @@ def test_a_gain_that_seeds_disagree_about_is_uncertain() -> None:
     assert (found.mean, found.interval.low, found.interval.high) == pytest.approx((0.1 / 3, low, high))
 
 
-def test_the_interval_over_three_seeds_holds_the_truth_95_times_of_100() -> None:
-    """A method that is better by 0.1, and seeds that move it by 0.05: by a percentile bootstrap it was 75 times."""
+def test_the_interval_over_three_seeds_covers_the_truth_in_95_percent() -> None:
+    """A method is better by 0.1, and seeds move it by 0.05. A percentile bootstrap covered 75 of 100."""
     rng, covered = np.random.default_rng(1), 0
     for _ in range(600):
         table = rng.random((1, 3))
@@ -115,8 +115,8 @@ def test_the_interval_over_three_seeds_holds_the_truth_95_times_of_100() -> None
     assert 0.925 < covered / 600 < 0.975
 
 
-def test_noise_of_test_samples_that_all_seeds_share_is_in_the_interval() -> None:
-    """All seeds agree on +0.1, but on other test samples it could be another number: the bootstrap's spread of the mean says how far."""
+def test_the_interval_includes_the_noise_of_shared_test_samples() -> None:
+    """All seeds agree on +0.1, but on the same test samples. The interval includes the bootstrap's spread of the mean over them."""
     table, rng = scores(), np.random.default_rng(0)
     found = sweep({"fedavg": table, "better": table + 0.1}, same_test=True)
     moved = 0.02 * rng.standard_normal(RESAMPLES)
@@ -147,12 +147,12 @@ def test_one_seed_has_no_interval() -> None:
     ],
 )
 def test_files_hold_the_same_test_samples_for_every_seed(config: str, same: bool) -> None:
-    """Or overlapping ones, where fewer are drawn; generated data are drawn anew."""
+    """Or overlapping samples, where fewer are drawn. Generated data differ by seed."""
     run = Run("cell", config, cast(Any, None), (), None)
     assert Trained("fedavg", COLUMNS[0], 0, "", run, ()).same_test is same
 
 
-def test_a_gain_is_over_what_both_have() -> None:
+def test_a_gain_is_over_cells_that_both_methods_have() -> None:
     table, less = scores(), scores(1)
     less[:, 1:] = np.nan
     found = sweep({"fedavg": table, "other": less}).gain("other")
@@ -162,8 +162,8 @@ def test_a_gain_is_over_what_both_have() -> None:
     assert sweep({"fedavg": np.full((4, 3), np.nan), "other": table}).gain("other") is None
 
 
-def test_resamples_are_those_of_the_answers() -> None:
-    """The same for every model of a dataset and seed; their spread is a bootstrap's standard error."""
+def test_a_cells_resamples_are_the_mean_over_its_answers() -> None:
+    """Resamples are the same for every model of a dataset and seed. Their spread is the bootstrap's standard error."""
 
     def cell(*answers: Answered) -> Trained:
         return Trained("fedavg", COLUMNS[0], 0, "", cast(Any, None), answers)

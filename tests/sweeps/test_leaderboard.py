@@ -1,4 +1,4 @@
-"""Sweeps as they were trained are let through, and no others."""
+"""A leaderboard accepts sweeps exactly as they were trained, and no others."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def sweep(trained: Path, tmp_path: Path) -> Path:
-    """A copy to be spoiled."""
+    """A copy of the sweep, for tests that change it."""
     return Path(shutil.copytree(trained, tmp_path / "sweep"))
 
 
@@ -41,7 +41,7 @@ def edit(path: Path, change: Callable[[Any], object]) -> None:
     path.write_text(json.dumps(content))
 
 
-def test_what_was_trained_stands(sweep: Path) -> None:
+def test_an_unchanged_sweep_is_accepted(sweep: Path) -> None:
     board = read_leaderboard(submit(CELLS, sweep))
     assert board.code == code_version()
     assert [entry.method for entry in board.entries] == ["fedavg", "ditto"]
@@ -67,7 +67,7 @@ def other_answers(folder: Path) -> None:
     edit(folder / "predictions.json", lambda p: p["guesses"][0].reverse())
 
 
-SPOILED: dict[str, tuple[Callable[[Path], None], str]] = {
+TAMPERED: dict[str, tuple[Callable[[Path], None], str]] = {
     "a better score": (
         result(lambda r: r["scores"].update(federated=0.999)),
         "result.json: score is 0.999, computed from rounds and answers it is",
@@ -90,19 +90,19 @@ SPOILED: dict[str, tuple[Callable[[Path], None], str]] = {
 }
 
 
-@pytest.mark.parametrize("kind", SPOILED)
-def test_what_was_spoiled_does_not(kind: str, sweep: Path) -> None:
-    spoil, told = SPOILED[kind]
-    spoil(Places.of(sweep, CELLS[0]).folder)
+@pytest.mark.parametrize("kind", TAMPERED)
+def test_a_changed_cell_is_refused(kind: str, sweep: Path) -> None:
+    tamper, reason = TAMPERED[kind]
+    tamper(Places.of(sweep, CELLS[0]).folder)
     with pytest.raises(RunError) as caught:
         submit(CELLS, sweep)
-    assert told in str(caught.value)
+    assert reason in str(caught.value)
     assert "nano / claims / 0 / missing-0.3 / fedavg: " in str(caught.value)
     assert "ditto" not in str(caught.value)
     assert not (sweep / "leaderboard.json").exists()
 
 
-def test_cells_of_other_code_are_not_there(sweep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cells_of_another_code_version_are_refused(sweep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fedmllm.sweeps.grid.code_version", lambda: "other")
     fresh = [Cell(c.model, c.dataset, c.seed, c.scenario, c.method, c.experiment) for c in CELLS]
     with pytest.raises(RunError, match=r"2 check\(s\) failed"):
@@ -113,7 +113,7 @@ def test_cells_of_other_code_are_not_there(sweep: Path, monkeypatch: pytest.Monk
     ("change", "place"),
     [({"score": 1.5}, "score"), ({"score": float("nan")}, "score"), ({"settings": "abc"}, "settings"), ({"surprise": 1}, "surprise")],
 )
-def test_another_s_file_is_read_strictly(change: dict[str, Any], place: str, sweep: Path) -> None:
+def test_leaderboard_files_are_validated(change: dict[str, Any], place: str, sweep: Path) -> None:
     path = submit(CELLS, sweep)
     edit(path, lambda board: board["entries"][0].update(change))
     with pytest.raises(RunError, match=place):

@@ -1,4 +1,4 @@
-"""Grids, and what becomes of their cells."""
+"""Grids, and the training of their cells."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def small(**changes: Any) -> list[Cell]:
 
 
 def scores(output: Path) -> dict[str, float]:
-    """Federated scores by the cells' names."""
+    """Federated scores by cell name."""
     found = {}
     for path in (output / "cells").glob("*.json"):
         labels = json.loads(path.read_text())
@@ -45,7 +45,7 @@ def scores(output: Path) -> dict[str, float]:
     return found
 
 
-def test_the_product_and_the_rows_beside_it() -> None:
+def test_cells_are_the_product_and_the_additional_rows() -> None:
     grid = Grid.model_validate(
         SMALL
         | {
@@ -78,8 +78,8 @@ def test_the_product_and_the_rows_beside_it() -> None:
     assert sum(a != b for a, b in pairwise(data)) == 2 * 3 - 1
 
 
-def test_a_cell_is_another_once_its_data_or_model_are(tmp_path: Path) -> None:
-    """Whatever the settings say: files with rows count by their content, pictures by name and size, and where the folder lies does not matter."""
+def test_changed_data_change_a_cells_key(tmp_path: Path) -> None:
+    """Files with rows count by content, pictures by name and size. The folder's place does not matter."""
     for place in ("here", "there"):
         (tmp_path / place).mkdir()
         (tmp_path / place / "train.csv").write_text("text,answer\nwords,a\nother,b\n")
@@ -114,7 +114,7 @@ def test_a_cell_is_another_once_its_data_or_model_are(tmp_path: Path) -> None:
         ({"published": {"claims": {"fedavg": [1.0, 2.0]}}}, "claims: fedavg: 2 numbers for 1 scenarios"),
     ],
 )
-def test_grids_that_break_a_rule(changes: Mapping[str, Any], part: str, tmp_path: Path) -> None:
+def test_invalid_grids_are_refused(changes: Mapping[str, Any], part: str, tmp_path: Path) -> None:
     (tmp_path / "grid.yaml").write_text(yaml.safe_dump(SMALL | dict(changes)))
     with pytest.raises(ConfigError) as caught:
         load_grid(tmp_path / "grid.yaml")
@@ -122,7 +122,7 @@ def test_grids_that_break_a_rule(changes: Mapping[str, Any], part: str, tmp_path
     assert "grid.yaml" in str(caught.value)
 
 
-def test_experiments_that_cannot_be_run_are_all_named() -> None:
+def test_all_invalid_experiments_are_named() -> None:
     with pytest.raises(ConfigError) as caught:
         small(methods=["fedavg", "krum", "nonsense"])
     assert "2 experiment(s)" in str(caught.value)
@@ -137,7 +137,7 @@ def test_a_key_depends_on_settings_and_code(monkeypatch: pytest.MonkeyPatch) -> 
     assert small()[0].key != first.key
 
 
-def test_comments_and_docstrings_are_not_code() -> None:
+def test_comments_and_docstrings_do_not_change_the_code_version() -> None:
     plain = module._meaning("def f(x):\n    return x + 1\n")
     assert module._meaning('"""A."""\n\ndef f(x):\n    """B."""\n    # C\n    return (x + 1)\n') == plain
     assert module._meaning("def f(x):\n    return x + 2\n") != plain
@@ -146,24 +146,24 @@ def test_comments_and_docstrings_are_not_code() -> None:
 PACKAGE = Path(fedmllm.__file__).parent
 
 
-def counted() -> set[str]:
-    """Modules that the version of the code is made of."""
+def counted_modules() -> set[str]:
+    """Modules that are part of the code's version."""
     return {path.relative_to(PACKAGE).with_suffix("").as_posix() for path in module.code_files()}
 
 
-def test_the_version_of_the_code_is_what_computes_and_nothing_else() -> None:
-    """run/train sets the baselines' length; exports, plans and the making of the embedded model decide no score."""
+def test_the_code_version_counts_modules_that_affect_scores_only() -> None:
+    """run/train sets the baselines' length. Exports, plans and the embedded model's training do not affect scores."""
     decide = {"run/train", "run/summary", "config", "randomness", "data/federated", "data/datasets/mixture", "data/fingerprint"}
-    assert decide <= counted()
-    assert counted().isdisjoint(
+    assert decide <= counted_modules()
+    assert counted_modules().isdisjoint(
         {"data/export", "models/plan", "models/nano/pretrain", "flower/superlink", "reports/figures", "cli/tables", "cli/main"}
     )
     assert all(module._module_file(name) is not None for name in module._NO_MATTER)
 
 
 @pytest.mark.slow
-def test_every_module_that_a_cell_loads_is_counted_or_known_not_to_matter(tmp_path: Path) -> None:
-    """Asked of a process that trains one on several data sets."""
+def test_every_module_that_a_cell_loads_is_counted_or_excluded(tmp_path: Path) -> None:
+    """Checked in a process that trains a cell on several datasets."""
     parts = [{"dataset": "digits-vqa", "num_train": 16, "num_test": 4}, {"dataset": "digits-cards", "num_train": 16, "num_test": 4}]
     data = {"dataset": "mixture", "num_train": None, "num_test": None, "options": {"parts": parts}}
     experiment = small(datasets={"mix": {"data": data}})[0].experiment
@@ -177,11 +177,11 @@ def test_every_module_that_a_cell_loads_is_counted_or_known_not_to_matter(tmp_pa
     loaded = {name.removeprefix("fedmllm.").replace(".", "/") for name in done.stdout.split()}
     shown = {name.removeprefix("fedmllm.").replace(".", "/") for name in module._NO_MATTER}
     assert "training/local" in loaded
-    # What only shows imports others that only show.
-    assert {name for name in loaded - counted() - shown if not name.startswith(("run/", "flower/"))} == set()
+    # Modules that only display results may import others that only display.
+    assert {name for name in loaded - counted_modules() - shown if not name.startswith(("run/", "flower/"))} == set()
 
 
-def test_another_embedded_model_is_another_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_changed_embedded_model_changes_the_code_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = module.code_version()
     shutil.copytree(module.NANO_FOLDER, tmp_path / "nano")
     monkeypatch.setattr(module, "NANO_FOLDER", tmp_path / "nano")
@@ -193,18 +193,18 @@ def test_another_embedded_model_is_another_version(tmp_path: Path, monkeypatch: 
 
 
 @given(st.integers(0, 40), st.integers(1, 7))
-def test_shares_are_all_of_it_once(count: int, shares: int) -> None:
+def test_shares_cover_every_cell_once(count: int, shares: int) -> None:
     every = [Cell("m", "d", seed, "s", "x", Experiment()) for seed in range(count)]
     assert [cell for i in range(shares) for cell in share(every, f"{i}/{shares}")] == every
 
 
 @pytest.mark.parametrize("shard", ["2/2", "-1/2", "1", "a/b", "0/0"])
-def test_shares_that_are_none(shard: str) -> None:
+def test_invalid_shares_are_refused(shard: str) -> None:
     with pytest.raises(ConfigError, match="is not a valid share"):
         share([], shard)
 
 
-def test_finished_cells_are_left_alone_and_failed_ones_tried_again(tmp_path: Path) -> None:
+def test_finished_cells_are_kept_and_failed_ones_retried(tmp_path: Path) -> None:
     wild = {"wild": {"algorithm": {"name": "fedavg"}, "training": {"learning_rate": 1e30}}}
     found = small(rows=[{"methods": wild}])
     outcomes = run_sweep(found, tmp_path)
@@ -223,8 +223,8 @@ def test_finished_cells_are_left_alone_and_failed_ones_tried_again(tmp_path: Pat
     assert labels == found[0].labels | {"code": module.code_version()}
 
 
-def test_what_is_not_here_is_told_before_anything_is_trained(tmp_path: Path) -> None:
-    """All of it at once, each folder once."""
+def test_missing_sources_are_reported_before_training(tmp_path: Path) -> None:
+    """All missing sources are named at once, each folder once."""
     parts = [{"dataset": "vqa_rad", "root": "gone/vqa"}, {"dataset": "digits-cards"}]
     found = small(
         datasets={"mix": {"data": {"dataset": "mixture", "num_train": None, "num_test": None, "options": {"parts": parts}}}, "claims": {}},
@@ -239,7 +239,7 @@ def test_what_is_not_here_is_told_before_anything_is_trained(tmp_path: Path) -> 
     require_sources(small(), tmp_path / "grid.yaml")
 
 
-def test_a_cell_that_another_process_works_on_is_left_to_it(tmp_path: Path) -> None:
+def test_a_cell_locked_by_another_process_is_left_to_it(tmp_path: Path) -> None:
     fcntl = pytest.importorskip("fcntl")
     cell, _ = small()
     places = Places.of(tmp_path, cell)
@@ -252,8 +252,8 @@ def test_a_cell_that_another_process_works_on_is_left_to_it(tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_processes_and_a_kill_change_nothing(tmp_path: Path) -> None:
-    """Killed after the first round of the first cell, and gone on with in two processes: as in one, without a stop."""
+def test_a_kill_and_parallel_processes_do_not_change_scores(tmp_path: Path) -> None:
+    """A sweep that is killed in its first cell and continues in two processes has the scores of an uninterrupted one."""
     (tmp_path / "grid.yaml").write_text(yaml.safe_dump(SMALL))
     expected = run_sweep(small(), tmp_path / "one", threads=1)
     assert scores(tmp_path / "one") == {f"{outcome.cell.method}/aligned/0": outcome.score for outcome in expected}
@@ -271,8 +271,8 @@ def test_processes_and_a_kill_change_nothing(tmp_path: Path) -> None:
     assert scores(tmp_path / "killed") == scores(tmp_path / "one")
 
 
-def test_a_process_that_dies_ends_the_sweep_with_an_error_that_says_so(tmp_path: Path) -> None:
-    """As one that the system kills for lack of memory; the error was a traceback."""
+def test_a_killed_process_ends_the_sweep_with_an_explained_error(tmp_path: Path) -> None:
+    """As when the system kills a process for lack of memory. The error has no traceback."""
 
     def kill() -> None:
         until = time.monotonic() + 60

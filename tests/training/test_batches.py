@@ -42,39 +42,39 @@ def test_groups_stay_within_the_limit(lengths: list[int], limit: int, pass_cost:
     assert all(len(group) == 1 or max(lengths[i] for i in group) * len(group) <= limit for group in groups)
 
 
-def divisions(items: list[int]) -> Iterator[list[list[int]]]:
-    """Every way to divide a list into groups."""
+def partitions(items: list[int]) -> Iterator[list[list[int]]]:
+    """Every partition of a list into groups."""
     if not items:
         yield []
         return
-    for rest in divisions(items[1:]):
+    for rest in partitions(items[1:]):
         yield [[items[0]], *rest]
         for i, group in enumerate(rest):
             yield [*rest[:i], [items[0], *group], *rest[i + 1 :]]
 
 
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=6), st.integers(1, 60), st.integers(0, 20))
-def test_no_division_is_cheaper(lengths: list[int], limit: int, pass_cost: int) -> None:
+def test_no_partition_is_cheaper(lengths: list[int], limit: int, pass_cost: int) -> None:
     def cost(groups: list[list[int]]) -> int:
         return sum(pass_cost + len(group) * max(lengths[i] for i in group) for group in groups)
 
     def allowed(groups: list[list[int]]) -> bool:
         return all(len(group) == 1 or len(group) * max(lengths[i] for i in group) <= limit for group in groups)
 
-    least = min(cost(groups) for groups in divisions(list(range(len(lengths)))) if allowed(groups))
+    least = min(cost(groups) for groups in partitions(list(range(len(lengths)))) if allowed(groups))
     assert cost(pack(lengths, limit, pass_cost)) == least
 
 
-def test_a_pass_that_costs_nothing_or_much() -> None:
-    """Pictures of 60 tokens among texts of 20: apart where that is free, together where a pass costs more than the padding."""
+def test_packing_depends_on_the_cost_of_a_pass() -> None:
+    """Pictures of 60 tokens and texts of 20 are separate if a pass is free, and together if a pass costs more than the padding."""
     lengths = [60, 20, 61, 20]
     assert pack(lengths, 1000, 0) == [[1, 3], [0], [2]]
     assert pack(lengths, 1000, 10) == [[1, 3], [0, 2]]
     assert pack(lengths, 1000, 500) == [[0, 1, 2, 3]]
 
 
-def test_weights_are_those_of_accumulation() -> None:
-    """Micro-batches with 3 and 5 answer tokens: each token weighs 1/2 * 1/3 and 1/2 * 1/5."""
+def test_loss_weights_equal_gradient_accumulation() -> None:
+    """In micro-batches with 3 and 5 answer tokens, each token weighs 1/2 * 1/3 and 1/2 * 1/5."""
     step = next(steps([fake(4, 1), fake(4, 2), fake(9, 5)], 2, 2, generator(1, "t")))
     sizes = [sum(sample.answer_length for sample in micro) for micro in step.micro_batches]
     flat = [sample for micro in step.micro_batches for sample in micro]
@@ -83,7 +83,7 @@ def test_weights_are_those_of_accumulation() -> None:
     assert sum(w * s.answer_length for w, s in zip(loss_weights(step), flat, strict=True)) == 1
 
 
-def test_encoder_keeps_samples_up_to_its_limit(vlm: VisionLanguageModel, federation: FederatedData) -> None:
+def test_encoder_caches_samples_up_to_its_limit(vlm: VisionLanguageModel, federation: FederatedData) -> None:
     first, second = federation.dataset.test[:2]
     roomy = Encoder(vlm, "agnostic")
     assert roomy(first) is roomy(first)
@@ -92,22 +92,22 @@ def test_encoder_keeps_samples_up_to_its_limit(vlm: VisionLanguageModel, federat
     assert torch.equal(tight(second).input_ids, roomy(second).input_ids)
 
 
-def test_encoder_tells_a_sample_from_its_reduced_copy(vlm: VisionLanguageModel, federation: FederatedData) -> None:
+def test_encoder_distinguishes_a_sample_from_its_reduced_copy(vlm: VisionLanguageModel, federation: FederatedData) -> None:
     encoder = Encoder(vlm, "agnostic")
     whole = federation.dataset.test[0]
     assert "pixel_values" in encoder(whole).extras
     assert "pixel_values" not in encoder(replace(whole, content={"text": whole.content["text"]})).extras
 
 
-def test_encoder_tells_samples_of_one_id_apart_by_what_they_hold(vlm: VisionLanguageModel, federation: FederatedData) -> None:
+def test_encoder_distinguishes_samples_with_one_id_by_their_content(vlm: VisionLanguageModel, federation: FederatedData) -> None:
     encoder, sample = Encoder(vlm, "agnostic"), federation.dataset.test[0]
     other = replace(sample, content={**sample.content, "text": "other words"})
     assert not torch.equal(encoder(other).input_ids, encoder(sample).input_ids)
     assert encoder(replace(sample, id="copy")) is encoder(sample)
 
 
-def test_encoder_forgets_keys_of_samples_that_are_gone(vlm: VisionLanguageModel, federation: FederatedData) -> None:
-    """Of the copies that scenarios make in every run, and of those without a modality that alignment makes in every round."""
+def test_encoder_drops_keys_of_deleted_samples(vlm: VisionLanguageModel, federation: FederatedData) -> None:
+    """Scenarios create copies in every run, and alignment creates copies without a modality in every round."""
     encoder = Encoder(vlm, "agnostic")
     samples = [replace(sample) for sample in federation.dataset.test[:4]]
     list(map(encoder, [*samples, *(keep_only(sample, ["text"]) for sample in samples)]))
@@ -125,8 +125,8 @@ def test_an_error_names_its_sample(encoder: Encoder, federation: FederatedData) 
 
 
 @pytest.fixture
-def reading(vlm: VisionLanguageModel, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Ids of the samples that were encoded, in order."""
+def encoded_ids(vlm: VisionLanguageModel, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Ids of the encoded samples, in order."""
     encoded: list[str] = []
     real = Encoder._encoded
     monkeypatch.setattr(Encoder, "_encoded", lambda self, sample: encoded.append(sample.id) or real(self, sample))
@@ -137,25 +137,25 @@ def with_features(vlm: VisionLanguageModel, max_bytes: int) -> VisionLanguageMod
     return replace(vlm, features=VisionFeatures(vlm, max_bytes))
 
 
-def test_where_features_stand_for_pictures_a_round_larger_than_its_pixels_is_kept(
-    vlm: VisionLanguageModel, federation: FederatedData, reading: list[str]
+def test_stored_features_leave_room_for_all_samples_of_a_round(
+    vlm: VisionLanguageModel, federation: FederatedData, encoded_ids: list[str]
 ) -> None:
-    """Room for the pixels of two samples, in the order in which the least recently used is always the next: all 12 are read once."""
+    """Room for the pixels of two samples, used in the order in which the least recently used is always next: each of 12 is read once."""
     samples = federation.dataset.test[:12]
     pixels = Encoder(vlm, "agnostic")(samples[0]).extras["pixel_values"].nbytes
     for keeping, expected in ((with_features(vlm, 1 << 24), 12), (vlm, 36)):
         encoder = Encoder(keeping, "agnostic", max_bytes=int(2.5 * pixels))
-        reading.clear()
+        encoded_ids.clear()
         for _ in range(3):
             for sample in samples:
                 encoder(sample)
-        assert len(reading) == expected
+        assert len(encoded_ids) == expected
 
 
-def test_pixels_that_were_dropped_come_back_where_features_made_room_for_others(
-    vlm: VisionLanguageModel, federation: FederatedData, reading: list[str], caplog: pytest.LogCaptureFixture
+def test_dropped_pixels_are_read_again_for_evicted_features(
+    vlm: VisionLanguageModel, federation: FederatedData, encoded_ids: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A store for the features of three pictures, and six in a batch: the same answers, and it is said that the store is small."""
+    """The store has room for the features of three pictures; a batch has six. The answers are the same, and a warning says that it is small."""
     samples = federation.dataset.test[:6]
     plain = [Encoder(vlm, "agnostic")(sample) for sample in samples]
     one = with_features(vlm, 1 << 24)
@@ -166,30 +166,28 @@ def test_pixels_that_were_dropped_come_back_where_features_made_room_for_others(
     assert all("pixel_values" not in sample.extras for sample in slim)
     assert [sample.picture for sample in slim] == [sample.picture for sample in plain]
     assert "engine.feature_bytes" not in caplog.text
-    reading.clear()
+    encoded_ids.clear()
     with torch.no_grad():
         found, expected = answer_logits(keeping, collate(keeping, slim)), answer_logits(one, collate(one, plain))
     assert torch.equal(found, expected)
-    assert len(reading) >= 3
+    assert len(encoded_ids) >= 3
     assert caplog.text.count("engine.feature_bytes holds the features of 3 images, fewer than are in use") == 1
 
 
-def test_a_sample_keeps_its_pixels_where_its_features_cannot_be_kept(vlm: VisionLanguageModel, federation: FederatedData) -> None:
+def test_a_sample_keeps_its_pixels_if_its_features_do_not_fit(vlm: VisionLanguageModel, federation: FederatedData) -> None:
     encoded = Encoder(with_features(vlm, 8), "agnostic")(federation.dataset.test[0])
     assert "pixel_values" in encoded.extras
 
 
-def test_a_model_without_features_reads_samples_without_pixels(vlm: VisionLanguageModel, federation: FederatedData) -> None:
+def test_a_model_without_a_store_can_use_samples_without_pixels(vlm: VisionLanguageModel, federation: FederatedData) -> None:
     slim = Encoder(with_features(vlm, 1 << 24), "agnostic")(federation.dataset.test[0])
     whole = Encoder(vlm, "agnostic")(federation.dataset.test[0])
     with torch.no_grad():
         assert torch.equal(answer_logits(vlm, collate(vlm, [slim])), answer_logits(vlm, collate(vlm, [whole])))
 
 
-def test_letters_that_the_tokenizer_confuses_are_found_when_a_sample_is_encoded(
-    vlm: VisionLanguageModel, encoder: Encoder, federation: FederatedData
-) -> None:
-    """Of a model that knows no capitals, A and a are one."""
+def test_letters_with_the_same_token_are_refused_at_encoding(vlm: VisionLanguageModel, encoder: Encoder, federation: FederatedData) -> None:
+    """For a tokenizer that lowercases, A and a are the same token."""
     vlm.tokenizer.backend_tokenizer.normalizer = Lowercase()
     sample = federation.dataset.test[0]
     many = replace(sample, id="many", options=(*sample.options, *map(str, range(25))))

@@ -1,4 +1,4 @@
-"""The local loop against a plain one written here, and its own invariants."""
+"""The local training loop, compared with a plain loop written here, and its invariants."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from fedmllm.training.schedule import ScheduleConfig, of_step
 from fedmllm.training.settings import TrainingConfig, round_learning_rate
 from fedmllm.types import Weights
 
-PLAIN = LocalRule()
+NO_TERMS = LocalRule()
 
 
 @pytest.fixture
@@ -44,22 +44,22 @@ def task(vlm: VisionLanguageModel, samples: list[Encoded]) -> LocalTask:
 
 @pytest.fixture
 def exact(vlm: VisionLanguageModel) -> VisionLanguageModel:
-    """In float64: Adam divides by the gradient's size, so that rounding noise in a tiny gradient makes a full step."""
+    """The model in float64. Adam divides by the gradient's size, so rounding noise in a tiny gradient makes a full step."""
     vlm.model.double()
     return vlm
 
 
-def apart(a: Weights, b: Weights, start: Weights) -> float:
-    """Distance of two results relative to the way they have come."""
+def relative_distance(a: Weights, b: Weights, start: Weights) -> float:
+    """The distance of two results relative to how far training moved the weights."""
     return W.norm(W.subtract(a, b)) / W.norm(W.subtract(a, start))
 
 
-def far(a: Weights, b: Weights) -> float:
+def largest_change(a: Weights, b: Weights) -> float:
     return max(float((a[name] - b[name]).abs().max()) for name in a)
 
 
 def plain_loop(vlm: VisionLanguageModel, task: LocalTask, config: TrainingConfig) -> Weights:
-    """Independent: Transformers' own loss on labels, micro-batches one by one, textbook accumulation."""
+    """An independent loop: Transformers' loss on labels, micro-batches one by one, textbook accumulation."""
     write_weights(vlm.model, task.received)
     parameters = [p for p in vlm.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=task.learning_rate, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay)
@@ -82,32 +82,32 @@ def plain_loop(vlm: VisionLanguageModel, task: LocalTask, config: TrainingConfig
 @pytest.mark.parametrize(("batch_size", "accumulation"), [(2, 1), (2, 3), (1, 4)])
 def test_equals_a_plain_loop(exact: VisionLanguageModel, task: LocalTask, batch_size: int, accumulation: int) -> None:
     config = TrainingConfig(batch_size=batch_size, accumulation=accumulation, weight_decay=0.1)
-    ours = train_locally(exact, task, PLAIN, config).weights
-    assert far(ours, task.received) > 1e-4
-    # A single entry whose step has the other sign makes 0.003; another order of the samples makes 0.2 and more.
-    assert apart(ours, plain_loop(exact, task, config), task.received) < 0.02
-    assert apart(ours, plain_loop(exact, replace(task, round_num=4), config), task.received) > 0.1
+    ours = train_locally(exact, task, NO_TERMS, config).weights
+    assert largest_change(ours, task.received) > 1e-4
+    # One entry with a step of the wrong sign gives 0.003; another order of the samples gives at least 0.2.
+    assert relative_distance(ours, plain_loop(exact, task, config), task.received) < 0.02
+    assert relative_distance(ours, plain_loop(exact, replace(task, round_num=4), config), task.received) > 0.1
 
 
 def test_one_padded_batch_equals_micro_batches_one_by_one(exact: VisionLanguageModel, task: LocalTask) -> None:
-    together = train_locally(exact, task, PLAIN, TrainingConfig(batch_size=1, accumulation=4))
-    singly = train_locally(exact, task, PLAIN, TrainingConfig(batch_size=1, accumulation=4, max_batch_tokens=1))
-    assert together.metrics["steps"] == singly.metrics["steps"] == 3
-    assert together.metrics["loss"] == pytest.approx(singly.metrics["loss"], abs=1e-4)
-    assert apart(together.weights, singly.weights, task.received) < 1e-3
+    padded = train_locally(exact, task, NO_TERMS, TrainingConfig(batch_size=1, accumulation=4))
+    singly = train_locally(exact, task, NO_TERMS, TrainingConfig(batch_size=1, accumulation=4, max_batch_tokens=1))
+    assert padded.metrics["steps"] == singly.metrics["steps"] == 3
+    assert padded.metrics["loss"] == pytest.approx(singly.metrics["loss"], abs=1e-4)
+    assert relative_distance(padded.weights, singly.weights, task.received) < 1e-3
 
 
 def test_no_epochs_change_no_bit(vlm: VisionLanguageModel, task: LocalTask) -> None:
-    result = train_locally(vlm, task, PLAIN, TrainingConfig(local_epochs=0))
+    result = train_locally(vlm, task, NO_TERMS, TrainingConfig(local_epochs=0))
     assert all(torch.equal(result.weights[name], task.received[name]) for name in task.received)
 
 
-def test_again_is_bit_identical_whatever_came_between(vlm: VisionLanguageModel, task: LocalTask) -> None:
+def test_training_repeats_bit_for_bit_after_other_training(vlm: VisionLanguageModel, task: LocalTask) -> None:
     config = TrainingConfig()
-    first = train_locally(vlm, task, PLAIN, config).weights
+    first = train_locally(vlm, task, NO_TERMS, config).weights
     torch.rand(7)
-    train_locally(vlm, replace(task, client="client-01"), PLAIN, config)
-    assert far(first, train_locally(vlm, task, PLAIN, config).weights) == 0
+    train_locally(vlm, replace(task, client="client-01"), NO_TERMS, config)
+    assert largest_change(first, train_locally(vlm, task, NO_TERMS, config).weights) == 0
 
 
 def test_dropout_is_seeded_by_client_and_round(federation: FederatedData) -> None:
@@ -121,21 +121,21 @@ def test_dropout_is_seeded_by_client_and_round(federation: FederatedData) -> Non
         lambda: replace(task, client="b"),
         lambda: replace(task, round_num=1),
     ]
-    first, again, client, later = (train_locally(vlm, run(), PLAIN, TrainingConfig(local_epochs=2)).weights for run in runs)
-    assert far(first, again) == 0
-    assert far(first, client) > 0
-    assert far(first, later) > 0
+    first, again, client, later = (train_locally(vlm, run(), NO_TERMS, TrainingConfig(local_epochs=2)).weights for run in runs)
+    assert largest_change(first, again) == 0
+    assert largest_change(first, client) > 0
+    assert largest_change(first, later) > 0
 
 
 def test_the_frozen_model_does_not_move(vlm: VisionLanguageModel, task: LocalTask) -> None:
     before = {name: p.detach().clone() for name, p in vlm.model.named_parameters() if not p.requires_grad}
-    train_locally(vlm, task, PLAIN, TrainingConfig())
+    train_locally(vlm, task, NO_TERMS, TrainingConfig())
     assert all(torch.equal(p, before[name]) for name, p in vlm.model.named_parameters() if name in before)
 
 
-def test_penalty_and_gradient_edit_reach_the_loop(vlm: VisionLanguageModel, task: LocalTask) -> None:
+def test_penalties_and_gradient_edits_take_effect(vlm: VisionLanguageModel, task: LocalTask) -> None:
     config = TrainingConfig()
-    free = train_locally(vlm, task, PLAIN, config).weights
+    free = train_locally(vlm, task, NO_TERMS, config).weights
     pulled = LocalRule(terms=(Proximal(2e3),))
     tight = train_locally(vlm, task, pulled, config).weights
     assert W.norm(W.subtract(tight, task.received)) < 0.8 * W.norm(W.subtract(free, task.received))
@@ -149,9 +149,9 @@ def test_bfloat16_base_trains_float32_adapters(federation: FederatedData) -> Non
     encoder = Encoder(vlm, "agnostic")
     samples = [encoder(sample) for sample in next(iter(federation.clients.values()))[:6]]
     task = LocalTask("a", 0, 0, samples, read_weights(vlm.model), 1e-3)
-    result = train_locally(vlm, task, PLAIN, TrainingConfig(local_epochs=3))
+    result = train_locally(vlm, task, NO_TERMS, TrainingConfig(local_epochs=3))
     assert W.is_finite(result.weights)
-    assert far(result.weights, task.received) > 1e-4
+    assert largest_change(result.weights, task.received) > 1e-4
     assert all(parameter.dtype == torch.float32 for parameter in vlm.model.parameters() if parameter.requires_grad)
 
 
@@ -166,7 +166,7 @@ def test_learning_rate_falls_over_rounds() -> None:
 
 
 def test_learning_rate_of_a_step() -> None:
-    """Over 4 steps cos(0), cos(pi/4), cos(pi/2), cos(3 pi/4); a warmup of a quarter of 8 steps: a half and the whole, then 6 of cosine."""
+    """4 steps: cos(0), cos(pi/4), cos(pi/2), cos(3 pi/4). A warmup of a quarter of 8 steps: a half and the whole, then 6 steps of cosine."""
     plain, warm = ScheduleConfig(over="steps"), ScheduleConfig(over="both", warmup=0.25)
     assert [of_step(plain, i, 4) for i in range(4)] == pytest.approx([1.0, 0.5 + 0.5**1.5, 0.5, 0.5 - 0.5**1.5])
     assert [of_step(warm, i, 8) for i in range(4)] == pytest.approx([0.5, 1.0, 1.0, 0.5 + 0.25 * 3**0.5])
@@ -175,7 +175,7 @@ def test_learning_rate_of_a_step() -> None:
 
 
 @given(steps=st.integers(1, 300), warmup=st.floats(0, 0.99))
-def test_no_step_is_lost_and_none_is_larger_than_the_round_s(steps: int, warmup: float) -> None:
+def test_every_step_has_a_rate_of_at_most_the_rounds_rate(steps: int, warmup: float) -> None:
     rates = [of_step(ScheduleConfig(over="steps", warmup=warmup), i, steps) for i in range(steps)]
     assert all(0 < rate <= 1 for rate in rates)
     top = rates.index(max(rates))
@@ -184,13 +184,13 @@ def test_no_step_is_lost_and_none_is_larger_than_the_round_s(steps: int, warmup:
 
 
 def test_steps_follow_the_schedule(vlm: VisionLanguageModel, encoder: Encoder, federation: FederatedData) -> None:
-    """Two steps; AdamW's first moves every entry with a gradient by the rate, here half of it while it warms up; alone and together."""
+    """The first AdamW step moves every entry that has a gradient by the rate, here half of it during warmup, for single and parallel clients."""
     samples = [encoder(sample) for sample in federation.clients["client-00"][:2]]
     task = LocalTask("a", 0, 0, samples, read_weights(vlm.model), 1e-3)
     moved = {}
     for name, schedule in (("half", ScheduleConfig(over="steps", warmup=0.99)), ("whole", ScheduleConfig())):
         config = TrainingConfig(batch_size=1, local_epochs=1, schedule=schedule)
-        results = [train_locally(vlm, task, PLAIN, config), train_in_parallel(vlm, [(task, PLAIN), (task, PLAIN)], config)[0]]
+        results = [train_locally(vlm, task, NO_TERMS, config), train_in_parallel(vlm, [(task, NO_TERMS), (task, NO_TERMS)], config)[0]]
         moved[name] = [W.norm(W.subtract(result.weights, task.received)) for result in results]
     for half, whole in zip(moved["half"], moved["whole"], strict=True):
         assert 0.6 < half / whole < 0.9
@@ -206,12 +206,12 @@ def test_steps_follow_the_schedule(vlm: VisionLanguageModel, encoder: Encoder, f
         ({"over": "steps", "warmup": 1}, r"training\.schedule.*less than 1"),
     ],
 )
-def test_a_schedule_that_cannot_be_is_refused(value: object, message: str) -> None:
+def test_invalid_schedules_are_refused(value: object, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Experiment.parse({"training": {"schedule": value}})
 
 
-def test_settings_of_a_schedule_are_read_as_they_were_written() -> None:
+def test_schedules_survive_yaml() -> None:
     for value in ("cosine", "constant", {"over": "both", "warmup": 0.01}):
         experiment = Experiment.parse({"training": {"schedule": value}})
         assert Experiment.from_yaml(experiment.to_yaml()) == experiment

@@ -1,4 +1,4 @@
-"""What happens where a pass does not fit the memory: it is made anew in halves, with nothing of the failed one kept."""
+"""A pass that does not fit into memory is repeated in halves, and nothing of the failed pass stays in memory."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Limit = Callable[[int], list[int]]
 
 @pytest.fixture
 def memory_for(monkeypatch: pytest.MonkeyPatch) -> Limit:
-    """Passes of more tokens fail, after their activations were made; the sizes of all passes that were tried."""
+    """Passes with more tokens fail after computing their activations. Returns the sizes of all passes tried."""
 
     def limit(tokens: int) -> list[int]:
         sizes: list[int] = []
@@ -56,19 +56,19 @@ def memory_for(monkeypatch: pytest.MonkeyPatch) -> Limit:
 
 
 @pytest.fixture
-def turns(vlm: VisionLanguageModel, encoder: Encoder, federation: FederatedData) -> list[tuple[LocalTask, LocalRule]]:
+def tasks(vlm: VisionLanguageModel, encoder: Encoder, federation: FederatedData) -> list[tuple[LocalTask, LocalRule]]:
     start = read_weights(vlm.model)
     held = {name: [encoder(sample) for sample in samples[:6]] for name, samples in federation.clients.items()}
     return [(LocalTask(name, 0, 0, samples, start, 1e-3), LocalRule(records_gradient=True)) for name, samples in held.items()]
 
 
-def test_a_client_s_pass_is_made_anew_in_halves(
-    vlm: VisionLanguageModel, turns: list[tuple[LocalTask, LocalRule]], memory_for: Limit, caplog: pytest.LogCaptureFixture
+def test_a_clients_failed_pass_is_repeated_in_halves(
+    vlm: VisionLanguageModel, tasks: list[tuple[LocalTask, LocalRule]], memory_for: Limit, caplog: pytest.LogCaptureFixture
 ) -> None:
-    plain = train_locally(vlm, *turns[0], CONFIG)
+    plain = train_locally(vlm, *tasks[0], CONFIG)
     sizes = memory_for(150)
     with caplog.at_level(logging.WARNING):
-        found = train_locally(vlm, *turns[0], CONFIG)
+        found = train_locally(vlm, *tasks[0], CONFIG)
     failed = [size for size in sizes if size > 150]
     assert found.metrics == {**plain.metrics, "loss": pytest.approx(plain.metrics["loss"], rel=1e-5), "halvings": len(failed)}
     assert failed
@@ -77,34 +77,36 @@ def test_a_client_s_pass_is_made_anew_in_halves(
         torch.testing.assert_close(found.gradient[name], gradient, atol=1e-6, rtol=1e-3)
 
 
-def test_clients_side_by_side_go_on_together(vlm: VisionLanguageModel, turns: list[tuple[LocalTask, LocalRule]], memory_for: Limit) -> None:
-    plain = train_in_parallel(vlm, turns, CONFIG)
+def test_parallel_clients_repeat_a_failed_pass_in_halves(
+    vlm: VisionLanguageModel, tasks: list[tuple[LocalTask, LocalRule]], memory_for: Limit
+) -> None:
+    plain = train_in_parallel(vlm, tasks, CONFIG)
     sizes = memory_for(300)
-    for one, other in zip(train_in_parallel(vlm, turns, CONFIG), plain, strict=True):
+    for one, other in zip(train_in_parallel(vlm, tasks, CONFIG), plain, strict=True):
         assert one.metrics["loss"] == pytest.approx(other.metrics["loss"], rel=1e-5)
         assert one.metrics["halvings"] == sum(size > 300 for size in sizes) > 0
         for name, gradient in other.gradient.items():
             torch.testing.assert_close(one.gradient[name], gradient, atol=1e-6, rtol=1e-3)
 
 
-def test_a_sample_that_does_not_fit_alone_is_an_error_that_holds_nothing(
-    vlm: VisionLanguageModel, turns: list[tuple[LocalTask, LocalRule]], memory_for: Limit
+def test_a_single_sample_that_does_not_fit_is_an_error_without_gradients(
+    vlm: VisionLanguageModel, tasks: list[tuple[LocalTask, LocalRule]], memory_for: Limit
 ) -> None:
     memory_for(10)
     with pytest.raises(torch.OutOfMemoryError, match=r"a pass of one sample with \d+ tokens does not fit into memory: CUDA out of memory"):
-        train_locally(vlm, *turns[0], CONFIG)
+        train_locally(vlm, *tasks[0], CONFIG)
     assert all(parameter.grad is None for _, parameter in trainable(vlm.model))
 
 
-def test_another_error_is_no_matter_of_memory(
-    vlm: VisionLanguageModel, turns: list[tuple[LocalTask, LocalRule]], monkeypatch: pytest.MonkeyPatch
+def test_other_errors_are_not_retried(
+    vlm: VisionLanguageModel, tasks: list[tuple[LocalTask, LocalRule]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: Any) -> torch.Tensor:
         raise RuntimeError("shapes cannot be multiplied")
 
     monkeypatch.setattr("fedmllm.training.local.answer_nll", broken)
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        train_locally(vlm, *turns[0], CONFIG)
+        train_locally(vlm, *tasks[0], CONFIG)
 
 
 @pytest.fixture
@@ -115,7 +117,7 @@ def engine(vlm: VisionLanguageModel) -> tuple[InProcessEngine, Assignment]:
     return InProcessEngine(vlm, Encoder(vlm, "agnostic"), CONFIG, 16), assignment
 
 
-def test_what_was_found_out_holds_for_later_rounds(
+def test_a_reduced_budget_holds_for_later_rounds(
     engine: tuple[InProcessEngine, Assignment], federation: FederatedData, memory_for: Limit
 ) -> None:
     sizes = memory_for(400)
@@ -135,7 +137,7 @@ def test_what_was_found_out_holds_for_later_rounds(
 
 
 @pytest.mark.parametrize(("room", "kind"), [(2, ClientUpdate), (0, ClientFailure)])
-def test_fewer_clients_at_once_where_theirs_does_not_fit(
+def test_fewer_clients_train_in_parallel_if_they_do_not_fit(
     room: int,
     kind: type,
     engine: tuple[InProcessEngine, Assignment],
@@ -143,7 +145,7 @@ def test_fewer_clients_at_once_where_theirs_does_not_fit(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Four train in halves where there is room for two clients' tensors. A client that fits nowhere is a failure, whose reason is told."""
+    """Four clients train in halves if there is room for two clients' tensors. A client that never fits is a failure with its reason."""
     tried: list[int] = []
 
     def trained(*args: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Several clients side by side, in one thread and in two."""
+"""Parallel clients, in one thread and in two."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Turns = list[tuple[LocalTask, LocalRule]]
 
 
 @pytest.fixture
-def turns(vlm: VisionLanguageModel, encoder: Encoder, federation: FederatedData) -> Turns:
+def tasks(vlm: VisionLanguageModel, encoder: Encoder, federation: FederatedData) -> Turns:
     """Three clients with 5, 2 and 3 samples."""
     start = read_weights(vlm.model)
     held = {
@@ -42,39 +42,39 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(1)
 
 
-def apart(a: LocalResult, b: LocalResult, start: Weights) -> float:
+def relative_distance(a: LocalResult, b: LocalResult, start: Weights) -> float:
     return W.norm(W.subtract(a.weights, b.weights)) / W.norm(W.subtract(a.weights, start))
 
 
 CONFIG = TrainingConfig(batch_size=2)
 
 
-def test_in_float32_too_it_is_one_after_another(vlm: VisionLanguageModel, turns: Turns) -> None:
-    singly = [train_locally(vlm, task, rule, CONFIG) for task, rule in turns]
-    for alone, together in zip(singly, train_in_parallel(vlm, turns, CONFIG), strict=True):
-        assert apart(alone, together, turns[0][0].received) < 0.02
+def test_parallel_clients_train_as_one_by_one_in_float32(vlm: VisionLanguageModel, tasks: Turns) -> None:
+    singly = [train_locally(vlm, task, rule, CONFIG) for task, rule in tasks]
+    for alone, together in zip(singly, train_in_parallel(vlm, tasks, CONFIG), strict=True):
+        assert relative_distance(alone, together, tasks[0][0].received) < 0.02
         assert together.metrics["loss"] == pytest.approx(alone.metrics["loss"], rel=1e-4)
         assert together.metrics["steps"] == alone.metrics["steps"]
 
 
-def test_it_is_so_too_where_the_last_layer_leaves_out_columns(vlm: VisionLanguageModel, turns: Turns) -> None:
-    whole = train_in_parallel(vlm, turns, CONFIG)
+def test_parallel_clients_train_the_same_with_a_shortened_last_layer(vlm: VisionLanguageModel, tasks: Turns) -> None:
+    whole = train_in_parallel(vlm, tasks, CONFIG)
     assert shorten(vlm.model)
-    for one, other in zip(whole, train_in_parallel(vlm, turns, CONFIG), strict=True):
-        assert apart(one, other, turns[0][0].received) < 0.02
+    for one, other in zip(whole, train_in_parallel(vlm, tasks, CONFIG), strict=True):
+        assert relative_distance(one, other, tasks[0][0].received) < 0.02
 
 
 @pytest.mark.usefixtures("two_threads")
-def test_threads_repeat_themselves_bit_for_bit(vlm: VisionLanguageModel, turns: Turns) -> None:
-    first, second = (train_in_parallel(vlm, turns, CONFIG) for _ in range(2))
-    for a, b, (task, rule) in zip(first, second, turns, strict=True):
+def test_two_threads_are_reproducible_bit_for_bit(vlm: VisionLanguageModel, tasks: Turns) -> None:
+    first, second = (train_in_parallel(vlm, tasks, CONFIG) for _ in range(2))
+    for a, b, (task, rule) in zip(first, second, tasks, strict=True):
         assert all(torch.equal(a.weights[name], tensor) for name, tensor in b.weights.items())
-        assert apart(a, train_locally(vlm, task, rule, CONFIG), task.received) < 0.02
+        assert relative_distance(a, train_locally(vlm, task, rule, CONFIG), task.received) < 0.02
     assert torch.get_num_threads() == 2
 
 
 @pytest.mark.parametrize(("sizes", "threads"), [((4, 4), 2), ((6, 2, 2, 2), 2), ((9, 1), 1), ((5, 2, 2, 2), 2), ((8, 1, 1), 1)])
-def test_work_is_divided_where_the_largest_part_is_not_nearly_all(
+def test_work_is_split_over_threads_unless_one_client_dominates(
     sizes: tuple[int, ...],
     threads: int,
     vlm: VisionLanguageModel,
@@ -82,24 +82,24 @@ def test_work_is_divided_where_the_largest_part_is_not_nearly_all(
     federation: FederatedData,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Two threads are faster while the larger has up to two thirds of the work: 1 / (2 * 0.75)."""
-    begun: list[int] = []
-    monkeypatch.setattr("fedmllm.training.local._train", lambda vlm, group, *rest: begun.append(len(group)))
+    """Two threads are faster if the larger one has at most two thirds of the work: 1 / (2 * 0.75)."""
+    group_sizes: list[int] = []
+    monkeypatch.setattr("fedmllm.training.local._train", lambda vlm, group, *rest: group_sizes.append(len(group)))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     sample, start = encoder(federation.clients["client-00"][0]), read_weights(vlm.model)
     train_in_parallel(vlm, [(LocalTask(str(k), 0, 0, [sample] * size, start, 1e-3), LocalRule()) for k, size in enumerate(sizes)], CONFIG)
-    assert len(begun) == threads
-    assert sum(begun) == len(sizes)
+    assert len(group_sizes) == threads
+    assert sum(group_sizes) == len(sizes)
 
 
 @pytest.mark.usefixtures("two_threads")
-def test_an_error_in_a_thread_is_told_and_leaves_the_model_as_it_was(vlm: VisionLanguageModel, turns: Turns) -> None:
+def test_an_error_in_a_thread_is_raised_and_leaves_the_model_unchanged(vlm: VisionLanguageModel, tasks: Turns) -> None:
     def broken(name: str, gradient: torch.Tensor) -> torch.Tensor:
         raise ValueError("a rule of its own")
 
     before = read_weights(vlm.model)
     with pytest.raises(ValueError, match="a rule of its own"):
-        train_in_parallel(vlm, [(task, LocalRule(edit_gradient=broken)) for task, _ in turns], CONFIG)
+        train_in_parallel(vlm, [(task, LocalRule(edit_gradient=broken)) for task, _ in tasks], CONFIG)
     assert torch.get_num_threads() == 2
     assert all(torch.equal(tensor, before[name]) for name, tensor in read_weights(vlm.model).items())
     for _, layer in adapted_layers(vlm.model):
@@ -107,38 +107,38 @@ def test_an_error_in_a_thread_is_told_and_leaves_the_model_as_it_was(vlm: Vision
     assert all(not parameter.requires_grad or parameter.grad is None for parameter in vlm.model.parameters())
 
 
-def test_what_the_model_s_own_adapter_holds_plays_no_part(vlm: VisionLanguageModel, turns: Turns) -> None:
-    first = train_in_parallel(vlm, turns, CONFIG)
+def test_the_models_own_adapter_has_no_effect(vlm: VisionLanguageModel, tasks: Turns) -> None:
+    first = train_in_parallel(vlm, tasks, CONFIG)
     with torch.no_grad():
         for _, layer in adapted_layers(vlm.model):
             layer.lora_B["default"].weight.fill_(1.0)
-    second = train_in_parallel(vlm, turns, CONFIG)
+    second = train_in_parallel(vlm, tasks, CONFIG)
     assert all(torch.equal(a.weights[name], b.weights[name]) for a, b in zip(first, second, strict=True) for name in a.weights)
 
 
-def test_the_order_in_which_tensors_arrive_changes_nothing(vlm: VisionLanguageModel, turns: Turns) -> None:
-    """A checkpoint gives them back in another one; sums over tensors, as clipping's, must not follow it."""
-    first = train_in_parallel(vlm, turns, CONFIG)
-    turned = [(replace(task, received=dict(reversed(task.received.items()))), rule) for task, rule in turns]
-    for a, b in zip(first, train_in_parallel(vlm, turned, CONFIG), strict=True):
+def test_the_order_of_tensors_has_no_effect(vlm: VisionLanguageModel, tasks: Turns) -> None:
+    """A checkpoint returns tensors in another order. Sums over tensors, such as in clipping, must not depend on it."""
+    first = train_in_parallel(vlm, tasks, CONFIG)
+    reordered = [(replace(task, received=dict(reversed(task.received.items()))), rule) for task, rule in tasks]
+    for a, b in zip(first, train_in_parallel(vlm, reordered, CONFIG), strict=True):
         assert all(torch.equal(a.weights[name], b.weights[name]) for name in a.weights)
 
 
-def test_weights_that_do_not_fit_are_refused(vlm: VisionLanguageModel, turns: Turns) -> None:
-    (task, rule), other, _ = turns
+def test_weights_that_do_not_fit_are_refused(vlm: VisionLanguageModel, tasks: Turns) -> None:
+    (task, rule), other, _ = tasks
     missing = dict(list(task.received.items())[1:])
     with pytest.raises(ModelError, match="1 tensors are missing"):
         train_in_parallel(vlm, [(replace(task, received=missing), rule), other], CONFIG)
 
 
-def test_a_tensor_that_rests_stays(vlm: VisionLanguageModel, turns: Turns) -> None:
+def test_tensors_that_do_not_train_do_not_change(vlm: VisionLanguageModel, tasks: Turns) -> None:
     rule = LocalRule(trains=lambda name: "lora_B" in name)
-    for result in train_in_parallel(vlm, [(task, rule) for task, _ in turns], CONFIG):
+    for result in train_in_parallel(vlm, [(task, rule) for task, _ in tasks], CONFIG):
         moved = {name.split(".")[-2] for name, tensor in result.weights.items() if not torch.equal(tensor, result.received[name])}
         assert moved == {"lora_B"}
 
 
-def test_dropout_is_seen(base: VisionLanguageModel, vlm: VisionLanguageModel) -> None:
+def test_dropout_is_detected(base: VisionLanguageModel, vlm: VisionLanguageModel) -> None:
     assert not has_dropout(vlm.model)
     assert has_dropout(torch.nn.Sequential(torch.nn.Dropout(0.1)))
     assert not has_dropout(torch.nn.Sequential(torch.nn.Dropout(0.0)))

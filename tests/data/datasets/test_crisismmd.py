@@ -1,4 +1,4 @@
-"""CrisisMMD in both its variants: what is read, what is refused. No row here is a row of the dataset."""
+"""CrisisMMD in both variants: rows that are read and rows that are refused. No row here comes from the dataset."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ FIVE = tuple(name for name in EIGHT if name not in ("injured or dead people", "m
 
 
 def tweet(number: int, text: str, label_image: str = "vehicle_damage", **changes: str) -> str:
-    """A line of a file; ``label_text`` differs from ``label_image``, ``label`` is one of the two."""
+    """A line of a file. ``label_text`` differs from ``label_image``; ``label`` is one of the two."""
     row = {
         "event_name": "hurricane_irma",
         "tweet_id": f"9057{number:05d}",
@@ -44,7 +44,7 @@ def tweet(number: int, text: str, label_image: str = "vehicle_damage", **changes
 
 
 def write(root: Path, variant: str = "full", end: str = "\n", **files: list[str]) -> Path:
-    """The files of a variant; each line's picture is there."""
+    """The files of a variant, with the picture of every line."""
     for split, lines in {"train": [tweet(1, "one")], "test": [tweet(2, "two")], **files}.items():
         path = root / FILES[variant].format(split=split)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -60,7 +60,7 @@ def texts(root: Path) -> list[object]:
 
 
 problems = partial(bad_rows, load)
-"""Of a request."""
+"""The bad rows of a request."""
 
 
 def test_a_row_becomes_a_sample(tmp_path: Path) -> None:
@@ -79,7 +79,7 @@ def test_a_row_becomes_a_sample(tmp_path: Path) -> None:
 
 
 def test_quotation_marks_are_ordinary_characters(tmp_path: Path) -> None:
-    """Read as CSV, the first row would swallow the second, and the third would lose its marks."""
+    """Read as CSV, the first row would swallow the second, and the third would lose its quotation marks."""
     write(tmp_path, train=[tweet(1, '"'), tweet(2, '"open'), tweet(3, '"closed"'), tweet(4, 'a 7" wave'), tweet(5, 'he said ""')])
 
     assert texts(tmp_path) == ['"', '"open', '"closed"', 'a 7" wave', 'he said ""']
@@ -98,7 +98,7 @@ def test_quotation_marks_are_ordinary_characters(tmp_path: Path) -> None:
         ("x" * 140_000, "x" * 140_000),
     ],
 )
-def test_text_is_cleaned_of_addresses_only(text: str, read: str, tmp_path: Path) -> None:
+def test_only_web_addresses_are_removed_from_text(text: str, read: str, tmp_path: Path) -> None:
     assert texts(write(tmp_path, train=[tweet(1, text)])) == [read]
 
 
@@ -111,7 +111,7 @@ def test_a_tweet_of_addresses_only_has_no_text(tmp_path: Path) -> None:
     assert "1 tweet(s) contain only web addresses, so their text is missing" in dataset.notes
 
 
-def test_line_ends_blank_lines_and_a_byte_order_mark_are_no_matter(tmp_path: Path) -> None:
+def test_line_ends_blank_lines_and_a_byte_order_mark_are_ignored(tmp_path: Path) -> None:
     before = load(DatasetRequest(write(tmp_path), 0, validation_share=0))
     write(tmp_path, end="\r\n\r\n")
     path = tmp_path / FILES["full"].format(split="train")
@@ -142,9 +142,7 @@ def test_the_label_and_the_file_can_be_chosen(options: dict[str, str], answers: 
 @pytest.mark.parametrize(
     ("variant", "options", "labels"), [("full", EIGHT, [0, 1, 2, 3, 4, 5, 6, 7]), ("agreed", FIVE, [0, 1, 0, 0, 2, 1, 3, 4])]
 )
-def test_eight_classes_become_five_where_text_and_picture_agree(
-    variant: str, options: tuple[str, ...], labels: list[int], tmp_path: Path
-) -> None:
+def test_the_agreed_variant_has_five_of_eight_classes(variant: str, options: tuple[str, ...], labels: list[int], tmp_path: Path) -> None:
     train = [tweet(i, "x", name.replace(" ", "_")) for i, name in enumerate(EIGHT, 1)]
     samples = load(DatasetRequest(write(tmp_path, variant, train=train), 0, options={"variant": variant}, validation_share=0)).train
 
@@ -152,7 +150,7 @@ def test_eight_classes_become_five_where_text_and_picture_agree(
     assert {sample.options for sample in samples} == {options}
 
 
-def test_the_pictures_may_lie_in_their_archives_folder(tmp_path: Path) -> None:
+def test_pictures_may_be_in_their_archives_folder(tmp_path: Path) -> None:
     write(tmp_path)
     (tmp_path / "CrisisMMD_v2.0").mkdir()
     (tmp_path / "data_image").rename(tmp_path / "CrisisMMD_v2.0" / "data_image")

@@ -1,4 +1,4 @@
-"""What no one thought of: whatever stands in a dataset's files, they are read by the rules or refused with an error that says why."""
+"""Fuzzing: any content of a dataset's files is either read by the rules or refused with an error that says why."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ POLICIES: tuple[OnBadSample, ...] = ("refuse", "skip")
 
 @dataclass(frozen=True)
 class Folder:
-    """A whole folder of a dataset.
+    """A complete folder of a dataset.
 
     Attributes:
-        files: those that hold rows: bytes by name.
+        files: contents of the files with rows, by name.
         pictures: empty files beside them.
         options: the dataset's settings.
     """
@@ -102,13 +102,13 @@ FOLDERS = {
 
 
 def test_every_dataset_of_rows_in_files_has_a_folder() -> None:
-    """But for those that other libraries or loaders read."""
+    """Except datasets that other libraries or loaders read."""
     assert set(FOLDERS) == {name for name, entry in DATASETS.items() if entry.needs_root} - {"huggingface"}
 
 
 @pytest.fixture(scope="module", params=sorted(FOLDERS))
 def place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
-    """A dataset and a whole folder of it; each example damages one file and restores it."""
+    """A dataset and its complete folder. Each example damages one file and restores it."""
     root = tmp_path_factory.mktemp(request.param)
     for name, content in {**FOLDERS[request.param].files, **dict.fromkeys(FOLDERS[request.param].pictures, b"")}.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -135,8 +135,8 @@ def read_or_refused(name: str, root: Path, policy: OnBadSample) -> Dataset | Non
     return dataset
 
 
-def judge(name: str, root: Path, file: str, content: bytes) -> None:
-    """Both policies agree on what is good."""
+def check_both_policies(name: str, root: Path, file: str, content: bytes) -> None:
+    """Both policies agree on which rows are good."""
     (root / file).write_bytes(content)
     try:
         refusing, skipping = (read_or_refused(name, root, policy) for policy in POLICIES)
@@ -145,15 +145,15 @@ def judge(name: str, root: Path, file: str, content: bytes) -> None:
     assert refusing in (None, skipping)
 
 
-def test_the_whole_folders_are_read(place: tuple[str, Path]) -> None:
-    """Else the tests below would show nothing."""
+def test_the_complete_folders_are_read(place: tuple[str, Path]) -> None:
+    """Otherwise the tests below would show nothing."""
     assert read_or_refused(*place, "refuse") is not None
 
 
 @given(data=st.data(), content=st.binary(max_size=200))
 @settings(max_examples=12, deadline=None)
-def test_any_bytes(data: st.DataObject, content: bytes, place: tuple[str, Path]) -> None:
-    judge(*place, data.draw(st.sampled_from(sorted(FOLDERS[place[0]].files))), content)
+def test_any_bytes_are_read_by_the_rules_or_refused(data: st.DataObject, content: bytes, place: tuple[str, Path]) -> None:
+    check_both_policies(*place, data.draw(st.sampled_from(sorted(FOLDERS[place[0]].files))), content)
 
 
 JUNK = st.binary(max_size=4) | st.sampled_from(
@@ -180,11 +180,13 @@ JUNK = st.binary(max_size=4) | st.sampled_from(
 
 @given(data=st.data(), start=st.integers(0, 2000), cut=st.integers(0, 12), junk=JUNK)
 @settings(max_examples=40, deadline=None)
-def test_a_damaged_file(data: st.DataObject, start: int, cut: int, junk: bytes, place: tuple[str, Path]) -> None:
+def test_a_damaged_file_is_read_by_the_rules_or_refused(
+    data: st.DataObject, start: int, cut: int, junk: bytes, place: tuple[str, Path]
+) -> None:
     file = data.draw(st.sampled_from(sorted(FOLDERS[place[0]].files)))
     whole = FOLDERS[place[0]].files[file]
     at = start % len(whole)
-    judge(*place, file, whole[:at] + junk + whole[at + cut :])
+    check_both_policies(*place, file, whole[:at] + junk + whole[at + cut :])
 
 
 VALUES = st.recursive(
@@ -201,22 +203,22 @@ VALUES = st.recursive(
 
 @given(data=st.data(), value=VALUES)
 @settings(max_examples=30, deadline=None)
-def test_any_value_in_place_of_another(data: st.DataObject, value: object, place: tuple[str, Path]) -> None:
+def test_a_replaced_value_is_read_by_the_rules_or_refused(data: st.DataObject, value: object, place: tuple[str, Path]) -> None:
     file, content = data.draw(st.sampled_from(sorted(FOLDERS[place[0]].files.items())))
     if place[0] in ("crisismmd", "csv"):
         fields = content.replace(b",", b"\t").split(b"\t")
         fields[data.draw(st.integers(0, len(fields) - 1))] = json.dumps(value).encode()
-        judge(*place, file, (b"," if place[0] == "csv" else b"\t").join(fields))
+        check_both_policies(*place, file, (b"," if place[0] == "csv" else b"\t").join(fields))
         return
     values = [json.loads(line) for line in content.splitlines()]
     rows = values if isinstance(values[0], dict) and place[0] != "emojitwo" else values[0]
     rows = rows if isinstance(rows, list) else list(rows.values())
     row = data.draw(st.sampled_from(rows))
     row[data.draw(st.sampled_from(sorted(row)))] = value
-    judge(*place, file, lines(*values))
+    check_both_policies(*place, file, lines(*values))
 
 
-def test_a_header_with_an_enormous_field_is_refused_in_words(tmp_path: Path) -> None:
+def test_a_header_with_an_enormous_field_is_refused(tmp_path: Path) -> None:
     (tmp_path / "train.csv").write_bytes(b"x" * 200_000 + b"\nrow\n")
     options = {"train": "train.csv", "columns": {"text": "text", "answer": "answer"}, "question": "Which?"}
     with pytest.raises(DataError, match=r"131,072 characters"):

@@ -1,7 +1,7 @@
-"""The embedded data: reproducible, true to the world each task's docstring describes, and with ceilings that hold.
+"""The embedded data are reproducible, follow the distribution in each task's docstring, and have valid ceilings.
 
-The worlds are written out a second time here, from the docstrings, so that code and numbers check each other. What the
-pictures show is read back from their pixels by a small classifier, which knows nothing of how samples are drawn.
+The distributions are written a second time here, from the docstrings, so that code and numbers check each other. A small
+classifier reads the pictures' content back from their pixels and knows nothing of how samples are drawn.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Ints = NDArray[np.int64]
 
 TASKS = ("digits-claims", "digits-triage", "digits-vqa", "digits-cards")
 DRAWS = 200_000
-"""Of the simulations: a share is then off by 0.001, an AUC or a macro-F1 by 0.002."""
+"""Samples of a simulation: a share has an error of 0.001, an AUC or a macro-F1 of 0.002."""
 
 INKS = {"black": (25, 25, 25), "red": (200, 30, 30), "blue": (30, 50, 200), "green": (20, 130, 40)}
 
@@ -61,7 +61,7 @@ def cards() -> Dataset:
 
 @pytest.fixture(params=["claims", "triage", "vqa", "cards"])
 def dataset(request: pytest.FixtureRequest) -> Dataset:
-    """Each of the four in turn."""
+    """Each of the four datasets."""
     made: Dataset = request.getfixturevalue(request.param)
     return made
 
@@ -76,7 +76,7 @@ def picture(sample: Sample) -> Image.Image:
 
 
 def halves(page: Image.Image) -> list[Floats]:
-    """The left and the right digit as 18x16 values of darkness, centered."""
+    """The left and the right digit, as centered 18x16 arrays of darkness."""
     darkness = np.asarray(page.convert("L"), dtype=np.float64)
     darkness = np.clip(np.median(darkness) - darkness, 0, None)
     return [_centered(darkness[12:52, side : side + 32]) for side in (0, 32)]
@@ -92,7 +92,7 @@ def _centered(crop: Floats) -> Floats:
 
 @pytest.fixture(scope="module")
 def read() -> Callable[[Sequence[Sample]], Ints]:
-    """The two digits of each sample's picture, shape (samples, 2), by a classifier of training scans."""
+    """The two digits of each sample's picture, shape (samples, 2), read by a classifier that is trained on training scans."""
     rng = np.random.default_rng(0)
     digits = rng.integers(0, 10, size=(500, 2))
     inputs = [half for pair in digits for half in halves(sheet((int(pair[0]), int(pair[1])), "black", "train", rng))]
@@ -113,7 +113,7 @@ def ink_of(sample: Sample) -> str:
 
 
 def assert_share(hits: Sequence[bool] | NDArray[np.bool_], expected: float) -> None:
-    """Within four standard errors, which a right share leaves for one seed in 16,000."""
+    """Within four standard errors. A correct share fails for one seed in 16,000."""
     margin = 4 * np.sqrt(expected * (1 - expected) / len(hits))
     assert abs(np.mean(hits) - expected) <= margin, f"{np.mean(hits):.3f} is not {expected} +- {margin:.3f}"
 
@@ -121,8 +121,8 @@ def assert_share(hits: Sequence[bool] | NDArray[np.bool_], expected: float) -> N
 # Reproducible.
 
 
-def told(sample: Sample) -> tuple[object, ...]:
-    """All that a sample says, pictures as bytes."""
+def described(sample: Sample) -> tuple[object, ...]:
+    """Everything in a sample, with pictures as bytes."""
     content = {
         name: (part.mode, part.size, part.tobytes()) if isinstance(part, Image.Image) else part for name, part in sample.content.items()
     }
@@ -132,10 +132,10 @@ def told(sample: Sample) -> tuple[object, ...]:
 def test_a_sample_depends_on_seed_split_and_index_alone(dataset: Dataset) -> None:
     again, other = generate(dataset.name, 3, 15), generate(dataset.name, 5, 5, seed=8)
 
-    assert [told(s) for s in again.train] == [told(s) for s in dataset.train[:3]]
-    assert [told(s) for s in again.test[:10]] == [told(s) for s in dataset.test]
-    assert [told(s)[1:] for s in dataset.train[:5]] != [told(s)[1:] for s in other.train]
-    assert [told(s)[1:] for s in dataset.train[:5]] != [told(s)[1:] for s in dataset.test[:5]]
+    assert [described(s) for s in again.train] == [described(s) for s in dataset.train[:3]]
+    assert [described(s) for s in again.test[:10]] == [described(s) for s in dataset.test]
+    assert [described(s)[1:] for s in dataset.train[:5]] != [described(s)[1:] for s in other.train]
+    assert [described(s)[1:] for s in dataset.train[:5]] != [described(s)[1:] for s in dataset.test[:5]]
 
 
 def test_default_sizes() -> None:
@@ -164,7 +164,7 @@ SHAPES = {
 }
 
 
-def test_shape(dataset: Dataset) -> None:
+def test_samples_have_the_tasks_modalities_and_options(dataset: Dataset) -> None:
     metric, modalities, options = SHAPES[dataset.name]
 
     assert (dataset.metric, dataset.modalities) == (metric, modalities)
@@ -210,7 +210,7 @@ SOURCES = ("a nurse", "the manual", "a stranger", "some flyer")
 EVIDENCE = {"image": (P_INK,), "text": (P_SOURCE,), "both": (P_INK, P_SOURCE, P_FALSE)}
 
 
-def test_claims_follow_their_world(claims: Dataset, read: Callable[[Sequence[Sample]], Ints]) -> None:
+def test_claims_follow_their_distribution(claims: Dataset, read: Callable[[Sequence[Sample]], Ints]) -> None:
     texts = [str(sample.content["text"]) for sample in claims.train]
     misleading = np.array([sample.answer == "yes" for sample in claims.train])
     inks, digits = np.array([ink_of(sample) for sample in claims.train]), read(claims.train)
@@ -261,7 +261,7 @@ def test_no_ranking_of_claims_beats_the_ceiling(evidence: str, claims: Dataset) 
     assert max(map(auc, rankings)) <= claims.ceilings[evidence] + 1e-9
 
 
-def test_a_claim_needs_both(claims: Dataset) -> None:
+def test_a_claim_needs_both_modalities(claims: Dataset) -> None:
     assert 0.6 < max(claims.ceilings["image"], claims.ceilings["text"]) < claims.ceilings["both"] - 0.2 < 0.8
 
 
@@ -275,7 +275,7 @@ CELLS = {"image": P_ZONE, "text": P_EVENT, "both": (P_ZONE[:, :, None] * P_EVENT
 EVENT_WORDS = ("flood water river rain", "fire smoke flames burning", "crowd people families children", "wires wall roof glass")
 
 
-def test_triage_follows_its_world(triage: Dataset, read: Callable[[Sequence[Sample]], Ints]) -> None:
+def test_triage_follows_its_distribution(triage: Dataset, read: Callable[[Sequence[Sample]], Ints]) -> None:
     teams = np.array([sample.label for sample in triage.train])
     words = [set(re.findall(r"\w+", str(sample.content["text"]))) for sample in triage.train]
     events = [[i for i, row in enumerate(EVENT_WORDS) if found & set(row.split())] for found in words]
@@ -291,7 +291,7 @@ def test_triage_follows_its_world(triage: Dataset, read: Callable[[Sequence[Samp
 
 
 def macro_f1(evidence: str, rule: Ints) -> float:
-    """Of a rule in the limit of many samples: scikit-learn's score of one sample per team and cell, weighted by its share."""
+    """A rule's macro-F1 for infinitely many samples: scikit-learn's score of one sample per team and cell, weighted by its share."""
     cells = CELLS[evidence]
     truth, weights = np.repeat(TEAM, cells.shape[1]), (PRIOR[:, None] * cells).ravel()
     return float(f1_score(truth, np.tile(rule, 8), sample_weight=weights, labels=TEAM, average="macro", zero_division=0))
@@ -308,7 +308,7 @@ def one_cell_changes(rule: Ints) -> list[Ints]:
 
 
 @pytest.mark.parametrize("evidence", CELLS)
-def test_triage_ceiling_is_about_the_macro_f1_of_the_posterior(evidence: str, triage: Dataset) -> None:
+def test_triage_ceiling_is_close_to_the_macro_f1_of_the_posterior(evidence: str, triage: Dataset) -> None:
     rng = np.random.default_rng(3)
     teams = rng.choice(8, size=DRAWS, p=PRIOR)
     cells = (rng.random(DRAWS)[:, None] > CELLS[evidence].cumsum(axis=1)[teams][:, :-1]).sum(axis=1)
@@ -317,15 +317,15 @@ def test_triage_ceiling_is_about_the_macro_f1_of_the_posterior(evidence: str, tr
     assert score == pytest.approx(triage.ceilings[evidence], abs=0.01)
 
 
-def climbed(evidence: str, rule: Ints) -> Ints:
-    """No change of one cell betters it."""
+def local_optimum(evidence: str, rule: Ints) -> Ints:
+    """A rule that no change of one cell improves."""
     better = max(one_cell_changes(rule), key=lambda candidate: macro_f1(evidence, candidate))
-    return climbed(evidence, better) if macro_f1(evidence, better) > macro_f1(evidence, rule) else rule
+    return local_optimum(evidence, better) if macro_f1(evidence, better) > macro_f1(evidence, rule) else rule
 
 
 @pytest.mark.parametrize("evidence", CELLS)
 def test_no_rule_of_triage_beats_the_ceiling(evidence: str, triage: Dataset) -> None:
-    ceiling, best = triage.ceilings[evidence], climbed(evidence, bayes_rule(evidence))
+    ceiling, best = triage.ceilings[evidence], local_optimum(evidence, bayes_rule(evidence))
     rng = np.random.default_rng(4)
     near = [np.where(rng.random(best.size) < 0.2, rng.integers(0, 8, size=best.size), best) for _ in range(80)]
 
@@ -333,7 +333,7 @@ def test_no_rule_of_triage_beats_the_ceiling(evidence: str, triage: Dataset) -> 
     assert max(macro_f1(evidence, rule) for rule in (*near, *rng.integers(0, 8, size=(40, best.size)))) <= ceiling + 1e-9
 
 
-def test_triage_needs_both(triage: Dataset) -> None:
+def test_triage_needs_both_modalities(triage: Dataset) -> None:
     assert 0.25 < max(triage.ceilings["image"], triage.ceilings["text"]) < triage.ceilings["both"] - 0.4
 
 
@@ -341,7 +341,7 @@ def test_triage_needs_both(triage: Dataset) -> None:
 
 
 def answer(question: str, a: int, b: int) -> str:
-    """The answer by what the question says of the left or first digit ``a`` and the right or second digit ``b``."""
+    """The answer to a question about the left or first digit ``a`` and the right or second digit ``b``."""
     if "larger digit" in question or "is larger," in question:
         return str(a if a > b else b)
     if "smaller" in question:
@@ -353,13 +353,13 @@ def answer(question: str, a: int, b: int) -> str:
     return "yes" if value else "no"
 
 
-def test_answers_are_right_for_the_digits_that_pictures_show(vqa: Dataset, read: Callable[[Sequence[Sample]], Ints]) -> None:
+def test_vqa_answers_are_right_for_the_digits_in_pictures(vqa: Dataset, read: Callable[[Sequence[Sample]], Ints]) -> None:
     right = [sample.answer == answer(sample.question, *map(int, pair)) for sample, pair in zip(vqa.train, read(vqa.train), strict=True)]
 
     assert np.mean(right) >= 0.995  # the reader may mistake a digit
 
 
-def test_answers_are_right_for_the_digits_on_cards(cards: Dataset) -> None:
+def test_card_answers_are_right_for_the_digits_in_texts(cards: Dataset) -> None:
     for sample in (*cards.train, *cards.test):
         card = str(sample.content["text"])
         digits = [int(d) for d in re.findall(r"\d", card)]
@@ -385,7 +385,7 @@ QUESTIONS = ("larger digit", "smaller", "comes next", "larger than", "odd", "bel
 
 
 def accuracy_of_guessing(known: Callable[[Ints], Ints]) -> float:
-    """Simulated accuracy of the most frequent answer given what is known of (question, a, b), learned on other draws."""
+    """The simulated accuracy of the most frequent answer, given what is known of (question, a, b), learned from other draws."""
     answers = sorted({"yes", "no", *map(str, range(10))})
     table = np.array([[[answers.index(answer(q, a, b)) for b in range(10)] for a in range(10)] for q in QUESTIONS])
     draws = np.random.default_rng(5).integers(0, [6, 10, 10], size=(DRAWS, 3))

@@ -1,4 +1,4 @@
-"""EmojiTwo: what is read, what is left out, what is refused, and the real files where they are at hand."""
+"""EmojiTwo: entries that are read, left out and refused, and the real files where they are available."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def entry(name: str, category: str = "people", **changes: object) -> Entry:
 
 
 def write(root: Path, more: dict[str, Any] | None = None, pictures: tuple[str, ...] = ()) -> Path:
-    """Eight good entries, one a class, and their pictures."""
+    """Eight good entries, one for each class, and their pictures."""
     entries = {f"1f60{i}": entry(f"face {i}", category) for i, category in enumerate(CLASSES)}
     (root / "png" / "128").mkdir(parents=True, exist_ok=True)
     for code in (*entries, *pictures):
@@ -40,7 +40,7 @@ def everything(dataset: Dataset) -> dict[str, Sample]:
 
 
 problems = partial(bad_rows, load)
-"""Of a request."""
+"""The bad rows of a request."""
 
 
 def test_an_entry_becomes_a_sample(tmp_path: Path) -> None:
@@ -57,7 +57,7 @@ def test_an_entry_becomes_a_sample(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("keywords", "text"), [([], "flag"), (["a"], "flag: a"), ([" a  b ", 8], "flag: a b, 8"), (None, "flag")])
 def test_keywords_follow_the_name(keywords: list[object] | None, text: str, tmp_path: Path) -> None:
-    """None: there is no such key."""
+    """None means that the key is missing."""
     flag = {key: value for key, value in entry(" flag\n", "flags", keywords=keywords).items() if keywords is not None or key != "keywords"}
     dataset = load(DatasetRequest(write(tmp_path, {"1f1e6-1f1e8": flag}, ("1f1e6-1f1e8",)), 0, validation_share=0))
 
@@ -75,7 +75,7 @@ LEFT_OUT = {
 
 
 @pytest.mark.parametrize(("code", "row"), LEFT_OUT.values(), ids=LEFT_OUT)
-def test_what_is_no_kind_of_thing_is_left_out(code: str, row: Entry, tmp_path: Path) -> None:
+def test_entries_without_a_category_and_skin_tone_variants_are_left_out(code: str, row: Entry, tmp_path: Path) -> None:
     dataset = load(DatasetRequest(write(tmp_path, {code: row}, (code,)), 0, validation_share=0))
 
     assert (len(everything(dataset)), dataset.notes[0]) == (
@@ -92,7 +92,7 @@ def test_an_entry_without_a_picture_is_left_out(code: str, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(("options", "held"), [({}, 2), ({"test_share": 0.5}, 4)])
-def test_a_share_is_held_out_whatever_the_order_of_entries(options: dict[str, float], held: int, tmp_path: Path) -> None:
+def test_the_held_out_share_does_not_depend_on_the_order_of_entries(options: dict[str, float], held: int, tmp_path: Path) -> None:
     dataset = load(DatasetRequest(write(tmp_path), 0, options=options, validation_share=0))
     entries = json.loads((tmp_path / "emoji.json").read_text())
     (tmp_path / "emoji.json").write_text(json.dumps(dict(reversed(entries.items()))))
@@ -136,7 +136,7 @@ def test_a_bad_entry_is_named_or_skipped(code: str, row: object, message: str, t
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b'{"1f600": "\xff"}', b'{"1f600": {}', b"{" * 1000])
-def test_a_file_that_is_no_object_is_named(content: bytes, tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_json_object_is_named(content: bytes, tmp_path: Path) -> None:
     (write(tmp_path) / "emoji.json").write_bytes(content)
 
     with pytest.raises(DataError, match=r"emoji\.json: must be "):

@@ -1,4 +1,4 @@
-"""Hateful Memes in both its releases: what is read, what is refused. No row here is a row of the dataset."""
+"""Hateful Memes in both releases: rows that are read and rows that are refused. No row here comes from the dataset."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LATER = ("train", "dev_seen", "dev_unseen", "test_seen", "test_unseen")
 
 
 def line(number: int, label: int | None, text: str, padded: bool) -> Line:
-    """As the releases write it: the first has whole numbers for ids, the later one pads them; the picture's name is padded in both."""
+    """A row as the releases write it. The first has integer ids, the later one pads them; both pad the picture's name."""
     named = {"id": f"{number:05d}" if padded else number, "img": f"img/{number:05d}.png"}
     return {**named, **({} if label is None else {"label": label}), "text": text}
 
@@ -38,14 +38,14 @@ def write(root: Path, files: dict[str, list[Line]]) -> Path:
 
 
 def release(root: Path, names: tuple[str, ...]) -> Path:
-    """Two training rows and two rows in each other file; the first release's test file has no labels."""
+    """Two training rows and two rows in each other file. The first release's test file has no labels."""
     padded = names == LATER
     files = {name: [line(10 * i + 1, 0, f"first of {name}", padded), line(10 * i + 2, 1, "second", padded)] for i, name in enumerate(names)}
     return write(root, files if padded else {**files, "test": [line(91, None, "no label", padded)]})
 
 
 problems = partial(bad_rows, load)
-"""Of a request."""
+"""The bad rows of a request."""
 
 
 def meme(split: str, number: int, answer: str, text: str, root: Path) -> Sample:
@@ -69,7 +69,7 @@ def test_both_releases_are_recognized_by_their_files(names: tuple[str, ...], eva
 
 
 def test_the_later_release_is_preferred_where_both_are(tmp_path: Path) -> None:
-    """Their files lie side by side; the training file is of the one written last."""
+    """The files are in the same folder. The training file belongs to the release written last."""
     dataset = load(DatasetRequest(release(release(tmp_path, FIRST), LATER), 0, validation_share=0))
 
     assert dataset.notes[0] == "read from the later release, evaluated on test_seen"
@@ -96,8 +96,8 @@ def test_options_that_do_not_exist_are_refused(tmp_path: Path) -> None:
             load(DatasetRequest(release(tmp_path, LATER), 0, options=options, validation_share=0))
 
 
-def test_rows_lie_side_by_side_whatever_their_ids_look_like(tmp_path: Path) -> None:
-    """The picture's name is the key: ids may be missing, repeated or of any kind."""
+def test_the_form_of_ids_does_not_matter(tmp_path: Path) -> None:
+    """The picture's name is the key. Ids may be missing, repeated or of any type."""
     lines = [line(i, 0, "x", True) for i in range(4)]
     write(tmp_path, {"train": lines, "dev": [line(9, 1, "y", False)]})
     keys: list[object] = [7, "7", None, "00007"]
@@ -108,7 +108,7 @@ def test_rows_lie_side_by_side_whatever_their_ids_look_like(tmp_path: Path) -> N
     ]
 
 
-def test_line_ends_blank_lines_and_a_byte_order_mark_are_no_matter(tmp_path: Path) -> None:
+def test_line_ends_blank_lines_and_a_byte_order_mark_are_ignored(tmp_path: Path) -> None:
     before = load(DatasetRequest(release(tmp_path, FIRST), 0, validation_share=0))
     text = (tmp_path / "train.jsonl").read_text().replace("\n", "\r\n\r\n")
     (tmp_path / "train.jsonl").write_bytes(b"\xef\xbb\xbf" + text.encode())
@@ -168,7 +168,7 @@ def test_all_bad_rows_of_both_files_are_listed_at_once(tmp_path: Path) -> None:
 
 
 def test_the_test_file_without_labels_cannot_be_evaluated_on(tmp_path: Path) -> None:
-    """As happens to whoever renames the first release's test file."""
+    """This happens if the first release's test file is renamed."""
     release(tmp_path, FIRST)
     (tmp_path / "test.jsonl").rename(tmp_path / "dev.jsonl")
 

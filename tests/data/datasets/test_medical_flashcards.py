@@ -1,4 +1,4 @@
-"""Medical flashcards: what is read, what is held out, what is refused. No card here is a card of the dataset."""
+"""Medical flashcards: cards that are read, held out and refused. No card here comes from the dataset."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def write(root: Path, cards: object) -> Path:
 
 
 problems = partial(bad_rows, load)
-"""Of a request."""
+"""The bad rows of a request."""
 
 
 def numbers(dataset: Dataset) -> tuple[list[int], list[int]]:
@@ -57,7 +57,7 @@ def test_a_share_is_held_out_by_the_seed(options: dict[str, float], held: int, t
     assert split(1) != (train, test)
 
 
-def test_what_is_held_out_depends_on_places_and_not_on_words(tmp_path: Path) -> None:
+def test_the_held_out_share_depends_on_positions_not_on_content(tmp_path: Path) -> None:
     before = numbers(load(DatasetRequest(write(tmp_path, [card(i) for i in range(20)]), 0, validation_share=0)))
 
     assert numbers(load(DatasetRequest(write(tmp_path, [card(7)] * 20), 0, validation_share=0))) == before
@@ -93,19 +93,19 @@ def test_numbers_padding_and_a_byte_order_mark_are_read(tmp_path: Path) -> None:
 
 
 def test_bad_cards_are_named_at_once_or_skipped(tmp_path: Path) -> None:
-    """The cards that stay keep their places, and so their ids."""
+    """The remaining cards keep their positions, and so their ids."""
     cards = [*(card(i) for i in range(16)), card(16, output=""), card(17, input=None), {"input": "?"}, "card"]
     write(tmp_path, cards)
-    told = [
+    messages = [
         f"{FILE}[16]: output must be text that is not empty, got ''",
         f"{FILE}[17]: input must be text that is not empty, got None",
         f"{FILE}[18]: lacks output",
         f"{FILE}[19]: must be an object with keys, got 'card'",
     ]
 
-    assert problems(DatasetRequest(tmp_path, 0, validation_share=0)) == told
+    assert problems(DatasetRequest(tmp_path, 0, validation_share=0)) == messages
     dataset = load(DatasetRequest(tmp_path, 0, on_bad_sample="skip", validation_share=0))
-    assert dataset.notes == ("4 bad row(s) skipped", *told, "cards: 16, published: 33,955")
+    assert dataset.notes == ("4 bad row(s) skipped", *messages, "cards: 16, published: 33,955")
     train, test = numbers(dataset)
     assert sorted(train + test) == list(range(16))
 
@@ -113,14 +113,14 @@ def test_bad_cards_are_named_at_once_or_skipped(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"), [(b"{}", "must be a list of rows"), (b'["\xff"]', "JSON in UTF-8"), (b"[", "JSON in UTF-8")]
 )
-def test_a_file_that_is_no_list_is_named(content: bytes, message: str, tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_json_list_is_named(content: bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / FILE).write_bytes(content)
 
     with pytest.raises(DataError, match=rf"{FILE}: must be .*{message.removeprefix('must be ')}"):
         load(DatasetRequest(tmp_path, 0, validation_share=0))
 
 
-def test_nothing_at_all_is_refused(tmp_path: Path) -> None:
+def test_an_empty_or_missing_file_is_refused(tmp_path: Path) -> None:
     assert problems(DatasetRequest(tmp_path, 0, validation_share=0)) == [f"{FILE} (missing)"]
     assert problems(DatasetRequest(write(tmp_path, []), 0, validation_share=0)) == ["the train split is empty", "the test split is empty"]
     with pytest.raises(ConfigError, match=r"data\.options\.share: "):

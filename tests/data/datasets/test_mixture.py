@@ -45,7 +45,7 @@ def test_domain_partition_gives_each_client_one_part() -> None:
     assert held == [{"digits-cards"}, {"digits-vqa"}] * 2
 
 
-def test_under_cross_a_client_holds_the_one_or_the_other() -> None:
+def test_under_cross_each_client_holds_one_dataset() -> None:
     data = federated(MEDICAL, scenario="cross-5:5")
     held = Counter(next(iter({sample.domain for sample in samples})) for samples in data.clients.values())
     assert held == {"digits-vqa": 2, "digits-cards": 2}
@@ -64,21 +64,21 @@ PARTITIONS = [
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
-@pytest.mark.parametrize("how", PARTITIONS, ids=lambda how: next(iter(how.values())))
-def test_nothing_of_a_mixture_is_dropped_and_no_client_starves(scenario: str, how: dict[str, str]) -> None:
-    """Ten clients of at least 8: every picture and every text is with one of them, as it was."""
+@pytest.mark.parametrize("division", PARTITIONS, ids=lambda division: next(iter(division.values())))
+def test_no_sample_of_a_mixture_is_dropped_and_every_client_gets_its_minimum(scenario: str, division: dict[str, str]) -> None:
+    """Ten clients with at least 8 samples each hold every picture and every text unchanged."""
     parts = [{"dataset": "digits-vqa", "num_train": 120, "num_test": 10}, {"dataset": "digits-cards", "num_train": 120, "num_test": 10}]
     for seed in range(4):
-        data = federated(parts, scenario=scenario, seed=seed, num_clients=10, min_partition_size=8, **how)
+        data = federated(parts, scenario=scenario, seed=seed, num_clients=10, min_partition_size=8, **division)
         held = {sample.id: sample for samples in data.clients.values() for sample in samples}
         assert data.dropped == 0
         assert held == {sample.id: sample for sample in data.dataset.train}
         assert sum(map(len, data.clients.values())) == 240
-        assert "protocol" in how or min(map(len, data.clients.values())) >= 8
+        assert "protocol" in division or min(map(len, data.clients.values())) >= 8
 
 
-def test_the_medical_task_spreads_each_domain_evenly_among_its_holders() -> None:
-    """As the published generators do: pictures among the clients that hold pictures, texts among those that hold texts, no label skew."""
+def test_iid_divides_each_domain_evenly_among_its_holders() -> None:
+    """As in the published generators: pictures go to clients with pictures, texts to clients with texts, without label skew."""
     for scenario in SCENARIOS[:-1]:
         data = federated(MEDICAL, scenario=scenario, num_clients=5, partition="iid")
         for domain, count in (("digits-vqa", 60), ("digits-cards", 40)):
@@ -88,8 +88,8 @@ def test_the_medical_task_spreads_each_domain_evenly_among_its_holders() -> None
             assert max(holders) - min(holders) <= 1
 
 
-def test_a_hybrid_client_that_draws_neither_gets_one_modality_for_all_its_samples() -> None:
-    """At a probability of 0 that is everybody; in a single dataset it stays one by sample."""
+def test_a_hybrid_client_without_modalities_gets_one_for_all_its_samples() -> None:
+    """With a probability of 0 this applies to every client. In a single dataset the choice is per sample."""
     data = federated(MEDICAL, scenario="hybrid-0", num_clients=10)
     kinds = [{sample.modalities for sample in samples} for samples in data.clients.values()]
     assert {len(kind) for kind in kinds} == {1}
@@ -100,27 +100,27 @@ def test_a_hybrid_client_that_draws_neither_gets_one_modality_for_all_its_sample
 
 
 def test_the_reference_protocol_chooses_a_mixture_s_holders() -> None:
-    """Clients 0, 1 and 4 hold pictures in the published cross-3:7."""
+    """In the published cross-3:7, clients 0, 1 and 4 hold pictures."""
     data = federated(MEDICAL, scenario="cross-3:7", protocol="reference", num_clients=10)
     domains = [{sample.domain for sample in samples} for samples in data.clients.values()]
     assert [i for i, held in enumerate(domains) if held == {"digits-vqa"}] == [0, 1, 4]
     assert all(held in ({"digits-vqa"}, {"digits-cards"}) for held in domains)
 
 
-def test_the_reference_protocol_loses_no_row_of_classes_that_are_no_options() -> None:
-    """A mixture's categories begin with the dataset's name, its options do not."""
+def test_the_reference_protocol_keeps_all_rows_of_a_mixture() -> None:
+    """A mixture's categories begin with the dataset's name; its options do not."""
     data = federated(TASKS, scenario="aligned", protocol="reference")
     assert sum(map(len, data.clients.values())) == len(data.dataset.train) == 120
 
 
-def test_what_no_client_can_hold_is_an_error() -> None:
+def test_samples_that_no_client_can_hold_are_an_error() -> None:
     with pytest.raises(DataError, match="no client can hold some training samples") as caught:
         federated(MEDICAL, scenario="cross-1:0")
     assert "40 samples with text of digits-cards" in str(caught.value)
 
 
-def test_sizes_that_cannot_be_are_an_error_that_says_why() -> None:
-    """Two of four clients hold texts, of which there are 40; pictures would be enough."""
+def test_impossible_client_sizes_are_an_error_with_the_reason() -> None:
+    """Two of four clients hold texts, of which there are 40. There are enough pictures."""
     with pytest.raises(
         DataError, match="2 clients of at least 21 samples need 42, but there are only 40 samples that they can hold"
     ) as caught:
@@ -129,7 +129,7 @@ def test_sizes_that_cannot_be_are_an_error_that_says_why() -> None:
     assert min(map(len, federated(MEDICAL, scenario="cross-5:5", min_partition_size=20).clients.values())) >= 20
 
 
-def test_a_task_mix_is_scored_by_the_mean_of_each_task_s_own_score() -> None:
+def test_a_mixture_of_tasks_is_scored_by_the_mean_of_their_scores() -> None:
     dataset = mixture(TASKS)
     assert dataset.metric == "mixed"
     right = [Prediction(s, s.answer, tuple(float(option == s.answer) for option in s.options)) for s in dataset.test]
@@ -152,12 +152,12 @@ def test_a_task_mix_is_scored_by_the_mean_of_each_task_s_own_score() -> None:
         ([MEDICAL[0], {"dataset": "digits-cards", "folder": "x"}], r"data\.options\.parts\.1\.folder"),
     ],
 )
-def test_what_cannot_be_mixed(parts: list[dict[str, Any]], rule: str) -> None:
+def test_invalid_mixtures_are_refused(parts: list[dict[str, Any]], rule: str) -> None:
     with pytest.raises(ConfigError, match=rule):
         mixture(parts)
 
 
-def test_sizes_are_the_parts_own() -> None:
+def test_sizes_are_set_for_each_part() -> None:
     with pytest.raises(ConfigError, match="set num_train, num_test and num_validation for each part"):
         mixture(MEDICAL, num_train=10)
 

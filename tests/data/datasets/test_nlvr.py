@@ -1,4 +1,4 @@
-"""NLVR: what is read, what is refused, and the real files where they are at hand."""
+"""NLVR: rows that are read and refused, and the real files where they are available."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def line(identifier: str, label: str = "true", **changes: object) -> Line:
 
 
 def write(root: Path, **files: list[Line]) -> Path:
-    """The files of each split; of every row that has a good name, the picture of box order 0."""
+    """The files of each split, and the picture with box order 0 of every row with a valid name."""
     for split, lines in {"dev": [line("15-0"), line("15-1", "false")], "test": [line("27-3")], **files}.items():
         (root / split / "images" / "2").mkdir(parents=True, exist_ok=True)
         (root / split / f"{split}.json").write_text("".join(json.dumps(one) + "\n" for one in lines))
@@ -37,7 +37,7 @@ def write(root: Path, **files: list[Line]) -> Path:
 
 
 problems = partial(bad_rows, load)
-"""Of a request."""
+"""The bad rows of a request."""
 
 
 def test_a_row_becomes_a_sample(tmp_path: Path) -> None:
@@ -54,7 +54,7 @@ def test_a_row_becomes_a_sample(tmp_path: Path) -> None:
     assert load_dataset("nlvr", DatasetRequest(tmp_path, 0, validation_share=0)) == dataset
 
 
-def test_the_training_file_is_preferred_where_it_is(tmp_path: Path) -> None:
+def test_the_training_file_is_preferred_if_it_exists(tmp_path: Path) -> None:
     write(tmp_path)
     assert load(DatasetRequest(tmp_path, 0, validation_share=0)).notes[0] == "trained on dev, tested on test"
 
@@ -80,7 +80,7 @@ def test_no_sentence_is_both_trained_on_and_validated_on(tmp_path: Path) -> None
     assert not {s.client for s in dataset.validation} & {s.client for s in dataset.train}
 
 
-def test_line_ends_blank_lines_and_a_byte_order_mark_are_no_matter(tmp_path: Path) -> None:
+def test_line_ends_blank_lines_and_a_byte_order_mark_are_ignored(tmp_path: Path) -> None:
     before = load(DatasetRequest(write(tmp_path), 0, validation_share=0))
     path = tmp_path / "dev" / "dev.json"
     path.write_bytes(b"\xef\xbb\xbf\r\n" + path.read_bytes().replace(b"\n", b"\r\n \r\n"))
@@ -88,7 +88,7 @@ def test_line_ends_blank_lines_and_a_byte_order_mark_are_no_matter(tmp_path: Pat
     assert load(DatasetRequest(tmp_path, 0, validation_share=0)) == before
 
 
-def test_a_number_as_directory_is_read(tmp_path: Path) -> None:
+def test_a_numeric_directory_is_read(tmp_path: Path) -> None:
     assert len(load(DatasetRequest(write(tmp_path, dev=[line("15-0", directory=2)]), 0, validation_share=0)).train) == 1
 
 

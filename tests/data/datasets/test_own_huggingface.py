@@ -1,4 +1,4 @@
-"""Datasets that Hugging Face's library saved: pictures stay encoded until opened, classes go by their names."""
+"""Datasets saved by Hugging Face's library: pictures stay encoded until they are opened, and classes are read by name."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ OPTIONS: Mapping[str, Any] = {"test": "test", "columns": COLUMNS, "choices": CHO
 
 @pytest.fixture
 def hub() -> Any:
-    """The library, without its progress bars."""
+    """The library without progress bars."""
     library = pytest.importorskip("datasets", reason="the library of Hugging Face datasets is not installed")
     library.disable_progress_bars()
     return library
@@ -83,18 +83,18 @@ def test_a_row_becomes_a_sample(hub: Any, tmp_path: Path) -> None:
 
 
 def test_pictures_stay_encoded_until_opened(hub: Any, tmp_path: Path) -> None:
-    """Else the second row, which holds no picture, could not be read at all."""
+    """Otherwise the second row, whose picture is damaged, could not be read at all."""
     rows = [{"scan": {"bytes": png(10)}, "report": "x", "finding": 0}, {"scan": {"bytes": b"no picture"}, "report": "x", "finding": 0}]
-    whole, broken = (sample.content["image"] for sample in read(save(hub, tmp_path / "own", train=rows)).train)
+    good, broken = (sample.content["image"] for sample in read(save(hub, tmp_path / "own", train=rows)).train)
 
-    assert whole == png(10)
-    assert isinstance(whole, bytes)
-    assert open_image(whole).getpixel((0, 0)) == (10, 90, 200)
+    assert good == png(10)
+    assert isinstance(good, bytes)
+    assert open_image(good).getpixel((0, 0)) == (10, 90, 200)
     with pytest.raises(DataError, match="cannot be decoded"):
         open_image(broken)  # type: ignore[arg-type]
 
 
-def test_pictures_of_files_are_taken_along(hub: Any, tmp_path: Path) -> None:
+def test_pictures_from_files_are_embedded(hub: Any, tmp_path: Path) -> None:
     (tmp_path / "elsewhere.png").write_bytes(png(30))
     rows = [{"scan": str(tmp_path / "elsewhere.png"), "report": "x", "finding": 0}]
     root = save(hub, tmp_path / "own", train=rows)
@@ -103,7 +103,7 @@ def test_pictures_of_files_are_taken_along(hub: Any, tmp_path: Path) -> None:
     assert read(root).train[0].content["image"] == png(30)
 
 
-def test_pictures_can_lie_beside_as_files_named_in_words(hub: Any, tmp_path: Path) -> None:
+def test_pictures_can_be_separate_files_named_in_a_text_column(hub: Any, tmp_path: Path) -> None:
     rows = [{"scan": name, "finding": "benign"} for name in ("a.png", "../b.png", "c.png")]
     hub.DatasetDict(train=hub.Dataset.from_list(rows), test=hub.Dataset.from_list(rows[:1])).save_to_disk(str(tmp_path / "own"))
     (tmp_path / "own" / "a.png").touch()
@@ -117,11 +117,11 @@ def test_pictures_can_lie_beside_as_files_named_in_words(hub: Any, tmp_path: Pat
     assert sample.content == {"image": tmp_path / "own" / "a.png"}
 
 
-def test_a_picture_that_was_not_taken_along_must_lie_inside_the_folder(hub: Any, tmp_path: Path) -> None:
-    """A saved path could name any file of the machine."""
+def test_a_picture_that_is_not_embedded_must_be_inside_the_folder(hub: Any, tmp_path: Path) -> None:
+    """A saved path could name any file on the machine."""
     (tmp_path / "elsewhere.png").write_bytes(png(30))
     rows = split(hub, [{"scan": str(tmp_path / "elsewhere.png"), "report": "x", "finding": 0}])
-    # As other writers of the format do; the library itself embeds the files when it saves.
+    # As other writers of the format do. The library embeds the files when it saves.
     table = rows.with_format("arrow")[:]
     features = hub.Features({**rows.features, "scan": {"bytes": hub.Value("binary"), "path": hub.Value("string")}})
     plain = hub.Dataset.from_dict(table.to_pydict(), features=features)
@@ -147,14 +147,14 @@ def test_missing_modalities_classes_and_options(hub: Any, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("label", [-1, None])
-def test_a_class_that_is_none_is_a_bad_row(label: int | None, hub: Any, tmp_path: Path) -> None:
-    """-1 is how the library writes the hidden labels of a test split."""
+def test_an_undefined_class_is_a_bad_row(label: int | None, hub: Any, tmp_path: Path) -> None:
+    """The library writes the hidden labels of a test split as -1."""
     row = {"scan": {"bytes": png(1)}, "report": "x", "finding": label}
 
     assert problems(save(hub, tmp_path / "own", test=[row])) == ["test[0]: finding must be one of benign, malignant, got None"]
 
 
-def test_a_dataset_without_splits_is_its_own_training_split(hub: Any, tmp_path: Path) -> None:
+def test_a_dataset_without_splits_is_the_training_split(hub: Any, tmp_path: Path) -> None:
     split(hub, [{"report": f"{i}", "finding": i % 2, "n": i} for i in range(10)]).save_to_disk(str(tmp_path / "own"))
     dataset = read(tmp_path / "own", test=None, columns={**COLUMNS, "id": "n"})
 
@@ -162,7 +162,7 @@ def test_a_dataset_without_splits_is_its_own_training_split(hub: Any, tmp_path: 
     assert {s.id for s in (*dataset.train, *dataset.test)} == {str(i) for i in range(10)}
 
 
-def test_what_is_no_saved_dataset_is_refused(hub: Any, tmp_path: Path) -> None:
+def test_a_folder_without_a_saved_dataset_is_refused(hub: Any, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"data\.root: .* contains no dataset written by save_to_disk"):
         read(tmp_path)
     root = save(hub, tmp_path / "own")
@@ -181,22 +181,22 @@ def test_a_damaged_dataset_is_refused(file: str, content: bytes, hub: Any, tmp_p
         read(tmp_path / "own")
 
 
-def test_the_library_is_asked_for_where_it_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_missing_library_is_named_with_a_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
 
     with pytest.raises(ConfigError, match=r"huggingface needs the datasets library: pip install 'fedmllm\[datasets\]'"):
         read(tmp_path)
 
 
-def test_a_folder_of_parquet_files_is_named_as_such(hub: Any, tmp_path: Path) -> None:
+def test_a_folder_of_parquet_files_has_its_own_message(hub: Any, tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "train-0.parquet").touch()
     with pytest.raises(ConfigError, match=r"read its Parquet files with datasets\.load_dataset and save that"):
         load_dataset("huggingface", DatasetRequest(tmp_path, 0, options=OPTIONS))
 
 
-def test_a_damaged_picture_in_a_list_is_a_bad_one_like_others(hub: Any, tmp_path: Path) -> None:
-    """Lists of one picture are read; the library would decode them while rows are listed, and end."""
+def test_a_damaged_picture_in_a_list_is_skipped_like_others(hub: Any, tmp_path: Path) -> None:
+    """Lists with one picture are read. The library would decode them while rows are listed, and fail."""
     features = hub.Features(scan=hub.List(hub.Image()), report=hub.Value("string"), finding=hub.ClassLabel(names=CHOICES))
     scans = [[{"bytes": png(10)}], [{"bytes": b"no picture"}], [], [{"bytes": png(1)}, {"bytes": png(2)}]]
     rows = {"scan": scans, "report": list("abcd"), "finding": [0, 1, 0, 1]}

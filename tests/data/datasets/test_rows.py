@@ -1,4 +1,4 @@
-"""Rows of files: what each reader takes for a row, which rules a row can break, and what becomes of rows that do."""
+"""The rows of files: what each reader takes for a row, which rules a row can break, and what happens to bad rows."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def entries(path: Path) -> Iterator[Row]:
 
 
 def read(reader: Reader, path: Path, content: bytes) -> list[tuple[str, object]]:
-    """Where each row stands and its ``a``, or the rule it breaks."""
+    """Each row's position and its ``a``, or the rule that it breaks."""
     path.write_bytes(content)
-    return [(row.where, told(row)) for row in reader(path)]
+    return [(row.where, value_or_problem(row)) for row in reader(path)]
 
 
-def told(row: Row) -> object:
+def value_or_problem(row: Row) -> object:
     try:
         return row.value("a")
     except RowError as problem:
@@ -60,12 +60,12 @@ READ = {
 
 
 @pytest.mark.parametrize(("reader", "content", "rows"), READ.values(), ids=READ)
-def test_rows_are_found_with_their_places(reader: Reader, content: bytes, rows: list[tuple[str, object]], tmp_path: Path) -> None:
+def test_rows_are_found_with_their_positions(reader: Reader, content: bytes, rows: list[tuple[str, object]], tmp_path: Path) -> None:
     assert read(reader, tmp_path / "f", content) == rows
 
 
 @pytest.mark.parametrize("line", [b"\xff", b'{"a": "\xe9"}', b'{"a": 1', b"", b"[" * 100_000, b'{"a": ' + b"1" * 5000 + b"}"])
-def test_a_line_that_is_no_json_spoils_no_other(line: bytes, tmp_path: Path) -> None:
+def test_an_invalid_json_line_does_not_affect_others(line: bytes, tmp_path: Path) -> None:
     first, last = read(json_lines, tmp_path / "f", (line or b"null") + b'\n{"a": 2}\n')
 
     assert "object" in str(first[1])
@@ -102,7 +102,7 @@ def test_a_file_that_cannot_be_read_is_named(reader: Reader, content: bytes, mes
 
 @pytest.mark.parametrize("reader", [json_list, json_lines, entries, table, tsv])
 @pytest.mark.parametrize("name", ["gone", "."])
-def test_what_is_no_file_is_named(reader: Reader, name: str, tmp_path: Path) -> None:
+def test_a_missing_file_is_named(reader: Reader, name: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot be read"):
         list(reader(tmp_path / name))
 
@@ -112,15 +112,15 @@ def test_what_is_no_file_is_named(reader: Reader, name: str, tmp_path: Path) -> 
     [(" a\t b\r\nc ", "a b c"), (0, "0"), (-7, "-7"), ("Größe", "Größe"), ("🫁", "🫁"), ("null", "null")]
     + [(value, "") for value in ("", " \n", None, True, 2.5, ["a"], {}, b"a", "a\ud83e")],
 )
-def test_words(value: object, words: str) -> None:
+def test_words_are_normalized_text_or_empty(value: object, words: str) -> None:
     assert words_of(value) == words
 
 
-def test_a_number_of_too_many_digits_is_no_words() -> None:
+def test_a_number_with_too_many_digits_has_no_words() -> None:
     assert words_of(10**5000) == ""
 
 
-def test_a_choice_is_told_from_what_only_looks_like_it() -> None:
+def test_a_choice_rejects_values_that_only_look_like_it() -> None:
     known = {"0": "no", "1": "yes", "": None}
 
     assert [Row("f:1", {"a": value}).choice("a", known) for value in (0, " 1\n", "")] == ["no", "yes", None]
@@ -129,7 +129,7 @@ def test_a_choice_is_told_from_what_only_looks_like_it() -> None:
             Row("f:1", {"a": value}).choice("a", known)
 
 
-def test_files_lie_inside_their_folder(tmp_path: Path) -> None:
+def test_files_must_be_inside_their_folder(tmp_path: Path) -> None:
     (tmp_path / "in" / "more").mkdir(parents=True)
     for place in ("out.png", "in/a..b.png", "in/more/c.png"):
         (tmp_path / place).touch()
@@ -147,19 +147,19 @@ def test_files_lie_inside_their_folder(tmp_path: Path) -> None:
 
 
 def sample(row: Row) -> Sample | None:
-    """Keeps rows of words and leaves zeros out."""
+    """Keeps rows with text and leaves zeros out."""
     return None if row.record == {"a": 0} else Sample(f"x-{row.text('a')}", "?", "yes", {})
 
 
-def sift(policy: OnBadSample, values: list[object]) -> tuple[list[str], tuple[str, ...]]:
-    sieve = Sieve("files", policy)
-    kept = sieve.samples((Row(f"f:{i}", {"a": value}) for i, value in enumerate(values)), sample)
-    return [s.id for s in kept], sieve.finish()
+def collect(policy: OnBadSample, values: list[object]) -> tuple[list[str], tuple[str, ...]]:
+    collector = Sieve("files", policy)
+    kept = collector.samples((Row(f"f:{i}", {"a": value}) for i, value in enumerate(values)), sample)
+    return [s.id for s in kept], collector.finish()
 
 
 def test_all_bad_rows_are_refused_at_once() -> None:
     with pytest.raises(DataError) as error:
-        sift("refuse", ["u", None, 0, "u", 0, "v"])
+        collect("refuse", ["u", None, 0, "u", 0, "v"])
     assert str(error.value).splitlines() == [
         "files: 2 bad row(s); correct them or download the files again, or set data.on_bad_sample to skip:",
         "  - f:1: a must be text that is not empty, got None",
@@ -168,35 +168,35 @@ def test_all_bad_rows_are_refused_at_once() -> None:
 
 
 def test_bad_rows_are_skipped_and_counted() -> None:
-    assert sift("skip", ["u", 0, "v"]) == (["x-u", "x-v"], ())
-    assert sift("skip", ["u", None, 0, "u", "v"]) == (
+    assert collect("skip", ["u", 0, "v"]) == (["x-u", "x-v"], ())
+    assert collect("skip", ["u", None, 0, "u", "v"]) == (
         ["x-u", "x-v"],
         ("2 bad row(s) skipped", "f:1: a must be text that is not empty, got None", "f:3: id must be unique, but 'x-u' also occurs at f:0"),
     )
 
 
-def test_a_long_list_is_cut_after_twenty() -> None:
+def test_a_long_list_of_problems_is_truncated_after_twenty() -> None:
     values: list[object] = [None] * 25
 
     with pytest.raises(DataError, match=r"f:19: [^\n]*\n  \.\.\. and 5 more$"):
-        sift("refuse", values)
-    notes = sift("skip", ["u", *values])[1]
+        collect("refuse", values)
+    notes = collect("skip", ["u", *values])[1]
     assert (len(notes), notes[0], notes[-1]) == (22, "25 bad row(s) skipped", "... and 5 more")
 
 
-def test_skipping_never_hides_that_nothing_is_left() -> None:
+def test_skipping_every_row_is_an_error() -> None:
     with pytest.raises(DataError, match=r"2 bad row\(s\), and no other rows are left; .*\n  - f:0: .*\n  - f:2: "):
-        sift("skip", [None, 0, ""])
+        collect("skip", [None, 0, ""])
 
 
-def test_what_must_occur_once_can_be_another_thing_than_the_id() -> None:
-    sieve = Sieve("files", "skip", identity=lambda s: s.id.lower())
-    kept = sieve.samples((Row(f"f:{i}", {"a": value}) for i, value in enumerate(["u", "U"])), sample)
+def test_uniqueness_can_use_another_key_than_the_id() -> None:
+    collector = Sieve("files", "skip", identity=lambda s: s.id.lower())
+    kept = collector.samples((Row(f"f:{i}", {"a": value}) for i, value in enumerate(["u", "U"])), sample)
 
-    assert ([s.id for s in kept], len(sieve.problems)) == (["x-u"], 1)
+    assert ([s.id for s in kept], len(collector.problems)) == (["x-u"], 1)
 
 
-def test_what_is_missing_is_named_beside_what_is_there(tmp_path: Path) -> None:
+def test_missing_files_are_named_with_the_existing_ones(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     require(tmp_path, ("a",), "Things")
 

@@ -1,4 +1,4 @@
-"""SLAKE in both its layouts and languages: what is read, what is refused, and the real question files where they are at hand."""
+"""SLAKE in both layouts and languages: rows that are read and refused, and the real question files where they are available."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Item = dict[str, Any]
 
 
 def item(qid: int | str, image: int = 1, language: str = "en", **changes: object) -> Item:
-    """A row with all the keys of the release."""
+    """A row with all keys of the release."""
     return {
         "img_id": image, "img_name": f"xmlab{image}/source.jpg", "question": "Where is it?", "answer": "Left", "q_lang": language,
         "location": "Lung", "modality": "CT", "answer_type": "OPEN", "base_type": "vqa", "content_type": "Position",
@@ -49,7 +49,7 @@ def write(root: Path, validate: str = "validate", **files: object) -> Path:
 
 
 problems = partial(bad_rows, load)
-"""Of a request."""
+"""The bad rows of a request."""
 
 
 def ids(root: Path, **options: object) -> tuple[list[str], list[str]]:
@@ -76,7 +76,7 @@ def test_the_language_can_be_chosen(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["validate", "validation"])
-def test_the_validation_file_goes_by_two_names(name: str, tmp_path: Path) -> None:
+def test_the_validation_file_may_have_either_name(name: str, tmp_path: Path) -> None:
     assert ids(write(tmp_path, name), test="validate") == (["slake-train-1"], ["slake-validate-11"])
 
 
@@ -167,7 +167,7 @@ def test_all_bad_rows_of_both_files_are_listed_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b'[{"qid": "\xff"}]', b"[{}", '[{"q_lang": "en"}]'.encode("utf-16")])
-def test_a_file_that_is_no_list_is_named(content: bytes, tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_json_list_is_named(content: bytes, tmp_path: Path) -> None:
     (write(tmp_path) / "test.json").write_bytes(content)
 
     with pytest.raises(DataError, match=r"test\.json: must be "):
@@ -186,7 +186,7 @@ def test_an_empty_split_and_unknown_options_are_refused(tmp_path: Path) -> None:
     ("language", "train", "validate", "test"), [("en", 4918, 1053, 1061), ("zh", 4916, 1046, 1033), ("all", 9834, 2099, 2094)]
 )
 def test_the_real_files_hold_the_published_questions(language: str, train: int, validate: int, test: int, real_data: Path) -> None:
-    """One of the published English training questions has no answer."""
+    """One English training question of the release has no answer."""
     for split, count in (("test", test), ("validate", validate)):
         options = {"images": False, "language": language, "test": split}
         dataset = load(DatasetRequest(real_data / "slake_qa" / "Slake1.0", 0, options=options, validation_share=0))

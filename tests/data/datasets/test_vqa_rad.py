@@ -1,4 +1,4 @@
-"""VQA-RAD in both its layouts: what is read, what is refused, and the real files where they are at hand."""
+"""VQA-RAD in both layouts: rows that are read and refused, and the real files where they are available."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def write_repackaged(root: Path, train: object = None, test: object = None) -> P
 
 
 def write_original(root: Path) -> Path:
-    """One JSON file; the second row lacks ``question_rephrase``, as rows of the release do."""
+    """One JSON file. The second row lacks ``question_rephrase``, as some rows of the release do."""
     write_images(root / ORIGINAL_IMAGES)
     rows = [long_row(row) for row in TRAIN_ROWS] + [long_row({**row, "phrase_type": f"test_{row['phrase_type']}"}) for row in TEST_ROWS]
     del rows[1]["question_rephrase"]
@@ -111,7 +111,7 @@ def test_both_layouts_give_the_same_samples(write: Callable[[Path], Path], image
     assert (dataset.name, dataset.metric, dataset.modalities, dataset.ceilings) == ("vqa_rad", "accuracy", ("image",), {})
 
 
-def test_the_original_is_preferred_where_both_layouts_are(tmp_path: Path) -> None:
+def test_the_original_layout_is_preferred_over_the_repackaged_one(tmp_path: Path) -> None:
     write_repackaged(write_original(tmp_path), train=[])
 
     assert load(everything(tmp_path)).notes[0] == "read from the original layout"
@@ -190,7 +190,7 @@ NEARLY_WRONG = {
 
 
 @pytest.mark.parametrize(("change", "outcome"), NEARLY_WRONG.values(), ids=NEARLY_WRONG)
-def test_what_only_looks_wrong_is_read(change: Row, outcome: Mapping[str, str], tmp_path: Path) -> None:
+def test_rows_that_only_look_wrong_are_read(change: Row, outcome: Mapping[str, str], tmp_path: Path) -> None:
     write_repackaged(tmp_path, train=[{**TRAIN_ROWS[0], **change}])
     (tmp_path / "images" / "more").mkdir()
     (tmp_path / "images" / "more" / "synpic..9.jpg").touch()
@@ -200,7 +200,7 @@ def test_what_only_looks_wrong_is_read(change: Row, outcome: Mapping[str, str], 
     assert {key: getattr(sample, key) for key in outcome} == outcome
 
 
-def test_a_byte_order_mark_and_a_missing_question_type_are_no_matter(tmp_path: Path) -> None:
+def test_a_byte_order_mark_and_a_missing_question_type_are_ignored(tmp_path: Path) -> None:
     write_repackaged(tmp_path)
     rows = [{key: value for key, value in row.items() if key != "question_type"} for row in TRAIN_ROWS]
     (tmp_path / "trainset.json").write_text(json.dumps(rows), encoding="utf-8-sig")
@@ -208,7 +208,7 @@ def test_a_byte_order_mark_and_a_missing_question_type_are_no_matter(tmp_path: P
     assert len(load(everything(tmp_path)).train) == 3
 
 
-def test_rows_left_out_are_not_held_to_the_rules(tmp_path: Path) -> None:
+def test_rows_left_out_are_not_checked(tmp_path: Path) -> None:
     frame = {**FRAME_ROW, "image_name": "gone.jpg", "answer": "", "qid": TRAIN_ROWS[0]["qid"]}
 
     assert len(load(everything(write_repackaged(tmp_path, train=[*TRAIN_ROWS, frame]))).train) == 3
@@ -248,7 +248,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize(("change", "message"), BROKEN.values(), ids=BROKEN)
-def test_a_broken_row_is_named_with_its_rule(change: Row, message: str, tmp_path: Path) -> None:
+def test_a_bad_row_is_named_with_its_rule(change: Row, message: str, tmp_path: Path) -> None:
     write_repackaged(tmp_path, train=[*TRAIN_ROWS[:2], {**TRAIN_ROWS[2], **change}])
 
     with pytest.raises(DataError) as error:
@@ -276,7 +276,7 @@ def test_a_number_used_in_both_files_is_refused(tmp_path: Path) -> None:
         load(everything(write_repackaged(tmp_path, test=[{**TEST_ROWS[0], "qid": 1}])))
 
 
-def test_numbers_that_are_none_are_not_called_repeated(tmp_path: Path) -> None:
+def test_invalid_numbers_are_not_reported_as_repeated(tmp_path: Path) -> None:
     with pytest.raises(DataError) as error:
         load(everything(write_repackaged(tmp_path, train=[{**TRAIN_ROWS[0], "qid": None}] * 2)))
     assert "qid must be text that is not empty" in str(error.value)
@@ -284,7 +284,7 @@ def test_numbers_that_are_none_are_not_called_repeated(tmp_path: Path) -> None:
 
 
 def test_all_offending_rows_of_all_files_are_listed_at_once(tmp_path: Path) -> None:
-    """Each by the first rule it breaks: the third row's picture is missing too."""
+    """Each row is listed with the first rule that it breaks. The third row's picture is missing too."""
     train = [TRAIN_ROWS[0], "row", {**TRAIN_ROWS[1], "answer": "", "image_name": "gone.jpg"}, {"qid": 3}]
     test = [{**TEST_ROWS[0], "answer_type": "YES/NO"}, TEST_ROWS[1], {**TEST_ROWS[1]}]
 
@@ -299,7 +299,7 @@ def test_all_offending_rows_of_all_files_are_listed_at_once(tmp_path: Path) -> N
     }
 
 
-def test_a_long_list_of_problems_is_cut_and_counted(tmp_path: Path) -> None:
+def test_a_long_list_of_problems_is_truncated_and_counted(tmp_path: Path) -> None:
     train = [{**TRAIN_ROWS[0], "qid": 100 + i, "answer": ""} for i in range(25)]
 
     with pytest.raises(DataError, match=r"trainset\.json\[19\][^\n]*\n  \.\.\. and 5 more$"):
@@ -321,7 +321,7 @@ NOT_ROWS = {
 
 @pytest.mark.parametrize(("content", "message"), NOT_ROWS.values(), ids=NOT_ROWS)
 @pytest.mark.parametrize("file", ["trainset.json", "testset.json"])
-def test_a_file_that_is_no_list_of_rows_is_named(file: str, content: bytes, message: str, tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_list_of_rows_is_named(file: str, content: bytes, message: str, tmp_path: Path) -> None:
     write_repackaged(tmp_path)
     (tmp_path / file).write_bytes(content)
 
@@ -331,7 +331,7 @@ def test_a_file_that_is_no_list_of_rows_is_named(file: str, content: bytes, mess
 
 
 def test_bad_rows_can_be_skipped(tmp_path: Path) -> None:
-    """Those left out, bad or not, are counted apart; a number is taken by the first good row that has it."""
+    """Rows left out are counted separately, bad or not. The first good row with a number keeps it."""
     train = ["row", {**TRAIN_ROWS[0], "answer": ""}, *TRAIN_ROWS, FRAME_ROW]
     write_repackaged(tmp_path, train, [*TEST_ROWS, {**TEST_ROWS[0], "qid": "1"}])
 
@@ -362,8 +362,8 @@ def test_training_can_leave_out_the_test_images(write: Callable[[Path], Path], t
     )
 
 
-def test_the_disjoint_training_split_is_that_of_the_whole_test_split(tmp_path: Path) -> None:
-    """Whichever test question is drawn; row 12 alone shares no image with training."""
+def test_the_disjoint_training_split_excludes_images_of_the_whole_test_split(tmp_path: Path) -> None:
+    """For any drawn test questions. Only row 12 shares no image with training."""
     write_repackaged(tmp_path)
     drawn = [load(DatasetRequest(tmp_path, seed, num_test=1, options={"image_disjoint": True}, validation_share=0)) for seed in range(10)]
 
@@ -383,7 +383,7 @@ def test_an_empty_split_is_refused(train: Sequence[Row], test: Sequence[Row], sp
 
 
 @pytest.mark.parametrize("missing", ["trainset.json", "testset.json", "images"])
-def test_an_incomplete_layout_says_what_was_looked_for(missing: str, tmp_path: Path) -> None:
+def test_an_incomplete_layout_names_the_expected_files(missing: str, tmp_path: Path) -> None:
     write_repackaged(tmp_path)
     (tmp_path / missing).rename(tmp_path / "elsewhere")
 
@@ -395,7 +395,7 @@ def test_an_incomplete_layout_says_what_was_looked_for(missing: str, tmp_path: P
     assert f"original: {ORIGINAL_FILE} (missing), {ORIGINAL_IMAGES}/ (missing)" in str(error.value)
 
 
-def test_the_index_asks_for_a_folder(tmp_path: Path) -> None:
+def test_loading_without_a_folder_is_refused(tmp_path: Path) -> None:
     write_repackaged(tmp_path)
 
     assert load_dataset("vqa_rad", everything(tmp_path)) == load(everything(tmp_path))
@@ -404,7 +404,7 @@ def test_the_index_asks_for_a_folder(tmp_path: Path) -> None:
             ask(DatasetRequest(None, seed=0, validation_share=0))
 
 
-# What no one thought of: whatever stands in the files, they are read by the rules or refused with a DataError.
+# Fuzzing: any content of the files is either read by the rules or refused with a DataError.
 
 
 @pytest.fixture(scope="module")
@@ -453,7 +453,7 @@ def test_any_json_is_refused(value: object, scratch: Path) -> None:
 
 @given(data=st.data())
 @settings(max_examples=200, deadline=None)
-def test_rows_with_anything_in_them_are_read_by_the_rules_or_refused(data: st.DataObject, scratch: Path) -> None:
+def test_rows_with_any_values_are_read_by_the_rules_or_refused(data: st.DataObject, scratch: Path) -> None:
     rows = [dict(row) for row in (*TRAIN_ROWS, FRAME_ROW)]
     for _ in range(data.draw(st.integers(1, 4))):
         row, key = data.draw(st.sampled_from(rows)), data.draw(st.sampled_from([*TRAIN_ROWS[0]]))
@@ -515,11 +515,11 @@ def test_the_real_rows_are_the_same_in_the_other_layout(real_root: Path, tmp_pat
     (tmp_path / ORIGINAL_FILE).write_text(json.dumps([long_row(row) for row in rows]))
     (tmp_path / ORIGINAL_IMAGES).symlink_to((real_root / "images").resolve(), target_is_directory=True)
 
-    def told(dataset: Dataset) -> list[tuple[object, ...]]:
+    def described(dataset: Dataset) -> list[tuple[object, ...]]:
         samples = (*dataset.train, *dataset.test)
         return [(s.id, s.question, s.answer, s.category, s.answer_type, Path(str(s.content["image"])).name) for s in samples]
 
     original, repackaged = load(everything(tmp_path)), load(everything(real_root))
-    assert told(original) == told(repackaged)
+    assert described(original) == described(repackaged)
     (left_out,) = set(repackaged.notes[1:]) - set(original.notes[1:])
     assert left_out == "1,267 training rows of phrase_type frame were left out: the published split has none"
