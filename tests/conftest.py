@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 from fedmllm.config import Experiment
 from fedmllm.data.federated import FederatedData, federate
@@ -17,6 +18,9 @@ from fedmllm.training.batches import Encoder
 from tiny_families import folder_of, load
 
 torch.set_num_threads(1)
+# An example takes longer on a loaded machine; that is no failure.
+settings.register_profile("without deadline", deadline=None)
+settings.load_profile("without deadline")
 
 TINY = {
     "data": {"dataset": "digits-claims", "num_train": 60, "num_test": 24},

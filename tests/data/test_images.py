@@ -120,7 +120,7 @@ def test_opaque_black_stays_black(tmp_path: Path) -> None:
 
 
 @given(color=st.tuples(*[st.integers(0, 255)] * 4))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_half_transparent_pixels_are_mixed_with_white(color: tuple[int, int, int, int]) -> None:
     opacity = color[3] / 255
     expected = [opacity * channel + (1 - opacity) * 255 for channel in color[:3]]
@@ -326,13 +326,13 @@ def decoded_or_refused(path: Path, content: bytes) -> Image.Image | None:
 
 
 @given(content=st.binary(max_size=300))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_random_bytes_are_refused(content: bytes, scratch: Path) -> None:
     assert decoded_or_refused(scratch, content) is None
 
 
 @given(form=st.sampled_from(sorted(FORMATS)), tail=st.binary(max_size=300))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_random_bytes_after_a_valid_start_are_refused_or_decoded(form: str, tail: bytes, scratch: Path) -> None:
     decoded_or_refused(scratch, FORMATS[form][:40] + tail)
 
@@ -340,7 +340,7 @@ def test_random_bytes_after_a_valid_start_are_refused_or_decoded(form: str, tail
 @given(
     form=st.sampled_from(sorted(FORMATS)), damage=st.lists(st.tuples(st.integers(0, 3000), st.binary(max_size=4)), min_size=1, max_size=5)
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_damaged_pictures_are_refused_or_decoded(form: str, damage: list[tuple[int, bytes]], scratch: Path) -> None:
     content = FORMATS[form]
     for at, junk in damage:

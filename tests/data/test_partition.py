@@ -14,7 +14,7 @@ def covers_once(parts: Indices, count: int) -> bool:
     return sorted(np.concatenate(parts).tolist()) == list(range(count))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     sizes=st.lists(st.integers(1, 60), min_size=1, max_size=6),
     num_clients=st.integers(1, 12),

@@ -210,7 +210,7 @@ def test_a_second_update_of_a_client_does_not_count(tmp_path: Path) -> None:
     ]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.integers(1, 40), st.floats(0, 0.97), st.floats(0.5, 0.999), st.integers(0, 2**31))
 def test_adamw_never_moves_further_than_its_reach(steps: int, beta1: float, beta2: float, seed: int) -> None:
     """Gradients of all sizes and signs. The worst ones decay as in the Cauchy-Schwarz bound."""

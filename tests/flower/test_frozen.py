@@ -39,7 +39,7 @@ def same(one: Weights, other: Weights) -> bool:
 
 
 @given(st.lists(st.sets(st.sampled_from("abc")), min_size=1, max_size=7), st.sets(st.integers(1, 6)), st.booleans())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_every_client_has_the_servers_frozen_weights_in_any_cohort_order(
     tmp_path_factory: pytest.TempPathFactory, cohorts: list[set[str]], skipped: set[int], begins: bool
 ) -> None:

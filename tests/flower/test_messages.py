@@ -159,7 +159,7 @@ def test_an_invalid_answer_is_a_failure_with_its_reason(content: bytes, why: str
     assert why in reason(content)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(st.data())
 def test_a_damaged_answer_never_raises(data: st.DataObject) -> None:
     """A truncated or changed message gives an answer, possibly with other numbers, or a failure."""

@@ -17,7 +17,6 @@ from safetensors import SafetensorError
 
 from fedmllm.errors import ModelError, listing
 from fedmllm.files import is_pointer
-from fedmllm.models.beside import Beside
 from fedmllm.models.checkpointing import checkpoint_layers
 from fedmllm.models.families import family_of
 from fedmllm.models.families.generic import ModelFamily
@@ -26,6 +25,7 @@ from fedmllm.models.frozen_products import available, direct
 from fedmllm.models.last_layer import narrow
 from fedmllm.models.processors import load_processor
 from fedmllm.models.quantized import four_bits, require_gpu
+from fedmllm.models.separate_changes import SeparateChange
 from fedmllm.settings_file import ADVANCED
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ class VisionLanguageModel:
     max_length: int
     dtype: torch.dtype = torch.float32
     originals: dict[str, torch.Tensor] = field(default_factory=dict)
-    beside: dict[str, Beside] = field(default_factory=dict)
+    beside: dict[str, SeparateChange] = field(default_factory=dict)
     features: VisionFeatures | None = None
     max_image_side: int | None = None
 

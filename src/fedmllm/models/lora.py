@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from fedmllm.errors import ModelError
-from fedmllm.models.beside import Beside, too_coarse
 from fedmllm.models.load import VisionLanguageModel
 from fedmllm.models.parts import LoraConfig, adapted_modules, whole_modules
+from fedmllm.models.separate_changes import SeparateChange, too_coarse
 from fedmllm.randomness import torch_randomness
 from fedmllm.types import Weights
 
@@ -191,7 +191,7 @@ def write_base(vlm: VisionLanguageModel, base: Mapping[str, Tensor]) -> None:
     """Make the frozen layers compute with the loaded matrices plus ``s base``, where s is LoRA's scale.
 
     A float32 matrix is set to the sum, always computed from a stored copy of the original. In lower precision, where the sum would lose
-    much of a small change, ``s base`` is held separately (``models.beside``).
+    much of a small change, ``s base`` is held separately (``models.separate_changes``).
 
     Args:
         vlm: the model. Modules that ``base`` does not contain are restored to their originals.
@@ -214,7 +214,7 @@ def write_base(vlm: VisionLanguageModel, base: Mapping[str, Tensor]) -> None:
                 )
             change = lora_scale(vlm.model) * base[name].to(weight.device, torch.float32)
             if too_coarse(weight.dtype):
-                vlm.beside[name] = Beside(frozen, change)
+                vlm.beside[name] = SeparateChange(frozen, change)
             else:
                 original = vlm.originals.setdefault(name, weight.detach().clone())
                 weight.copy_(original.float() + change)

@@ -151,7 +151,7 @@ def test_the_complete_folders_are_read(place: tuple[str, Path]) -> None:
 
 
 @given(data=st.data(), content=st.binary(max_size=200))
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 def test_any_bytes_are_read_by_the_rules_or_refused(data: st.DataObject, content: bytes, place: tuple[str, Path]) -> None:
     check_both_policies(*place, data.draw(st.sampled_from(sorted(FOLDERS[place[0]].files))), content)
 
@@ -179,7 +179,7 @@ JUNK = st.binary(max_size=4) | st.sampled_from(
 
 
 @given(data=st.data(), start=st.integers(0, 2000), cut=st.integers(0, 12), junk=JUNK)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_a_damaged_file_is_read_by_the_rules_or_refused(
     data: st.DataObject, start: int, cut: int, junk: bytes, place: tuple[str, Path]
 ) -> None:
@@ -202,7 +202,7 @@ VALUES = st.recursive(
 
 
 @given(data=st.data(), value=VALUES)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_a_replaced_value_is_read_by_the_rules_or_refused(data: st.DataObject, value: object, place: tuple[str, Path]) -> None:
     file, content = data.draw(st.sampled_from(sorted(FOLDERS[place[0]].files.items())))
     if place[0] in ("crisismmd", "csv"):

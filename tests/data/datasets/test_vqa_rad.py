@@ -440,19 +440,19 @@ PLAUSIBLE = st.sampled_from(["OPEN", "CLOSED ", "open", "para", "frame", "HEAD",
 
 
 @given(content=st.binary(max_size=200))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_any_bytes_are_refused(content: bytes, scratch: Path) -> None:
     assert read_or_refused(scratch, content) is None
 
 
 @given(value=JSON_VALUES)
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_any_json_is_refused(value: object, scratch: Path) -> None:
     assert read_or_refused(scratch, json.dumps(value).encode()) is None
 
 
 @given(data=st.data())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_rows_with_any_values_are_read_by_the_rules_or_refused(data: st.DataObject, scratch: Path) -> None:
     rows = [dict(row) for row in (*TRAIN_ROWS, FRAME_ROW)]
     for _ in range(data.draw(st.integers(1, 4))):
@@ -467,7 +467,7 @@ def test_rows_with_any_values_are_read_by_the_rules_or_refused(data: st.DataObje
 
 
 @given(cut=st.integers(0, 10_000), junk=st.binary(min_size=1, max_size=4))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_a_damaged_file_is_read_by_the_rules_or_refused(cut: int, junk: bytes, scratch: Path) -> None:
     whole = json.dumps(TRAIN_ROWS).encode()
     at = cut % len(whole)

@@ -15,7 +15,7 @@ def too_coarse(dtype: torch.dtype) -> bool:
     return torch.finfo(dtype).bits < 32
 
 
-class Beside:
+class SeparateChange:
     """Changes a linear layer from ``y = W x + bias`` to ``y = W x + C x + bias`` without modifying W.
 
     C is held as ``high + low``, both in the data type of W: high is C rounded, and low is the rounded remainder. In bfloat16 the sum
