@@ -12,9 +12,9 @@ from pydantic import BaseModel
 from fedmllm.cli.catalog import FILE as CATALOG_FILE
 from fedmllm.data.datasets import DATASETS, columns
 from fedmllm.data.datasets.mixture import MixedPart
-from fedmllm.data.modalities import SCENARIOS
 from fedmllm.data.prompts import Wording
 from fedmllm.data.quality import PARTS
+from fedmllm.data.scenarios import SCENARIOS
 from fedmllm.engine.schedules import SCHEDULES
 from fedmllm.models.families import FAMILIES, GENERIC
 from fedmllm.reports import models as models_view

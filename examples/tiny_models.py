@@ -222,8 +222,8 @@ def processor(kind: str, changes: Mapping[str, Any] | None = None) -> Any:
     import transformers
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES, processor_class_from_name
 
-    from fedmllm.models.load import model_source
     from fedmllm.models.processors import NoVideos, without_videos
+    from fedmllm.models.source import model_source
 
     recipe = RECIPES[kind]
     tokenizer = transformers.AutoTokenizer.from_pretrained(

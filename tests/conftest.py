@@ -11,9 +11,10 @@ from hypothesis import settings
 
 from fedmllm.config import Experiment
 from fedmllm.data.federated import FederatedData, federate
-from fedmllm.models.load import ModelConfig, VisionLanguageModel, load_model
+from fedmllm.models.load import VisionLanguageModel, load_model
 from fedmllm.models.lora import attach_lora
 from fedmllm.models.parts import LoraConfig
+from fedmllm.models.settings import ModelConfig
 from fedmllm.training.batches import Encoder
 from tiny_families import folder_of, load
 

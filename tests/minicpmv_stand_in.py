@@ -14,7 +14,8 @@ from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForC
 
 from fedmllm.models.families import FAMILIES
 from fedmllm.models.last_layer import narrow
-from fedmllm.models.load import VisionLanguageModel, model_source
+from fedmllm.models.load import VisionLanguageModel
+from fedmllm.models.source import model_source
 
 PATCH, QUERIES, WIDTH = 8, 3, 32
 

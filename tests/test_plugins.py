@@ -23,8 +23,8 @@ from fedmllm.cli.main import app
 from fedmllm.config import Experiment
 from fedmllm.data.datasets import DATASETS
 from fedmllm.data.datasets.base import HEADLINES
-from fedmllm.data.modalities import SCENARIOS
 from fedmllm.data.quality import PARTS
+from fedmllm.data.scenarios import SCENARIOS
 from fedmllm.engine.schedules import SCHEDULES
 from fedmllm.errors import ConfigError
 from fedmllm.evaluation.metrics import METRICS
@@ -34,7 +34,8 @@ from fedmllm.run.resident import Resident
 from fedmllm.run.tracking import TRACKERS
 from fedmllm.run.worker import Worker
 from fedmllm.sites.client import SiteWorker
-from fedmllm.sweeps.grid import cells, load_grid, plugin_version
+from fedmllm.sweeps.code_version import plugin_version
+from fedmllm.sweeps.grid import cells, load_grid
 from fedmllm.sweeps.runner import open_sweep, run_sweep
 from tiny_families import folder_of
 
@@ -53,7 +54,7 @@ from fedmllm.algorithms.fedavg import FedAvg
 from fedmllm.algorithms.strategies import Strategy
 from fedmllm.data.datasets import DATASETS
 from fedmllm.data.datasets.base import DatasetEntry
-from fedmllm.data.modalities import Scenario
+from fedmllm.data.scenarios import Scenario
 from fedmllm.data.quality import PartEntry
 from fedmllm.engine.schedules.synchronous import Synchronous
 from fedmllm.models.families.generic import ModelFamily

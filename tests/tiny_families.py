@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 
 from fedmllm import factors
-from fedmllm.models.load import ModelConfig, VisionLanguageModel, load_model
+from fedmllm.models.load import VisionLanguageModel, load_model
 from fedmllm.models.lora import trainable
+from fedmllm.models.settings import ModelConfig
 from minicpmv_stand_in import stand_in
 from tiny_models import RECIPES, make
 

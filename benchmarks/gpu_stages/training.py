@@ -10,11 +10,12 @@ import torch
 
 from fedmllm import weights as W
 from fedmllm.models.encoding import Encoded
-from fedmllm.models.load import ModelConfig, VisionLanguageModel
+from fedmllm.models.load import VisionLanguageModel
 from fedmllm.models.lora import read_weights
 from fedmllm.models.memory import TokenBudget
 from fedmllm.models.parts import LoraConfig
 from fedmllm.models.plan import Plan, make_plan
+from fedmllm.models.settings import ModelConfig
 from fedmllm.training.batches import batched
 from fedmllm.training.client import LocalTask
 from fedmllm.training.local import train_in_parallel

@@ -22,8 +22,8 @@ from fedmllm.engine.settings import EngineConfig
 from fedmllm.errors import ConfigError, listing
 from fedmllm.evaluation.evaluate import EvaluationConfig
 from fedmllm.explain import rule
-from fedmllm.models.load import ModelConfig
 from fedmllm.models.parts import LoraConfig
+from fedmllm.models.settings import ModelConfig
 from fedmllm.registry import load_plugins, resolved
 from fedmllm.settings_file import Path_, read_settings
 from fedmllm.training.settings import TrainingConfig

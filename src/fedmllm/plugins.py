@@ -27,8 +27,8 @@ from fedmllm.registry import register, require_hyper_parameters
 
 if TYPE_CHECKING:
     from fedmllm.data.datasets.base import DatasetEntry
-    from fedmllm.data.modalities import Scenario
     from fedmllm.data.quality import PartEntry
+    from fedmllm.data.scenarios import Scenario
     from fedmllm.models.families.generic import ModelFamily
 
 Class = TypeVar("Class", bound=type[Any])

@@ -20,7 +20,7 @@ from PIL import Image
 
 from fedmllm.cli.main import main
 from fedmllm.config import Experiment
-from fedmllm.models.load import NANO_FOLDER
+from fedmllm.models.source import NANO_FOLDER
 from run_folders import SMALL
 
 QUICK = """

@@ -21,13 +21,14 @@ from fedmllm.models.families import FAMILIES, TESTED
 from fedmllm.models.families.generic import special_tokens
 from fedmllm.models.features import VisionFeatures, serves
 from fedmllm.models.last_layer import shorten
-from fedmllm.models.load import ModelConfig, VisionLanguageModel, load_model
+from fedmllm.models.load import VisionLanguageModel, load_model
 from fedmllm.models.lora import adapted_layers, attach_lora, copies, read_weights, trainable
 from fedmllm.models.memory import Alive, peak_bytes
 from fedmllm.models.parallel_adapters import parallel_adapters, stacked
 from fedmllm.models.parts import LoraConfig
 from fedmllm.models.plan import make_plan
 from fedmllm.models.saved import save_adapter
+from fedmllm.models.settings import ModelConfig
 from fedmllm.training.batches import Encoder
 from fedmllm.types import Message, Part, Sample
 from tiny_families import KINDS, WITH_REMOTE, folder_of, load, stirred

@@ -15,11 +15,12 @@ from fedmllm.data.federated import FederatedData
 from fedmllm.errors import ModelError, RunError
 from fedmllm.models.encoding import Batch, answer_nll, collate
 from fedmllm.models.families import FAMILIES
-from fedmllm.models.load import ModelConfig, VisionLanguageModel, load_model
+from fedmllm.models.load import VisionLanguageModel, load_model
 from fedmllm.models.lora import attach_lora, read_weights, trainable
 from fedmllm.models.parallel_adapters import stackable
 from fedmllm.models.parts import LoraConfig, parts
 from fedmllm.models.saved import save_adapter, save_merged
+from fedmllm.models.settings import ModelConfig
 from fedmllm.training.batches import Encoder
 from minicpmv_stand_in import true_geometry
 from tiny_families import KINDS, WITH_REMOTE, folder_of, load, stirred

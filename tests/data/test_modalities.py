@@ -4,7 +4,8 @@ from collections import Counter
 
 import pytest
 
-from fedmllm.data.modalities import apply_scenario, parse_scenario
+from fedmllm.data.modalities import apply_scenario
+from fedmllm.data.scenarios import parse_scenario
 from fedmllm.errors import ConfigError
 from fedmllm.types import Sample
 

@@ -13,7 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fedmllm.errors import ModelError
-from fedmllm.models.load import NANO_FOLDER, ModelConfig, fingerprint_of, load_model
+from fedmllm.models.load import fingerprint_of, load_model
+from fedmllm.models.settings import ModelConfig
+from fedmllm.models.source import NANO_FOLDER
 
 NANO = fingerprint_of(ModelConfig())
 

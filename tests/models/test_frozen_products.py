@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from fedmllm import weights as W
 from fedmllm.data.federated import FederatedData
 from fedmllm.models.frozen_products import adapted, available, direct
-from fedmllm.models.load import ModelConfig, VisionLanguageModel, load_model
+from fedmllm.models.load import VisionLanguageModel, load_model
 from fedmllm.models.lora import attach_lora, read_weights
 from fedmllm.models.parts import LoraConfig
+from fedmllm.models.settings import ModelConfig
 from fedmllm.training.batches import Encoder
 from fedmllm.training.client import LocalTask
 from fedmllm.training.local import train_in_parallel, train_locally

@@ -17,8 +17,10 @@ from transformers import AutoConfig, AutoProcessor
 from fedmllm.data.federated import FederatedData
 from fedmllm.errors import ModelError
 from fedmllm.models.encoding import answer_nll, collate
-from fedmllm.models.load import NANO_FOLDER, OLDEST_TRANSFORMERS, ModelConfig, choose_device, load_model, require_transformers
+from fedmllm.models.load import OLDEST_TRANSFORMERS, choose_device, load_model, require_transformers
 from fedmllm.models.processors import load_processor, needs_torchvision
+from fedmllm.models.settings import ModelConfig
+from fedmllm.models.source import NANO_FOLDER
 from fedmllm.training.batches import Encoder
 from minicpmv_stand_in import StandIn
 from tiny_models import RECIPES, make, processor

@@ -7,10 +7,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fedmllm.errors import ModelError
-from fedmllm.models.load import ModelConfig, VisionLanguageModel, load_model, model_source
+from fedmllm.models.load import VisionLanguageModel, load_model
 from fedmllm.models.lora import attach_lora, read_weights, trainable, write_weights
 from fedmllm.models.parts import LoraConfig
 from fedmllm.models.saved import load_adapter, save_adapter
+from fedmllm.models.settings import ModelConfig
+from fedmllm.models.source import model_source
 
 
 @pytest.fixture

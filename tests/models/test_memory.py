@@ -13,10 +13,11 @@ from torch.utils.checkpoint import checkpoint
 from fedmllm.data.federated import FederatedData
 from fedmllm.models import memory
 from fedmllm.models.encoding import answer_nll, collate
-from fedmllm.models.load import ModelConfig, VisionLanguageModel, load_model
+from fedmllm.models.load import VisionLanguageModel, load_model
 from fedmllm.models.lora import attach_lora, read_weights
 from fedmllm.models.memory import CPU_TOKENS, TokenBudget, clients_at_once, out_of_memory, peak_bytes
 from fedmllm.models.parts import LoraConfig
+from fedmllm.models.settings import ModelConfig
 from fedmllm.training.batches import Encoder
 from fedmllm.training.client import LocalTask
 from fedmllm.training.local import train_in_parallel, train_locally

@@ -14,13 +14,15 @@ import torch
 
 from fedmllm.data.datasets.digits import claims, triage, vqa
 from fedmllm.data.images import open_image
-from fedmllm.models.load import NANO_FOLDER, ModelConfig, VisionLanguageModel, load_model
+from fedmllm.models.load import VisionLanguageModel, load_model
 from fedmllm.models.nano.card import skills
 from fedmllm.models.nano.dialogues import dialogue
 from fedmllm.models.nano.drills import caption, note_checks, picture_checks, short_questions
 from fedmllm.models.nano.pretrain import STAGES, PretrainConfig, make_nano, new_nano
 from fedmllm.models.nano.scenes import Dialogue
 from fedmllm.models.nano.sight import SightExam, sheets
+from fedmllm.models.settings import ModelConfig
+from fedmllm.models.source import NANO_FOLDER
 from fedmllm.randomness import generator, torch_randomness
 
 

@@ -8,9 +8,9 @@ import pytest
 from transformers import Qwen2_5_VLConfig
 
 from fedmllm.errors import ModelError
-from fedmllm.models.load import ModelConfig
 from fedmllm.models.parts import LoraConfig
 from fedmllm.models.plan import make_plan
+from fedmllm.models.settings import ModelConfig
 
 TEXT = {
     **{"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2},

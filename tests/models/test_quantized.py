@@ -15,13 +15,14 @@ from fedmllm.config import Experiment
 from fedmllm.data.federated import FederatedData
 from fedmllm.errors import ConfigError, ModelError
 from fedmllm.models.encoding import answer_nll, collate
-from fedmllm.models.load import ModelConfig, VisionLanguageModel, load_model
+from fedmllm.models.load import VisionLanguageModel, load_model
 from fedmllm.models.lora import adapted_layers, attach_lora, frozen_weights, trainable, write_base
 from fedmllm.models.lora import read_weights as read
 from fedmllm.models.parts import LoraConfig
 from fedmllm.models.plan import make_plan
 from fedmllm.models.quantized import BITS, four_bits, require_gpu
 from fedmllm.models.saved import save_adapter
+from fedmllm.models.settings import ModelConfig
 from fedmllm.training.batches import Encoder
 
 installed = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed: make test-quantized")

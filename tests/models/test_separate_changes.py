@@ -19,11 +19,12 @@ from fedmllm.engine.in_process import InProcessEngine
 from fedmllm.engine.rounds import Loop, run_stage
 from fedmllm.engine.stages import Stage
 from fedmllm.errors import ConfigError
-from fedmllm.models.load import ModelConfig, VisionLanguageModel, load_model
+from fedmllm.models.load import VisionLanguageModel, load_model
 from fedmllm.models.lora import adapted_layers, attach_lora, detach_lora, frozen_weights, lora_scale, read_weights, write_base
 from fedmllm.models.parallel_adapters import parallel_adapters, stacked
 from fedmllm.models.parts import LoraConfig
 from fedmllm.models.saved import load_adapter, save_adapter, save_merged
+from fedmllm.models.settings import ModelConfig
 from fedmllm.training.batches import Encoder
 from fedmllm.training.settings import TrainingConfig
 from fedmllm.types import Weights

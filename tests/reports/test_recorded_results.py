@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from fedmllm.reports.gain_tables import beside_table, overview_table
 from fedmllm.reports.sweep_formats import to_csv, to_markdown
-from fedmllm.reports.sweep_tables import beside_table, overview_table, score_table
+from fedmllm.reports.sweep_tables import score_table
 from fedmllm.sweeps.comparison import Sweep, read_sweep
 from fedmllm.sweeps.grid import cells, load_grid
 

@@ -13,9 +13,9 @@ from fedmllm.cli.tables import _example_lines
 from fedmllm.config import Experiment
 from fedmllm.data.datasets import DATASETS
 from fedmllm.data.federated import federate
-from fedmllm.data.modalities import parse_scenario
 from fedmllm.data.prompts import Wording
 from fedmllm.data.quality import PARTS
+from fedmllm.data.scenarios import parse_scenario
 from fedmllm.errors import ConfigError
 from fedmllm.reports.split import catalog, describe, export_split, save_picture
 from fedmllm.run.reader import read_run

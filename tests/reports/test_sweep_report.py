@@ -20,21 +20,11 @@ from fedmllm.errors import RunError
 from fedmllm.evaluation.predictions import Answered, to_record
 from fedmllm.reports import sweep_tables as grid_tables
 from fedmllm.reports.drawing import FILLS
+from fedmllm.reports.gain_tables import beside_table, overview_table, strategy_table, survivors
 from fedmllm.reports.sweep_figures import _levels, _unbeaten, strategy_gains
 from fedmllm.reports.sweep_formats import to_csv, to_latex, to_markdown
 from fedmllm.reports.sweep_report import write_sweep_report
-from fedmllm.reports.sweep_tables import (
-    NOTHING,
-    Entry,
-    Table,
-    beside_table,
-    client_table,
-    hard_table,
-    overview_table,
-    score_table,
-    strategy_table,
-    survivors,
-)
+from fedmllm.reports.sweep_tables import NOTHING, Entry, Table, client_table, hard_table, score_table
 from fedmllm.sweeps.choosing import ranked
 from fedmllm.sweeps.comparison import Gain, read_sweep
 from fedmllm.sweeps.pairs import Pair, acting, pairs

@@ -16,8 +16,9 @@ from fedmllm.config import Experiment
 from fedmllm.data.datasets.base import Dataset, hold_out
 from fedmllm.data.federated import FederatedData
 from fedmllm.errors import DataError
-from fedmllm.models.load import ModelConfig, load_model
-from fedmllm.run import train as run
+from fedmllm.models.load import load_model
+from fedmllm.models.settings import ModelConfig
+from fedmllm.run import splits
 from fedmllm.run.encodable import encodable, usable
 from fedmllm.run.reader import read_run
 from fedmllm.run.scoring import score_adapter
@@ -129,7 +130,7 @@ def test_a_held_out_share_contains_every_class() -> None:
 def test_an_error_in_scoring_does_not_lose_the_adapter(call: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Scoring fails within the last round or after it. The adapter is there, and the run can be resumed."""
     write(tmp_path)
-    calls, evaluate = [0], run.evaluate
+    calls, evaluate = [0], splits.evaluate
 
     def failing(*arguments: Any) -> Any:
         calls[0] += 1
@@ -139,7 +140,7 @@ def test_an_error_in_scoring_does_not_lose_the_adapter(call: int, tmp_path: Path
 
     given = experiment(tmp_path, evaluation={"tested": ["text"]})
     with monkeypatch.context() as patched:
-        patched.setattr(run, "evaluate", failing)
+        patched.setattr(splits, "evaluate", failing)
         with pytest.raises(ZeroDivisionError):
             train(given, tmp_path / "run")
     early = score_adapter(tmp_path / "run")[1]

@@ -19,7 +19,7 @@ from fedmllm.config import Experiment
 from fedmllm.data.federated import spread
 from fedmllm.errors import FederationError
 from fedmllm.models.encoding import Encoded
-from fedmllm.models.load import NANO_FOLDER
+from fedmllm.models.source import NANO_FOLDER
 from fedmllm.run.resident import Resident
 from fedmllm.training.batches import Encoder
 

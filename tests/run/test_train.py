@@ -33,13 +33,14 @@ from fedmllm.engine.checkpoint import RunStore
 from fedmllm.engine.observer import Observer
 from fedmllm.errors import ConfigError, DataError, ModelError, RunError
 from fedmllm.evaluation.predictions import SIDE_BY_SIDE
-from fedmllm.models.load import VisionLanguageModel, model_source
+from fedmllm.models.load import VisionLanguageModel
 from fedmllm.models.lora import adapted_layers, write_base, write_weights
+from fedmllm.models.source import model_source
 from fedmllm.run.card import adapter_card
 from fedmllm.run.reader import Round, read_run
 from fedmllm.run.results import SCORES, RunResult
 from fedmllm.run.scoring import chat, merge, score_adapter
-from fedmllm.run.train import pooled
+from fedmllm.run.stages import pooled
 from fedmllm.types import Record, Sample
 from scripted import cut_short
 

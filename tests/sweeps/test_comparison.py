@@ -14,9 +14,10 @@ from scipy.stats import rankdata, ttest_1samp
 from fedmllm.errors import RunError
 from fedmllm.evaluation.predictions import Answered
 from fedmllm.run.reader import Run
-from fedmllm.sweeps.comparison import RESAMPLES, Column, Sweep, Trained, read_sweep
+from fedmllm.sweeps.comparison import Sweep, read_sweep
 from fedmllm.sweeps.grid import Grid, cells
 from fedmllm.sweeps.runner import Places, open_sweep, run_sweep
+from fedmllm.sweeps.trained import RESAMPLES, Column, Trained
 
 COLUMNS = tuple(Column("nano", dataset, scenario) for dataset in ("claims", "triage") for scenario in ("aligned", "missing"))
 

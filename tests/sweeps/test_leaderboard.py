@@ -12,7 +12,8 @@ import pytest
 import yaml
 
 from fedmllm.errors import RunError
-from fedmllm.sweeps.grid import Cell, Grid, cells, code_version
+from fedmllm.sweeps.code_version import code_version
+from fedmllm.sweeps.grid import Cell, Grid, cells
 from fedmllm.sweeps.leaderboard import Leaderboard, read_leaderboard, submit
 from fedmllm.sweeps.runner import Places, open_sweep, run_sweep
 from run_folders import SMALL

@@ -24,7 +24,8 @@ import fedmllm
 from fedmllm.config import Experiment
 from fedmllm.data.fingerprint import content_key
 from fedmllm.errors import ConfigError, RunError
-from fedmllm.sweeps import grid as module
+from fedmllm.sweeps import code_version as module
+from fedmllm.sweeps import grid as grids
 from fedmllm.sweeps.grid import Cell, Grid, cells, load_grid
 from fedmllm.sweeps.runner import Places, failures, require_sources, run_sweep, share
 from run_folders import SMALL
@@ -133,7 +134,7 @@ def test_all_invalid_experiments_are_named() -> None:
 def test_a_key_depends_on_settings_and_code(monkeypatch: pytest.MonkeyPatch) -> None:
     (first, second), (again, _) = small(), small()
     assert first.key == again.key != second.key
-    monkeypatch.setattr(module, "code_version", lambda: "other")
+    monkeypatch.setattr(grids, "code_version", lambda: "other")
     assert small()[0].key != first.key
 
 
@@ -158,7 +159,7 @@ def test_the_code_version_counts_modules_that_affect_scores_only() -> None:
     assert counted_modules().isdisjoint(
         {"data/export", "models/plan", "models/nano/pretrain", "flower/superlink", "reports/figures", "cli/tables", "cli/main"}
     )
-    assert all(module._module_file(name) is not None for name in module._NO_MATTER)
+    assert all(module._module_file(name) is not None for name in module._WITHOUT_EFFECT)
 
 
 @pytest.mark.slow
@@ -175,7 +176,7 @@ def test_every_module_that_a_cell_loads_is_counted_or_excluded(tmp_path: Path) -
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=True)
     loaded = {name.removeprefix("fedmllm.").replace(".", "/") for name in done.stdout.split()}
-    shown = {name.removeprefix("fedmllm.").replace(".", "/") for name in module._NO_MATTER}
+    shown = {name.removeprefix("fedmllm.").replace(".", "/") for name in module._WITHOUT_EFFECT}
     assert "training/local" in loaded
     # Modules that only display results may import others that only display.
     assert {name for name in loaded - counted_modules() - shown if not name.startswith(("run/", "flower/"))} == set()

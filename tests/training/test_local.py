@@ -16,9 +16,10 @@ from fedmllm.config import Experiment
 from fedmllm.data.federated import FederatedData
 from fedmllm.errors import ConfigError
 from fedmllm.models.encoding import Encoded, collate
-from fedmllm.models.load import ModelConfig, VisionLanguageModel, load_model
+from fedmllm.models.load import VisionLanguageModel, load_model
 from fedmllm.models.lora import attach_lora, read_weights, write_weights
 from fedmllm.models.parts import LoraConfig
+from fedmllm.models.settings import ModelConfig
 from fedmllm.randomness import generator
 from fedmllm.training.batches import Encoder
 from fedmllm.training.client import LocalTask

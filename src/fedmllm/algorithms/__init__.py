@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from fedmllm.algorithms.base import NONE_OUTSTANDING, Aggregate, Algorithm, Client, Member, Outstanding, ServerState
+from fedmllm.algorithms.base import Algorithm
 from fedmllm.algorithms.calibrated_flexlora import CalibratedFlexLoRA
 from fedmllm.algorithms.ditto import Ditto
 from fedmllm.algorithms.fedadagrad import FedAdagrad
@@ -32,6 +32,7 @@ from fedmllm.algorithms.krum import Krum
 from fedmllm.algorithms.median import Median
 from fedmllm.algorithms.rolora import RoLoRA
 from fedmllm.algorithms.scaffold import Scaffold
+from fedmllm.algorithms.state import NONE_OUTSTANDING, Aggregate, Client, Member, Outstanding, ServerState
 from fedmllm.algorithms.strategies import STRATEGIES, Composed, Holdings, Remark, Strategy
 from fedmllm.algorithms.transforms import Chain, ClientContext, Codec, Packed, UpdateTransform
 from fedmllm.algorithms.trimmed_mean import TrimmedMean

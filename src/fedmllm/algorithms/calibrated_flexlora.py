@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedmllm.algorithms.base import Client, require_not_negative
+from fedmllm.algorithms.checks import require_not_negative
 from fedmllm.algorithms.flexlora import FlexLoRA
+from fedmllm.algorithms.state import Client
 from fedmllm.algorithms.strategies.label_calibration import LabelCalibration
 from fedmllm.training.rules import LocalRule
 from fedmllm.types import Broadcast

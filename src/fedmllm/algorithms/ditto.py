@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedmllm.algorithms.base import Client, ServerState, require_not_negative
+from fedmllm.algorithms.checks import require_not_negative
 from fedmllm.algorithms.fedavg import FedAvg
 from fedmllm.algorithms.fedprox import Proximal
+from fedmllm.algorithms.state import Client, ServerState
 from fedmllm.training.rules import LocalRule
 from fedmllm.types import PERSONAL, Broadcast, Slots, Weights
 

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fedmllm import weights as W
-from fedmllm.algorithms.base import Aggregate, ServerState, require_positive, require_within, zeros
+from fedmllm.algorithms.base import zeros
+from fedmllm.algorithms.checks import require_positive, require_within
 from fedmllm.algorithms.fedavg import FedAvg
 from fedmllm.algorithms.fedavgm import MOMENTUM
+from fedmllm.algorithms.state import Aggregate, ServerState
 from fedmllm.errors import ConfigError
 from fedmllm.types import Weights
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fedmllm.algorithms.base import require_within
+from fedmllm.algorithms.checks import require_within
 from fedmllm.algorithms.fedadagrad import FedAdagrad
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fedmllm import weights as W
-from fedmllm.algorithms.base import Aggregate, ServerState, require_positive, require_within, zeros
+from fedmllm.algorithms.base import zeros
+from fedmllm.algorithms.checks import require_positive, require_within
 from fedmllm.algorithms.fedavg import FedAvg
+from fedmllm.algorithms.state import Aggregate, ServerState
 from fedmllm.types import Weights
 
 MOMENTUM = "momentum"

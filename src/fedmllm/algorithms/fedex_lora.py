@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from fedmllm import factors
 from fedmllm import weights as W
-from fedmllm.algorithms.base import Aggregate, ServerState, client_weights, merge
+from fedmllm.algorithms.base import client_weights, merge
 from fedmllm.algorithms.fedavg import FedAvg
+from fedmllm.algorithms.state import Aggregate, ServerState
 from fedmllm.types import WEIGHTS, ClientUpdate, Slots, Weights
 
 

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 
 from fedmllm import factors
 from fedmllm import weights as W
-from fedmllm.algorithms.base import Aggregate, Client, ServerState, require_within
+from fedmllm.algorithms.checks import require_within
 from fedmllm.algorithms.fedavg import FedAvg
+from fedmllm.algorithms.state import Aggregate, Client, ServerState
 from fedmllm.training.rules import LocalResult, LocalRule, Upload
 from fedmllm.types import UPDATE, Broadcast, ClientUpdate, Slots, Weights
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from fedmllm import weights as W
-from fedmllm.algorithms.base import Aggregate, Fact, ServerState
+from fedmllm.algorithms.base import Fact
 from fedmllm.algorithms.fedavg import FedAvg
+from fedmllm.algorithms.state import Aggregate, ServerState
 from fedmllm.types import UPDATE, ClientUpdate, Slots
 
 STEPS = "steps"

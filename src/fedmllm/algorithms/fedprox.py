@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedmllm.algorithms.base import Client, ServerAverage, require_not_negative
+from fedmllm.algorithms.base import ServerAverage
+from fedmllm.algorithms.checks import require_not_negative
+from fedmllm.algorithms.state import Client
 from fedmllm.training.rules import LocalRule
 from fedmllm.training.terms import LossTerm, Parameters
 from fedmllm.types import Broadcast

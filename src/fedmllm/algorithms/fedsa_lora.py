@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fedmllm import factors
-from fedmllm.algorithms.base import Client, ServerState
 from fedmllm.algorithms.fedavg import FedAvg
+from fedmllm.algorithms.state import Client, ServerState
 from fedmllm.training.rules import LocalResult, LocalRule, Upload
 from fedmllm.types import Broadcast, Slots, Weights
 

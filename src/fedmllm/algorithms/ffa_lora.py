@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fedmllm import factors
-from fedmllm.algorithms.base import Client
 from fedmllm.algorithms.fedavg import FedAvg
+from fedmllm.algorithms.state import Client
 from fedmllm.training.rules import LocalRule
 from fedmllm.types import Broadcast
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fedmllm import factors
-from fedmllm.algorithms.base import Aggregate, ServerState, mean_of_others
+from fedmllm.algorithms.base import mean_of_others
 from fedmllm.algorithms.flora import FLoRA
+from fedmllm.algorithms.state import Aggregate, ServerState
 from fedmllm.types import WEIGHTS
 
 

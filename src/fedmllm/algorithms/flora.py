@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fedmllm import factors
-from fedmllm.algorithms.base import Aggregate, Kind, ServerState, client_weights, mean_of_others, merge
+from fedmllm.algorithms.base import Kind, client_weights, mean_of_others, merge
 from fedmllm.algorithms.fedavg import FedAvg
+from fedmllm.algorithms.state import Aggregate, ServerState
 from fedmllm.types import WEIGHTS, ClientUpdate, Slots
 
 

@@ -8,8 +8,9 @@ import torch
 
 from fedmllm import factors
 from fedmllm import weights as W
-from fedmllm.algorithms.base import Aggregate, ServerState, client_weights
+from fedmllm.algorithms.base import client_weights
 from fedmllm.algorithms.fedavg import FedAvg
+from fedmllm.algorithms.state import Aggregate, ServerState
 from fedmllm.types import UPDATE, ClientUpdate, Slots
 
 HELD = "held"

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from fedmllm import weights as W
-from fedmllm.algorithms.base import Aggregate, ServerState, require_not_negative, require_positive
+from fedmllm.algorithms.checks import require_not_negative, require_positive
 from fedmllm.algorithms.median import Median, stacked
+from fedmllm.algorithms.state import Aggregate, ServerState
 from fedmllm.errors import ConfigError
 from fedmllm.types import UPDATE
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fedmllm import weights as W
-from fedmllm.algorithms.base import Aggregate, Member, ServerState
 from fedmllm.algorithms.fedavg import FedAvg
+from fedmllm.algorithms.state import Aggregate, Member, ServerState
 from fedmllm.types import UPDATE
 
 

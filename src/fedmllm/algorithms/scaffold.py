@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from fedmllm import weights as W
-from fedmllm.algorithms.base import Aggregate, Client, ServerState, require_positive
+from fedmllm.algorithms.checks import require_positive
 from fedmllm.algorithms.fedavg import FedAvg
+from fedmllm.algorithms.state import Aggregate, Client, ServerState
 from fedmllm.training.rules import LocalResult, LocalRule, Upload
 from fedmllm.types import Broadcast, Weights
 

@@ -9,7 +9,8 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from fedmllm.algorithms.base import Aggregate, Algorithm, ServerState
+from fedmllm.algorithms.base import Algorithm
+from fedmllm.algorithms.state import Aggregate, ServerState
 from fedmllm.errors import ConfigError
 from fedmllm.types import Broadcast, ClientUpdate, Slots, Weights
 

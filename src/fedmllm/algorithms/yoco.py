@@ -10,9 +10,10 @@ from torch import Tensor
 
 from fedmllm import factors
 from fedmllm import weights as W
-from fedmllm.algorithms.base import Aggregate, Client, Member, ServerState, require_not_negative, require_within
+from fedmllm.algorithms.checks import require_not_negative, require_within
 from fedmllm.algorithms.fedavg import FedAvg
 from fedmllm.algorithms.median import stacked
+from fedmllm.algorithms.state import Aggregate, Client, Member, ServerState
 from fedmllm.errors import ConfigError
 from fedmllm.training.rules import LocalRule
 from fedmllm.training.terms import LossTerm, Parameters

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fedmllm.data.modalities import Holdings
 from fedmllm.data.partition import Indices, by_owner
+from fedmllm.data.scenarios import Holdings
 from fedmllm.errors import DataError, listing
 from fedmllm.types import Modality, Sample
 

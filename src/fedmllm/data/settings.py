@@ -11,9 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from fedmllm.data.datasets import DATASETS
 from fedmllm.data.datasets.base import SPLITS, VALIDATION_SHARE, check_options
 from fedmllm.data.datasets.rows import OnBadSample
-from fedmllm.data.modalities import Protocol, parse_scenario
 from fedmllm.data.prompts import WORDINGS, Wording
 from fedmllm.data.quality import parse_part
+from fedmllm.data.scenarios import Protocol, parse_scenario
 from fedmllm.explain import meant
 from fedmllm.settings_file import ADVANCED
 

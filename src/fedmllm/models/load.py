@@ -8,15 +8,13 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from packaging import version
-from pydantic import BaseModel, ConfigDict, Field, model_validator
 from safetensors import SafetensorError
 
 from fedmllm.errors import ModelError, listing
-from fedmllm.files import is_pointer
 from fedmllm.models.checkpointing import checkpoint_layers
 from fedmllm.models.families import family_of
 from fedmllm.models.families.generic import ModelFamily
@@ -26,54 +24,13 @@ from fedmllm.models.last_layer import narrow
 from fedmllm.models.processors import load_processor
 from fedmllm.models.quantized import four_bits, require_gpu
 from fedmllm.models.separate_changes import SeparateChange
-from fedmllm.settings_file import ADVANCED
+from fedmllm.models.settings import ModelConfig
+from fedmllm.models.source import check_source, check_weights
 
 if TYPE_CHECKING:
     from fedmllm.models.features import VisionFeatures
 
 _LOG = logging.getLogger(__name__)
-NANO_FOLDER = Path(__file__).parent / "nano" / "folder"
-"""Folder of the embedded model, an ordinary Transformers folder."""
-
-
-class ModelConfig(BaseModel):
-    """The model to fine-tune, and how it is loaded."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    name: str = "nano"
-    """``nano`` for the embedded model, the path of a Transformers folder, or a Hugging Face hub id."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Data type of the frozen weights. With ``bfloat16`` the forward pass runs under autocast; LoRA weights are always float32."""
-    quantization: Literal["none", "4bit"] = "none"
-    """``4bit`` quantizes the frozen linear layers to NF4 and computes in bfloat16. Requires ``dtype: bfloat16``, a GPU and
-    ``fedmllm[quantized]``."""
-    max_length: int = Field(1024, gt=0)
-    """Maximum number of tokens in prompt plus answer. The model's own limit applies if it is lower."""
-    max_image_side: int | None = Field(None, gt=0)
-    """Images with a longer side than this, in pixels, are scaled down before the processor sees them. Null applies only the processor's
-    own limits."""
-    max_slices: int | None = Field(None, gt=0, json_schema_extra=ADVANCED)
-    """Maximum number of slices (tiles) into which the processor cuts an image, not counting the view of the whole image. Null keeps the
-    processor's own limit."""
-    onednn: bool = Field(True, json_schema_extra=ADVANCED)
-    """Compute frozen float32 layers with oneDNN on CPUs with AVX-512. This is up to twice as fast; results agree to float tolerance."""
-    gradient_checkpointing: bool = False
-    """In training, store only the inputs of each decoder layer and recompute the rest in the backward pass. Uses less memory and more time."""
-    revision: str | None = Field(None, json_schema_extra=ADVANCED)
-    """Branch, tag or commit on the hub; null for the default branch."""
-    trust_remote_code: bool = Field(False, json_schema_extra=ADVANCED)
-    """Run Python code that comes with the model. Such code can do anything that you can do. A hub model also needs ``revision``, the commit
-    that you trust."""
-    fingerprint: str | None = Field(None, json_schema_extra=ADVANCED)
-    """The expected fingerprint of the model's settings and weights; any other model is rejected. Every run records its model's
-    fingerprint. Null accepts any model."""
-
-    @model_validator(mode="after")
-    def _computes_in_bfloat16(self) -> ModelConfig:
-        if self.quantization != "none" and self.dtype != "bfloat16":
-            raise ValueError(f"quantization: {self.quantization} computes in bfloat16, but dtype is {self.dtype}; set dtype to bfloat16")
-        return self
 
 
 @dataclass(frozen=True)
@@ -139,11 +96,6 @@ def choose_device(device: str) -> torch.device:
     return chosen
 
 
-def model_source(name: str) -> str:
-    """Return the ``from_pretrained`` argument for a model name. ``nano`` stands for the embedded folder."""
-    return str(NANO_FOLDER) if name == "nano" else str(Path(name).expanduser()) if name.startswith("~") else name
-
-
 OLDEST_TRANSFORMERS = "5.23"
 """The oldest supported version. Earlier models silently ignore precomputed image features and would train without the images."""
 
@@ -169,7 +121,7 @@ def load_model(config: ModelConfig, device: torch.device) -> VisionLanguageModel
     """
     require_transformers(metadata.version("transformers"))
     source, dtype = check_source(config), getattr(torch, config.dtype)
-    _check_weights(config.name, Path(source))
+    check_weights(config.name, Path(source))
     if config.fingerprint is not None and (there := fingerprint_of(config)) != config.fingerprint:
         raise ModelError(
             f"model.name: {config.name!r} does not match model.fingerprint (found {there}, expected {config.fingerprint}); "
@@ -199,7 +151,7 @@ def fingerprint_of(config: ModelConfig) -> str:
         ModelError: if the model does not exist or its files are damaged.
     """
     source = check_source(config)
-    _check_weights(config.name, Path(source))
+    check_weights(config.name, Path(source))
     try:
         return fingerprint(source, config.revision)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
@@ -254,39 +206,6 @@ def _what_failed(error: Exception) -> str:
             "'hf download NAME --local-dir FOLDER', and set model.name to that folder"
         )
     return f"cannot be loaded: {text[:400]}"
-
-
-def check_source(config: ModelConfig) -> str:
-    """Return the ``from_pretrained`` argument for the configured model, after checking it.
-
-    A name that looks like a path must be a folder; it is never looked up on the hub.
-
-    Raises:
-        ModelError: if the folder does not exist or has no config.json, or if code from the hub is trusted without naming a commit.
-    """
-    name, source = config.name, model_source(config.name)
-    folder = Path(source)
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise ModelError(f"model.name: {name!r} has no config.json; it is not a Transformers folder")
-    if not folder.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise ModelError(f"model.name: {name!r} is not a folder; give a Transformers folder, a hub id or 'nano'")
-    if config.trust_remote_code and config.revision is None and not folder.is_dir():
-        raise ModelError(f"model.trust_remote_code runs code that comes with {name!r}; name the commit you trust in model.revision")
-    return source
-
-
-def _check_weights(name: str, folder: Path) -> None:
-    """Check that a local folder has its weights in safetensors and contains no git-lfs pointers."""
-    if pointers := [path.name for path in sorted(folder.iterdir()) if is_pointer(path)] if folder.is_dir() else []:
-        raise ModelError(
-            f"model.name: {name!r} contains git-lfs pointers instead of {', '.join(pointers)}; download the files, e.g. with 'git lfs pull'"
-        )
-    if folder.is_dir() and not any(folder.glob("*.safetensors")):
-        others = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
-        hint = (
-            f"only {', '.join(others)}, which can run code when read; convert to safetensors" if others else "download them, or use 'nano'"
-        )
-        raise ModelError(f"model.name: {name!r} has no weights in *.safetensors ({hint})")
 
 
 def context(model: Any) -> int:

@@ -13,11 +13,12 @@ from fedmllm.errors import ModelError
 from fedmllm.models.checkpointing import checkpoint_layers
 from fedmllm.models.families import family_of
 from fedmllm.models.families.generic import ModelFamily
-from fedmllm.models.load import ModelConfig, check_source
 from fedmllm.models.lora import without_deprecations
 from fedmllm.models.memory import OPTIMIZED_BYTES, peak_bytes
 from fedmllm.models.parts import LoraConfig, Part, adapted_modules, parts, whole_modules
 from fedmllm.models.quantized import BITS
+from fedmllm.models.settings import ModelConfig
+from fedmllm.models.source import check_source
 from fedmllm.randomness import torch_randomness
 
 _TOKENS = 128

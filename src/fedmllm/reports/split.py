@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 from fedmllm.data.datasets import DATASETS
 from fedmllm.data.export import export
 from fedmllm.data.federated import FederatedData, federate, manifest
-from fedmllm.data.modalities import SCENARIOS, SETTINGS
 from fedmllm.data.prompts import WORDINGS, Wording, target, to_messages
 from fedmllm.data.quality import PARTS
+from fedmllm.data.scenarios import SCENARIOS, SETTINGS
 from fedmllm.errors import ConfigError
 from fedmllm.files import require_new_folder
 from fedmllm.run.results import versions

@@ -14,8 +14,9 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from fedmllm.reports.drawing import BLUE, FILLS, GRAY, GREEN, INK, LOOKS, ORANGE, PURPLE, SKY, VERMILION, WIDTH, panel, rows, short, svg
 from fedmllm.reports.sweep_tables import BASELINES, baseline
-from fedmllm.sweeps.comparison import Column, Sweep
+from fedmllm.sweeps.comparison import Sweep
 from fedmllm.sweeps.pairs import Pair, acting
+from fedmllm.sweeps.trained import Column
 
 LINES = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY)
 """Colors of learning curves; this limits the number of methods in a figure."""

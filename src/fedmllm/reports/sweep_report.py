@@ -7,18 +7,10 @@ from typing import Any
 
 from fedmllm.files import write_atomically
 from fedmllm.reports import sweep_figures as grid_figures
+from fedmllm.reports.gain_tables import beside_table, overview_table, strategy_table
 from fedmllm.reports.run_report import METRICS, page
 from fedmllm.reports.sweep_formats import to_csv, to_latex, to_markdown
-from fedmllm.reports.sweep_tables import (
-    Table,
-    beside_table,
-    client_table,
-    hard_table,
-    overview_table,
-    score_table,
-    strategy_table,
-    tested_table,
-)
+from fedmllm.reports.sweep_tables import Table, client_table, hard_table, score_table, tested_table
 from fedmllm.sweeps.comparison import Sweep, read_sweep
 from fedmllm.sweeps.pairs import pairs
 

@@ -101,7 +101,7 @@ def adapter_card(result: RunResult, experiment: Experiment, client: str = "", to
     ]
     return CARD.format(
         model=result.model,
-        imports="from fedmllm.models.load import model_source\n" if result.model == "nano" else "",
+        imports="from fedmllm.models.source import model_source\n" if result.model == "nano" else "",
         base='model_source("nano")' if result.model == "nano" else f'"{result.model}"',
         title=f"{result.experiment}: personalized for {client}" if client else result.experiment,
         version=result.versions["fedmllm"],

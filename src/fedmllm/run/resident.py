@@ -16,9 +16,10 @@ from fedmllm.data.federated import load
 from fedmllm.data.fingerprint import folder_key
 from fedmllm.models.features import VisionFeatures, serves
 from fedmllm.models.last_layer import lengthen, shorten
-from fedmllm.models.load import VisionLanguageModel, choose_device, load_model, model_source
+from fedmllm.models.load import VisionLanguageModel, choose_device, load_model
 from fedmllm.models.lora import attach_lora, detach_lora
 from fedmllm.models.parts import Part, parts
+from fedmllm.models.source import model_source
 from fedmllm.training.batches import Encoder
 
 _LOG = logging.getLogger(__name__)

@@ -26,22 +26,23 @@ from fedmllm.engine.rounds import Loop, run_stage
 from fedmllm.engine.schedules import SYNCHRONOUS, build_schedule
 from fedmllm.engine.scores import evaluate_state, personal_models
 from fedmllm.engine.stages import Stage
-from fedmllm.evaluation.evaluate import evaluate
 from fedmllm.evaluation.metrics import require_scorable
 from fedmllm.evaluation.predictions import Answered, to_record
-from fedmllm.files import write_atomically, write_json
+from fedmllm.files import write_json
 from fedmllm.flower.facts import VALIDATION
 from fedmllm.models.load import VisionLanguageModel
-from fedmllm.models.lora import frozen_weights, read_weights, write_base, write_weights
+from fedmllm.models.lora import frozen_weights, read_weights
 from fedmllm.models.parts import Part
 from fedmllm.models.processors import needs_torchvision
 from fedmllm.models.saved import save_adapter
-from fedmllm.run.card import adapter_card
 from fedmllm.run.encodable import encodable, usable
 from fedmllm.run.federation import Federation, federation
 from fedmllm.run.folders import check_folder, known_model, open_folder, unfinished_folder
+from fedmllm.run.outputs import save_adapters, write_cards
 from fedmllm.run.resident import Resident
 from fedmllm.run.results import RunResult
+from fedmllm.run.splits import Splits
+from fedmllm.run.stages import stages_of
 from fedmllm.run.summary import summarize
 from fedmllm.run.tracking import require_trackers, tracked
 from fedmllm.training.batches import Encoder
@@ -142,7 +143,7 @@ class _Run:
         """Train the stages that are not finished, then write adapters, cards and result."""
         initial = read_weights(self.vlm.model)
         loop = self._loop()
-        stages = self.stages()
+        stages = stages_of(self.experiment, self.federation)
         self.observer.started(stages)
         self.observer.resumed(sum(_sent(loop.store, stage) for stage in stages))
         remarked = remarks(self.experiment.algorithm, self._holdings())
@@ -160,7 +161,7 @@ class _Run:
             trained = run_stage(watched, federated, self.start)
             # Save the adapter before scoring, so that it exists even if scoring fails.
             models = personal_models(loop, federated, trained)
-            self._save_adapters(trained, models if loop.algorithm.personalized else {})
+            save_adapters(self.vlm, self.folder, trained, models if loop.algorithm.personalized else {})
             self._write_predictions(loop, federated, trained)
             tested = self._tested(loop, federated, trained)
         ended = {f"fine_tuned-{client}": ServerState(weights, slots={BASE: trained.base}) for client, weights in models.items()}
@@ -174,30 +175,9 @@ class _Run:
             remarks={name: remark.text for name, remark in remarked.items()},
             idle=[name for name, remark in remarked.items() if remark.idle],
         )
-        self._write_cards(result)
+        write_cards(self.folder, result, self.experiment, needs_torchvision(self.vlm.processor))
         write_json(self.folder / "result.json", result.to_record())
         return result
-
-    def stages(self) -> list[Stage]:
-        """Return the stages: the federation, then the baselines.
-
-        Baselines are centralized training and local training of each client, both also with calibration, and fine-tuning of the final federated
-        model at each client.
-        """
-        federation, evaluation = self.experiment.federation, self.experiment.evaluation
-        ranks = {client: self.experiment.lora.rank_of(i) for i, client in enumerate(sorted(self.data.clients))}
-        own = {client: rank for client, rank in ranks.items() if rank is not None} | dict(self.federation.ranks)
-        rounds, cohort, reported = federation.num_rounds, federation.clients_per_round, self.data.reported
-        stages = [Stage("federated", self.data.clients, rounds, cohort, evaluation.every, own, reported)]
-        for name in ("centralized", "calibrated_centralized"):
-            if name in evaluation.baselines:
-                stages.append(Stage(name, pooled(self.data.clients), self._solo_rounds(), 1))
-        for name in ("local", "calibrated_local"):
-            if name in evaluation.baselines:
-                stages += [Stage(f"{name}-{client}", {client: held}, self._solo_rounds(), 1) for client, held in self.data.clients.items()]
-        if "fine_tuned" in evaluation.baselines:
-            stages += [Stage(f"fine_tuned-{client}", {client: samples}, 1, 1) for client, samples in self.data.clients.items()]
-        return stages
 
     def _calibrated(self) -> Algorithm:
         """Return plain training with the label calibration of the method under test, or with the default strength if it has none."""
@@ -217,41 +197,24 @@ class _Run:
         method = build_algorithm(config)
         return method.local_rule(method.broadcast(self.start), Client()).all_terms
 
-    def _solo_rounds(self) -> int:
-        """Return the mean number of rounds per client, so that every baseline visits each sample equally often."""
-        federation = self.experiment.federation
-        return max(1, round(federation.num_rounds * self.experiment.updates_per_round / federation.num_clients))
+    def _splits(self) -> Splits:
+        return Splits(self.vlm, self.encoder, self.experiment, self.data.dataset.metric)
 
     def _loop(self) -> Loop:
-        e, dataset = self.experiment, self.data.dataset
+        e, dataset, splits = self.experiment, self.data.dataset, self._splits()
         return Loop(
             build_algorithm(e.algorithm),
             InProcessEngine(self.vlm, self.encoder, e.training, e.engine.parallel_clients),
             e.training,
-            self._split(dataset.test, kept=self.asked),
+            splits.split(dataset.test, kept=self.asked),
             RunStore(self.folder),
             e.seed,
             compression(e.compression),
             e.failures,
             self.observer,
-            self._split(dataset.validation, VALIDATION) if dataset.validation else None,
+            splits.split(dataset.validation, VALIDATION) if dataset.validation else None,
             build_schedule(e.schedule),
         )
-
-    def _split(self, samples: Sequence[Sample], name: str = "", kept: list[Answered] | None = None) -> Split:
-        """Return a split that scores models by the experiment's metric."""
-        metric = self.data.dataset.metric
-        return Split(self._scorer(samples, metric, kept), name, metric)
-
-    def _scorer(self, samples: Sequence[Sample], metric: str, kept: list[Answered] | None = None) -> Scorer:
-        """Return a function that scores weights, with the change merged into the frozen weights, on some samples."""
-
-        def score(weights: Weights, base: Weights) -> Metrics:
-            write_base(self.vlm, base)
-            write_weights(self.vlm.model, weights)
-            return evaluate(self.vlm, samples, self.encoder, metric, self.experiment.evaluation, self.experiment.seed, kept)
-
-        return score
 
     def _keeping(self, loop: Loop) -> Loop:
         """Return the same loop, which saves the adapter if scoring it fails."""
@@ -283,7 +246,7 @@ class _Run:
 
     def _tested(self, loop: Loop, stage: Stage, trained: ServerState) -> dict[str, Metrics]:
         """Return the scores of the trained model on the copies of the test split."""
-        splits = {spec: self._split(copy, spec) for spec, copy in self.copies.items()}
+        splits = {spec: self._splits().split(copy, spec) for spec, copy in self.copies.items()}
         return {spec: evaluate_state(loop, stage, trained, split) for spec, split in splits.items()}
 
     def _by_client(self, store: RunStore, models: Mapping[str, Weights], trained_base: Weights) -> dict[str, dict[str, float]]:
@@ -294,27 +257,13 @@ class _Run:
             asked = own_kind(self.data.dataset.test, held, client, count, seed)
             if not asked:
                 continue
-            score = self._scorer(asked, "accuracy")
+            score = self._splits().scorer(asked, "accuracy")
             scores.setdefault("federated", {})[client] = score(models[client], trained_base)["score"]
             for kind, base in (("local", {}), ("fine_tuned", trained_base)):
                 state = store.load_state(f"{kind}-{client}")
                 if state is not None:
                     scores.setdefault(kind, {})[client] = score(state.weights, base)["score"]
         return scores
-
-    def _save_adapters(self, trained: ServerState, own: Mapping[str, Weights]) -> None:
-        """Save the global adapter and, for a personalized method, each client's adapter."""
-        save_adapter(self.vlm, trained.weights, self.folder / "adapter", trained.base)
-        for client, weights in own.items():
-            (self.folder / "adapters").mkdir(exist_ok=True)
-            save_adapter(self.vlm, weights, self.folder / "adapters" / client, trained.base)
-
-    def _write_cards(self, result: RunResult) -> None:
-        """Write a model card next to each adapter."""
-        folders = {"": self.folder / "adapter", **{path.name: path for path in sorted(self.folder.glob("adapters/*"))}}
-        for client, folder in folders.items():
-            card = adapter_card(result, self.experiment, client, needs_torchvision(self.vlm.processor))
-            write_atomically(folder / "README.md", card.encode())
 
     def _zero_shot(self, loop: Loop, initial: Weights) -> None:
         """Score the model before training, as a stage without rounds."""
@@ -332,12 +281,3 @@ class _Run:
         }
         loop.store.append(record)
         loop.observer.round_done(record | {"num_rounds": 0})
-
-
-def pooled(clients: Mapping[str, Sequence[Sample]]) -> dict[str, tuple[Sample, ...]]:
-    """Return all samples at one client with the first client's name, in the order of their ids.
-
-    With a single client the result equals the federation, including name and order, so that training is bit-identical.
-    """
-    everything = sorted((sample for samples in clients.values() for sample in samples), key=lambda sample: sample.id)
-    return {min(clients): tuple(everything)}

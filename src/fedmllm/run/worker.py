@@ -3,123 +3,31 @@
 from __future__ import annotations
 
 import atexit
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from fedmllm.algorithms import Algorithm, ServerState, build_algorithm
+from fedmllm.algorithms import ServerState, build_algorithm
 from fedmllm.config import Experiment
 from fedmllm.data.federated import spread
 from fedmllm.data.modalities import profile
-from fedmllm.data.test_copies import reduced_copy
-from fedmllm.engine.base import Assignment
 from fedmllm.engine.checkpoint import ClientStates
-from fedmllm.engine.compression import compression
 from fedmllm.engine.in_process import InProcessEngine
 from fedmllm.errors import ConfigError
-from fedmllm.evaluation.evaluate import evaluate
 from fedmllm.flower.carrier import enclose, enclosed
 from fedmllm.flower.facts import VALIDATION, Presence, Scores, write_message
-from fedmllm.flower.frozen import KeptBase
-from fedmllm.flower.messages import Task, TaskFacts, read_task, write_answer
-from fedmllm.models.lora import frozen_weights, read_weights, write_base, write_weights
+from fedmllm.flower.messages import TaskFacts, read_task, write_answer
+from fedmllm.models.lora import frozen_weights, read_weights
 from fedmllm.models.saved import save_adapter
-from fedmllm.run.encodable import usable
+from fedmllm.run.open_run import Clients, OpenRun
 from fedmllm.run.resident import Resident
-from fedmllm.types import BASE, Answer, Broadcast, ClientFailure, Metrics, Sample
+from fedmllm.types import Answer, ClientFailure, Sample
 
 if TYPE_CHECKING:
     from flwr.clientapp import ClientApp
-
-Clients = Mapping[str, tuple[Sample, ...]]
-
-
-@dataclass(frozen=True)
-class _Opened:
-    """A run that is set up in this worker.
-
-    Attributes:
-        experiment: the run's settings.
-        engine: trains clients in this process.
-        algorithm: the method.
-        own: the broadcast of the method's state before the first round.
-        clients: training samples of the clients that this worker trains, by client.
-        test, validation: the splits on which models are scored.
-        metric: the headline metric.
-        taken: samples that the model can encode, by (``client``, client) or (``split``, split); computed once per run.
-    """
-
-    experiment: Experiment
-    engine: InProcessEngine
-    algorithm: Algorithm
-    own: Broadcast
-    clients: Clients
-    test: tuple[Sample, ...]
-    validation: tuple[Sample, ...]
-    metric: str
-    taken: dict[tuple[str, str], tuple[Sample, ...]] = field(default_factory=dict)
-
-    def samples(self, client: str) -> tuple[Sample, ...]:
-        """Return a client's training samples that the model can encode."""
-        if client not in self.clients:
-            raise LookupError(f"{client!r} is not a client of this worker, which has {', '.join(self.clients)}")
-        return self._taken("client", client, self.clients[client])
-
-    def _taken(self, kind: str, name: str, samples: Sequence[Sample]) -> tuple[Sample, ...]:
-        if (kind, name) not in self.taken:
-            self.taken[kind, name] = usable(samples, self.engine.encoder, self.experiment.data.on_bad_sample)
-        return self.taken[kind, name]
-
-    def train(self, task: Task, states: ClientStates) -> Answer:
-        """Train one client and return its answer."""
-        client = task.facts.client
-        self.engine.submit(self._assignment(task, states), {client: self.samples(client)})
-        (answer,) = self.engine.completed()
-        return answer
-
-    def personal(self, task: Task, states: ClientStates) -> ServerState:
-        """Return a client's personalized model: its weights, and the change merged into the frozen weights."""
-        assignment = self._assignment(task, states)
-        received = assignment.broadcast
-        return ServerState(assignment.personal(task.facts.client), received.round_num, {BASE: received.base})
-
-    def _assignment(self, task: Task, states: ClientStates) -> Assignment:
-        """Rebuild the assignment that the server sent."""
-        facts = task.facts
-        return Assignment(
-            _received(task, self.own, states),
-            self.algorithm,
-            facts.learning_rate,
-            facts.seed,
-            states,
-            {} if facts.rank is None else {facts.client: facts.rank},
-            compression(self.experiment.compression),
-            accepted={facts.client: facts.accepted},
-        )
-
-    def score(self, model: ServerState, samples: Sequence[Sample], split: str) -> Metrics:
-        """Score a model.
-
-        Args:
-            model: the weights, and the change merged into the frozen weights.
-            samples: the validation split or the test split.
-            split: ``VALIDATION``, empty for the test split, or the name of a copy of the test split.
-        """
-        vlm, settings = self.engine.vlm, self.experiment.evaluation
-        write_base(vlm, model.base)
-        write_weights(vlm.model, model.weights)
-        whole = self._taken("split", VALIDATION if split == VALIDATION else "test", samples)
-        held = whole if split in ("", VALIDATION) else reduced_copy(whole, split, self.experiment.seed)
-        return evaluate(vlm, held, self.engine.encoder, self.metric, settings, self.experiment.seed)
-
-
-def _received(task: Task, own: Broadcast, states: ClientStates) -> Broadcast:
-    """Return a task's broadcast. The change to the frozen weights is stored in a folder next to the client states."""
-    return task.broadcast(own, KeptBase(states.folder.with_name(states.folder.name + "-base")))
 
 
 class Worker:
@@ -131,7 +39,7 @@ class Worker:
     def __init__(self) -> None:
         self.resident = Resident()
         self._opened, self._settings = ExitStack(), ""
-        self._run: _Opened | None = None
+        self._run: OpenRun | None = None
 
     def experiment(self, settings: str) -> Experiment:
         """Return the experiment that this worker runs for the server's settings."""
@@ -206,7 +114,7 @@ class Worker:
         except Exception as error:
             return write_message(self.failed(facts.client, error), facts.round_num)
 
-    def _split(self, run: _Opened, split: str) -> tuple[Sample, ...]:
+    def _split(self, run: OpenRun, split: str) -> tuple[Sample, ...]:
         """Return the samples on which to score a personalized model."""
         if split != VALIDATION:
             return self.test(run.test)
@@ -215,7 +123,7 @@ class Worker:
             raise ConfigError(f"the data have no validation split; {remedy}")
         return self.test(run.validation)
 
-    def _open(self, facts: TaskFacts) -> _Opened:
+    def _open(self, facts: TaskFacts) -> OpenRun:
         """Return the run with a task's settings. If the settings have changed, set it up again with the cached model and data that still apply."""
         settings = str(facts.about["experiment"])
         if self._run is None or settings != self._settings:
@@ -223,7 +131,7 @@ class Worker:
             self._run, self._settings = self._set_up(self.experiment(settings)), settings
         return self._run
 
-    def _set_up(self, experiment: Experiment) -> _Opened:
+    def _set_up(self, experiment: Experiment) -> OpenRun:
         torch.set_num_threads(max(1, int(experiment.engine.worker_cpus)))
         clients = self.clients(experiment)
         vlm, _ = self._opened.enter_context(self.resident.model(experiment))
@@ -231,7 +139,7 @@ class Worker:
         own = method.broadcast(method.init(read_weights(vlm.model), frozen_weights(vlm)))
         engine = InProcessEngine(vlm, self.resident.encoder(experiment), experiment.training)
         dataset = self.resident.dataset(experiment)
-        return _Opened(experiment, engine, method, own, clients, dataset.test, dataset.validation, dataset.metric)
+        return OpenRun(experiment, engine, method, own, clients, dataset.test, dataset.validation, dataset.metric)
 
     def save(self, model: ServerState, folder: Path) -> None:
         """Save a client's personalized model of the open run as an adapter."""

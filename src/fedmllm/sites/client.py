@@ -26,7 +26,8 @@ from fedmllm.flower.installed import require_flower
 from fedmllm.flower.messages import TaskFacts
 from fedmllm.flower.settings import NAME, SiteConfig
 from fedmllm.registry import restrict
-from fedmllm.run.worker import Clients, Worker, client_app
+from fedmllm.run.open_run import Clients
+from fedmllm.run.worker import Worker, client_app
 from fedmllm.sites.supernode import serve
 from fedmllm.types import Answer, ClientFailure, ClientUpdate, Sample
 

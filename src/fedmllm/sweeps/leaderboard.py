@@ -18,9 +18,10 @@ from fedmllm.errors import FedMLLMError, RunError, listing
 from fedmllm.evaluation.predictions import CLASSES, Answered, answered
 from fedmllm.files import write_json
 from fedmllm.run.resident import Resident
-from fedmllm.sweeps.comparison import Trained, read_cell
-from fedmllm.sweeps.grid import Cell, code_version
+from fedmllm.sweeps.code_version import code_version
+from fedmllm.sweeps.grid import Cell
 from fedmllm.sweeps.runner import Places
+from fedmllm.sweeps.trained import Trained, read_cell
 from fedmllm.types import Prediction
 
 _STRICT = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import yaml
 
 from fedmllm.algorithms import AlgorithmConfig
-from fedmllm.sweeps.comparison import Column, Sweep, Trained
+from fedmllm.sweeps.comparison import Sweep
+from fedmllm.sweeps.trained import Column, Trained
 
 
 class Pair(NamedTuple):

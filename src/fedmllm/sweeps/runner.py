@@ -18,11 +18,12 @@ from pathlib import Path
 
 from fedmllm.errors import ConfigError, ModelError, RunError, listing
 from fedmllm.files import require_folder, write_atomically, write_json
-from fedmllm.models.load import check_source
+from fedmllm.models.source import check_source
 from fedmllm.registry import load_plugins
 from fedmllm.run.resident import Resident
 from fedmllm.run.train import train
-from fedmllm.sweeps.grid import Cell, Grid, code_version, names
+from fedmllm.sweeps.code_version import code_version
+from fedmllm.sweeps.grid import Cell, Grid, names
 
 
 @dataclass(frozen=True)

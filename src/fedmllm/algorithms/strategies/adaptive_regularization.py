@@ -6,8 +6,10 @@ import re
 from dataclasses import dataclass
 from functools import cache
 
-from fedmllm.algorithms.base import Client, Fact, require_not_negative, require_within
+from fedmllm.algorithms.base import Fact
+from fedmllm.algorithms.checks import require_not_negative, require_within
 from fedmllm.algorithms.fedprox import Proximal
+from fedmllm.algorithms.state import Client
 from fedmllm.algorithms.strategies.base import Holdings, Remark, Strategy
 from fedmllm.errors import ConfigError
 from fedmllm.training.rules import LocalRule

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
-from fedmllm.algorithms.base import Algorithm, Client, Fact
+from fedmllm.algorithms.base import Algorithm, Fact
+from fedmllm.algorithms.state import Client
 from fedmllm.algorithms.transforms import UpdateTransform
 from fedmllm.training.rules import LocalRule
 from fedmllm.training.terms import LossTerm

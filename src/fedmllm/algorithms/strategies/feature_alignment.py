@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedmllm.algorithms.base import Client, require_not_negative
+from fedmllm.algorithms.checks import require_not_negative
+from fedmllm.algorithms.state import Client
 from fedmllm.algorithms.strategies.base import Holdings, Remark, Strategy
 from fedmllm.data.modalities import keep_only
 from fedmllm.models.encoding import Encoded, answer_logits, collate

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from fedmllm.algorithms.base import Client, require_not_negative
+from fedmllm.algorithms.checks import require_not_negative
+from fedmllm.algorithms.state import Client
 from fedmllm.algorithms.strategies.base import Holdings, Remark, Strategy
 from fedmllm.data.labels import answer_counts, options_key
 from fedmllm.models.encoding import Encoded, option_tokens

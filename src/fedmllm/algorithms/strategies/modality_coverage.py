@@ -6,7 +6,9 @@ from collections import Counter
 from dataclasses import dataclass
 from fractions import Fraction
 
-from fedmllm.algorithms.base import Fact, ServerState, require_not_negative
+from fedmllm.algorithms.base import Fact
+from fedmllm.algorithms.checks import require_not_negative
+from fedmllm.algorithms.state import ServerState
 from fedmllm.algorithms.strategies.base import Holdings, Remark, Strategy
 from fedmllm.algorithms.transforms import UpdateTransform
 from fedmllm.types import ClientUpdate, Profile

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from fedmllm.algorithms import Algorithm, Outstanding, ServerState
-from fedmllm.algorithms.base import require_not_negative
+from fedmllm.algorithms.checks import require_not_negative
 from fedmllm.engine.stages import Stage, drawn
 from fedmllm.errors import ConfigError
 from fedmllm.types import Weights

@@ -17,13 +17,14 @@ from fedmllm.data.datasets.digits.scans import Split
 from fedmllm.data.prompts import to_messages
 from fedmllm.models.encoding import Encoded, answer_nll, collate
 from fedmllm.models.families import GENERIC
-from fedmllm.models.load import ModelConfig, VisionLanguageModel, load_model
+from fedmllm.models.load import VisionLanguageModel, load_model
 from fedmllm.models.nano.build import build_model, build_processor, train_tokenizer
 from fedmllm.models.nano.card import model_card, skills
 from fedmllm.models.nano.dialogues import dialogue
 from fedmllm.models.nano.drills import caption, note_checks, picture_checks, short_questions
 from fedmllm.models.nano.scenes import Dialogue, english
 from fedmllm.models.nano.sight import SightExam, sheets
+from fedmllm.models.settings import ModelConfig
 from fedmllm.randomness import generator, torch_randomness
 from fedmllm.types import Message
 
