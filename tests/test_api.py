@@ -57,7 +57,7 @@ def test_the_plot_shows_the_score_by_round(result: RunResult) -> None:
 def test_a_result_read_from_a_file_has_no_history(result: RunResult) -> None:
     from dataclasses import replace
 
-    with pytest.raises(fedmllm.FedMLLMError, match=r"take the one that fedmllm\.train returns"):
+    with pytest.raises(fedmllm.FedMLLMError, match=r"use the result that fedmllm\.train returns"):
         replace(result, folder=None).history()
 
 
@@ -86,8 +86,8 @@ def test_predict_answers_questions_about_pictures_and_texts(result: RunResult, t
 @pytest.mark.parametrize(
     ("question", "part"),
     [
-        ({"question": "?", "picture": "a.png"}, "question 0: 'picture' is no part of one; use question, image, text, options"),
-        ({"text": "words"}, "question 0: it has no question"),
+        ({"question": "?", "picture": "a.png"}, "question 0: 'picture' is not a known key; use question, image, text and options"),
+        ({"text": "words"}, "question 0: question must be the text to ask, got None"),
         ({"question": "?", "image": "nowhere.png"}, "nowhere.png"),
     ],
 )

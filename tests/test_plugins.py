@@ -337,12 +337,15 @@ def test_the_listing_shows_a_methods_origin(folder: Path) -> None:
     ("code", "part"),
     [
         ("raise ValueError('broken')", "mine.py cannot be imported: ValueError: broken"),
-        ("import fedmllm\nfedmllm.register_method('fedavg')(fedmllm.algorithms.fedavg.FedAvg)", "method 'fedavg' of"),
+        (
+            "import fedmllm\nfedmllm.register_method('fedavg')(fedmllm.algorithms.fedavg.FedAvg)",
+            "registers method 'fedavg', but fedmllm already has one",
+        ),
         ("import fedmllm\n@fedmllm.register_method('m')\nclass M: ...", "M must be a frozen dataclass"),
         (
             "import fedmllm\nfrom dataclasses import dataclass\nfrom fedmllm.algorithms.fedavg import FedAvg\n"
             "@fedmllm.register_method('m')\n@dataclass(frozen=True)\nclass M(FedAvg):\n    kind: str = 'lora'",
-            "M.kind says what the class is; write it without an annotation",
+            "M.kind describes the class and is not a hyperparameter; write it without an annotation",
         ),
         (
             "import fedmllm\nfrom dataclasses import dataclass\nfrom fedmllm.algorithms.fedavg import FedAvg\n"
@@ -354,9 +357,12 @@ def test_the_listing_shows_a_methods_origin(folder: Path) -> None:
             "import fedmllm\nfedmllm.register_scenario('all-of-it', None)",
             "'all-of-it' cannot name a scenario; use lowercase letters, digits, _ and .",
         ),
-        ("import fedmllm\nfedmllm.register_metric('accuracy')(len)", "metric 'accuracy' of mine exists already, from fedmllm"),
+        (
+            "import fedmllm\nfedmllm.register_metric('accuracy')(len)",
+            "mine registers metric 'accuracy', but fedmllm already has one; choose another name",
+        ),
         ("import fedmllm\nfedmllm.register_metric('score_mine')(len)", "'score_mine' cannot name a metric"),
-        ("import fedmllm\nfedmllm.register_headline('auc')(len)", "headline 'auc' of mine exists already, from fedmllm"),
+        ("import fedmllm\nfedmllm.register_headline('auc')(len)", "mine registers headline 'auc', but fedmllm already has one"),
         ("import fedmllm\nfedmllm.register_corruption('blur2', None)", "'blur2' cannot name a heterogeneity; use lowercase letters and _"),
     ],
 )
@@ -374,7 +380,7 @@ def test_early_registrations_cannot_replace_the_packages_own(monkeypatch: pytest
     registry.register("metric", "early", len)
     assert registry.index("metric", {"accuracy": max}) == {"accuracy": max, "early": len}
     registry.register("method", "fedavg", len)
-    with pytest.raises(ConfigError, match="method 'fedavg' of builtins exists already, from fedmllm; choose another name"):
+    with pytest.raises(ConfigError, match="builtins registers method 'fedavg', but fedmllm already has one; choose another name"):
         registry.index("method", {"fedavg": max})
 
 
@@ -386,7 +392,7 @@ def test_the_packages_methods_have_only_intended_hyper_parameters(name: str) -> 
 
 
 def test_a_missing_plugin_is_named_with_a_remedy(folder: Path) -> None:
-    with pytest.raises(ConfigError, match=r"gone.py is no file; give its path relative to the experiment's file"):
+    with pytest.raises(ConfigError, match=r"gone.py is not a file; give its path relative to the experiment's file"):
         Experiment.load(write_experiment(folder, plugins=["gone.py"]))
     with pytest.raises(ConfigError, match="plugins: no_such_module cannot be imported: ModuleNotFoundError"):
         Experiment.load(write_experiment(folder, plugins=["no_such_module"]))

@@ -1,4 +1,4 @@
-"""What a program calls: training, sweeps, reports, and trained adapters at work."""
+"""The functions of the Python API: training, sweeps, reports, and the use of trained adapters."""
 
 from __future__ import annotations
 
@@ -38,24 +38,24 @@ def train(
     force: bool = False,
     progress: bool | None = None,
 ) -> RunResult:
-    """Run an experiment: zero-shot, the federation, the baselines asked for; then adapter, result and report.
+    """Run an experiment: zero-shot, the federation and the requested baselines. Then write the adapter, the result and the report.
 
-    Nothing is written before settings, data and model have been found good.
+    Settings, data and model are checked before anything is written.
 
     Args:
-        experiment: what to run.
-        output: the run folder; by default ``runs/<name>-<time>``, on resuming the newest of those that is unfinished.
-        name: names the experiment in the report.
-        resume: go on with an interrupted run; the end is bit-identical to that of an uninterrupted one.
-        observer: functions to call as the run proceeds. With an observer there is no display.
-        resident: what earlier runs of this process left to be used again; nothing for None.
-        report: whether to write the report; ``fedmllm.report`` writes it any time.
-        track: where to write the numbers down besides, names of ``run.tracking.TRACKERS``.
-        force: go on although the model is another than the run began with.
-        progress: whether to show rounds as they finish; None for in terminals and notebooks.
+        experiment: the experiment to run.
+        output: the run folder. The default is ``runs/<name>-<time>`` or, with ``resume``, the newest unfinished folder of that form.
+        name: the experiment's name in the report.
+        resume: whether to continue an interrupted run. The result is bit-identical to that of an uninterrupted run.
+        observer: callbacks that report the run's progress. With an observer there is no display.
+        resident: caches that earlier runs of this process have filled; None for new ones.
+        report: whether to write the report. ``fedmllm.report`` can also write it later.
+        track: names of the trackers that receive the metrics, from ``run.tracking.TRACKERS``.
+        force: accept the model even if it is not the one that the run started with.
+        progress: whether to show rounds as they finish. None shows them in terminals and notebooks only.
 
     Returns:
-        the result, which knows its run folder.
+        the result, with its run folder.
 
     Raises:
         FedMLLMError: see the kinds in ``fedmllm.errors``.
@@ -70,8 +70,8 @@ def train(
         if observer is None and _shows(progress):
             observer = stack.enter_context(Display(experiment.federation.num_rounds)).observer
         seen = observer or UNOBSERVED
-        told = replace(seen, opened=note)
-        result = run(experiment, output, name=name, resume=resume, observer=told, resident=resident, track=track, force=force)
+        noting = replace(seen, opened=note)
+        result = run(experiment, output, name=name, resume=resume, observer=noting, resident=resident, track=track, force=force)
         if report:
             write_report(opened[-1])
     return replace(result, folder=opened[-1])
@@ -80,17 +80,17 @@ def train(
 def load_adapter(
     run_or_adapter: str | Path, experiment: str | Path | None = None, overrides: Sequence[str] = (), *, force: bool = False
 ) -> Adapter:
-    """Load a trained adapter on its model.
+    """Load a trained adapter and its model.
 
     Args:
         run_or_adapter: a run folder, or a PEFT adapter folder.
-        experiment: file that names model and data, for an adapter outside a run folder.
-        overrides: settings as ``key.path=value``, e.g. where the data are now.
-        force: take the model although it is another than the run's.
+        experiment: the file that names model and data, for an adapter outside a run folder.
+        overrides: settings as ``key.path=value``, e.g. the data's current location.
+        force: accept the model even if it is not the run's.
 
     Raises:
-        RunError: if neither the folder nor the arguments say which experiment it is.
-        ModelError: if the model is another than the run's, or the adapter does not fit.
+        RunError: if no experiment is given or found.
+        ModelError: if the model is not the run's, or the adapter does not fit it.
     """
     return load_adapter_of(Path(run_or_adapter), None if experiment is None else Path(experiment), overrides, force)
 
@@ -98,29 +98,29 @@ def load_adapter(
 def evaluate(
     run_or_adapter: str | Path, experiment: str | Path | None = None, overrides: Sequence[str] = (), *, force: bool = False
 ) -> Metrics:
-    """Return all metrics of a trained adapter on its experiment's test split; arguments and errors as of ``load_adapter``."""
+    """Return all metrics of a trained adapter on its experiment's test split. Arguments and errors are those of ``load_adapter``."""
     return score_adapter(Path(run_or_adapter), None if experiment is None else Path(experiment), overrides, force)[1]
 
 
 def predict(run_or_adapter: str | Path, questions: Sequence[Mapping[str, Any]], experiment: str | Path | None = None) -> list[Prediction]:
-    """Return a trained adapter's answers; ``Adapter.predict`` says what a question is. To ask several times, use ``load_adapter``."""
+    """Return a trained adapter's answers to questions as in ``Adapter.predict``. For several calls, load the adapter once with ``load_adapter``."""
     return load_adapter(run_or_adapter, experiment).predict(questions)
 
 
 def sweep(grid: str | Path, output: str | Path, *, jobs: int = 1, progress: bool | None = None) -> list[Outcome]:
-    """Train every experiment of a grid that is not trained yet, then write the sweep's report.
+    """Train all experiments of a grid that are not trained yet. If none fails, write the sweep's report.
 
     Args:
-        grid: file of the grid.
-        output: the sweep's folder; the same call goes on where an earlier one stopped.
-        jobs: processes, each with a model of its own.
-        progress: whether to print a line for each experiment that ends; None for in terminals and notebooks.
+        grid: the file of the grid.
+        output: the sweep folder. After an interruption, the same call continues.
+        jobs: number of processes. Each loads its own model.
+        progress: whether to print a line for each finished experiment. None prints them in terminals and notebooks only.
 
     Returns:
-        what was trained by this call, in the order in which it ended; one that failed has no score and says why.
+        the outcomes of this call, in the order in which the experiments ended. A failed experiment has no score, and its outcome has the error.
 
     Raises:
-        ConfigError, RunError: if the grid or the folder cannot be used; nothing is trained then.
+        ConfigError, RunError: if the grid or the folder cannot be used. Nothing is trained then.
     """
     whole, folder = load_grid(Path(grid)), Path(output)
     every = cells(whole)
@@ -133,7 +133,7 @@ def sweep(grid: str | Path, output: str | Path, *, jobs: int = 1, progress: bool
 
 
 def report(folder: str | Path) -> Path:
-    """Write the report of a run or a sweep, and return its page.
+    """Write the report of a run or a sweep, and return the path of its page.
 
     Raises:
         RunError: if the folder is neither, or its files are damaged.

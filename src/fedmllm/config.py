@@ -1,4 +1,4 @@
-"""One file says the whole experiment: the rooms' own configurations composed, loaded, overridden, checked and saved."""
+"""The experiment: the settings of all subpackages in one file, which is loaded, overridden, checked and saved here."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ RENAMED: dict[Path_, str] = {("engine", "together"): "parallel_clients"}
 
 
 class Experiment(BaseModel):
-    """Everything a run depends on. Immutable; ``load`` reads it from YAML, ``to_yaml`` writes it back in full."""
+    """All settings of a run. Immutable. ``load`` reads them from YAML, and ``to_yaml`` writes them back in full."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -51,9 +51,9 @@ class Experiment(BaseModel):
     schedule: SchedulingConfig = SchedulingConfig()
     failures: FailureConfig = FailureConfig()
     seed: int = Field(0, ge=0)
-    """All random numbers derive from it."""
+    """The seed from which all random numbers derive."""
     plugins: tuple[str, ...] = ()
-    """Python files and modules of your own that add methods, datasets and more; a file's path is relative to the experiment's file."""
+    """Your own Python files and modules that add methods, datasets and more. Paths of files are relative to the experiment's file."""
 
     @model_validator(mode="before")
     @classmethod
@@ -69,7 +69,7 @@ class Experiment(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _with_plugins(cls, values: Any) -> Any:
-        """Import plugins first: the other settings may choose what they add."""
+        """Import plugins first, because other settings may select what they add."""
         named = values.get("plugins", ()) if isinstance(values, Mapping) else ()
         if isinstance(named, (list, tuple)) and all(isinstance(name, str) for name in named):
             load_plugins(named)
@@ -92,7 +92,7 @@ class Experiment(BaseModel):
 
     @classmethod
     def from_yaml(cls, text: str) -> Experiment:
-        """The opposite of ``to_yaml``.
+        """Return the experiment that ``to_yaml`` wrote.
 
         Raises:
             ConfigError: naming every setting that breaks a rule.
@@ -101,11 +101,11 @@ class Experiment(BaseModel):
 
     @classmethod
     def parse(cls, values: Mapping[str, Any], places: Mapping[Path_, str] | None = None) -> Experiment:
-        """Check settings given as nested mappings.
+        """Check settings given as nested mappings, and return the experiment.
 
         Args:
-            values: the sections.
-            places: where each setting was written, for error messages.
+            values: the settings by section.
+            places: the location of each setting, for error messages.
 
         Raises:
             ConfigError: naming every setting that breaks a rule.
@@ -128,7 +128,9 @@ class Experiment(BaseModel):
         method, cohort = build_algorithm(self.algorithm), self.federation.clients_per_round
         if self.lora.client_ranks and not method.heterogeneous_ranks:
             able = [name for name, cls in ALGORITHMS.items() if cls.heterogeneous_ranks]
-            raise ValueError(f"lora.client_ranks: {self.algorithm.name} needs one rank everywhere; leave it out, or use {', '.join(able)}")
+            raise ValueError(
+                f"lora.client_ranks: {self.algorithm.name} needs the same rank at all clients; leave it out, or use {', '.join(able)}"
+            )
         if method.changes_frozen and self.model.quantization != "none":
             raise ValueError(
                 f"model.quantization: {self.algorithm.name} adds to the frozen weights, which {self.model.quantization} cannot hold exactly; "
@@ -136,14 +138,14 @@ class Experiment(BaseModel):
             )
         if method.changes_frozen and self.lora.dora and self.model.dtype != "float32":
             raise ValueError(
-                f"lora.dora: {self.algorithm.name} adds to the frozen weights, which {self.model.dtype} cannot hold exactly and DoRA takes the "
-                "length of; set model.dtype to float32, or lora.dora to false"
+                f"lora.dora: {self.algorithm.name} adds to the frozen weights, which {self.model.dtype} cannot hold exactly, but DoRA needs "
+                "their exact norms; set model.dtype to float32, or lora.dora to false"
             )
         build_schedule(self.schedule).require(method, self.algorithm.name, self.federation.num_clients, cohort)
         if cohort < method.smallest_cohort:
             raise ValueError(
-                f"federation.clients_per_round: {self.algorithm.name} with these parameters needs {method.smallest_cohort} clients or more "
-                f"per round, is {cohort}"
+                f"federation.clients_per_round: {self.algorithm.name} with these parameters needs at least {method.smallest_cohort} clients "
+                f"per round, got {cohort}"
             )
         for name in self.algorithm.strategy_names:
             if STRATEGIES[name].wording not in (None, self.data.prompt):
@@ -152,28 +154,28 @@ class Experiment(BaseModel):
 
     @property
     def updates_per_round(self) -> int:
-        """Number of updates that the server steps on: the cohort, or the buffer of a schedule that has one."""
+        """Number of updates in a server step: the size of the cohort, or of the schedule's buffer if it has one."""
         return build_schedule(self.schedule).updates(self.federation.clients_per_round)
 
     def with_fingerprint(self, fingerprint: str | None) -> Experiment:
-        """The same on one model only, or on any for None."""
+        """Return the same experiment, restricted to the model with this fingerprint; None allows any model."""
         return self.model_copy(update={"model": self.model.model_copy(update={"fingerprint": fingerprint})})
 
     def to_yaml(self) -> str:
-        """The experiment in full, defaults included."""
+        """Return all settings as YAML, including defaults."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
 @cache
 def _tell_renamed(section: str, former: str, name: str) -> None:
-    """Log a warning, once in a process."""
+    """Log a warning, once per process."""
     _LOG.warning("%s.%s is now called %s.%s; please write the new name", section, former, section, name)
 
 
 def differences(a: Experiment, b: Experiment) -> list[str]:
-    """The settings in which two experiments differ, as ``section.key: value of a, value of b``.
+    """Return the settings in which two experiments differ, as ``section.key: value of a and value of b``.
 
-    A fingerprint of the model that only one of them has says nothing about the other.
+    The model's fingerprint is ignored unless both experiments have one.
     """
     left, right = (dict(flattened(e)) for e in (a, b))
     if None in (left[_FINGERPRINT], right[_FINGERPRINT]):
@@ -186,7 +188,7 @@ def differences(a: Experiment, b: Experiment) -> list[str]:
 
 
 def flattened(experiment: Experiment) -> list[tuple[Path_, Any]]:
-    """Every setting by its path of keys."""
+    """Return all settings of an experiment, each as its path of keys and its value."""
     return _flatten(experiment.model_dump(mode="json"))
 
 
@@ -198,7 +200,7 @@ def _flatten(values: Mapping[str, Any], path: Path_ = ()) -> list[tuple[Path_, A
 
 
 def _apply(override: str, values: dict[str, Any], places: dict[Path_, str]) -> None:
-    """Set one ``key.path=value`` in nested values."""
+    """Apply a ``key.path=value`` override to nested values, and record the override as the setting's location."""
     key, sign, text = override.partition("=")
     if not sign or not key:
         raise ConfigError(f"override {override!r}: write key.path=value, e.g. federation.num_rounds=5")
@@ -218,7 +220,7 @@ def _apply(override: str, values: dict[str, Any], places: dict[Path_, str]) -> N
 
 
 def _explain(detail: Any, places: Mapping[Path_, str]) -> str:
-    """One error of pydantic in our words: where, which setting, which value, the rule and the remedy."""
+    """Return one pydantic error as text: the setting's location and name, the rule that it breaks, and its value."""
     path = tuple(str(part) for part in detail["loc"])
     known, elsewhere = _known(path)
     text = (
@@ -228,7 +230,10 @@ def _explain(detail: Any, places: Mapping[Path_, str]) -> str:
 
 
 def _place(path: Path_, text: str, places: Mapping[Path_, str]) -> str:
-    """Where the setting was given that an error is about. One of a whole section names settings: an override of one of these is to blame."""
+    """Return the location of the setting that an error is about; empty if it is not known.
+
+    The text of an error about a whole section names settings. If one of them was overridden, the override is the likely cause.
+    """
     named = [(*path, word) for word in re.findall(r"\w+", text)]
     named += [tuple(word.split(".")) for word in re.findall(r"\w+\.\w+", text)]
     overridden = [places[name] for name in named if places.get(name, "").startswith("override")]
@@ -239,7 +244,7 @@ def _place(path: Path_, text: str, places: Mapping[Path_, str]) -> str:
 
 
 def _known(path: Path_) -> tuple[list[str], str]:
-    """The settings there are beside an unknown one, and another section that has it if none of these is near."""
+    """Return the valid settings next to an unknown one, and the same setting in another section if no valid name is similar."""
     model: Any = Experiment
     for name in path[:-1]:
         model = model.model_fields[name].annotation if name in model.model_fields else None

@@ -1,4 +1,4 @@
-"""Adding to fedmllm from outside: methods, strategies, schedules, datasets and more under names that settings can choose.
+"""Registers your own methods, strategies, schedules, datasets and more under names that settings can select.
 
     from dataclasses import dataclass
 
@@ -13,8 +13,8 @@
 
         def server_step(self, state, aggregate): ...
 
-A file with such lines is a plugin: name it in the experiment, ``plugins: [my_methods.py]``, or install it as an entry point of the group
-``fedmllm.plugins``. Loss terms and update transforms need no name: a method or a strategy hands them over.
+A file with such lines is a plugin. Name it in the experiment, ``plugins: [my_methods.py]``, or install it as an entry point of the group
+``fedmllm.plugins``. Loss terms and update transforms need no name, because a method or a strategy provides them.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def register_method(name: str) -> Callable[[Class], Class]:
-    """Return a decorator that makes a class a federated method, ``algorithm.name: NAME``.
+    """Return a decorator that registers a class as a federated method, for ``algorithm.name: NAME``.
 
-    The class is a frozen dataclass on ``fedmllm.algorithms.base.ServerAverage`` or on a method; its fields are hyper-parameters.
+    The class is a frozen dataclass derived from ``fedmllm.algorithms.base.ServerAverage`` or from a method. Its fields are hyperparameters.
 
     Raises:
-        ConfigError: if the name is taken, or the class cannot be set up from settings.
+        ConfigError: if the name is taken, or the class cannot be created from settings.
     """
     from fedmllm.algorithms.base import ServerAverage
 
@@ -49,21 +49,23 @@ def register_method(name: str) -> Callable[[Class], Class]:
 
 
 def register_strategy(name: str) -> Callable[[Class], Class]:
-    """Return a decorator that makes a class a strategy, which ``algorithm.strategies`` adds to any method.
+    """Return a decorator that registers a class as a strategy, which ``algorithm.strategies`` adds to any method.
 
-    The class is a frozen dataclass on ``fedmllm.algorithms.strategies.Strategy``; its fields are hyper-parameters.
+    The class is a frozen dataclass derived from ``fedmllm.algorithms.strategies.Strategy``. Its fields are hyperparameters.
 
     Raises:
-        ConfigError: if the name is taken, or the class cannot be set up from settings.
+        ConfigError: if the name is taken, or the class cannot be created from settings.
     """
     return _classes("strategy", name, ("wording",))
 
 
 def register_schedule(name: str) -> Callable[[Class], Class]:
-    """Return a decorator that makes a class a schedule, ``schedule.name: NAME``; see ``fedmllm.engine.schedules.base.Schedule``.
+    """Return a decorator that registers a class as a schedule, for ``schedule.name: NAME``.
+
+    The class is a frozen dataclass that implements ``fedmllm.engine.schedules.base.Schedule``. Its fields are the schedule's settings.
 
     Raises:
-        ConfigError: if the name is taken, or the class cannot be set up from settings.
+        ConfigError: if the name is taken, or the class cannot be created from settings.
     """
     return _classes("schedule", name, ())
 
@@ -78,41 +80,41 @@ def register_dataset(name: str, entry: DatasetEntry) -> None:
 
 
 def register_family(model_type: str, family: ModelFamily) -> None:
-    """Serve models of a Transformers ``model_type`` by a family of your own.
+    """Use your own family for models of a Transformers ``model_type``.
 
     Raises:
-        ConfigError: if there is a family for it already.
+        ConfigError: if the type already has a family.
     """
     register("family", model_type, family)
 
 
 def register_scenario(name: str, scenario: Scenario) -> None:
-    """Make a modality scenario available as ``federation.scenario: NAME`` or ``NAME-LEVEL``; a name without a dash.
+    """Make a modality scenario available as ``federation.scenario: NAME`` or ``NAME-LEVEL``. The name must not contain a dash.
 
     Raises:
-        ConfigError: if the name is taken or has a dash.
+        ConfigError: if the name is taken or not allowed.
     """
     register("scenario", name, scenario, re.compile(r"[a-z0-9][a-z0-9_.]*"), "lowercase letters, digits, _ and .")
 
 
 def register_corruption(name: str, entry: PartEntry) -> None:
-    """Make a kind of heterogeneity available in ``federation.heterogeneity`` and ``evaluation.tested``; lowercase letters and ``_`` only.
+    """Make a corruption available in ``federation.heterogeneity`` and ``evaluation.tested``. Its name consists of lowercase letters and ``_``.
 
     Raises:
-        ConfigError: if the name is taken or has other characters.
+        ConfigError: if the name is taken or not allowed.
     """
     register("heterogeneity", name, entry, re.compile(r"[a-z_]+"), "lowercase letters and _")
 
 
 def register_metric(name: str) -> Callable[[Function], Function]:
-    """Return a decorator that reports a function of predictions beside every headline score.
+    """Return a decorator that registers a function as a metric, which is reported next to every headline score.
 
-    The function takes a sequence of ``fedmllm.types.Prediction`` and returns a number in [0, 1], or None where it is not defined.
+    The function takes a sequence of ``fedmllm.types.Prediction`` and returns a number in [0, 1], or None if the metric is undefined.
 
     Raises:
-        ConfigError: if the name is taken.
+        ConfigError: if the name is taken or not allowed.
     """
-    # The package names its own metrics by dataset and by type of answer with these prefixes.
+    # The package's own metrics by dataset and by answer type have these prefixes.
     allowed, rule = (
         r"(?!score_|accuracy_)[a-z0-9][a-z0-9_.-]*",
         "lowercase letters, digits, _ - and ., not beginning with score_ or accuracy_",
@@ -121,10 +123,10 @@ def register_metric(name: str) -> Callable[[Function], Function]:
 
 
 def register_headline(name: str) -> Callable[[Function], Function]:
-    """Return a decorator that makes a function a headline score, ``data.options.metric: NAME`` or ``Dataset.metric`` of a dataset.
+    """Return a decorator that registers a function as a headline score, for ``data.options.metric: NAME`` or a dataset's ``Dataset.metric``.
 
     The function takes one ``fedmllm.types.Prediction`` with an answer and returns a number in [0, 1]. The score is the mean over samples, where
-    a failure scores 0. A score that is no mean over samples can be reported beside the headline with ``register_metric``.
+    a failure scores 0. A score that is not a mean over samples can be reported next to the headline with ``register_metric``.
 
     Raises:
         ConfigError: if the name is taken.
@@ -133,9 +135,9 @@ def register_headline(name: str) -> Callable[[Function], Function]:
 
 
 def register_tracker(name: str) -> Callable[[Function], Function]:
-    """Return a decorator that makes a function a tracker, ``fedmllm train --track NAME``.
+    """Return a decorator that registers a function as a tracker, for ``fedmllm train --track NAME``.
 
-    The function takes the run folder, the experiment and its name, and returns a context that yields ``log(numbers, round)``.
+    The function takes the run folder, the experiment and its name, and returns a context manager that yields ``log(numbers, round)``.
 
     Raises:
         ConfigError: if the name is taken.

@@ -154,7 +154,10 @@ def test_merged_changes_reach_the_model_and_the_adapter(name: str, federation: F
 def test_dora_with_a_bfloat16_model_is_refused_for_methods_that_change_frozen_weights() -> None:
     values = {"algorithm": {"name": "flora"}, "lora": {"dora": True}}
     Experiment.parse(values)
-    with pytest.raises(ConfigError, match=r"lora\.dora: flora adds to the frozen weights, which bfloat16 cannot hold exactly"):
+    with pytest.raises(
+        ConfigError,
+        match=r"lora\.dora: flora adds to the frozen weights, which bfloat16 cannot hold exactly, but DoRA needs their exact norms",
+    ):
         Experiment.parse({**values, "model": {"dtype": "bfloat16"}})
     Experiment.parse({"lora": {"dora": True}, "model": {"dtype": "bfloat16"}})
 

@@ -176,7 +176,7 @@ class AlgorithmConfig(BaseModel):
 
 @cache
 def _tell_renamed(former: str) -> None:
-    """Log a warning, once in a process."""
+    """Log a warning, once per process."""
     _LOG.warning("algorithm.name: %s is now called %s; please write the new name", former, RENAMED[former])
 
 

@@ -16,7 +16,7 @@ from fedmllm.types import UPDATE, ClientUpdate, Slots
 HELD = "held"
 """Ones at the rank indices that a client has, in one tensor ``RANKS``."""
 RANKS = "ranks"
-"""The name of that tensor."""
+"""The name of the tensor in ``HELD``."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The recorded catalog of methods, strategies and models, so that commands can list them without heavy imports."""
+"""The recorded catalog of methods, strategies, models and settings, which commands list without heavy imports."""
 
 from __future__ import annotations
 
@@ -13,5 +13,5 @@ FILE = Path(__file__).with_name("catalog.json")
 
 
 def recorded() -> Record:
-    """Return ``methods`` and ``strategies`` as in ``report.methods.catalog``, and ``models`` as in ``report.models.catalog``."""
+    """Return the catalogs of ``reports.methods`` (``methods``, ``strategies``), ``reports.models`` (``models``) and ``reports.settings`` (``settings``)."""
     return cast(Record, json.loads(FILE.read_text(encoding="utf-8")))

@@ -61,7 +61,7 @@ def data_export(
     output: Annotated[Path, typer.Option(help="Folder for the files; it must not exist.")],
     overrides: Overrides = None,
 ) -> None:
-    """Write a split as JSON lines, pictures and a manifest, and an experiment that trains on them."""
+    """Write a split as JSON lines, images and a manifest, and an experiment that trains on them."""
     from fedmllm.reports.split import export_split
 
     require_new_folder(output)

@@ -19,7 +19,9 @@ from fedmllm.registry import installed_plugins, load_plugins
 
 def methods(
     as_json: AsJson = False,
-    plugin: Annotated[list[str] | None, typer.Option(help="A Python file or module that adds some; once for each.")] = None,
+    plugin: Annotated[
+        list[str] | None, typer.Option(help="Python file or module that adds methods or strategies. Repeat the option for several.")
+    ] = None,
 ) -> None:
     """Describe every federated method and strategy: what it does, its parameters, what it sends and keeps."""
     rows = {kind: recorded()[kind] for kind in ("methods", "strategies")}

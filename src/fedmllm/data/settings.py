@@ -26,7 +26,7 @@ class DataConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     dataset: str = "digits-claims"
-    """Name of the dataset; the datasets page lists them."""
+    """Name of the dataset; ``fedmllm data list`` lists them."""
     root: Path | None = None
     """Folder of the dataset's files; null for embedded datasets. Relative paths start at the working directory."""
     prompt: str = "agnostic"
@@ -50,7 +50,7 @@ class DataConfig(BaseModel):
     """Remove training samples that repeat another training sample, also occur in the validation or test split, or show an image of the test
     split, and validation samples that also occur in the test split. If false, they are only counted."""
     options: dict[str, Any] = Field(default_factory=dict)
-    """Settings specific to the dataset; the datasets page lists them."""
+    """Settings specific to the dataset; the datasets page of the documentation lists them."""
 
     @field_validator("root")
     @classmethod

@@ -98,9 +98,9 @@ class Engine(Protocol):
         """Yield exactly one answer per outstanding client.
 
         Args:
-            order: the clients to take answers from, in this order; the iterator blocks until each answers. Clients that are wanted together may train
-                in parallel. None yields all answers as they arrive,
-                until no client is outstanding. The caller may abandon the iterator at any time; clients not yielded yet stay outstanding.
+            order: the clients to take answers from, in this order; the iterator blocks until each answers. The listed clients may train in
+                parallel. None yields all answers as they arrive, until no client is outstanding. The caller may abandon the iterator at any time;
+                clients not yielded yet stay outstanding.
         """
         ...
 

@@ -16,9 +16,9 @@ from fedmllm.registry import index
 from fedmllm.types import Metrics, Prediction, Sample
 
 BOOTSTRAP_SAMPLES = 200
-_OURS = ("score", "standard_error", "num_samples", "failures", "auc_hard", *SIDE_BY_SIDE, "recall_open", "f1_open", "rouge_l_long")
-METRICS: dict[str, Callable[[Sequence[Prediction]], float | None] | None] = index("metric", dict.fromkeys(_OURS))
-"""Metrics reported beside the headline: None for those of the package; for a plugin's, a function that returns None where it is not defined."""
+_BUILT_IN = ("score", "standard_error", "num_samples", "failures", "auc_hard", *SIDE_BY_SIDE, "recall_open", "f1_open", "rouge_l_long")
+METRICS: dict[str, Callable[[Sequence[Prediction]], float | None] | None] = index("metric", dict.fromkeys(_BUILT_IN))
+"""Metrics reported next to the headline score: None for the package's own; for a plugin's, its function, which returns None if undefined."""
 
 
 def score(metric: str, predictions: Sequence[Prediction]) -> float:

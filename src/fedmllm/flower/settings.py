@@ -126,13 +126,13 @@ class SiteConfig(_File):
     value. Steps that a method needs (FedNova) follow from the number of samples; the site reports them unless it withholds both."""
 
     plugins: tuple[str, ...] = ()
-    """Python files (relative to this file) and modules that add methods, datasets and more. Nothing else is imported here, whatever the server
-    asks for, installed plugins included."""
+    """Python files (relative to this file) and modules that add methods, datasets and more. The site imports no other plugins, not even installed
+    ones, whatever the server requests."""
 
     @model_validator(mode="before")
     @classmethod
     def _with_plugins(cls, values: Any) -> Any:
-        """Import them first: ``data`` may choose what they add."""
+        """Import plugins first, because ``data`` may select what they add."""
         if not isinstance(values, dict) or "plugins" not in values:
             return values
         names = resolved(values["plugins"], Path(values.get("folder", "")))

@@ -69,7 +69,7 @@ def _json(path: Path | None) -> Any:
 def _entries(path: Path) -> Iterator[tuple[str, bytes]]:
     """Yield each tensor's name, and the bytes that enter the fingerprint."""
     with safe_open(path, "pt") as file:
-        for name in file.keys():  # noqa: SIM118 - it is no mapping
+        for name in file.keys():  # noqa: SIM118 - it is not a mapping
             shape = file.get_slice(name).get_shape()
             first = (*(slice(0, 1) for _ in shape[1:]), slice(0, _VALUES))
             values = file.get_slice(name)[first] if shape else file.get_tensor(name)

@@ -9,7 +9,7 @@ def write_report_of(folder: Path) -> Path:
     Raises:
         RunError: if the folder is neither, or its files are damaged.
     """
-    # Imported here, as a page needs only one of them.
+    # Imported here, because a folder needs only one of them.
     if (folder / "cells").is_dir():
         from fedmllm.reports.sweep_report import write_sweep_report
 

@@ -28,7 +28,7 @@ WIDTH = 8.96  # inches: the page's column of 860 CSS pixels, so that a point of 
 INK, GRAY, PALE = "#222222", "#8a8a8a", "#c8c8c8"
 BLUE, ORANGE, GREEN, YELLOW, VERMILION, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#F0E442", "#D55E00", "#CC79A7", "#56B4E9"
 FILLS = (BLUE, YELLOW, VERMILION, SKY, PURPLE, GREEN, ORANGE)
-HATCHES = ("", "////", "||", "\\\\\\\\")  # no dots: they make huge files; four to seven fills: 28 groups before a look comes back
+HATCHES = ("", "////", "||", "\\\\\\\\")  # no dots, which make huge files; with seven fills they give 28 distinct looks
 STYLE = {
     "svg.fonttype": "none", "svg.hashsalt": "fedmllm", "text.parse_math": False, "font.sans-serif": ["DejaVu Sans"],
     "font.size": 9, "axes.titlesize": 9.5, "axes.labelsize": 9, "legend.fontsize": 8.5, "xtick.labelsize": 8.5, "ytick.labelsize": 8.5,

@@ -1,4 +1,4 @@
-"""Which methods and strategies there are, and what each costs: for ``fedmllm methods`` and the tables of ``docs/methods.md``."""
+"""Describes all methods and strategies and measures their costs, for ``fedmllm methods`` and the tables of ``docs/methods.md``."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from fedmllm.training.settings import TrainingConfig
 from fedmllm.types import PERSONAL, ClientUpdate, Metrics, Record, Sample, Weights
 
 ROUNDS = 2
-"""Of a trial: some methods do in later rounds what they do not do in the first."""
+"""Number of rounds in a trial. Some methods behave differently after the first round."""
 
 WIDTH, RANK = 6, 2
 
 
 def catalog() -> Record:
-    """Every method and strategy as JSON: what it is, what it takes and what it costs."""
+    """Return every method and strategy as JSON: its description, its parameters and its costs."""
     return {
         "methods": {name: {**_described(cls), **_properties(cls()), **costs(cls())} for name, cls in ALGORITHMS.items()},
         "strategies": {name: {**_described(cls), **_changes(name, cls)} for name, cls in STRATEGIES.items()},
@@ -52,12 +52,12 @@ def from_plugins() -> Record:
 
 
 def first_paragraph(doc: str | None) -> str:
-    """The first paragraph of a docstring in one line, its code in single backticks."""
+    """Return the first paragraph of a docstring in one line, with code in single backticks."""
     return " ".join((doc or "").strip().split("\n\n")[0].split()).replace("``", "`")
 
 
 def _described(cls: type[Any]) -> Record:
-    """What the docstrings and the fields say."""
+    """Return the description of a class from its docstrings and fields."""
     reference = first_paragraph(inspect.getmodule(cls).__doc__)
     return {
         "title": re.split(r"\. ", reference, maxsplit=1)[0].removesuffix("."),
@@ -85,13 +85,13 @@ def _changes(name: str, cls: type[Strategy]) -> Record:
 
 
 def costs(method: Algorithm) -> Record:
-    """What a method sends and keeps, measured in two trials whose cohorts differ by one client.
+    """Return what a method sends and keeps, measured in two trials whose cohorts differ by one client.
 
-    Sizes count LoRA adapters: A and B of all modules in float32, where modules are as wide as high.
+    The unit of sizes is one LoRA adapter: A and B of all modules in float32, for modules with as many inputs as outputs.
 
     Returns:
-        ``up`` and ``down``: per client and round, e.g. ``1 + K`` with K clients in the round, where all clients take part;
-        ``0, then K`` if the first round differs. ``client_state``: sizes by name. ``server_state``: names.
+        ``up`` and ``down``: the size per client and round if all clients take part, e.g. ``1 + K`` with K clients, or ``0, then K`` if the
+        first round differs. ``client_state``: sizes by name. ``server_state``: names.
     """
     small = _trial(method, method.smallest_cohort)
     large = _trial(method, method.smallest_cohort + 1)
@@ -105,7 +105,7 @@ def costs(method: Algorithm) -> Record:
 
 @dataclasses.dataclass(frozen=True)
 class _Trial:
-    """What some rounds came to; sizes in adapters, ``up`` and ``down`` per client, by round."""
+    """The measurements of a trial, in adapters. ``up`` and ``down`` list the rounds and are per client."""
 
     cohort: int
     up: list[Fraction]
@@ -115,7 +115,7 @@ class _Trial:
 
 
 def _trial(method: Algorithm, cohort: int) -> _Trial:
-    """Run the round loop itself on small random factors, all clients in every round."""
+    """Run the real round loop on small random factors, with all clients in every round."""
     numbers = generator(0, "methods")
     shapes = {"layer.lora_A.weight": (RANK, WIDTH), "layer.lora_B.weight": (WIDTH, RANK), "layer": (WIDTH, WIDTH)}
     tensors = {name: torch.from_numpy(numbers.standard_normal(shape)).float() for name, shape in shapes.items()}
@@ -123,7 +123,7 @@ def _trial(method: Algorithm, cohort: int) -> _Trial:
     stage = Stage("trial", {f"client-{i}": () for i in range(cohort)}, ROUNDS, cohort)
     with TemporaryDirectory() as folder:
         store = RunStore(Path(folder))
-        loop = Loop(method, _Stirring(), TrainingConfig(), Split(lambda weights, base: {"score": 0.0}), store, 0)
+        loop = Loop(method, _ScalingEngine(), TrainingConfig(), Split(lambda weights, base: {"score": 0.0}), store, 0)
         state = run_stage(loop, stage, method.init(tensors, frozen))
         rounds = store.records(stage.name)
         kept = store.client_states(stage.name).load("client-0", state.accepted["client-0"])
@@ -137,8 +137,8 @@ def _trial(method: Algorithm, cohort: int) -> _Trial:
     )
 
 
-class _Stirring:
-    """An engine without a model: its clients follow the method's rule, but instead of training they make each tensor a little larger."""
+class _ScalingEngine:
+    """An engine without a model. Its clients follow the method's rule, but multiply every tensor by 1.1 instead of training it."""
 
     remote = False
 
@@ -146,23 +146,23 @@ class _Stirring:
         self._asked: dict[str, Assignment] = {}
 
     def submit(self, assignment: Assignment, clients: Mapping[str, Sequence[Sample]]) -> None:
-        """Note who is to answer."""
+        """Record the task of each client."""
         self._asked |= dict.fromkeys(clients, assignment)
 
     def completed(self, order: Sequence[str] | None = None) -> Iterator[ClientUpdate]:
-        """One update per client."""
+        """Yield one update per client."""
         for name in list(self._asked) if order is None else order:
-            yield self._turn(self._asked.pop(name), name)
+            yield self._update(self._asked.pop(name), name)
 
     def cancel(self) -> None:
-        """Forget them."""
+        """Forget all tasks."""
         self._asked.clear()
 
     def scores(self, assignment: Assignment, clients: Sequence[str], split: Split) -> dict[str, Metrics]:
-        """Of nothing."""
+        """Return the scores that the split gives to any weights."""
         return scores_here(assignment, clients, split)
 
-    def _turn(self, assignment: Assignment, name: str) -> ClientUpdate:
+    def _update(self, assignment: Assignment, name: str) -> ClientUpdate:
         algorithm, received, round_num = assignment.algorithm, assignment.broadcast.weights, assignment.broadcast.round_num
         rule = algorithm.local_rule(assignment.broadcast, Client(name, assignment.kept(name)))
         ended: Weights = {tensor: 1.1 * value for tensor, value in {**received, **rule.start}.items()}
@@ -174,13 +174,13 @@ class _Stirring:
 
 
 def _over_rounds(cohort: int, small: Sequence[Fraction], large: Sequence[Fraction]) -> str:
-    """``0, then K``; one term where the rounds are alike."""
+    """Return the terms of the rounds as text, such as ``0, then K``; one term if all rounds are equal."""
     terms = [_term(cohort, a, b) for a, b in zip(small, large, strict=True)]
     return ", then ".join(dict.fromkeys(terms))
 
 
 def _term(cohort: int, small: Fraction, large: Fraction) -> str:
-    """``a + b K`` from its values at K = ``cohort`` and one more."""
+    """Return ``a + b K`` as text, given its values at K = ``cohort`` and K = ``cohort + 1``."""
     slope = large - small
     constant = small - cohort * slope
     parts = [f"{float(constant):g}"] if constant or not slope else []

@@ -1,4 +1,4 @@
-"""Which models are tested, and what training one takes: ``fedmllm models list`` and ``plan``."""
+"""Lists the tested models and describes a model's plan, for ``fedmllm models list`` and ``plan``."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ if TYPE_CHECKING:
     from fedmllm.config import Experiment
 
 TOKENS = (256, 1024, 4096, 16384)
-"""Of a pass, padding included, for which memory is told."""
+"""Numbers of tokens in a pass, padding included, for which a plan gives the memory."""
 CARDS = (8, 16, 24, 40, 80)
-"""GiB of memory for which the largest pass is told."""
-_HEADROOM = 0.9
-"""Of a card; the rest is for the backward pass's own needs and fragmentation."""
+"""GPU memory sizes in GiB for which a plan gives the largest pass."""
+_USABLE = 0.9
+"""Share of a GPU's memory that a plan counts on. The rest is for temporary memory of the backward pass and for fragmentation."""
 
 
 def catalog() -> dict[str, Record]:
-    """Every tested ``model_type``: its models, what serves it, and on what it was tested."""
+    """Return every tested ``model_type`` with its models, its family, and the kind of model that the tests use."""
     tested = "a tiny model of its architecture with random weights and its own kind of processor"
     return {
         kind: {"models": models, "family": type(family_of(kind)).__module__.rpartition(".")[2], "tested_on": tested}
@@ -30,10 +30,10 @@ def catalog() -> dict[str, Record]:
 
 
 def describe(experiment: Experiment) -> Record:
-    """A model's plan as JSON, sizes in bytes."""
+    """Return a model's plan as JSON, with sizes in bytes."""
     plan = make_plan(experiment.model, experiment.lora)
     fixed = plan.memory(0, _parallel_clients(experiment))
-    room = {card: int((_HEADROOM * card * 2**30 - fixed) / plan.bytes_per_token) for card in CARDS}
+    room = {card: int((_USABLE * card * 2**30 - fixed) / plan.bytes_per_token) for card in CARDS}
     return {
         "model": experiment.model.name,
         "parameters": plan.parameters,
@@ -49,5 +49,5 @@ def describe(experiment: Experiment) -> Record:
 
 
 def _parallel_clients(experiment: Experiment) -> int:
-    """How many clients' adapters, gradients and optimizer states are held at once."""
+    """Return how many clients' adapters, gradients and optimizer states are in memory at once."""
     return min(experiment.engine.parallel_clients, experiment.federation.clients_per_round) if experiment.lora.trains_in_parallel else 1

@@ -18,7 +18,7 @@ from fedmllm.reports.methods import first_paragraph
 from fedmllm.types import Record
 
 TOP = "top level"
-"""The section of the settings that are in none."""
+"""Name in the catalog for the settings that belong to no section."""
 _SIGNS = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
 _WORDS = {type(None): "null", str: "text", Path: "path", tuple: "list of {}", dict: "mapping of {} to {}", Any: "anything"}
 
@@ -38,7 +38,7 @@ def _sections(model: type[BaseModel], path: str = "") -> Record:
 
 
 def section(model: type[BaseModel]) -> Record:
-    """Return what a section is about, and its settings by name, as JSON. Settings that are sections themselves are left out."""
+    """Return a section's summary and its settings by name, as JSON. Settings that are sections themselves are left out."""
     fields = {name: field for name, field in model.model_fields.items() if not isinstance(field.default, BaseModel)}
     meanings = _meanings(model)
     return {

@@ -73,7 +73,7 @@ def save_picture(record: Record, path: Path) -> None:
     """Draw stacked bars of each client's samples by label and by modalities. The file's extension sets the format, e.g. PNG.
 
     Raises:
-        ConfigError: if the extension is not a picture format, or the folder does not exist.
+        ConfigError: if the extension is not an image format, or the folder does not exist.
     """
     from fedmllm.reports.drawing import write_picture
     from fedmllm.reports.figures import client_samples

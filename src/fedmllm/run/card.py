@@ -131,7 +131,7 @@ def adapter_card(result: RunResult, experiment: Experiment, client: str = "", to
 
 
 def _where(experiment: Experiment) -> str:
-    """Say where the clients of a run were."""
+    """Return a sentence that says where the clients of a run were."""
     if experiment.engine.server is not None:
         return "The clients of this run were sites, which trained on their own machines."
     return "All clients of this run were simulated on one machine."

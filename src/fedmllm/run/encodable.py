@@ -25,7 +25,7 @@ def encodable(
         data: the clients' samples, the validation split and the test split.
         encode: turns a sample into tensors.
         policy: whether to refuse such samples, in one error for all, or to skip them and count them in the notes.
-        progress: called with the number of samples done and the total, because pictures of a large model take a while.
+        progress: called with the number of samples done and the total, because encoding images for a large model takes a while.
 
     Raises:
         DataError: listing all such samples, or naming a client or split that has no other samples.

@@ -1,4 +1,4 @@
-"""Caches what several runs in one process share: model, picture features, data and encoded samples."""
+"""Caches what several runs in one process share: model, image features, data and encoded samples."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Resident:
         self._encoders: OrderedDict[str, Encoder] = OrderedDict()
 
     def dataset(self, experiment: Experiment) -> Dataset:
-        """Return the samples before they are spread over clients. Changed files are loaded again."""
+        """Return the samples before they are divided among clients. Changed files are loaded again."""
         key = _key(experiment, "data") + folder_key(*experiment.data.sources)
         return _held(self._datasets, _KEPT, key, lambda: load(experiment.data, experiment.seed))
 
@@ -81,7 +81,7 @@ def _loaded(experiment: Experiment) -> VisionLanguageModel:
         return vlm
     if serves(vlm):
         return replace(vlm, features=VisionFeatures(vlm, experiment.engine.feature_bytes))
-    _LOG.warning("model.name: %r does not support cached picture features; its vision model runs in every pass", vlm.name)
+    _LOG.warning("model.name: %r does not support cached image features; its vision model runs in every pass", vlm.name)
     return vlm
 
 

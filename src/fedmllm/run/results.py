@@ -86,10 +86,10 @@ class RunResult:
     validation: Metrics = field(default_factory=dict)
     question_only: float | None = None
     folder: Path | None = field(default=None, compare=False, repr=False)
-    """Where the run is, for a result that was returned by this process; not written down."""
+    """The run folder, for a result that a run of this process returned. It is not part of ``result.json``."""
 
     def history(self) -> list[dict[str, Any]]:
-        """Return a flat row for each finished round of each stage, in order, as ``pandas.DataFrame`` takes them.
+        """Return one flat row per finished round of each stage, in order. ``pandas.DataFrame`` accepts the list.
 
         Columns: ``stage``, ``round``, ``score``, ``loss``, ``learning_rate``, ``num_samples``, ``bytes_up``, ``bytes_down``, ``num_refused``, and
         each score on the test split (``test_NAME``) and on the validation split (``validation_NAME``), if the round has it.
@@ -98,7 +98,7 @@ class RunResult:
             RunError: if the result does not know its folder.
         """
         if self.folder is None:
-            raise RunError("this result was read from a file and does not know its run; take the one that fedmllm.train returns")
+            raise RunError("this result was read from a file and has no run folder; use the result that fedmllm.train returns")
         from fedmllm.engine.checkpoint import RunStore
 
         return [_row(record) for record in RunStore(self.folder).records()]
@@ -112,7 +112,7 @@ class RunResult:
         from matplotlib import pyplot
 
         rows = [row for row in self.history() if row["stage"] == stage]
-        # As pandas does it: notebooks then show the figure by themselves.
+        # Made with pyplot, as in pandas, so that notebooks show the figure without another call.
         _, axes = pyplot.subplots(figsize=(6, 3.5), layout="constrained", subplot_kw={"xlabel": "round", "ylabel": self.metric})
         for name, label in (("validation_score", "validation split"), ("test_score", "test split")):
             points = [(row["round"], row[name]) for row in rows if row.get(name) is not None]
@@ -144,7 +144,7 @@ class RunResult:
 
 
 def _row(record: Record) -> dict[str, Any]:
-    """A line of metrics as a flat row."""
+    """Return a line of metrics as a flat row."""
     kept = ("stage", "round", "score", "loss", "learning_rate", "num_samples", "bytes_up", "bytes_down")
     row = {name: record.get(name) for name in kept} | {"num_refused": len(record.get("refused", []))}
     for split, scores in (("test", record.get("scores")), ("validation", record.get("validation"))):

@@ -25,7 +25,7 @@ from fedmllm.training.batches import Encoder
 from fedmllm.types import Metrics, Modality, Prediction, Sample
 
 CONTENTS: tuple[Modality, ...] = ("image", "text")
-"""What a question can be about."""
+"""The modalities of the content that a question can refer to."""
 _TRAINED = ("algorithm={}", "lora.client_ranks=[]")
 """Overrides that drop the method. The adapter does not depend on it, and a method from a user's script may not be imported here."""
 
@@ -58,7 +58,7 @@ class Adapter:
     """A trained adapter on its model.
 
     Attributes:
-        experiment: that it was trained in, for the wording of prompts and the settings of evaluation.
+        experiment: the experiment that trained the adapter. Its wording and its evaluation settings apply.
         vlm: the model with the adapter.
     """
 
@@ -79,28 +79,28 @@ class Adapter:
         """Return an answer to each question, worded as in training.
 
         Args:
-            questions: each with ``question``; what it is about, ``image`` (a path or a PIL image) and ``text``, one of them or both; and for a
-                choice ``options``.
+            questions: mappings with the key ``question``, the keys ``image`` (a path or a PIL image) and ``text`` for its content, and the key
+                ``options`` if it is multiple choice.
 
         Raises:
-            DataError: if a question has another key, or no text to ask, or an image cannot be read.
+            DataError: if a question has another key or no text, or an image cannot be read.
         """
         encoder = Encoder(self.vlm, self.experiment.data.wording, max_bytes=0)
         return predict(self.vlm, [_sample(i, row) for i, row in enumerate(questions)], encoder, self.experiment.evaluation)
 
 
 def load_adapter_of(path: Path, experiment_file: Path | None = None, overrides: Sequence[str] = (), force: bool = False) -> Adapter:
-    """Load a trained adapter; arguments and errors as of ``score_adapter``."""
+    """Load a trained adapter and its model. Arguments and errors are those of ``score_adapter``."""
     experiment, adapter = _found(path, experiment_file, overrides, force)
     return Adapter(experiment, _loaded(experiment, adapter))
 
 
 def _sample(number: int, row: Mapping[str, Any]) -> Sample:
-    """A question as a sample, which needs an answer to be one."""
+    """Return a question as a sample. A placeholder stands for the correct answer, which a sample must have."""
     if unknown := sorted(row.keys() - {"question", "options", *CONTENTS}):
-        raise DataError(f"question {number}: {unknown[0]!r} is no part of one; use question, image, text, options")
+        raise DataError(f"question {number}: {unknown[0]!r} is not a known key; use question, image, text and options")
     if not isinstance(row.get("question"), str):
-        raise DataError(f"question {number}: it has no question; give the words to ask")
+        raise DataError(f"question {number}: question must be the text to ask, got {row.get('question')!r}")
     options = tuple(row.get("options", ()))
     held = {name: _content(name, row[name]) for name in CONTENTS if row.get(name) is not None}
     return Sample(
@@ -119,7 +119,7 @@ def chat(
     options: Sequence[str] = (),
     force: bool = False,
 ) -> Callable[[str], Prediction]:
-    """Return a function from a question to the trained model's answer. Questions use the wording of training.
+    """Return a function that answers a question with the trained model, in the wording of training.
 
     Args:
         path: a run folder, or a PEFT adapter folder.

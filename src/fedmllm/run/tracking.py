@@ -139,7 +139,7 @@ def _settings(experiment: Experiment) -> dict[str, Any]:
 
 
 Tracker = Callable[[Path, Experiment, str], AbstractContextManager[Log]]
-"""(run folder, settings, name of the experiment) -> a context in which numbers are written down."""
+"""(run folder, settings, name of the experiment) -> a context manager that yields the tracker's ``Log``."""
 _PACKAGES = ("tensorboard", "wandb", "mlflow")
-"""Trackers of the package that need one of their own name."""
+"""The package's own trackers, each of which needs the library of the same name."""
 TRACKERS: dict[str, Tracker] = index("tracker", {"tensorboard": _tensorboard, "wandb": _wandb, "mlflow": _mlflow})

@@ -36,7 +36,7 @@ def paired(differences: Sequence[float], noise: float, same_samples: bool) -> In
         se^2 = max(s^2 / n, noise)   or   s^2 / n + noise.
 
     Both intervals contain the true difference in at least ``SHARE`` of all cases, and in more if the known noise dominates. (Using more degrees of
-    freedom because that noise is known, after Welch and Satterthwaite, covered only 92 % with three seeds.)
+    freedom because that noise is known, after Welch and Satterthwaite, covered only 92% with three seeds.)
 
     Args:
         differences: one per seed, each the mean over the columns that both methods have.

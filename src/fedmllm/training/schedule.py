@@ -70,7 +70,7 @@ def of_step(schedule: ScheduleConfig, step: int, num_steps: int) -> float:
     """Return the step's factor of the round's learning rate. With ``m = ceil(warmup num_steps)`` it is
 
         (step + 1) / m                                           for the first m steps,
-        (1 + cos(pi (step - m) / (num_steps - m))) / 2           after,
+        (1 + cos(pi (step - m) / (num_steps - m))) / 2           afterward,
 
     so that no step has a rate of zero. It is 1 if ``over`` is rounds or none.
 

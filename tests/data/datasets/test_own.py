@@ -192,7 +192,7 @@ CONTRADICTIONS = {
     "auc of three": (options_with(metric="auc", choices=["a", "b", "c"]), "metric: auc needs exactly two choices"),
     "auc of free answers": (options_with(metric="auc", choices=None), "metric: auc needs exactly two choices"),
     "macro_f1 of free answers": (options_with(metric="macro_f1", choices=None), "metric: macro_f1 needs choices"),
-    "an unknown metric": (options_with(metric="f1"), "metric: must be 'auc', 'macro_f1'"),
+    "an unknown metric": (options_with(metric="f1"), "metric: 'f1' is not a known headline score; known: auc, macro_f1"),
     "tested on what is trained on": (options_with(test="train.jsonl"), "test: must differ from train"),
     "a file above": (options_with(train="../train.jsonl"), "train: must be a path inside root or an absolute path, got '../train.jsonl'"),
     "no share": (options_with(test=None, test_share=1), "test_share: must be less than 1.0, got 1"),
@@ -377,8 +377,8 @@ def test_a_json_list_in_a_jsonl_file_is_read(tmp_path: Path) -> None:
     ("value", "kind"),
     [
         ("https://example.org/1.png", "a web address"),
-        ("data:image/png;base64,AAAA", "a picture in base64"),
-        ("A" * 5000, "a picture in base64"),
+        ("data:image/png;base64,AAAA", "an image in base64"),
+        ("A" * 5000, "an image in base64"),
     ],
 )
 def test_pictures_that_are_not_files_are_one_error(value: str, kind: str, tmp_path: Path) -> None:

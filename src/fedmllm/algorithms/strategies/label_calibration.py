@@ -33,8 +33,8 @@ class LabelCalibration(Strategy):
     nothing.
 
     ``global_prior`` is a control experiment: p_k are then the answer frequencies over all clients, which no real server knows. Any
-    gain that remains comes from removing a prior at all, which scores that count rare classes like frequent ones reward, and not from
-    the clients' skew.
+    gain that remains does not come from the clients' skew. It comes from removing a prior at all, which raises scores that weigh rare and
+    frequent classes equally.
 
     Attributes:
         strength: strength of the calibration.

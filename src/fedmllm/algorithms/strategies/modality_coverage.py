@@ -1,4 +1,4 @@
-"""Lightweight modeling of heterogeneity: updates weigh by their clients' modality coverage. Our own form of an idea from arXiv 2411.14717."""
+"""Lightweight modeling of heterogeneity: updates are weighted by modality coverage. Our own form of an idea from arXiv 2411.14717."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
     data:
       dataset: mixture
       options: {parts: [{dataset: digits-vqa, num_train: 800}, {dataset: digits-cards, num_train: 800}]}
-    federation: {partition: domain}          # each client one of them; or dirichlet: every client some of each
+    federation: {partition: domain}          # one dataset per client; dirichlet gives every client some of each
 
 The benchmark's medical task is such a mixture: images with questions from VQA-RAD, and texts from the flashcards. In the scenarios
 ``cross`` and ``hybrid``, ``data.holders`` divides each dataset among the clients that can hold it.

@@ -39,7 +39,7 @@ def load(request: DatasetRequest) -> Dataset:
         DataError: if files are missing or rows are invalid; the message lists all of them.
     """
     root = request.folder("nlvr")
-    request.options_as(DatasetOptions)  # there are none to choose
+    request.options_as(DatasetOptions)  # refuses all options, because this dataset has none
     files = _files({name for name in ("train", "dev") if (root / name / f"{name}.json").is_file()})
     require(root, tuple(f"{name}/{part}" for name in files.values() for part in (f"{name}.json", "images")), "NLVR")
     sieve = Sieve(str(root), request.on_bad_sample)

@@ -5,8 +5,8 @@
       root: /data/mammography              # contains the files and images
       options:
         train: train.jsonl
-        test: test.jsonl                   # and validation: another one
-        columns: {image: scan, text: report, question: asked, answer: finding, client: site}  # and category, where answers are free
+        test: test.jsonl                   # and validation: FILE, if there is one
+        columns: {image: scan, text: report, question: asked, answer: finding, client: site}  # and category, if answers are free
         choices: [benign, malignant]       # the same options for every sample; or name a column: columns.options
         metric: auc
 
@@ -153,7 +153,7 @@ def _check_answers(options: Options, rows: Sequence[Row]) -> None:
     )
 
 
-_NO_PATHS = {"http://": "a web address", "https://": "a web address", "data:": "a picture in base64"}
+_NO_PATHS = {"http://": "a web address", "https://": "a web address", "data:": "an image in base64"}
 """Prefixes of values that are not paths of local files, and what such values are."""
 
 
@@ -163,7 +163,7 @@ def _check_files(options: Options, rows: Sequence[Row]) -> None:
         values = [value for row in rows if isinstance(value := row.record.get(column), str)]
         kinds = Counter(kind for value in values for start, kind in _NO_PATHS.items() if value.startswith(start))
         if too_long := sum(len(value) > _LONGEST_PATH for value in values):
-            kinds["a picture in base64"] += too_long
+            kinds["an image in base64"] += too_long
         for kind, count in kinds.items():
             raise ConfigError(
                 f"data.options.columns: {column} must name files inside root, got {kind} in {count:,} row(s); save the images as files and give their paths"
