@@ -385,10 +385,10 @@ def test_early_registrations_cannot_replace_the_packages_own(monkeypatch: pytest
 
 
 @pytest.mark.parametrize("name", sorted(ALGORITHMS))
-def test_the_packages_methods_have_only_intended_hyper_parameters(name: str) -> None:
+def test_the_packages_methods_have_only_intended_hyperparameters(name: str) -> None:
     from fedmllm.algorithms.base import ServerAverage
 
-    registry.require_hyper_parameters(ALGORITHMS[name], tuple(ServerAverage.__annotations__))
+    registry.require_hyperparameters(ALGORITHMS[name], tuple(ServerAverage.__annotations__))
 
 
 def test_a_missing_plugin_is_named_with_a_remedy(folder: Path) -> None:

@@ -23,7 +23,7 @@ import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from fedmllm.registry import register, require_hyper_parameters
+from fedmllm.registry import register, require_hyperparameters
 
 if TYPE_CHECKING:
     from fedmllm.data.datasets.base import DatasetEntry
@@ -147,7 +147,7 @@ def register_tracker(name: str) -> Callable[[Function], Function]:
 
 def _classes(kind: str, name: str, reserved: tuple[str, ...]) -> Callable[[Class], Class]:
     def add(cls: Class) -> Class:
-        require_hyper_parameters(cls, reserved)
+        require_hyperparameters(cls, reserved)
         return register(kind, name, cls)
 
     return add

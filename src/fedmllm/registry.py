@@ -91,7 +91,7 @@ def added(kind: str) -> dict[str, str]:
     return {name: origin for (of, name), origin in _ORIGINS.items() if of == kind}
 
 
-def require_hyper_parameters(cls: type[Any], reserved: Sequence[str]) -> None:
+def require_hyperparameters(cls: type[Any], reserved: Sequence[str]) -> None:
     """Check that the fields of a class can be hyperparameters in a settings file.
 
     Args:

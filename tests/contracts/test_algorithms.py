@@ -598,7 +598,7 @@ WRONG: list[tuple[str, dict[str, float]]] = [
 
 
 @pytest.mark.parametrize(("name", "wrong"), WRONG)
-def test_hyper_parameters_out_of_range_are_refused(name: str, wrong: dict[str, float]) -> None:
+def test_hyperparameters_out_of_range_are_refused(name: str, wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=r"parameters: .* (must be in|must be greater than|must not be negative|must be an integer)"):
         AlgorithmConfig(name=name, parameters=wrong)
 

@@ -197,7 +197,7 @@ def test_a_strategy_is_compared_with_the_same_method_without_it(sweep: Path) -> 
     assert pairs(read) == [Pair(("adaptive_regularization",), "FedProx_1 & co", "FedAvg")]
     table = strategy_table(read, pairs(read))
     assert table is not None
-    assert table.header == ("", "gain", "95 %", "won", "aligned", "missing")
+    assert table.header == ("", "gain", "95%", "won", "aligned", "missing")
     (row,) = ([entry.text for entry in row] for row in table.rows)
     assert row[0] == "adaptive_regularization on FedAvg"
     assert (row[1], row[3]) == ("+10.0", "3 of 3")

@@ -12,12 +12,11 @@ from pathlib import Path
 import yaml
 
 from fedmllm.data.datasets import Dataset
+from fedmllm.data.datasets.columns import ROLES
 from fedmllm.data.federated import FederatedData
 from fedmllm.data.images import open_image
 from fedmllm.files import require_new_folder, written
 from fedmllm.types import Picture, Record, Sample
-
-ROLES = ("id", "question", "options", "answer", "answer_type", "category", "client", "domain")
 
 
 def export(data: FederatedData, folder: Path, record: Record, settings: Record) -> Path:

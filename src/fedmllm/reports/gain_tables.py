@@ -40,7 +40,7 @@ def overview_table(sweep: Sweep) -> Table:
         f"{_doubt(gains)} Won: cells in which a method scored higher. Per run: bytes sent and received by all clients, and time of training and "
         "evaluation. Failures: answers that could not be parsed, over all runs."
     )
-    header = ("", "mean", "rank", f"above {sweep.reference}", "95 %", "won", "sent", "received", "time", "failures")
+    header = ("", "mean", "rank", f"above {sweep.reference}", "95%", "won", "sent", "received", "time", "failures")
     return Table("overview", caption, header, tuple(rows))
 
 
@@ -56,8 +56,8 @@ def _doubt(gains: Sequence[Gain | None], over: str = "the rows of the table") ->
         return "With a single seed there are no intervals: any difference here may be due to chance."
     alone = " A difference from a single seed has no interval." if 1 in seeds else ""
     return (
-        f"In parentheses or under 95 %: the paired t interval over seeds, which includes the noise of the test samples.{alone} Bold: differences in "
-        f"either direction that are significant at the 5 % level after Holm's correction over {over}."
+        f"In parentheses or under 95%: the paired t interval over seeds, which includes the noise of the test samples.{alone} Bold: differences in "
+        f"either direction that are significant at the 5% level after Holm's correction over {over}."
     )
 
 
@@ -86,7 +86,7 @@ def strategy_table(sweep: Sweep, found: Sequence[Pair]) -> Table | None:
         f"{_doubt([*everywhere, *chain(*by_kind)], 'the rows of the table (for kinds of scenario, over rows and kinds)')}"
         " Cells in which a strategy could have no effect are excluded."
     )
-    return Table("strategies", caption, ("", "gain", "95 %", "won", *groups), tuple(rows)) if rows else None
+    return Table("strategies", caption, ("", "gain", "95%", "won", *groups), tuple(rows)) if rows else None
 
 
 def beside_table(sweep: Sweep, model: str, dataset: str) -> Table | None:

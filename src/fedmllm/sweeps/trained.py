@@ -21,7 +21,7 @@ from fedmllm.run.reader import Run, read_run
 from fedmllm.run.results import RunResult
 
 RESAMPLES = 200
-"""Number of resamples of the test samples. They give the noise to within about 5 %."""
+"""Number of resamples of the test samples. They give the noise to within about 5%."""
 
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 """YAML loader, in C if PyYAML has it: it reads the settings of a thousand cells in a tenth of the time."""
