@@ -11,7 +11,7 @@ import pytest
 from fedmllm.errors import RunError
 from fedmllm.sweeps.choosing import ranked
 from fedmllm.sweeps.comparison import read_sweep
-from sweep_folders import METHODS, changed, write_sweep
+from sweep_folders import METHODS, SEEDS, changed, write_sweep
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def test_methods_are_chosen_by_the_validation_part(sweep: Path) -> None:
     found = ranked(read_sweep(sweep))
     assert [choice.method for choice in found] == list(METHODS)
     assert [choice.score for choice in found] == pytest.approx([0.9, 0.8, 0.7])
-    assert [choice.error for choice in found] == pytest.approx([0, 0, 0])
+    assert [choice.error for choice in found] == [0, None, None]
     changed(sweep, "FedAvg", validation={})
     with pytest.raises(RunError, match="have no validation score"):
         ranked(read_sweep(sweep))
@@ -65,3 +65,25 @@ def test_only_columns_of_all_methods_count_and_a_single_seed_has_no_error(sweep:
     assert {name: choice.score for name, choice in found.items()} == {"FedProx_1 & co": 0.7, "FedAvg": 0.5, "<b>ours</b>": 0.5}
     assert found["FedProx_1 & co"].error is None
     assert found["FedAvg"].error == 0
+
+
+def test_without_a_column_of_all_methods_nothing_is_chosen(sweep: Path) -> None:
+    """One method is finished in one column only, another only in the other."""
+    for names in [*(sweep / "cells").glob("1-aligned-*.json"), *(sweep / "cells").glob("2-missing-0.4-*.json")]:
+        names.unlink()
+    with pytest.raises(RunError, match="no column is finished for all methods; run fedmllm sweep again"):
+        ranked(read_sweep(validated(sweep, {})))
+
+
+def test_a_seed_without_all_columns_does_not_count(sweep: Path) -> None:
+    """Otherwise a method would gain from a hard cell that has not finished."""
+    scores = {(method, "aligned", seed): 0.9 for method in METHODS for seed in SEEDS}
+    scores |= {(method, "missing-0.4", seed): 0.1 for method in METHODS for seed in SEEDS}
+    assert [choice.score for choice in ranked(read_sweep(validated(sweep, scores)))] == pytest.approx([0.5] * 3)
+    for names in (sweep / "cells").glob("0-missing-0.4-1.json"):
+        names.unlink()
+    assert [choice.score for choice in ranked(read_sweep(sweep))] == pytest.approx([0.5] * 3)
+    for names in (sweep / "cells").glob("0-aligned-0.json"):
+        names.unlink()
+    with pytest.raises(RunError, match="FedAvg: no seed is finished in all of the 2 columns to compare; run fedmllm sweep again"):
+        ranked(read_sweep(sweep))
