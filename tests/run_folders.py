@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fedmllm.reports.run_report import write_report
+from fedmllm.sweeps.grid import Cell, Grid, cells
 
 SMALL: dict[str, Any] = {
     "base": {
@@ -25,6 +26,12 @@ SMALL: dict[str, Any] = {
     "baselines": ["zero_shot"],
 }
 """A grid that trains in seconds."""
+
+
+def small(**changes: Any) -> list[Cell]:
+    """The cells of that grid with changes."""
+    return cells(Grid.model_validate(SMALL | changes))
+
 
 VOID = {"meta", "br", "link", "img", "input", "hr"}
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import yaml
-from matplotlib import pyplot
 from PIL import Image
 
 import fedmllm
@@ -36,31 +35,6 @@ def test_a_result_has_its_run_folder(result: RunResult) -> None:
     assert "folder" not in json.loads((result.folder / "result.json").read_text())
 
 
-def test_the_history_is_a_flat_row_for_each_round(result: RunResult) -> None:
-    rows = result.history()
-    assert [(row["stage"], row["round"]) for row in rows] == [("federated", 1), ("federated", 2)]
-    assert rows[-1]["test_score"] == rows[-1]["score"] == result.scores["federated"]
-    assert rows[0]["score"] is None
-    assert "test_score" not in rows[0]
-    assert all(isinstance(value, (int, float, str, type(None))) for row in rows for value in row.values())
-
-
-def test_the_plot_shows_the_score_by_round(result: RunResult) -> None:
-    axes = result.plot()
-    pyplot.close(axes.figure)
-    labels = {line.get_label(): list(line.get_ydata()) for line in axes.get_lines()}
-    assert labels["test split"] == [result.scores["federated"]]
-    assert len(labels["validation split"]) == 2
-    assert (axes.get_xlabel(), axes.get_ylabel()) == ("round", result.metric)
-
-
-def test_a_result_read_from_a_file_has_no_history(result: RunResult) -> None:
-    from dataclasses import replace
-
-    with pytest.raises(fedmllm.FedMLLMError, match=r"use the result that fedmllm\.train returns"):
-        replace(result, folder=None).history()
-
-
 def test_evaluate_gives_the_runs_score(result: RunResult) -> None:
     assert result.folder is not None
     assert fedmllm.evaluate(result.folder)["score"] == result.scores["federated"]
@@ -81,20 +55,6 @@ def test_predict_answers_questions_about_pictures_and_texts(result: RunResult, t
     assert sum(first.probabilities) == pytest.approx(1)
     assert third.probabilities == ()
     assert fedmllm.predict(result.folder, asked[:1])[0].probabilities == pytest.approx(first.probabilities)
-
-
-@pytest.mark.parametrize(
-    ("question", "part"),
-    [
-        ({"question": "?", "picture": "a.png"}, "question 0: 'picture' is not a known key; use question, image, text and options"),
-        ({"text": "words"}, "question 0: question must be the text to ask, got None"),
-        ({"question": "?", "image": "nowhere.png"}, "nowhere.png"),
-    ],
-)
-def test_an_invalid_question_is_named(result: RunResult, question: dict[str, str], part: str) -> None:
-    assert result.folder is not None
-    with pytest.raises(fedmllm.FedMLLMError, match=part):
-        fedmllm.predict(result.folder, [question])
 
 
 def test_progress_is_shown_in_terminals_or_on_request(

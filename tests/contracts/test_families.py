@@ -126,25 +126,6 @@ def test_the_last_layer_computes_only_the_columns_that_are_read(kind: str, targe
             torch.testing.assert_close(short_of[key], tensor, atol=1e-5, rtol=1e-4)
 
 
-def test_an_unknown_decoder_is_not_shortened() -> None:
-    """No list of layers, an empty list, and a layer whose attention mixes columns before its scores."""
-
-    class Decoder(torch.nn.Module):
-        def get_decoder(self) -> torch.nn.Module:
-            return self
-
-    empty, known, convolution = Decoder(), Decoder(), Decoder()
-    empty.layers = torch.nn.ModuleList()
-    for decoder in (known, convolution):
-        decoder.layers = torch.nn.ModuleList([torch.nn.Module()])
-        decoder.layers[0].self_attn = torch.nn.ModuleDict({f"{name}_proj": torch.nn.Linear(2, 2) for name in "qkvo"})
-    convolution.layers[0].self_attn["conv"] = torch.nn.Conv1d(2, 2, 1)
-    assert shorten(known)
-    assert not shorten(convolution)
-    assert not shorten(empty)
-    assert not shorten(Decoder())
-
-
 def test_gradients_reach_the_decoder_s_adapters_only(model: VisionLanguageModel, samples: list[Encoded]) -> None:
     answer_nll(model, collate(model, samples)).sum().backward()  # type: ignore[no-untyped-call]
     with_gradient = {name for name, p in model.model.named_parameters() if p.grad is not None}

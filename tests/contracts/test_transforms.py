@@ -1,4 +1,4 @@
-"""The guarantees of update transforms: their order, their state at clients, and their independence of loop, engine and method."""
+"""The guarantees of update transforms: every method trains with them, every engine applies them, and clients keep their state."""
 
 from __future__ import annotations
 
@@ -12,19 +12,16 @@ import pytest
 import torch
 
 from fedmllm import api as run
-from fedmllm import weights as W
 from fedmllm.algorithms import (
     ALGORITHMS,
     STRATEGIES,
     Aggregate,
     AlgorithmConfig,
-    Chain,
     ClientContext,
     ServerState,
     UpdateTransform,
     build_algorithm,
 )
-from fedmllm.algorithms.fedavg import FedAvg
 from fedmllm.algorithms.strategies import Strategy
 from fedmllm.config import Experiment
 from fedmllm.data.federated import FederatedData
@@ -34,79 +31,16 @@ from fedmllm.engine.failures import FailureConfig
 from fedmllm.engine.in_process import InProcessEngine
 from fedmllm.engine.rounds import Loop, run_stage
 from fedmllm.engine.stages import Stage
-from fedmllm.errors import ConfigError
 from fedmllm.models.load import VisionLanguageModel
 from fedmllm.models.lora import frozen_weights, read_weights
 from fedmllm.run import federation as federations
 from fedmllm.training.batches import Encoder
 from fedmllm.training.settings import TrainingConfig
-from fedmllm.types import Broadcast, ClientUpdate, Slots, Weights
+from fedmllm.types import ClientUpdate, Slots, Weights
 from loopback import loopback
 from scripted import unscored
 from tiny_families import folder_of
-
-
-@dataclass(frozen=True)
-class Clipped(UpdateTransform):
-    """Bounds the update's norm and adds what was cut off to the next update. A user's file needs no more than this."""
-
-    norm: float
-    name = "clipped"
-
-    def client(self, update: ClientUpdate, context: ClientContext) -> tuple[ClientUpdate, Slots]:
-        whole = W.add(update.update, context.kept.get("rest", {}))
-        sent = {name: tensor * min(1.0, self.norm / max(W.norm(whole), 1e-12)) for name, tensor in whole.items()}
-        return replace(update, update=sent), {"rest": W.subtract(whole, sent)}
-
-    def aggregate(self, aggregate: Aggregate, state: ServerState) -> Aggregate:
-        return replace(aggregate, mean={**aggregate.mean, "update": {name: 2 * t for name, t in aggregate.mean["update"].items()}})
-
-
-@dataclass(frozen=True)
-class Shifted(UpdateTransform):
-    """Adds a number to every entry, at clients and at the server, and to the weight of an update."""
-
-    number: float
-    name = "shifted"
-
-    def client(self, update: ClientUpdate, context: ClientContext) -> tuple[ClientUpdate, Slots]:
-        shifted = {name: tensor + self.number for name, tensor in update.update.items()}
-        return replace(update, update=shifted), {"count": {"n": context.kept.get("count", {"n": torch.zeros(1)})["n"] + 1}}
-
-    def weigh(self, weight: float, update: ClientUpdate, state: ServerState) -> float:
-        return weight + self.number
-
-    def aggregate(self, aggregate: Aggregate, state: ServerState) -> Aggregate:
-        return replace(aggregate, mean={"update": {name: t + self.number for name, t in aggregate.mean["update"].items()}})
-
-
-def test_clients_apply_a_chain_in_order_and_the_server_in_reverse() -> None:
-    chain = Chain((Clipped(1.0), Shifted(10.0)))
-    update = ClientUpdate("a", {"w": torch.tensor([3.0, 4.0])}, 1)
-    sent, kept = chain.client(update, ClientContext("a", FedAvg(), Broadcast(0, {})))
-    torch.testing.assert_close(sent.update["w"], torch.tensor([10.6, 10.8]))
-    assert {name: list(slot) for name, slot in kept.items()} == {"clipped.rest": ["w"], "shifted.count": ["n"]}
-    again, kept = chain.client(update, ClientContext("a", FedAvg(), Broadcast(1, {}), kept=kept | {"personal": {"w": torch.ones(1)}}))
-    # (3, 4) and the residual (2.4, 3.2) have the same direction and are cut to length 1.
-    torch.testing.assert_close(again.update["w"], torch.tensor([10.6, 10.8]))
-    assert float(kept["shifted.count"]["n"]) == 2
-    assert chain.weigh(1.0, update, ServerState({})) == 11
-    mean = chain.aggregate(Aggregate({"update": {"w": torch.zeros(1)}}, 1), ServerState({})).mean["update"]["w"]
-    assert float(mean) == 2 * (0 + 10)
-
-
-def test_an_empty_chain_changes_nothing() -> None:
-    update, chain = ClientUpdate("a", {"w": torch.ones(2)}, 3), Chain()
-    assert chain.client(update, ClientContext("a", FedAvg(), Broadcast(0, {}))) == (update, {})
-    assert chain.weigh(3.0, update, ServerState({})) == 3.0
-    aggregate = Aggregate({}, 0)
-    assert chain.aggregate(aggregate, ServerState({})) is aggregate
-    assert chain.codec is None
-
-
-def test_the_last_transform_sets_the_codec() -> None:
-    (writes,) = compression(CompressionConfig(name="int8"))
-    assert Chain((Clipped(1.0), writes)).codec is writes.codec
+from user_transforms import Clipped
 
 
 def trained(name: str, trial: Trial, folder: Path, *transforms: UpdateTransform, rounds: int = 2) -> tuple[ServerState, Loop]:
@@ -202,11 +136,3 @@ def test_a_strategys_transform_applies_in_every_engine(tmp_path: Path, monkeypat
     assert ends["in_process", 1][1] == ends["flower", 1][1] == {"halved.count": 2.0}
     assert all(torch.equal(ends["flower", 1][0][key], tensor) for key, tensor in ends["in_process", 1][0].items())
     assert not all(torch.equal(ends["in_process", 0][0][key], tensor) for key, tensor in ends["in_process", 1][0].items())
-
-
-@pytest.mark.parametrize("name", sorted(name for name, cls in ALGORITHMS.items() if cls.ignores_weights))
-def test_a_transform_of_weights_is_refused_by_methods_that_ignore_them(name: str) -> None:
-    with pytest.raises(ConfigError, match=f"shifted changes the weights of updates, but {name} ignores these weights; remove one of them"):
-        Shifted(1.0).require(build_algorithm(AlgorithmConfig(name=name)), name)
-    Shifted(1.0).require(FedAvg(), "fedavg")
-    Clipped(1.0).require(build_algorithm(AlgorithmConfig(name=name)), name)

@@ -1,4 +1,4 @@
-"""How the server treats facts that clients withhold."""
+"""How the server treats facts that clients withhold, and tensors that are missing or unexpected."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fedmllm.algorithms import Algorithm, AlgorithmConfig, ServerState, StrategyConfig, build_algorithm
-from fedmllm.engine.intake import Intake, Origin
+from fedmllm.engine.intake import Intake, Origin, refusal
 from fedmllm.engine.stages import Stage
 from fedmllm.types import ClientUpdate, Holding, Population
 
@@ -94,3 +94,10 @@ def test_a_client_without_steps_does_not_count_as_one_step_in_fednova() -> None:
     server.take(replace(UPDATE, client="b", update={"layers.0.w": torch.zeros(2)}, metrics={"steps": 0.0}))
     after = algorithm.server_step(ServerState(START), server.aggregate())
     assert after.weights["layers.0.w"].tolist() == pytest.approx([0.25, 0.25])
+
+
+def test_refusal_names_missing_and_unexpected_extras() -> None:
+    expected = {"a": torch.ones(2), "b": torch.ones(3)}
+    update = ClientUpdate("c", expected, 1, extras={"control": {"a": torch.ones(2)}})
+    assert "control: 1 tensors are missing" in str(refusal(update, expected, ("control",)))
+    assert "expected none" in str(refusal(update, expected))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib as mpl
@@ -18,7 +16,6 @@ from fedmllm.reports.figures import _groups, _spread, client_samples
 from fedmllm.reports.run_report import MAX_REFUSED, write_report
 from fedmllm.reports.tables import _majority_row
 from fedmllm.run.reader import Client
-from fedmllm.run.results import worst_decile
 from run_folders import Folder, Page, round_line, table_rows
 
 HOSTILE = "<script>alert('x')</script> \"&amp; $x^{$ _é日本"
@@ -329,15 +326,6 @@ def test_scores_of_many_clients_are_summarized(tmp_path: Path) -> None:
     assert len(page) < 1_000_000
 
 
-@pytest.mark.parametrize(
-    ("scores", "expected"),
-    [([0.5], 0.5), ([0.9, 0.2, 0.4], 0.2), ([i / 10 for i in range(10)], 0.0), ([i / 10 for i in range(11)], 0.05), ([0.3] * 40, 0.3)],
-)
-def test_worst_decile(scores: list[float], expected: float) -> None:
-    """With ten clients it is the lowest score; with eleven the mean of the lowest two, (0 + 0.1) / 2."""
-    assert worst_decile(scores) == pytest.approx(expected)
-
-
 def test_standard_error_over_clients() -> None:
     # For 0 and 1: standard deviation sqrt(1 / 2), divided by sqrt(2).
     assert error_over_models([0.0, 1.0]) == pytest.approx(0.5)
@@ -364,56 +352,16 @@ def test_reports_scale_with_clients_rounds_and_labels(tmp_path: Path, num_client
     assert len(html) < 1_000_000
 
 
-def test_an_incomplete_last_line_is_left_out(html: str, folder: Folder) -> None:
-    with (folder.write() / "metrics.jsonl").open("a") as file:
-        file.write('{"stage": "federated", "rou')
-    assert write_report(folder.path).read_text(encoding="utf-8") == html
-
-
-def break_result(folder: Path) -> None:
-    record = json.loads((folder / "result.json").read_text())
-    del record["seconds"]
-    record["scores"]["federated"] = "high"
-    (folder / "result.json").write_text(json.dumps(record))
-
-
-BREAKS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no config": (lambda f: (f / "config.yaml").unlink(), r"config\.yaml: cannot be read \(No such file"),
-    "binary config": (lambda f: (f / "config.yaml").write_bytes(b"\xff\xfe"), r"config\.yaml: cannot be read \(not UTF-8 text"),
-    "no manifest": (lambda f: (f / "manifest.json").unlink(), r"manifest\.json: cannot be read"),
-    "manifest is no object": (
-        lambda f: (f / "manifest.json").write_text("[]"),
-        r"manifest\.json: does not match the format of this version",
-    ),
-    "manifest lacks all": (lambda f: (f / "manifest.json").write_text("{}"), r"(?s)manifest\.json.*clients: Field required"),
-    "no metrics": (lambda f: (f / "metrics.jsonl").unlink(), r"metrics\.jsonl: cannot be read"),
-    "metrics line is no JSON": (lambda f: (f / "metrics.jsonl").write_text("{}}\n"), r"(?s)metrics\.jsonl, line 1: .*Invalid JSON"),
-    "metrics line lacks all": (lambda f: (f / "metrics.jsonl").write_text('{"round": 1}\n'), r"(?s)line 1: .*stage: Field required"),
-    "loss is NaN": (
-        lambda f: (f / "metrics.jsonl").write_text(json.dumps(round_line("federated", 1, loss=float("nan"))) + "\n"),
-        r"(?s)line 1: .*loss: Input should be a finite number",
-    ),
-    "result cut short": (lambda f: (f / "result.json").write_text('{"experiment": "x'), r"result\.json: .*"),
-    "result with wrong types": (break_result, r"(?s)result\.json: .*scores\.federated: .*seconds: Field required.*--resume"),
-}
-
-
-@pytest.mark.parametrize("name", BREAKS)
-def test_a_broken_file_is_named_and_the_old_report_stays(folder: Folder, name: str) -> None:
+@pytest.mark.parametrize("name", ["config.yaml", "manifest.json", "metrics.jsonl"])
+def test_a_folder_that_cannot_be_read_keeps_its_old_report(folder: Folder, name: str) -> None:
     report = folder.write() / "report.html"
     report.write_text("old")
+    (folder.path / name).unlink()
     before = set(folder.path.iterdir())
-    break_it, message = BREAKS[name]
-    break_it(folder.path)
-    with pytest.raises(RunError, match=message):
+    with pytest.raises(RunError, match=name):
         write_report(folder.path)
     assert report.read_text() == "old"
-    assert set(folder.path.iterdir()) <= before
-
-
-def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="name a complete folder that fedmllm train wrote"):
-        write_report(tmp_path / "nowhere")
+    assert set(folder.path.iterdir()) == before
 
 
 def test_a_report_that_cannot_be_written_is_an_error(folder: Folder) -> None:

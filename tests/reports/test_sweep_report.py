@@ -16,7 +16,6 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from fedmllm.errors import RunError
 from fedmllm.evaluation.predictions import Answered, to_record
 from fedmllm.reports import sweep_tables as grid_tables
 from fedmllm.reports.drawing import FILLS
@@ -25,55 +24,16 @@ from fedmllm.reports.sweep_figures import _levels, _unbeaten, strategy_gains
 from fedmllm.reports.sweep_formats import to_csv, to_latex, to_markdown
 from fedmllm.reports.sweep_report import write_sweep_report
 from fedmllm.reports.sweep_tables import NOTHING, Entry, Table, client_table, hard_table, score_table
-from fedmllm.sweeps.choosing import ranked
 from fedmllm.sweeps.comparison import Gain, read_sweep
 from fedmllm.sweeps.pairs import Pair, acting, pairs
 from fedmllm.sweeps.statistics import Interval
-from run_folders import Folder, Page, round_line, table_rows
-
-METHODS = {"FedAvg": 0.5, "FedProx_1 & co": 0.6, "<b>ours</b>": 0.7}
-SCENARIOS = ("aligned", "missing-0.4")
-SEEDS = (0, 1)
-
-
-def score_of(method: str, scenario: str, seed: int) -> float:
-    return METHODS[method] + 0.05 * (scenario == "aligned") + 0.02 * seed
-
-
-def answers(score: float, count: int = 100) -> Answered:
-    """Answers with the right ones first."""
-    guess = (np.arange(count) < round(score * count)).astype(float)
-    return Answered("accuracy", ("accuracy",), np.zeros(count, int), np.ones(count, int), guess)
+from run_folders import Page, table_rows
+from sweep_folders import METHODS, changed, score_of, write_sweep
 
 
 @pytest.fixture
 def sweep(tmp_path: Path) -> Path:
-    """Three methods, two scenarios, two seeds, and baselines for the first method. One cell is missing and one is unfinished."""
-    folder = tmp_path / "study"
-    (folder / "cells").mkdir(parents=True)
-    names = {"methods": list(METHODS), "models": ["nano"], "datasets": ["cats"], "scenarios": list(SCENARIOS), "seeds": list(SEEDS)}
-    names["published"] = {"cats": {"FedAvg": {"aligned": 71.0, "missing-0.4": 60.0}}}  # type: ignore[assignment]
-    (folder / "grid.json").write_text(json.dumps(names))
-    for m, method in enumerate(METHODS):
-        for scenario in SCENARIOS:
-            for seed in SEEDS:
-                if (method, scenario, seed) == ("<b>ours</b>", "aligned", 1):
-                    continue
-                key, score = f"{m}-{scenario}-{seed}", score_of(method, scenario, seed)
-                labels = {"model": "nano", "dataset": "cats", "seed": seed, "scenario": scenario, "method": method, "code": "abc"}
-                (folder / "cells" / f"{key}.json").write_text(json.dumps(labels))
-                run = Folder(folder / "cells" / key)
-                run.lines = [round_line("federated", 1, score / 2), round_line("federated", 2, score)]
-                assert run.result is not None
-                if m:
-                    run.result["scores"] |= dict.fromkeys(("zero_shot", "local_mean", "centralized"))
-                run.result["scores"]["federated"] = score
-                run.result["bytes_up"] = 10 ** (6 + m)
-                if (method, scenario, seed) == ("FedProx_1 & co", "aligned", 1):
-                    run.result = None
-                run.write()
-                (folder / "cells" / key / "predictions.json").write_text(json.dumps(to_record([answers(score)])))
-    return folder
+    return write_sweep(tmp_path / "study")
 
 
 def test_scores_ranks_and_baselines(sweep: Path) -> None:
@@ -177,16 +137,6 @@ def test_a_gain_in_balanced_accuracy_may_be_a_loss_of_accuracy(sweep: Path) -> N
 def macro(right_cats: int, missed_cats: int, right_dogs: int, missed_dogs: int) -> float:
     wrong = missed_cats + missed_dogs
     return right_cats / (2 * right_cats + wrong) + right_dogs / (2 * right_dogs + wrong)
-
-
-def changed(sweep: Path, method: str, config: str = "", **values: Any) -> None:
-    """Change a method's results and settings in all its cells."""
-    for names in (sweep / "cells").glob("*.json"):
-        folder = names.with_suffix("")
-        if json.loads(names.read_text())["method"] == method and (folder / "result.json").exists():
-            result = json.loads((folder / "result.json").read_text()) | values
-            (folder / "result.json").write_text(json.dumps(result))
-            (folder / "config.yaml").write_text((folder / "config.yaml").read_text() + config)
 
 
 def test_a_strategy_is_compared_with_the_same_method_without_it(sweep: Path) -> None:
@@ -356,18 +306,3 @@ def test_unbeaten_methods_are_not_beaten_in_cost_and_score() -> None:
         "wasteful": (20.0, 0.6),
     }
     assert _unbeaten(points) == ["small", "middle", "large", "twin"]
-
-
-def test_methods_are_chosen_by_the_validation_part(sweep: Path) -> None:
-    """The order of the test scores is different. A single cell without a validation score is refused, because only test scores would be left."""
-    with pytest.raises(RunError, match=r"10 cell\(s\) have no validation score, and methods are never chosen by test scores"):
-        ranked(read_sweep(sweep))
-    for method, value in (("FedAvg", 0.9), ("FedProx_1 & co", 0.8), ("<b>ours</b>", 0.7)):
-        changed(sweep, method, validation={"score": value})
-    found = ranked(read_sweep(sweep))
-    assert [choice.method for choice in found] == list(METHODS)
-    assert [choice.score for choice in found] == pytest.approx([0.9, 0.8, 0.7])
-    assert [choice.error for choice in found] == pytest.approx([0, 0, 0])
-    changed(sweep, "FedAvg", validation={})
-    with pytest.raises(RunError, match="have no validation score"):
-        ranked(read_sweep(sweep))

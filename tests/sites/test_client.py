@@ -260,13 +260,6 @@ def test_a_site_does_not_train_another_client(experiment: Experiment, tmp_path: 
     assert reply.reason == "LookupError; see the site's log"
 
 
-def test_the_server_sends_none_of_its_paths_to_workers(experiment: Experiment) -> None:
-    changes = {"engine": experiment.engine.model_copy(update={"name": "flower", "server": Path("/srv/federation/server.yaml")})}
-    text = settings(experiment.model_copy(update=changes))
-    assert "/srv" not in text
-    assert Experiment.from_yaml(text).engine.server is None
-
-
 def test_a_port_used_by_another_process_is_named(tmp_path: Path) -> None:
     """Flower's interface on that port rejects the secret."""
 

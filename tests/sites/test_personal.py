@@ -20,7 +20,7 @@ from flwr.clientapp import ClientApp
 from fedmllm import api as run
 from fedmllm.config import Experiment
 from fedmllm.engine.checkpoint import ClientStates, RunStore
-from fedmllm.errors import ConfigError, FederationError
+from fedmllm.errors import FederationError
 from fedmllm.flower.carrier import enclosed
 from fedmllm.flower.settings import SiteConfig
 from fedmllm.packing import unpack
@@ -181,16 +181,3 @@ def test_scores_of_another_metric_are_not_averaged(over_sites: Any, tmp_path: Pa
     reasons = r"client-00: the client scored macro_f1, the experiment's metric is auc"
     with pytest.raises(FederationError, match=reasons):
         over_sites(tmp_path / "none", dict.fromkeys(NAMES, triage), algorithm={"name": "ditto"})
-
-
-def test_a_global_prior_is_refused_over_sites(over_sites: Any, tmp_path: Path) -> None:
-    strategy = {"name": "label_calibration", "parameters": {"global_prior": True}}
-    with pytest.raises(ConfigError, match="which sites do not report; omit global_prior"):
-        over_sites(tmp_path / "there", dict.fromkeys(NAMES, OWN), algorithm={"name": "fedavg", "strategies": [strategy]})
-    assert not (tmp_path / "there").exists()
-
-
-def test_settings_that_need_the_sites_models_at_the_server_are_refused(over_sites: Any, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="personalized models of ditto stay at the sites"):
-        over_sites(tmp_path / "there", {}, algorithm={"name": "ditto"}, evaluation={"baselines": [], "client_samples": 5})
-    assert not (tmp_path / "there").exists()

@@ -7,14 +7,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from fedmllm import weights as W
-from fedmllm.algorithms.fedprox import Proximal
-from fedmllm.config import Experiment
 from fedmllm.data.federated import FederatedData
-from fedmllm.errors import ConfigError
 from fedmllm.models.encoding import Encoded, collate
 from fedmllm.models.load import VisionLanguageModel, load_model
 from fedmllm.models.lora import attach_lora, read_weights, write_weights
@@ -23,10 +18,9 @@ from fedmllm.models.settings import ModelConfig
 from fedmllm.randomness import generator
 from fedmllm.training.batches import Encoder
 from fedmllm.training.client import LocalTask
-from fedmllm.training.local import train_in_parallel, train_locally
+from fedmllm.training.local import train_locally
 from fedmllm.training.rules import LocalRule
-from fedmllm.training.schedule import ScheduleConfig, of_step
-from fedmllm.training.settings import TrainingConfig, round_learning_rate
+from fedmllm.training.settings import TrainingConfig
 from fedmllm.types import Weights
 
 NO_TERMS = LocalRule()
@@ -134,17 +128,6 @@ def test_the_frozen_model_does_not_move(vlm: VisionLanguageModel, task: LocalTas
     assert all(torch.equal(p, before[name]) for name, p in vlm.model.named_parameters() if name in before)
 
 
-def test_penalties_and_gradient_edits_take_effect(vlm: VisionLanguageModel, task: LocalTask) -> None:
-    config = TrainingConfig()
-    free = train_locally(vlm, task, NO_TERMS, config).weights
-    pulled = LocalRule(terms=(Proximal(2e3),))
-    tight = train_locally(vlm, task, pulled, config).weights
-    assert W.norm(W.subtract(tight, task.received)) < 0.8 * W.norm(W.subtract(free, task.received))
-    frozen = LocalRule(edit_gradient=lambda name, gradient: gradient * ("lora_A" not in name))
-    moved = train_locally(vlm, task, frozen, config).weights
-    assert all(torch.equal(moved[name], task.received[name]) == ("lora_A" in name) for name in moved)
-
-
 def test_bfloat16_base_trains_float32_adapters(federation: FederatedData) -> None:
     vlm = attach_lora(load_model(ModelConfig(dtype="bfloat16"), torch.device("cpu")), LoraConfig(), 0)
     encoder = Encoder(vlm, "agnostic")
@@ -154,66 +137,3 @@ def test_bfloat16_base_trains_float32_adapters(federation: FederatedData) -> Non
     assert W.is_finite(result.weights)
     assert largest_change(result.weights, task.received) > 1e-4
     assert all(parameter.dtype == torch.float32 for parameter in vlm.model.parameters() if parameter.requires_grad)
-
-
-def test_learning_rate_falls_over_rounds() -> None:
-    config = TrainingConfig(learning_rate=2.0)
-    rates = [round_learning_rate(config, r, 4) for r in range(4)]
-    assert rates == pytest.approx([2.0, 1 + 0.5**0.5, 1.0, 1 - 0.5**0.5])
-    assert round_learning_rate(TrainingConfig(learning_rate=2.0, schedule=ScheduleConfig(over="none")), 3, 4) == 2.0
-    for over, last in (("rounds", 1 - 0.5**0.5), ("both", 1 - 0.5**0.5), ("steps", 2.0)):
-        config = TrainingConfig(learning_rate=2.0, schedule=ScheduleConfig(over=over))  # type: ignore[arg-type]
-        assert round_learning_rate(config, 3, 4) == pytest.approx(last)
-
-
-def test_learning_rate_of_a_step() -> None:
-    """4 steps: cos(0), cos(pi/4), cos(pi/2), cos(3 pi/4). A warmup of a quarter of 8 steps: a half and the whole, then 6 steps of cosine."""
-    plain, warm = ScheduleConfig(over="steps"), ScheduleConfig(over="both", warmup=0.25)
-    assert [of_step(plain, i, 4) for i in range(4)] == pytest.approx([1.0, 0.5 + 0.5**1.5, 0.5, 0.5 - 0.5**1.5])
-    assert [of_step(warm, i, 8) for i in range(4)] == pytest.approx([0.5, 1.0, 1.0, 0.5 + 0.25 * 3**0.5])
-    assert of_step(ScheduleConfig(), 3, 4) == of_step(ScheduleConfig(over="none"), 3, 4) == 1.0
-    assert of_step(ScheduleConfig(over="steps", warmup=0.01), 0, 1) == 1.0
-
-
-@given(steps=st.integers(1, 300), warmup=st.floats(0, 0.99))
-def test_every_step_has_a_rate_of_at_most_the_rounds_rate(steps: int, warmup: float) -> None:
-    rates = [of_step(ScheduleConfig(over="steps", warmup=warmup), i, steps) for i in range(steps)]
-    assert all(0 < rate <= 1 for rate in rates)
-    top = rates.index(max(rates))
-    assert rates[: top + 1] == sorted(rates[: top + 1])
-    assert rates[top:] == sorted(rates[top:], reverse=True)
-
-
-def test_steps_follow_the_schedule(vlm: VisionLanguageModel, encoder: Encoder, federation: FederatedData) -> None:
-    """The first AdamW step moves every entry that has a gradient by the rate, here half of it during warmup, for single and parallel clients."""
-    samples = [encoder(sample) for sample in federation.clients["client-00"][:2]]
-    task = LocalTask("a", 0, 0, samples, read_weights(vlm.model), 1e-3)
-    moved = {}
-    for name, schedule in (("half", ScheduleConfig(over="steps", warmup=0.99)), ("whole", ScheduleConfig())):
-        config = TrainingConfig(batch_size=1, local_epochs=1, schedule=schedule)
-        results = [train_locally(vlm, task, NO_TERMS, config), train_in_parallel(vlm, [(task, NO_TERMS), (task, NO_TERMS)], config)[0]]
-        moved[name] = [W.norm(W.subtract(result.weights, task.received)) for result in results]
-    for half, whole in zip(moved["half"], moved["whole"], strict=True):
-        assert 0.6 < half / whole < 0.9
-
-
-@pytest.mark.parametrize(
-    ("value", "message"),
-    [
-        (["cosine"], r"must be cosine or constant, or a mapping .* got \['cosine'\]"),
-        ("cosin", r"training\.schedule: must be cosine or constant, or a mapping such as \{over: steps, warmup: 0\.01\}, got 'cosin'"),
-        ({"over": "rounds", "warmup": 0.1}, r"warmup: 0\.1 is a share of a round's steps, but over is rounds; set over to steps or both"),
-        ({"over": "steps", "warm": 0.1}, r"training\.schedule\.warm: is not a known setting; did you mean warmup\?"),
-        ({"over": "steps", "warmup": 1}, r"training\.schedule.*less than 1"),
-    ],
-)
-def test_invalid_schedules_are_refused(value: object, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        Experiment.parse({"training": {"schedule": value}})
-
-
-def test_schedules_survive_yaml() -> None:
-    for value in ("cosine", "constant", {"over": "both", "warmup": 0.01}):
-        experiment = Experiment.parse({"training": {"schedule": value}})
-        assert Experiment.from_yaml(experiment.to_yaml()) == experiment
-        assert experiment.model_dump(mode="json")["training"]["schedule"] == value

@@ -128,8 +128,9 @@ def choose(folder: Annotated[Path, typer.Argument(help="A sweep folder.")]) -> N
     from fedmllm.sweeps.comparison import read_sweep
 
     sweep = read_sweep(folder)
+    choices = ranked(sweep)
     typer.echo(f"mean score on the validation split over {len(sweep.shared)} column(s) and {len(sweep.seeds)} seed(s)")
-    for choice in ranked(sweep):
+    for choice in choices:
         typer.echo(f"{choice.score:.3f}{'' if choice.error is None else f' ± {choice.error:.3f}'}  {choice.method}")
 
 
