@@ -75,7 +75,7 @@ def test_the_plot_shows_the_score_by_round_and_the_two_bounds(result: RunResult)
 
 
 def test_a_result_read_from_a_file_has_no_history(finished: Path) -> None:
-    with pytest.raises(RunError, match=r"take the one that fedmllm\.train returns"):
+    with pytest.raises(RunError, match=r"use the result that fedmllm\.train returns"):
         outcome(finished).history()
 
 

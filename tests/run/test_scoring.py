@@ -138,9 +138,9 @@ def test_a_chat_asks_every_question_about_the_same_content(finished: Path, adapt
 @pytest.mark.parametrize(
     ("question", "part"),
     [
-        ({"question": "?", "picture": "a.png"}, "question 1: 'picture' is no part of one; use question, image, text, options"),
-        ({"text": "words"}, "question 1: it has no question; give the words to ask"),
-        ({"question": 7}, "question 1: it has no question"),
+        ({"question": "?", "picture": "a.png"}, "question 1: 'picture' is not a known key; use question, image, text and options"),
+        ({"text": "words"}, "question 1: question must be the text to ask, got None"),
+        ({"question": 7}, "question 1: question must be the text to ask, got 7"),
         ({"question": "?", "image": "nowhere.png"}, r"nowhere\.png"),
     ],
 )
