@@ -43,6 +43,7 @@ def test_the_stages_time_limits_sum_to_less_than_ten_minutes() -> None:
 
 
 # The stage without fla removes a package from its process.
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [name for name in STAGES if name != "minicpm_without_fla"])
 def test_every_stage_completes(stage: str, tmp_path: Path) -> None:
     STAGES[stage](bench(tmp_path, stage))

@@ -150,6 +150,7 @@ def test_picture_checks_are_consistent() -> None:
             assert sum(verdicts[question] == {"yes"} for question in verdicts if re.fullmatch(form, question)) <= 1
 
 
+@pytest.mark.slow
 def test_the_tower_alone_learns_to_recognize_inks(fresh: VisionLanguageModel) -> None:
     """For seeds 0 to 2 it recognizes at least 98 of 100 inks after these steps; guessing gives 25."""
     vlm = replace(fresh, model=deepcopy(fresh.model))
@@ -193,6 +194,7 @@ def test_pretraining_is_seeded_and_writes_a_loadable_folder(tmp_path: Path) -> N
     assert vlm.model.config.model_type == "llava"
 
 
+@pytest.mark.slow
 def test_fresh_weights_depend_on_the_seed(fresh: VisionLanguageModel) -> None:
     first, other = (next(vlm.model.parameters()) for vlm in (fresh, new_nano(1)))
     assert not torch.equal(first, other)

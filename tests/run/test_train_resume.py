@@ -28,7 +28,7 @@ def test_resuming_a_finished_run_changes_nothing(finished: Path) -> None:
     assert comparable(finished) == before
 
 
-@pytest.mark.parametrize("method", ["scaffold", "ditto"])
+@pytest.mark.parametrize("method", ["scaffold", pytest.param("ditto", marks=pytest.mark.slow)])
 def test_a_run_interrupted_after_and_within_a_round_ends_bit_for_bit_the_same(
     tiny: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:

@@ -91,7 +91,7 @@ def scored(folder: Path) -> list[Any]:
     return [(record["scores"], record["validation"]) for record in RunStore(folder).records("federated")]
 
 
-@pytest.mark.parametrize("name", ["ditto", "fedsa_lora"])
+@pytest.mark.parametrize("name", [pytest.param("ditto", marks=pytest.mark.slow), "fedsa_lora"])
 def test_personalized_models_stay_at_their_sites_and_score_as_in_one_process(name: str, over_sites: Any, tmp_path: Path) -> None:
     here = run.train(Experiment.parse(SETTINGS | {"algorithm": {"name": name}}), tmp_path / "here", resident=RESIDENT, report=False)
     there = over_sites(tmp_path / "there", {}, algorithm={"name": name})
@@ -106,7 +106,7 @@ def test_personalized_models_stay_at_their_sites_and_score_as_in_one_process(nam
         assert all(torch.equal(theirs[key], tensor) for key, tensor in ours.items())
 
 
-@pytest.mark.parametrize("name", ["ditto", "fedsa_lora"])
+@pytest.mark.parametrize("name", [pytest.param("ditto", marks=pytest.mark.slow), "fedsa_lora"])
 def test_a_site_whose_answer_is_lost_keeps_its_previous_model(name: str, over_sites: Any, tmp_path: Path) -> None:
     """All sites train in the last of two rounds, and one answer is lost. That site keeps the model of the first round."""
     every = {"algorithm": {"name": name}, "federation": SETTINGS["federation"] | {"clients_per_round": 3}}
@@ -174,6 +174,7 @@ def test_a_run_without_any_sites_validation_part_is_an_error(over_sites: Any, tm
         over_sites(tmp_path / "there", own, algorithm={"name": "ditto"})
 
 
+@pytest.mark.slow
 def test_scores_of_another_metric_are_not_averaged(over_sites: Any, tmp_path: Path) -> None:
     triage = {"data": OWN["data"] | {"dataset": "digits-triage"}}
     result = over_sites(tmp_path / "there", {NAMES[0]: triage, NAMES[1]: OWN, NAMES[2]: OWN}, algorithm={"name": "ditto"})

@@ -7,7 +7,8 @@ from statistics import mean, stdev
 from typing import NamedTuple
 
 from fedmllm.errors import RunError, listing
-from fedmllm.sweeps.comparison import Column, Sweep
+from fedmllm.sweeps.comparison import Sweep
+from fedmllm.sweeps.trained import Column
 
 
 class Choice(NamedTuple):
