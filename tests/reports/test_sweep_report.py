@@ -121,7 +121,7 @@ def test_a_gain_in_balanced_accuracy_may_be_a_loss_of_accuracy(sweep: Path) -> N
     read = read_sweep(sweep)
     table = beside_table(read, "nano", "cats")
     assert table is not None
-    assert table.header[1::2] == ("accuracy", "balanced accuracy", "macro F1")
+    assert table.header[1::2] == ("accuracy", "balanced accuracy", "macro-F1")
     rows = {row[0].text: [entry.text for entry in row] for row in table.rows}
     assert rows["FedAvg"][1::2] == ["74.0 (0.0)", "50.0 (0.0)", f"{100 * macro(72, 8, 2, 18):.1f} (0.0)"]
     assert rows["<b>ours</b>"][2].startswith("+0.0 (")

@@ -23,7 +23,7 @@ from fedmllm.run.reader import Round, Run, read_run
 
 FREE = {"recall_open": "open, token recall", "f1_open": "open, token F1", "rouge_l_long": "long, ROUGE-L"}
 """Names of the scores of free answers other than exact match, by key of ``ScoreRow.details``."""
-METRICS = {"auc": "AUC", "macro_f1": "macro F1", "accuracy": "accuracy", "balanced_accuracy": "balanced accuracy", "mixed": "mean score"}
+METRICS = {"auc": "AUC", "macro_f1": "macro-F1", "accuracy": "accuracy", "balanced_accuracy": "balanced accuracy", "mixed": "mean score"}
 STEPS = ("train", "aggregate", "evaluate", "checkpoint")
 MAX_REFUSED = 50
 """Maximum number of refused updates in the list; further ones are only counted."""
