@@ -90,7 +90,7 @@ def test_fully_trained_layers_are_averaged(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "flora"])
 def test_zero_updates_are_a_fixed_point(name: str) -> None:
-    """The effective matrix never changes. The factors stay equal too, unless the method splits products anew."""
+    """The effective matrix never changes. Unless the method refactorizes the product, the factors do not change either."""
     algorithm = build(name)
     state = first = begin(algorithm)
     for _ in range(3):

@@ -127,7 +127,7 @@ def test_updates_are_compressed_and_residuals_stay_at_the_clients(
         engine = InProcessEngine(vlm, encoder, training)
         loop = Loop(algorithm, engine, training, Split(lambda w, b: {"score": 0.0}), store, 0, compression(chosen))
         state = run_stage(loop, Stage("federated", clients, 3, 2), algorithm.init(start, frozen_weights(vlm)))
-        # Where the method splits products anew, only the product, which starts at zero, measures how far the model has moved.
+        # If the method refactorizes the product, its factors do not show how far the model has moved. The product does, since it starts at zero.
         ends.append(factors.products(state.weights) if algorithm.refactorizes else W.subtract(state.weights, start))
         records.append(store.records("federated"))
     for whole, small in zip(*records, strict=True):

@@ -1,7 +1,7 @@
 """Gaussian noise that nobody can predict.
 
-Noise must not derive from the experiment's seed, which is written to ``config.yaml`` and sent with every task: whoever knows it could
-subtract the noise. It comes from a stream cipher with a fresh key of the operating system.
+The experiment's seed is public: it is in ``config.yaml`` and in every task, and anyone who knows it could subtract noise that derives from it.
+Noise therefore comes from a stream cipher, with a fresh key from the operating system.
 """
 
 from __future__ import annotations
