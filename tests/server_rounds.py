@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
 
 from fedmllm import factors
@@ -53,3 +55,9 @@ def server_round(algorithm: Algorithm, state: ServerState, sent: Sequence[Client
 def effective(state: ServerState) -> Weights:
     """The model's change by module: the products of the factors plus what was merged into the frozen weights."""
     return {m: p + state.base.get(m, torch.zeros(())).double() for m, p in factors.products(state.weights).items()}
+
+
+def plain_mean(state: ServerState, sent: Sequence[ClientUpdate], name: str) -> np.ndarray[Any, Any]:
+    """Return a tensor after a step by the updates' mean with uniform weights, in float64."""
+    moved: np.ndarray[Any, Any] = np.mean([s.update[name].double().numpy() for s in sent], axis=0)
+    return moved + state.weights[name].double().numpy()

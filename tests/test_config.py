@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedmllm.config import Experiment, _tell_renamed, differences
+from fedmllm.config import Experiment, differences
 from fedmllm.errors import ConfigError
+from fedmllm.explain import tell_renamed
 
 
 def write(folder: Path, text: str) -> Path:
@@ -52,7 +53,7 @@ def test_every_error_is_reported_with_its_line(tmp_path: Path) -> None:
 
 
 def test_a_former_name_of_a_setting_still_works_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
-    _tell_renamed.cache_clear()
+    tell_renamed.cache_clear()
     former = {"engine": {"device": "cpu", "together": 3}}
     assert Experiment.parse(former) == Experiment.parse({"engine": {"device": "cpu", "parallel_clients": 3}})
     assert former["engine"] == {"device": "cpu", "together": 3}

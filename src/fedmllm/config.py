@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import difflib
-import logging
 import re
 from collections.abc import Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,7 @@ from fedmllm.engine.schedules import SchedulingConfig, build_schedule
 from fedmllm.engine.settings import EngineConfig
 from fedmllm.errors import ConfigError, listing
 from fedmllm.evaluation.evaluate import EvaluationConfig
-from fedmllm.explain import rule
+from fedmllm.explain import rule, tell_renamed
 from fedmllm.models.parts import LoraConfig
 from fedmllm.models.settings import ModelConfig
 from fedmllm.registry import load_plugins, resolved
@@ -29,7 +27,6 @@ from fedmllm.settings_file import Path_, read_settings
 from fedmllm.training.settings import TrainingConfig
 
 _FINGERPRINT = ("model", "fingerprint")
-_LOG = logging.getLogger(__name__)
 RENAMED: dict[Path_, str] = {("engine", "together"): "parallel_clients"}
 """Former names of settings, which experiments may still use, with their current names in the same section."""
 
@@ -62,7 +59,7 @@ class Experiment(BaseModel):
         for (section, former), name in RENAMED.items():
             inner = values.get(section) if isinstance(values, Mapping) else None
             if isinstance(inner, Mapping) and former in inner and name not in inner:
-                _tell_renamed(section, former, name)
+                tell_renamed(f"{section}.{former}", f"{section}.{name}")
                 values = {**values, section: {name if key == former else key: value for key, value in inner.items()}}
         return values
 
@@ -164,12 +161,6 @@ class Experiment(BaseModel):
     def to_yaml(self) -> str:
         """Return all settings as YAML, including defaults."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-
-@cache
-def _tell_renamed(section: str, former: str, name: str) -> None:
-    """Log a warning, once per process."""
-    _LOG.warning("%s.%s is now called %s.%s; please write the new name", section, former, section, name)
 
 
 def differences(a: Experiment, b: Experiment) -> list[str]:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import logging
 from collections.abc import Collection, Mapping
+from functools import cache
 from typing import Any
+
+_LOG = logging.getLogger(__name__)
 
 _RULES = {
     "missing": "is required",
@@ -52,3 +56,9 @@ def meant(name: str, known: Collection[str]) -> str:
     if near := difflib.get_close_matches(name.lower(), known, n=1):
         return f"; did you mean {near[0]}?"
     return f"; known: {', '.join(known)}" if known else ""
+
+
+@cache
+def tell_renamed(former: str, name: str) -> None:
+    """Log a warning that a former name was used, once per process and name."""
+    _LOG.warning("%s is now called %s; please write the new name", former, name)

@@ -8,13 +8,14 @@ import pytest
 import torch
 
 import fedmllm.algorithms.strategies as package
-from fedmllm.algorithms import STRATEGIES, AlgorithmConfig, Client, ServerState, StrategyConfig, _tell_renamed, build_algorithm
+from fedmllm.algorithms import STRATEGIES, AlgorithmConfig, Client, ServerState, StrategyConfig, build_algorithm
 from fedmllm.algorithms.strategies.adaptive_regularization import AdaptiveRegularization, depth, profile_distance
 from fedmllm.algorithms.strategies.label_calibration import Calibration
 from fedmllm.algorithms.strategies.modality_coverage import ModalityCoverage, coverage
 from fedmllm.config import Experiment
 from fedmllm.engine.intake import Intake
 from fedmllm.errors import ConfigError
+from fedmllm.explain import tell_renamed
 from fedmllm.training.rules import LocalRule
 from fedmllm.types import Broadcast, ClientUpdate, Population, Weights
 
@@ -193,7 +194,7 @@ def test_a_former_name_means_the_current_method(written: str, name: str) -> None
 
 
 def test_a_former_name_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
-    _tell_renamed.cache_clear()
+    tell_renamed.cache_clear()
     for _ in range(2):
         AlgorithmConfig(name="fedmllm")
     assert [record.message for record in caplog.records] == [

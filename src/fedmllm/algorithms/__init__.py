@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections import Counter
-from functools import cache
 from typing import Any, cast
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -38,6 +36,7 @@ from fedmllm.algorithms.transforms import Chain, ClientContext, Codec, Packed, U
 from fedmllm.algorithms.trimmed_mean import TrimmedMean
 from fedmllm.algorithms.yoco import YOCO
 from fedmllm.errors import ConfigError
+from fedmllm.explain import tell_renamed
 from fedmllm.registry import Value, built, index
 
 __all__ = [
@@ -62,8 +61,6 @@ __all__ = [
     "build_algorithm",
     "remarks",
 ]
-
-_LOG = logging.getLogger(__name__)
 
 ALGORITHMS: dict[str, type[Any]] = index(
     "method",
@@ -143,7 +140,7 @@ class AlgorithmConfig(BaseModel):
         former = published[1] if published else name
         if former not in RENAMED:
             return name
-        _tell_renamed(former)
+        tell_renamed(f"algorithm.name: {former}", RENAMED[former])
         return f"FedMLLM({RENAMED[former]})" if published else RENAMED[former]
 
     @model_validator(mode="after")
@@ -172,12 +169,6 @@ class AlgorithmConfig(BaseModel):
     def strategy_names(self) -> tuple[str, ...]:
         """Names of all strategies in the order in which they apply."""
         return tuple(strategy.name for strategy in self.all_strategies)
-
-
-@cache
-def _tell_renamed(former: str) -> None:
-    """Log a warning, once per process."""
-    _LOG.warning("algorithm.name: %s is now called %s; please write the new name", former, RENAMED[former])
 
 
 def build_algorithm(config: AlgorithmConfig) -> Algorithm:

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from fedmllm.errors import ConfigError
-
-if TYPE_CHECKING:
-    pass
 
 
 def require_within(name: str, value: float, low: float, high: float) -> None:

@@ -5,13 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING
 
 from fedmllm import weights as W
 from fedmllm.types import BASE, UPDATE, Accepted, Population, Profile, Slots, Weights
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,8 @@ def methods(
     ] = None,
 ) -> None:
     """Describe every federated method and strategy: what it does, its parameters, what it sends and keeps."""
-    rows = {kind: recorded()[kind] for kind in ("methods", "strategies")}
+    catalog = recorded()
+    rows = {kind: catalog[kind] for kind in ("methods", "strategies")}
     if plugin or installed_plugins():
         load_plugins(plugin or [])
         from fedmllm.reports.methods import from_plugins

@@ -63,7 +63,8 @@ def all_metrics(metric: str, predictions: Sequence[Prediction], seed: int) -> Me
     whole = answered(metric, predictions)
     numbers: Metrics = {"score": whole.score(), "standard_error": _bootstrap(whole, seed)}
     numbers |= {"num_samples": len(predictions), "failures": sum(map(is_failure, predictions))}
-    numbers |= {name: other.score() for name in SIDE_BY_SIDE if (other := _classes(whole, predictions).by(name)) is not None}
+    classes = _classes(whole, predictions)
+    numbers |= {name: other.score() for name in SIDE_BY_SIDE if (other := classes.by(name)) is not None}
     if metric == "auc":
         numbers["auc_hard"] = whole.hard().score()
     for domain, part in _by_domain(predictions).items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from fedmllm import weights as W
 from fedmllm.errors import ConfigError
 from fedmllm.types import Slots
 
@@ -14,7 +15,7 @@ _ROUNDING = 1 - 1e-12
 
 def joint_norm(slots: Slots) -> float:
     """Return the Euclidean norm over all entries of all tensors, in float64."""
-    return math.sqrt(sum(float(tensor.double().square().sum()) for tensors in slots.values() for tensor in tensors.values()))
+    return math.hypot(*(W.norm(dict(tensors)) for tensors in slots.values() if tensors))
 
 
 def clipped(slots: Slots, clip_norm: float) -> Slots:

@@ -12,12 +12,11 @@ from fedmllm.engine.base import Assignment
 from fedmllm.engine.checkpoint import ClientStates
 from fedmllm.engine.compression import compression
 from fedmllm.engine.in_process import InProcessEngine
-from fedmllm.evaluation.evaluate import evaluate
 from fedmllm.flower.facts import VALIDATION
 from fedmllm.flower.frozen import KeptBase
 from fedmllm.flower.messages import Task
-from fedmllm.models.lora import write_base, write_weights
 from fedmllm.run.encodable import usable
+from fedmllm.run.splits import Splits
 from fedmllm.types import BASE, Answer, Broadcast, Metrics, Sample
 
 Clients = Mapping[str, tuple[Sample, ...]]
@@ -94,12 +93,10 @@ class OpenRun:
             samples: the validation split or the test split.
             split: ``VALIDATION``, empty for the test split, or the name of a copy of the test split.
         """
-        vlm, settings = self.engine.vlm, self.experiment.evaluation
-        write_base(vlm, model.base)
-        write_weights(vlm.model, model.weights)
         whole = self._taken("split", VALIDATION if split == VALIDATION else "test", samples)
         held = whole if split in ("", VALIDATION) else reduced_copy(whole, split, self.experiment.seed)
-        return evaluate(vlm, held, self.engine.encoder, self.metric, settings, self.experiment.seed)
+        splits = Splits(self.engine.vlm, self.engine.encoder, self.experiment, self.metric)
+        return splits.scorer(held, self.metric)(model.weights, model.base)
 
 
 def _received(task: Task, own: Broadcast, states: ClientStates) -> Broadcast:
