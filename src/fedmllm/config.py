@@ -22,6 +22,8 @@ from fedmllm.evaluation.evaluate import EvaluationConfig
 from fedmllm.explain import rule, tell_renamed
 from fedmllm.models.parts import LoraConfig
 from fedmllm.models.settings import ModelConfig
+from fedmllm.privacy.lawful import require_client_level
+from fedmllm.privacy.settings import PrivacyConfig
 from fedmllm.registry import load_plugins, resolved
 from fedmllm.settings_file import Path_, read_settings
 from fedmllm.training.settings import TrainingConfig
@@ -47,6 +49,7 @@ class Experiment(BaseModel):
     compression: CompressionConfig = CompressionConfig()
     schedule: SchedulingConfig = SchedulingConfig()
     failures: FailureConfig = FailureConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
     seed: int = Field(0, ge=0)
     """The seed from which all random numbers derive."""
     plugins: tuple[str, ...] = ()
@@ -147,6 +150,35 @@ class Experiment(BaseModel):
         for name in self.algorithm.strategy_names:
             if STRATEGIES[name].wording not in (None, self.data.prompt):
                 raise ValueError(f"data.prompt: algorithm.strategies has {name}, data.prompt is {self.data.prompt}; change one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _privacy_holds(self) -> Experiment:
+        federation, private = self.federation, self.privacy.unit == "client"
+        if federation.sampling == "poisson" and not private:
+            raise ValueError(
+                "federation.sampling: poisson draws secret cohorts, which only privacy.unit: client needs; use uniform or cyclic"
+            )
+        if federation.sampling != "uniform" and self.schedule.name != "synchronous":
+            raise ValueError(
+                f"federation.sampling: schedule {self.schedule.name} draws clients itself; use uniform, or schedule synchronous"
+            )
+        if not private:
+            return self
+        require_client_level(build_algorithm(self.algorithm), ALGORITHMS[self.algorithm.method], self.algorithm.name)
+        if self.schedule.name != "synchronous":
+            raise ValueError(
+                f"privacy.unit: client counts rounds, which schedule {self.schedule.name} does not have; use schedule synchronous"
+            )
+        if federation.sampling == "poisson" and self.compression.name != "none":
+            raise ValueError(
+                "compression.name: the size of updates reveals a secret cohort; set it to none, or federation.sampling to cyclic"
+            )
+        if self.privacy.target_delta * federation.num_clients >= 1:
+            raise ValueError(
+                f"privacy.target_delta: must be less than 1 / federation.num_clients = {1 / federation.num_clients:g}, got "
+                f"{self.privacy.target_delta:g}, which would allow one client to be revealed in full"
+            )
         return self
 
     @property

@@ -73,6 +73,11 @@ class WeightedMean:
         """Memory used by the running sum, in bytes."""
         return num_bytes(self._sum)
 
+    @property
+    def total(self) -> Weights:
+        """The weighted sum of the terms so far, in float64; empty without terms."""
+        return dict(self._sum)
+
     def value(self) -> Weights:
         """Return the mean in float64.
 

@@ -42,6 +42,8 @@ def result_table(result: RunResult) -> Table:
     )
     if result.below:
         table.caption += f"\nthe federated model does not beat {' or '.join(result.below)}"
+    if result.privacy:
+        table.caption += f"\nprivacy: {result.privacy.summary}"
     table.caption_justify = "left"
     return table
 

@@ -19,6 +19,9 @@ from fedmllm.settings_file import ADVANCED
 
 DEFAULT_ALPHA = 0.5
 
+Sampling = Literal["uniform", "cyclic", "poisson"]
+"""How cohorts are chosen."""
+
 
 class DataConfig(BaseModel):
     """The dataset, and how its samples are worded."""
@@ -119,7 +122,10 @@ class FederationConfig(BaseModel):
     num_clients: int = Field(10, gt=0)
     """Number of clients in the federation."""
     clients_per_round: int = Field(2, gt=0)
-    """Number of clients in each round's cohort, sampled without replacement."""
+    """Number of clients in each round's cohort; with ``sampling: poisson``, the expected number."""
+    sampling: Sampling = "uniform"
+    """How each round's cohort is chosen: ``uniform`` (at random without replacement), ``cyclic`` (fixed groups of clients take turns), or
+    ``poisson`` (each client on its own with probability clients_per_round / num_clients, in secret; with ``privacy.unit: client`` only)."""
     num_rounds: int = Field(25, gt=0)
     """Number of communication rounds."""
     scenario: str = "aligned"
@@ -159,6 +165,12 @@ class FederationConfig(BaseModel):
             raise ValueError(
                 f"clients_per_round: a round samples {self.clients_per_round} clients, but num_clients is {self.num_clients}; "
                 "lower clients_per_round"
+            )
+        if self.sampling == "cyclic" and self.num_clients % self.clients_per_round:
+            fitting = [m for m in range(1, self.num_clients + 1) if self.num_clients % m == 0]
+            raise ValueError(
+                f"sampling: cyclic divides the clients into groups of {self.clients_per_round}, but num_clients is {self.num_clients}; set "
+                f"clients_per_round to one of {', '.join(map(str, fitting))}"
             )
         name, level = parse_scenario(self.scenario)
         fixed = float(level) if name == "aligned" and level else None

@@ -96,10 +96,11 @@ class BackgroundCheckpoint:
     Args:
         store: the run's store.
         stage: the stage's name.
+        durable: whether ``save`` waits until the state is on the disk.
     """
 
-    def __init__(self, store: RunStore, stage: str) -> None:
-        self._store, self._stage = store, stage
+    def __init__(self, store: RunStore, stage: str, durable: bool = False) -> None:
+        self._store, self._stage, self._durable = store, stage, durable
         self._pool, self._writing = ThreadPoolExecutor(1, "checkpoint"), Future[None]()
         self._writing.set_result(None)
 
@@ -107,6 +108,8 @@ class BackgroundCheckpoint:
         """Start to replace the checkpoint after the previous write has finished. Raises the previous write's error, if any."""
         self._writing.result()
         self._writing = self._pool.submit(self._store.save_state, self._stage, state)
+        if self._durable:
+            self._writing.result()
 
     def __enter__(self) -> BackgroundCheckpoint:
         return self

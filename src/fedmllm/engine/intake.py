@@ -10,6 +10,7 @@ from fedmllm import weights as W
 from fedmllm.algorithms import Aggregate, Algorithm, Chain, Member, ServerState
 from fedmllm.errors import FederationError, listing
 from fedmllm.models.lora import describe_mismatch
+from fedmllm.privacy.client_level import ClientPrivacy
 from fedmllm.types import UPDATE, Answer, ClientFailure, ClientUpdate, Record, Slots, Weights
 
 
@@ -47,9 +48,11 @@ class Intake:
         ranks: Mapping[str, int] | None = None,
         chain: Chain | None = None,
         claim: Callable[[str], int | None] = lambda client: None,
+        privacy: ClientPrivacy | None = None,
     ) -> None:
         self._algorithm, self._state, self._ranks, self._claim = algorithm, state, ranks or {}, claim
         self._chain = Chain(algorithm.transforms) if chain is None else chain
+        self._privacy = privacy
         self.accepted: dict[str, int] = {}
         """Clients whose updates are in the aggregate, with the round of the weights that each trained from."""
         self.reached: list[str] = []
@@ -92,6 +95,8 @@ class Intake:
         """
         slots, weight = self._algorithm.fold(state or self._state, update)
         weight = self._chain.weigh(weight, update, self._state)
+        if self._privacy:
+            slots, weight = self._privacy.bounded(slots, self._state.slots), 1.0
         if self._algorithm.needs_individual_updates:
             self._members.append((slots, weight))
         else:
@@ -116,8 +121,14 @@ class Intake:
         if self._members and total <= 0:
             raise FederationError("no update has a positive weight, so there is no aggregate; check that the cohort's clients hold samples")
         members = tuple(Member(slots, weight / total) for slots, weight in self._members)
-        means = {kind: mean.value() for kind, mean in self._means.items()}
+        means = self._released(self._privacy) if self._privacy else {kind: mean.value() for kind, mean in self._means.items()}
         return self._chain.aggregate(Aggregate(means, self.num_clients, members), self._state)
+
+    def _released(self, privacy: ClientPrivacy) -> Slots:
+        """Return noisy means. They exist even if no client answered, because the absence of a release would reveal that."""
+        sent = {name: tensor for name, tensor in self._state.weights.items() if self._algorithm.uploads(self._state.round_num, name)}
+        zeros = privacy.kinds({UPDATE: sent})
+        return privacy.released({**zeros, **{kind: mean.total for kind, mean in self._means.items()}}, self._state.slots)
 
     def _note(self, update: ClientUpdate, round_num: int) -> None:
         """Record the numbers that an accepted update reports."""

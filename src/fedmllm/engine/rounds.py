@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -19,8 +20,11 @@ from fedmllm.engine.schedules import SYNCHRONOUS, Schedule
 from fedmllm.engine.scores import evaluate_state, validate_state
 from fedmllm.engine.stages import Stage
 from fedmllm.errors import FederationError
+from fedmllm.privacy.client_level import ClientPrivacy
 from fedmllm.training.settings import TrainingConfig, reach, round_learning_rate
-from fedmllm.types import BASE_STEP, UPDATE, Answer, Broadcast, Record
+from fedmllm.types import BASE_STEP, UPDATE, Answer, Broadcast, Population, Record
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ class Loop:
         observer: receives progress.
         validation: the split on which the run scores models during training; None for none.
         schedule: decides when clients receive tasks and when the server steps.
+        privacy: the mechanism of client-level differential privacy; None for none.
     """
 
     algorithm: Algorithm
@@ -52,6 +57,7 @@ class Loop:
     observer: Observer = UNOBSERVED
     validation: Split | None = None
     schedule: Schedule = SYNCHRONOUS
+    privacy: ClientPrivacy | None = None
 
     def assignment(self, stage: Stage, state: ServerState) -> Assignment:
         """Return the task for clients that train from a server state."""
@@ -82,7 +88,7 @@ class Round:
     def __init__(self, loop: Loop, stage: Stage, state: ServerState, watch: Watch) -> None:
         self.loop, self.stage, self.state, self._watch = loop, stage, state, watch
         self.assignment = loop.assignment(stage, state)
-        self.intake = Intake(loop.algorithm, state, stage.ranks, self.assignment.chain, stage.claim)
+        self.intake = Intake(loop.algorithm, state, stage.ranks, self.assignment.chain, stage.claim, loop.privacy)
         self.clients: list[str] = []
         """Clients whose answers the round took."""
         self.facts: Record = {}
@@ -91,7 +97,9 @@ class Round:
 
     @property
     def needed(self) -> int:
-        """Number of accepted updates that complete the round."""
+        """Number of accepted updates that complete the round. A secret cohort may be empty."""
+        if self.loop.privacy and self.loop.privacy.secret_cohort:
+            return 0
         return self.loop.failures.needed(self.loop.algorithm.smallest_cohort, self.loop.schedule.updates(self.stage.clients_per_round))
 
     @property
@@ -99,8 +107,17 @@ class Round:
         """Whether the round has accepted enough updates."""
         return len(self.intake.accepted) >= self.needed
 
+    def cohort(self) -> list[str]:
+        """Return the clients to ask. A secret cohort is drawn anew in every call."""
+        privacy = self.loop.privacy
+        if privacy and privacy.secret_cohort:
+            return privacy.drawn(sorted(self.stage.clients))
+        return self.stage.cohort(self.loop.seed, self.state.round_num)
+
     def tell(self, outstanding: Sequence[str]) -> None:
-        """Report the outstanding clients to the observer."""
+        """Report the outstanding clients to the observer, unless the cohort is secret."""
+        if self.loop.privacy and self.loop.privacy.secret_cohort:
+            return
         self.loop.observer.answered({"stage": self.stage.name, "round": self.state.round_num + 1, "clients": list(outstanding)})
 
     def take(self, answer: Answer, sent: ServerState | None = None, scale: float = 1.0) -> None:
@@ -161,13 +178,13 @@ def run_stage(loop: Loop, stage: Stage, initial: ServerState) -> ServerState:
     Raises:
         FederationError: if a round has too few usable updates and ``failures.below`` is not ``skip``.
     """
-    population = stage.population if loop.algorithm.needs_labels else replace(stage.population, labels={})
-    state = replace(loop.store.load_state(stage.name) or initial, population=population)
+    state = replace(loop.store.load_state(stage.name) or initial, population=_population(loop, stage))
     loop.store.rewind(stage.name, state.round_num)
     watch = Watch()
     loop.schedule.resume(loop, stage, state)
     try:
-        with BackgroundCheckpoint(loop.store, stage.name) as checkpoint:
+        # A private round must not be trained twice, so its checkpoint is on the disk before the next task is sent.
+        with BackgroundCheckpoint(loop.store, stage.name, durable=loop.privacy is not None) as checkpoint:
             while state.round_num < stage.num_rounds:
                 state = _round(Round(loop, stage, state, watch), watch, checkpoint)
     finally:
@@ -175,11 +192,18 @@ def run_stage(loop: Loop, stage: Stage, initial: ServerState) -> ServerState:
     return state
 
 
+def _population(loop: Loop, stage: Stage) -> Population:
+    """Return what the server and its clients may know about all clients: with privacy, only their number."""
+    if loop.privacy:
+        return Population(len(stage.clients))
+    return stage.population if loop.algorithm.needs_labels else replace(stage.population, labels={})
+
+
 def _round(this: Round, watch: Watch, checkpoint: BackgroundCheckpoint) -> ServerState:
     """Run one round, from the first task to the checkpoint."""
     loop, stage, before, intake = this.loop, this.stage, this.state, this.intake
     left = loop.schedule.collect(this)
-    state = _stepped(loop.algorithm, before, intake) if this.complete else _skipped(before)
+    state = _stepped(this) if this.complete else _skipped(before)
     state = replace(state, outstanding=left)
     watch.lap("aggregate")
     validation = validate_state(loop, stage, state) if stage.validates(state.round_num) else None
@@ -196,9 +220,11 @@ def _round(this: Round, watch: Watch, checkpoint: BackgroundCheckpoint) -> Serve
         "score": scores["score"] if scores else None,
         "scores": scores,
         "validation": validation,
-        "bytes_down": _bytes_down(loop.algorithm, stage, before, this.assignment.broadcast, intake.reached),
+        "bytes_down": _bytes_down(loop.algorithm, stage, before, this.assignment.broadcast, _reached(this)),
     }
     record["seconds"] = watch.reset()
+    if loop.privacy:
+        record = _published(loop.privacy, record, this)
     # Write the metrics line before the state. A resumed run removes a line without a state, but could not restore a missing line.
     loop.store.append(record)
     checkpoint.save(state)
@@ -214,7 +240,7 @@ def largest_norm(loop: Loop, assignment: Assignment) -> Callable[[str, int], flo
     which that limit does not apply. Gradients of a mean negative log-likelihood are far below one in each entry.
     """
     factor, weights = loop.failures.norm_limit, assignment.broadcast.weights
-    if factor is None:
+    if factor is None or loop.privacy:  # Privacy clips every update; a refusal would reveal the norm.
         return None
     size, entries = W.norm(weights), sum(tensor.numel() for tensor in weights.values())
 
@@ -224,15 +250,38 @@ def largest_norm(loop: Loop, assignment: Assignment) -> Callable[[str, int], flo
     return largest
 
 
-def _stepped(algorithm: Algorithm, state: ServerState, intake: Intake) -> ServerState:
+def _stepped(this: Round) -> ServerState:
     """Return the state after a round. Its ``accepted`` names the clients whose updates are in it, so that they commit what they kept."""
-    accepted = {client: [*state.accepted.get(client, ()), trained_from][-2:] for client, trained_from in intake.accepted.items()}
-    return replace(algorithm.server_step(state, intake.aggregate()), accepted=dict(sorted({**state.accepted, **accepted}.items())))
+    loop, before, intake = this.loop, this.state, this.intake
+    if loop.privacy:
+        loop.privacy.spend(this.stage.name, before.round_num + 1, list(intake.accepted))
+    aggregate = intake.aggregate()
+    state = loop.algorithm.server_step(before, aggregate)
+    if loop.privacy:
+        state = replace(state, slots={**state.slots, **loop.privacy.slots_after(aggregate.mean, before.slots)})
+        if loop.privacy.secret_cohort:
+            return state
+    accepted = {client: [*before.accepted.get(client, ()), trained_from][-2:] for client, trained_from in intake.accepted.items()}
+    return replace(state, accepted=dict(sorted({**before.accepted, **accepted}.items())))
 
 
 def _skipped(state: ServerState) -> ServerState:
     """Return the same state one round later. No update counts, and no change to the frozen weights is sent."""
     return replace(state, round_num=state.round_num + 1, slots={kind: slot for kind, slot in state.slots.items() if kind != BASE_STEP})
+
+
+def _reached(this: Round) -> list[str]:
+    """Return the clients that received a task; instead of a secret cohort, as many clients as it has in the mean."""
+    privacy = this.loop.privacy
+    return sorted(this.stage.clients)[: privacy.cohort] if privacy and privacy.secret_cohort else this.intake.reached
+
+
+def _published(privacy: ClientPrivacy, record: Record, this: Round) -> Record:
+    """Return the record that may be published, and log what the operator needs to know about failed clients."""
+    for row in record["refused"]:
+        _LOG.warning("Round %d: no update from %s: %s", record["round"], row["client"], row["reason"])
+    sent = {n: t for n, t in this.state.weights.items() if this.loop.algorithm.uploads(this.state.round_num, n)}
+    return privacy.published(record, W.num_bytes(sent))
 
 
 def _bytes_down(algorithm: Algorithm, stage: Stage, state: ServerState, broadcast: Broadcast, cohort: Sequence[str]) -> int:

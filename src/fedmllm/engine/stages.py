@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from fedmllm.data.labels import answer_counts
 from fedmllm.data.modalities import profile
+from fedmllm.data.settings import Sampling
 from fedmllm.randomness import generator
 from fedmllm.types import Holding, Population, Sample
 
@@ -24,6 +25,7 @@ class Stage:
         validate_every: rounds between scores on the validation split; 0 for none.
         ranks: LoRA ranks of clients whose rank differs from the server's.
         reported: remote clients' self-reported sample counts, by client.
+        sampling: how cohorts are chosen. The private mechanism draws those of ``poisson``, in secret.
     """
 
     name: str
@@ -33,6 +35,7 @@ class Stage:
     validate_every: int = 0
     ranks: Mapping[str, int] = field(default_factory=dict)
     reported: Mapping[str, Holding] = field(default_factory=dict)
+    sampling: Sampling = "uniform"
 
     @property
     def population(self) -> Population:
@@ -57,8 +60,13 @@ class Stage:
         return self.reported[client].num_samples or 0 if client in self.reported else len(self.clients[client]) or None
 
     def cohort(self, seed: int, round_num: int) -> list[str]:
-        """Return a round's clients, drawn without replacement and sorted."""
-        return drawn(sorted(self.clients), self.clients_per_round, seed, round_num)
+        """Return a round's clients, sorted: drawn without replacement or, with ``cyclic``, the group whose turn it is."""
+        names = sorted(self.clients)
+        if self.sampling != "cyclic":
+            return drawn(names, self.clients_per_round, seed, round_num)
+        order = generator(seed, "groups").permutation(len(names))
+        first = round_num * self.clients_per_round % len(names)
+        return sorted(names[i] for i in order[first : first + self.clients_per_round])
 
     def ends(self, round_num: int) -> bool:
         """Return whether this round, counted from 1, is the last, after which the run scores the test split."""

@@ -85,7 +85,8 @@ def noise_multiplier(target_epsilon: float, delta: float, count: int, rate: floa
     if count < 1:
         raise ConfigError(f"there is no noise for {count} releases; a unit must take part in at least one")
     library = _library()
-    upper = float(math.sqrt(count) * library.get_sigma_gaussian(target_epsilon, delta))
+    # The margin keeps rounding from making the last release too expensive.
+    upper = float(math.sqrt(count) * library.get_sigma_gaussian(target_epsilon, delta)) * (1 + 1e-12)
     if rate == 1:
         return upper
     lower = upper

@@ -32,7 +32,7 @@ class Ledger:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def spend(self, releases: Releases, **about: str | int) -> None:
+    def spend(self, releases: Releases, **about: str | int | list[str]) -> None:
         """Record a release that is about to happen.
 
         Args:

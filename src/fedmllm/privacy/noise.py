@@ -16,6 +16,8 @@ from scipy.special import ndtri
 
 from fedmllm.types import Weights
 
+Floats = np.ndarray[tuple[int], np.dtype[np.float64]]
+
 _CHUNK = 1 << 20
 """Number of values drawn at a time, to bound memory."""
 
@@ -35,10 +37,15 @@ class Noise:
         key = os.urandom(32) if seed is None else seed.to_bytes(32, "big", signed=True)
         self._stream = Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor()
 
-    def normal(self, count: int) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    def normal(self, count: int) -> Floats:
         """Return independent standard normal numbers in float64, of shape (count,)."""
-        chunks = [self._chunk(min(_CHUNK, count - start)) for start in range(0, count, _CHUNK)]
+        chunks = [ndtri(self.uniform(min(_CHUNK, count - start))) for start in range(0, count, _CHUNK)]
         return np.concatenate(chunks) if chunks else np.empty(0)
+
+    def uniform(self, count: int) -> Floats:
+        """Return independent numbers, uniform in (0, 1), in float64, of shape (count,)."""
+        bits = np.frombuffer(self._stream.update(bytes(8 * count)), dtype="<u8") >> np.uint64(11)
+        return np.asarray((bits + 0.5) / 2.0**53)
 
     def added(self, tensors: Mapping[str, torch.Tensor], deviation: float) -> Weights:
         """Return tensors plus independent noise of a standard deviation on every entry, in float64.
@@ -50,7 +57,3 @@ class Noise:
             tensor = tensors[name].double()
             found[name] = tensor + deviation * torch.from_numpy(self.normal(tensor.numel())).reshape(tensor.shape).to(tensor.device)
         return {name: found[name] for name in tensors}
-
-    def _chunk(self, count: int) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-        bits = np.frombuffer(self._stream.update(bytes(8 * count)), dtype="<u8") >> np.uint64(11)
-        return np.asarray(ndtri((bits + 0.5) / 2.0**53), dtype=np.float64)

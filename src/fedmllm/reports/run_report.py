@@ -16,6 +16,7 @@ from fedmllm.errors import RunError
 from fedmllm.evaluation.predictions import SIDE_BY_SIDE
 from fedmllm.files import write_atomically
 from fedmllm.format import duration, human_bytes
+from fedmllm.privacy.statement import UNPROTECTED
 from fedmllm.reports import figures
 from fedmllm.reports.drawing import LOOKS
 from fedmllm.reports.tables import ScoreRow, client_rows, cost_rows, part_rows, score_rows, solo_scores, stage_seconds
@@ -79,6 +80,7 @@ def _context(run: Run) -> dict[str, Any]:
         "config": run.config,
         "manifest": run.manifest,
         "result": run.result,
+        "unprotected": UNPROTECTED,
         "rounds": rounds,
         "watched": next((row for row in reversed(rounds) if row.watched is not None), None),
         "clients": clients,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fedmllm.config import Experiment
 from fedmllm.format import human_bytes
+from fedmllm.privacy.statement import UNPROTECTED, PrivacyStatement
 from fedmllm.run.results import SCORES, RunResult
 
 CARD = """---
@@ -37,8 +38,8 @@ A LoRA adapter of `{model}`, fine-tuned across clients with fedmllm {version}.
 
 ## Privacy
 
-Clients kept their samples and sent updates of the adapter{compressed}. Updates can reveal information about the samples that they were trained on:
-this run used neither differential privacy nor secure aggregation. {where}
+Clients kept their samples and sent updates of the adapter{compressed}. Updates can reveal information about the samples that they were trained on.
+{privacy} {where}
 
 ## Use
 
@@ -125,9 +126,17 @@ def adapter_card(result: RunResult, experiment: Experiment, client: str = "", to
         rule="---|" * len(result.beside),
         compressed="" if compression == "none" else f", compressed ({compression})",
         prompt=experiment.data.prompt,
+        privacy=_privacy(result.privacy),
         where=_where(experiment),
         needs=NEEDS if torchvision else "",
     )
+
+
+def _privacy(statement: PrivacyStatement | None) -> str:
+    """Return sentences that say what protects the adapter."""
+    if statement is None:
+        return "This run used neither differential privacy nor secure aggregation."
+    return f"Differential privacy: {statement.summary}. {statement.mechanism} {statement.assumption} {UNPROTECTED}"
 
 
 def _where(experiment: Experiment) -> str:

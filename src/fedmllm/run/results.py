@@ -15,6 +15,7 @@ from pydantic import ConfigDict
 from fedmllm import __version__
 from fedmllm.errors import RunError
 from fedmllm.evaluation.predictions import SIDE_BY_SIDE
+from fedmllm.privacy.statement import PrivacyStatement
 from fedmllm.types import Metrics, Record
 
 CHECKED = ConfigDict(frozen=True, strict=True, allow_inf_nan=False)
@@ -52,6 +53,7 @@ class RunResult:
         personalized: whether each client ended with a personalized model; then ``federated`` is the mean of their scores.
         remarks: how a strategy deviated from its description and why, by strategy.
         idle: the strategies among them that changed nothing.
+        privacy: the differential privacy of the federated model; None without.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = CHECKED
@@ -85,6 +87,7 @@ class RunResult:
     idle: list[str] = field(default_factory=list)
     validation: Metrics = field(default_factory=dict)
     question_only: float | None = None
+    privacy: PrivacyStatement | None = None
     folder: Path | None = field(default=None, compare=False, repr=False)
     """The run folder, for a result that a run of this process returned. It is not part of ``result.json``."""
 

@@ -35,7 +35,7 @@ def _federated(experiment: Experiment, federation: Federation) -> Stage:
     ranks = {client: experiment.lora.rank_of(i) for i, client in enumerate(sorted(data.clients))}
     own = {client: rank for client, rank in ranks.items() if rank is not None} | dict(federation.ranks)
     every = experiment.evaluation.every
-    return Stage("federated", data.clients, settings.num_rounds, settings.clients_per_round, every, own, data.reported)
+    return Stage("federated", data.clients, settings.num_rounds, settings.clients_per_round, every, own, data.reported, settings.sampling)
 
 
 def solo_rounds(experiment: Experiment) -> int:

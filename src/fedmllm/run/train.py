@@ -39,6 +39,7 @@ from fedmllm.run.encodable import encodable, usable
 from fedmllm.run.federation import Federation, federation
 from fedmllm.run.folders import check_folder, known_model, open_folder, unfinished_folder
 from fedmllm.run.outputs import save_adapters, write_cards
+from fedmllm.run.privacy import PrivacyPlan, privacy_plan
 from fedmllm.run.resident import Resident
 from fedmllm.run.results import RunResult
 from fedmllm.run.splits import Splits
@@ -70,6 +71,7 @@ def train(
     """
     chosen = Path(output) if output else unfinished_folder(name) if resume else None
     check_folder(chosen, experiment, resume)
+    privacy = privacy_plan(experiment)
     require_trackers(track)
     held, told = resident or Resident(), observer or UNOBSERVED
     _copies(experiment, held.dataset(experiment))  # reports bad data before the run downloads a model or waits for sites
@@ -84,7 +86,7 @@ def train(
         folder = open_folder(chosen, name, experiment, clients.data, resume)
         told.opened(folder)
         with tracked(track, folder, experiment, name) as tell:
-            return _Run(experiment, folder, name, clients, copies, vlm, trainable, encoder, start, told.beside(tell)).finish()
+            return _Run(experiment, folder, name, clients, copies, vlm, trainable, encoder, start, told.beside(tell), privacy).finish()
 
 
 def _copies(experiment: Experiment, dataset: Dataset) -> dict[str, tuple[Sample, ...]]:
@@ -131,6 +133,7 @@ class _Run:
     encoder: Encoder
     start: ServerState
     observer: Observer
+    privacy: PrivacyPlan | None = None
     asked: list[Answered] = field(default_factory=list)
     """Answers to the test split, kept while models are scored."""
 
@@ -143,7 +146,8 @@ class _Run:
         """Train the stages that are not finished, then write adapters, cards and result."""
         initial = read_weights(self.vlm.model)
         loop = self._loop()
-        stages = stages_of(self.experiment, self.federation)
+        limited = self._limited(loop.store)
+        stages = stages_of(limited, self.federation)
         self.observer.started(stages)
         self.observer.resumed(sum(_sent(loop.store, stage) for stage in stages))
         remarked = remarks(self.experiment.algorithm, self._holdings())
@@ -151,7 +155,7 @@ class _Run:
         if "zero_shot" in self.experiment.evaluation.baselines:
             self._zero_shot(loop, initial)
         # Baselines measure plain training, without what the method under test adds.
-        plain = replace(loop, algorithm=FedAvg(), transforms=(), schedule=SYNCHRONOUS)
+        plain = replace(loop, algorithm=FedAvg(), transforms=(), schedule=SYNCHRONOUS, privacy=None)
         calibrated = replace(plain, algorithm=self._calibrated())
         federated, *baselines = stages
         self.asked.clear()
@@ -169,15 +173,24 @@ class _Run:
             own = calibrated if stage.name.startswith("calibrated_") else plain
             run_stage(own, stage, ended[stage.name] if stage.name in ended else ServerState(initial))
         result = replace(
-            summarize(self.experiment, self.name, self.data, loop.store, stages, self.parts),
+            summarize(limited, self.name, self.data, loop.store, stages, self.parts),
             tested=tested,
             clients=self._by_client(loop.store, models, trained.base),
             remarks={name: remark.text for name, remark in remarked.items()},
             idle=[name for name, remark in remarked.items() if remark.idle],
+            privacy=self.privacy.statement(self.folder) if self.privacy else None,
         )
         write_cards(self.folder, result, self.experiment, needs_torchvision(self.vlm.processor))
         write_json(self.folder / "result.json", result.to_record())
         return result
+
+    def _limited(self, store: RunStore) -> Experiment:
+        """Return the experiment with the rounds that its privacy budget affords."""
+        if self.privacy is None:
+            return self.experiment
+        stage = stages_of(self.experiment, self.federation)[0]
+        state = store.load_state(stage.name)
+        return self.privacy.limited(stage, self.folder, state.round_num if state else 0)
 
     def _calibrated(self) -> Algorithm:
         """Return plain training with the label calibration of the method under test, or with the default strength if it has none."""
@@ -214,6 +227,7 @@ class _Run:
             self.observer,
             splits.split(dataset.validation, VALIDATION) if dataset.validation else None,
             build_schedule(e.schedule),
+            self.privacy.mechanism(self.folder) if self.privacy else None,
         )
 
     def _keeping(self, loop: Loop) -> Loop:

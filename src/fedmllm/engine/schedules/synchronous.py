@@ -32,7 +32,7 @@ class Synchronous:
 
     def collect(self, this: Round) -> Outstanding:
         """Train the cohort. If ``failures.below`` is ``wait``, retry the clients whose updates are missing."""
-        cohort = this.stage.cohort(this.loop.seed, this.state.round_num)
+        cohort = this.cohort()
 
         def missing() -> list[str]:
             return [name for name in cohort if name not in this.intake.accepted]
