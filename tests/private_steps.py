@@ -16,11 +16,12 @@ class Scripted:
     """Draws the given samples of each step, adds no noise, and records the sums that should get noise.
 
     Args:
-        draws: the positions of the samples that each step draws, in the order of clients and steps. After them, all numbers are 1/2.
+        draws: the positions of the samples that each step draws, in the order of clients and steps.
+        after: the source of uniform numbers after these draws; None if they are all 1/2.
     """
 
-    def __init__(self, draws: Sequence[Sequence[int]] = ()) -> None:
-        self._draws = iter(draws)
+    def __init__(self, draws: Sequence[Sequence[int]] = (), after: SecretNoise | None = None) -> None:
+        self._draws, self._after = iter(draws), after
         self.sums: list[Weights] = []
         self.deviations: list[float] = []
 
@@ -28,7 +29,7 @@ class Scripted:
         """Return 0 for samples that are drawn and 1 for others."""
         drawn = next(self._draws, None)
         if drawn is None:
-            return np.full(count, 0.5)
+            return np.full(count, 0.5) if self._after is None else self._after.uniform(count)
         found = np.ones(count)
         found[list(drawn)] = 0
         return found

@@ -430,6 +430,13 @@ def test_dropout_of_a_sample_does_not_depend_on_the_samples_before_it(federation
     assert apart(noise.sums[0], alone(plain, read_weights(plain.model), samples[1])) > 0.1
 
 
+def test_dropout_is_secret_and_new_in_every_step(federation: FederatedData) -> None:
+    vlm = stirred(attach_lora(load("llava"), LoraConfig(dropout=0.3), 0))
+    samples, noise = encoded(vlm, federation), Scripted([[1], [1], []], after=Noise(1))
+    train_locally(vlm, task_of(vlm, samples), PLAIN, CONFIG, None, steps_with(noise, 1e6))
+    assert apart(noise.sums[0], noise.sums[1]) > 0.1
+
+
 def test_two_threads_train_as_one(exact: VisionLanguageModel, samples: list[Encoded]) -> None:
     task = task_of(exact, samples, rate=1e-3)
     tasks = [(replace(task, client=name), PLAIN) for name in "abcd"]
