@@ -14,10 +14,12 @@ from fedmllm.data.federated import FederatedData
 from fedmllm.engine.base import Assignment, Split
 from fedmllm.engine.checkpoint import RunStore
 from fedmllm.engine.in_process import InProcessEngine
-from fedmllm.errors import DataError
+from fedmllm.errors import DataError, RunError
 from fedmllm.models.load import VisionLanguageModel
 from fedmllm.models.lora import read_weights
+from fedmllm.privacy.noise import Noise
 from fedmllm.training.batches import Encoder
+from fedmllm.training.private import PrivateSteps
 from fedmllm.training.settings import TrainingConfig
 from fedmllm.training.terms import LossTerm, Parameters
 from fedmllm.types import Answer, ClientFailure, ClientUpdate
@@ -146,3 +148,58 @@ def test_client_models_are_scored_in_this_process(vlm: VisionLanguageModel, fede
     count = float(len(assignment.broadcast.weights))
     assert engine.scores(assignment, ["a", "b"], split) == {name: {"score": count, "base": 0.0} for name in ("a", "b")}
     assert not engine.remote
+
+
+def recording(fails: int = 0) -> tuple[PrivateSteps, list[str]]:
+    """Private steps that record whose training is about to begin. The first ``fails`` calls after that run out of memory."""
+    spent: list[str] = []
+
+    def spend(client: str, steps: int, rate: float) -> None:
+        spent.append(client)
+        if len(spent) <= fails:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    return PrivateSteps(1.0, 1.0, Noise(1), spend), spent
+
+
+@pytest.mark.parametrize("together", [1, 16])
+def test_private_steps_spend_for_the_update_and_for_the_personalized_model(
+    together: int, vlm: VisionLanguageModel, federation: FederatedData, tmp_path: Path
+) -> None:
+    engine, assignment = build(vlm, together)
+    names = sorted(federation.clients)
+    private, spent = recording()
+    ditto = build_algorithm(AlgorithmConfig(name="ditto"))
+    assignment = replace(assignment, algorithm=ditto, states=RunStore(tmp_path).client_states("federated"))
+    for answer in answers(replace(engine, private=private), assignment, federation.clients):
+        assert isinstance(answer, ClientUpdate)
+        assert answer.metrics.keys() == {"steps"}
+    assert spent == ([name for name in names for _ in range(2)] if together == 1 else names * 2)
+
+
+def test_a_retried_wave_spends_again(vlm: VisionLanguageModel, federation: FederatedData) -> None:
+    """It is not known how far a failed training came."""
+    engine, assignment = build(vlm)
+    first, second, third = sorted(federation.clients)
+    private, spent = recording(fails=1)
+    found = list(answers(replace(engine, private=private), assignment, federation.clients))
+    assert updates(iter(found)) == [first, second, third]
+    assert spent == [first, first, second, third]
+
+
+def test_a_refused_expense_stops_the_round_and_another_error_is_the_clients_failure(
+    vlm: VisionLanguageModel, federation: FederatedData
+) -> None:
+    engine, assignment = build(vlm)
+    errors: list[Exception] = [RunError("the budget is spent"), OSError("disk full")]
+
+    def refuse(client: str, steps: int, rate: float) -> None:
+        raise errors[0]
+
+    private = replace(engine, private=PrivateSteps(1.0, 1.0, Noise(1), refuse))
+    with pytest.raises(RunError, match="the budget is spent"):
+        list(answers(private, assignment, federation.clients))
+    errors.pop(0)
+    assert list(answers(private, assignment, federation.clients)) == [
+        ClientFailure(name, "OSError: disk full") for name in sorted(federation.clients)
+    ]

@@ -15,7 +15,7 @@ from fedmllm.models import memory
 from fedmllm.models.encoding import answer_nll, collate
 from fedmllm.models.load import VisionLanguageModel, load_model
 from fedmllm.models.lora import attach_lora, read_weights
-from fedmllm.models.memory import CPU_TOKENS, TokenBudget, clients_at_once, out_of_memory, peak_bytes
+from fedmllm.models.memory import CPU_TOKENS, TokenBudget, clients_at_once, out_of_memory, peak_bytes, rows_at_once
 from fedmllm.models.parts import LoraConfig
 from fedmllm.models.settings import ModelConfig
 from fedmllm.training.batches import Encoder
@@ -154,3 +154,11 @@ def test_a_pass_that_did_not_fit_halves_the_budget(caplog: pytest.LogCaptureFixt
 )
 def test_failed_allocations_are_recognized(error: Exception, memory_failed: bool) -> None:
     assert out_of_memory(error) == memory_failed
+
+
+def test_rows_with_their_own_adapters_are_limited_by_memory(vlm: VisionLanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row has a copy of each trainable tensor and its gradient, 4 bytes each. At least one row passes at a time."""
+    row = 2 * 4 * sum(tensor.numel() for tensor in read_weights(vlm.model).values())
+    assert rows_at_once(vlm) == (1 << 30) // row
+    monkeypatch.setattr(memory, "CPU_ROWS_BYTES", 10 * row + 7)
+    assert [rows_at_once(vlm), rows_at_once(vlm, threads=2), rows_at_once(vlm, threads=20)] == [10, 5, 1]

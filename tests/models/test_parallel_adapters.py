@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedmllm.models.load import VisionLanguageModel
 from fedmllm.models.lora import adapted_layers, attach_lora, read_weights
-from fedmllm.models.parallel_adapters import parallel_adapters, stackable, stacked
+from fedmllm.models.parallel_adapters import grouped, parallel_adapters, stackable, stacked
 from fedmllm.models.parts import LoraConfig
 from fedmllm.types import Weights
 from tiny_families import load
@@ -55,6 +55,21 @@ def test_every_row_goes_through_its_own_clients_factors(vlm: VisionLanguageModel
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
     for ours, theirs in zip(torch.autograd.grad(found.square().sum(), factors), wanted, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-2, rtol=1e-3)
+
+
+def test_grouped_factors_serve_equally_many_rows_each(vlm: VisionLanguageModel) -> None:
+    """As ``stacked`` with equal counts; with a group for each row, a row's factors get the gradient of that row alone."""
+    members, x = clients_of(vlm, 4), rows_for(vlm, 4)
+    name, layer = first_layer(vlm)
+    own = {name: torch.stack([member[name].detach() for member in members]).requires_grad_() for name in members[0]}
+    with parallel_adapters(vlm.model) as layers, grouped(layers, own):
+        found = layer(x)
+    torch.testing.assert_close(found, by_definition(vlm, x, members, [1] * 4), atol=1e-4, rtol=1e-4)
+    found[2].square().sum().backward()
+    gradient = own[f"{name}.lora_B.weight"].grad
+    assert gradient is not None
+    assert gradient[2].any()
+    assert not gradient[[0, 1, 3]].any()
 
 
 def test_the_models_own_adapters_are_off_in_the_block_and_on_after_it(vlm: VisionLanguageModel) -> None:

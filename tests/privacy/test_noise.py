@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
+from scipy.special import ndtr, ndtri
 from scipy.stats import kstest
 
 from fedmllm.privacy.noise import Noise
@@ -42,3 +45,28 @@ def test_every_entry_gets_noise_of_the_given_deviation() -> None:
     other = Noise(5).added(dict(reversed(tensors.items())), 0.5)
     assert all(torch.equal(other[name], noisy[name]) for name in tensors)
     assert all(torch.equal(tensor, tensors[name].double()) for name, tensor in Noise(5).added(tensors, 0.0).items())
+
+
+def test_uniform_numbers_are_uniform_and_from_the_stream_of_the_noise() -> None:
+    drawn = Noise(1).uniform(100_000)
+    assert kstest(drawn, "uniform").pvalue > 0.01
+    assert 0 < drawn.min() < drawn.max() < 1
+    whole, source = Noise(3).uniform(30), Noise(3)
+    parts = np.concatenate([source.uniform(10), ndtr(source.normal(10)), source.uniform(10)])
+    assert parts == pytest.approx(whole)
+    assert len(Noise(3).uniform(0)) == 0
+
+
+def test_the_largest_draw_is_below_one_and_its_normal_number_is_finite() -> None:
+    """With 53 bits, b + 1/2 would round to 2^53."""
+    largest = (2**52 - 1 + 0.5) / 2.0**52
+    assert largest < 1
+    assert ndtri(largest) == pytest.approx(8.2, abs=0.1)
+    assert (2**53 - 1 + 0.5) / 2.0**53 == 1
+
+
+def test_threads_share_a_stream_without_reusing_it() -> None:
+    source, size = Noise(6), 50_000
+    with ThreadPoolExecutor(4) as pool:
+        drawn = np.concatenate(list(pool.map(source.uniform, [size] * 8)))
+    assert (np.sort(drawn) == np.sort(Noise(6).uniform(8 * size))).all()

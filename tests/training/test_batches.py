@@ -4,6 +4,7 @@ import gc
 from collections.abc import Iterator
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -17,7 +18,7 @@ from fedmllm.models.encoding import Encoded, answer_logits, collate
 from fedmllm.models.features import VisionFeatures
 from fedmllm.models.load import VisionLanguageModel
 from fedmllm.randomness import generator
-from fedmllm.training.batches import Encoder, loss_weights, pack, steps
+from fedmllm.training.batches import Encoder, loss_weights, pack, poisson_steps, steps
 
 
 def fake(length: int, answer: int) -> Encoded:
@@ -53,16 +54,21 @@ def partitions(items: list[int]) -> Iterator[list[list[int]]]:
             yield [*rest[:i], [items[0], *group], *rest[i + 1 :]]
 
 
-@given(st.lists(st.integers(1, 12), min_size=1, max_size=6), st.integers(1, 60), st.integers(0, 20))
-def test_no_partition_is_cheaper(lengths: list[int], limit: int, pass_cost: int) -> None:
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=6), st.integers(1, 60), st.integers(0, 20), st.none() | st.integers(1, 4))
+def test_no_partition_is_cheaper(lengths: list[int], limit: int, pass_cost: int, most: int | None) -> None:
     def cost(groups: list[list[int]]) -> int:
         return sum(pass_cost + len(group) * max(lengths[i] for i in group) for group in groups)
 
     def allowed(groups: list[list[int]]) -> bool:
-        return all(len(group) == 1 or len(group) * max(lengths[i] for i in group) <= limit for group in groups)
+        return all(
+            len(group) == 1 or (len(group) * max(lengths[i] for i in group) <= limit and len(group) <= (most or len(group)))
+            for group in groups
+        )
 
     least = min(cost(groups) for groups in partitions(list(range(len(lengths)))) if allowed(groups))
-    assert cost(pack(lengths, limit, pass_cost)) == least
+    found = pack(lengths, limit, pass_cost, most)
+    assert allowed(found)
+    assert cost(found) == least
 
 
 def test_packing_depends_on_the_cost_of_a_pass() -> None:
@@ -81,6 +87,30 @@ def test_loss_weights_equal_gradient_accumulation() -> None:
     expected = [1 / (2 * sizes[0 if i < len(step.micro_batches[0]) else 1]) for i in range(3)]
     assert loss_weights(step) == expected
     assert sum(w * s.answer_length for w, s in zip(loss_weights(step), flat, strict=True)) == 1
+
+
+def test_poisson_steps_draw_every_sample_independently_and_at_the_rate() -> None:
+    """Pairs of samples meet at the product of their rates; the number drawn varies as a binomial number does."""
+    samples, rate, count = [fake(i + 2, 1) for i in range(20)], 0.25, 4000
+    drawn = np.zeros((count, 20))
+    for row, step in zip(drawn, poisson_steps(samples, rate, count, np.random.default_rng(0).random), strict=True):
+        row[[len(sample.input_ids) - 2 for sample in step.samples]] = 1
+    assert drawn.mean(0) == pytest.approx(rate, abs=0.03)
+    assert np.cov(drawn.T) == pytest.approx(rate * (1 - rate) * np.eye(20), abs=0.02)
+    assert drawn.sum(1).var() == pytest.approx(20 * rate * (1 - rate), rel=0.1)
+    assert (drawn.sum(1) == 0).any()
+
+
+def test_a_rate_of_one_draws_all_samples_and_no_samples_draw_none() -> None:
+    rng = np.random.default_rng(0).random
+    samples = [fake(i + 2, 1) for i in range(9)]
+    assert [step.samples for step in poisson_steps(samples, 1.0, 2, rng)] == [samples, samples]
+    assert [step.samples for step in poisson_steps([], 1.0, 2, rng)] == [[], []]
+
+
+def test_the_loss_of_a_separate_sample_is_its_own_mean() -> None:
+    (step,) = poisson_steps([fake(4, 1), fake(4, 2), fake(9, 5)], 1.0, 1, np.random.default_rng(0).random)
+    assert loss_weights(step) == [1, 1 / 2, 1 / 5]
 
 
 def test_encoder_caches_samples_up_to_its_limit(vlm: VisionLanguageModel, federation: FederatedData) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from fedmllm.training.local import train_in_parallel, train_locally
 from fedmllm.training.rules import LocalRule
 from fedmllm.training.settings import TrainingConfig
 from fedmllm.types import ClientFailure, ClientUpdate
+from private_steps import Scripted, steps_with
 from scripted import answers
 
 CONFIG = TrainingConfig(batch_size=8, max_batch_tokens=600)
@@ -96,6 +98,29 @@ def test_a_single_sample_that_does_not_fit_is_an_error_without_gradients(
     with pytest.raises(torch.OutOfMemoryError, match=r"a pass of one sample with \d+ tokens does not fit into memory: CUDA out of memory"):
         train_locally(vlm, *tasks[0], CONFIG)
     assert all(parameter.grad is None for _, parameter in trainable(vlm.model))
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+def test_a_repeated_private_step_has_the_same_draw_and_one_noise(
+    parallel: bool, vlm: VisionLanguageModel, tasks: list[tuple[LocalTask, LocalRule]], memory_for: Limit
+) -> None:
+    """The first pass of a step fits and the second does not. Nothing of either stays in the sum that gets the noise, and nothing reports that
+    the draw was too large."""
+    some = [(replace(task, learning_rate=0.0), LocalRule()) for task, _ in (tasks if parallel else tasks[:1])]
+    draws = [[0, 1, 2, 3, 4, 5], [1, 4], [0, 2, 3, 5], [], [0, 1, 2, 4, 5], [3]][: 2 * len(some)]
+    config = TrainingConfig(batch_size=8, local_epochs=2, max_batch_tokens=300)
+    whole, repeated, spent = Scripted(draws), Scripted(draws), list[str]()
+    train_in_parallel(vlm, some, config, None, steps_with(whole))
+    sizes = memory_for(250)
+    private = steps_with(repeated, spend=lambda client, *_: spent.append(client))
+    found = train_in_parallel(vlm, some, config, None, private) if parallel else [train_locally(vlm, *some[0], config, None, private)]
+    assert sizes[0] <= 250 < max(sizes)
+    assert len(repeated.sums) == len(whole.sums) == 2 * len(some)
+    for one, other in zip(repeated.sums, whole.sums, strict=True):
+        for name, total in other.items():
+            torch.testing.assert_close(one[name], total, atol=1e-7, rtol=1e-3)
+    assert spent == [task.client for task, _ in some]
+    assert all(result.metrics == {"steps": 2.0} for result in found)
 
 
 def test_other_errors_are_not_retried(

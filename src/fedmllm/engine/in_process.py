@@ -16,12 +16,13 @@ from fedmllm.data.modalities import profile
 from fedmllm.engine.base import Assignment, Split, scores_here
 from fedmllm.errors import FedMLLMError
 from fedmllm.models.load import VisionLanguageModel
-from fedmllm.models.lora import has_dropout, write_base
+from fedmllm.models.lora import write_base
 from fedmllm.models.memory import TokenBudget, clients_at_once, out_of_memory, release
-from fedmllm.models.parallel_adapters import stackable
 from fedmllm.training.batches import Encoder
 from fedmllm.training.client import LocalTask
 from fedmllm.training.local import train_in_parallel, train_locally
+from fedmllm.training.per_sample import separable
+from fedmllm.training.private import PrivateSteps
 from fedmllm.training.rules import LocalResult, LocalRule, Upload
 from fedmllm.training.settings import TrainingConfig
 from fedmllm.types import PERSONAL, Answer, ClientFailure, ClientUpdate, Metrics, Sample, Slots
@@ -90,12 +91,16 @@ class InProcessEngine:
         encoder: turns samples into tensors and caches them.
         training: training settings of all clients.
         parallel_clients: maximum number of clients in a wave; 1 trains one after another. A GPU's free memory may allow fewer.
+        private: how optimizer steps protect single samples; None if they do not. ``spend`` is called for every training: once for the update,
+            once for a personalized model, and again for both if a failed wave is retried, because it is not known how far it came. A
+            ``FedMLLMError`` from it propagates; any other exception makes the client's answer a failure.
     """
 
     vlm: VisionLanguageModel
     encoder: Encoder
     training: TrainingConfig
     parallel_clients: int = 1
+    private: PrivateSteps | None = None
     _pending: list[_Work] = field(default_factory=list, init=False)
     _running: Iterator[Answer] = field(default_factory=lambda: iter(()), init=False)
     _done: dict[str, Answer] = field(default_factory=dict, init=False)
@@ -167,7 +172,7 @@ class InProcessEngine:
     @cached_property
     def _parallel(self) -> bool:
         """Whether the model can train clients in parallel. Cached, because finding out needs a walk over all modules."""
-        return stackable(self.vlm.model) and not has_dropout(self.vlm.model)
+        return separable(self.vlm)
 
     @cached_property
     def _budget(self) -> TokenBudget:
@@ -232,8 +237,8 @@ class InProcessEngine:
     def _train(self, assignment: Assignment, jobs: Sequence[tuple[_Job, LocalRule]]) -> list[LocalResult]:
         tasks = [(self._task(assignment, job, rule), rule) for job, rule in jobs]
         if len(tasks) > 1:
-            return train_in_parallel(self.vlm, tasks, self.training, self._budget)
-        return [train_locally(self.vlm, task, rule, self.training, self._budget) for task, rule in tasks]
+            return train_in_parallel(self.vlm, tasks, self.training, self._budget, self.private)
+        return [train_locally(self.vlm, task, rule, self.training, self._budget, self.private) for task, rule in tasks]
 
     def _task(self, assignment: Assignment, job: _Job, rule: LocalRule) -> LocalTask:
         """Build a client's training task. Ranks beyond the client's own are zero in A and in B, so their gradients are zero."""

@@ -27,6 +27,10 @@ OPTIMIZED_BYTES = 16
 """Bytes per trained parameter in float32: the parameter, its gradient, and AdamW's two moments."""
 _CLIENTS_SHARE = 0.2
 """Share of a GPU's free memory used for the trainable tensors of parallel clients."""
+_ROWS_SHARE = 0.2
+"""Share of a GPU's free memory used for the rows' own copies of the trainable tensors."""
+CPU_ROWS_BYTES = 1 << 30
+"""Memory on a CPU for the same."""
 
 
 def clients_at_once(vlm: VisionLanguageModel) -> int | None:
@@ -35,6 +39,20 @@ def clients_at_once(vlm: VisionLanguageModel) -> int | None:
         return None
     trained = sum(parameter.numel() for _, parameter in trainable(vlm.model))
     return max(1, int(_CLIENTS_SHARE * _free_bytes(vlm.device) / (OPTIMIZED_BYTES * trained)))
+
+
+def rows_at_once(vlm: VisionLanguageModel, threads: int = 1) -> int:
+    """Return how many rows of a pass can have their own copy of the trainable tensors, each with a gradient.
+
+    It is ``limit / (threads * 2 * bytes of the trainable tensors)``, where the limit is 1 GiB on a CPU and 0.2 of a GPU's free memory.
+
+    Args:
+        vlm: the model.
+        threads: number of passes that run at the same time.
+    """
+    limit = _ROWS_SHARE * _free_bytes(vlm.device) if vlm.device.type == "cuda" else CPU_ROWS_BYTES
+    row = 2 * sum(parameter.nbytes for _, parameter in trainable(vlm.model))
+    return max(1, int(limit / (threads * row)))
 
 
 class TokenBudget:

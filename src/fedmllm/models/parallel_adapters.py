@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -57,12 +57,20 @@ def stacked(layers: Mapping[str, Any], members: Sequence[Mapping[str, Tensor]], 
         counts: each client's number of rows in a batch. Rows are ordered by client.
     """
     rows = None if len(set(counts)) == 1 else torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
-    by_layer = {
-        layer: (_by_row([m[f"{name}.lora_A.weight"] for m in members], rows), _by_row([m[f"{name}.lora_B.weight"] for m in members], rows))
-        for name, layer in layers.items()
-    }
-    with passing(factors=by_layer):
+    names = [f"{name}.lora_{letter}.weight" for name in layers for letter in "AB"]
+    with grouped(layers, {name: _by_row([member[name] for member in members], rows) for name in names}):
         yield
+
+
+def grouped(layers: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> AbstractContextManager[None]:
+    """Return a context in which the rows of a batch, in equally large groups, go through the factors of their group.
+
+    Args:
+        layers: the layers from ``parallel_adapters``.
+        tensors: the factors of all groups, of shape (groups, ...), named as in a PEFT file.
+    """
+    factors = {layer: (tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"]) for name, layer in layers.items()}
+    return passing(factors=factors)
 
 
 def _by_row(tensors: Sequence[Tensor], rows: Tensor | None) -> Tensor:

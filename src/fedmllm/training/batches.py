@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -11,6 +11,7 @@ from weakref import ReferenceType, ref
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fedmllm.data.fingerprint import prompt_key
@@ -98,9 +99,15 @@ def _size(encoded: Encoded) -> int:
 
 @dataclass(frozen=True)
 class Step:
-    """The samples of one optimizer step, by micro-batch."""
+    """The samples of one optimizer step, by micro-batch.
+
+    Attributes:
+        micro_batches: the samples.
+        separate: whether a sample's loss is the mean over its own answer tokens, so that it does not depend on other samples.
+    """
 
     micro_batches: tuple[tuple[Encoded, ...], ...]
+    separate: bool = False
 
     @property
     def samples(self) -> list[Encoded]:
@@ -116,12 +123,29 @@ def steps(samples: Sequence[Encoded], batch_size: int, accumulation: int, rng: n
         yield Step(tuple(micro[first : first + accumulation]))
 
 
+def poisson_steps(samples: Sequence[Encoded], rate: float, count: int, uniform: Callable[[int], NDArray[np.float64]]) -> Iterator[Step]:
+    """Yield ``count`` steps that draw every sample independently with probability ``rate``. A step may be empty.
+
+    Args:
+        samples: the samples to draw from.
+        rate: the probability.
+        count: number of steps.
+        uniform: returns a number of independent uniform numbers in (0, 1).
+    """
+    for _ in range(count):
+        drawn = np.flatnonzero(uniform(len(samples)) < rate).tolist()
+        yield Step((tuple(samples[i] for i in drawn),), separate=True)
+
+
 def loss_weights(step: Step) -> list[float]:
     """Return the weight of each sample's answer tokens in the step's loss, in the step's order.
 
     Gradient accumulation averages the micro-batches' mean losses. A token of micro-batch m, which has M_m answer tokens, therefore
-    weighs 1 / (number of micro-batches * M_m). With these weights the micro-batches can run as one batch or one by one.
+    weighs 1 / (number of micro-batches * M_m). With these weights the micro-batches can run as one batch or one by one. In a ``separate``
+    step, a token of a sample with M_i answer tokens weighs 1 / M_i.
     """
+    if step.separate:
+        return [1 / sample.answer_length for sample in step.samples]
     tokens = [sum(sample.answer_length for sample in micro) for micro in step.micro_batches]
     return [1 / (len(tokens) * count) for count, micro in zip(tokens, step.micro_batches, strict=True) for _ in micro]
 
@@ -130,8 +154,11 @@ PASS_COST = {"cpu": 128}
 """Fixed cost of a forward and backward pass by device type, in tokens. On other devices it equals the largest batch."""
 
 
-def passes(vlm: VisionLanguageModel, clients: Sequence[Step], max_tokens: int) -> Iterator[tuple[Batch, Tensor, list[int]]]:
-    """Yield one step of each of several clients in as few padded batches of ``max_tokens`` as possible, or in more if that saves padding.
+def passes(
+    vlm: VisionLanguageModel, clients: Sequence[Step], max_tokens: int, max_rows: int | None = None
+) -> Iterator[tuple[Batch, Tensor, list[int]]]:
+    """Yield one step of each of several clients in as few padded batches as possible, or in more if that saves padding. A batch has at most
+    ``max_tokens`` tokens and ``max_rows`` samples.
 
     Returns:
         each batch, its samples' loss weights of shape (samples, 1), and the position of each sample's client, in ascending order.
@@ -139,18 +166,19 @@ def passes(vlm: VisionLanguageModel, clients: Sequence[Step], max_tokens: int) -
     samples = [sample for step in clients for sample in step.samples]
     weights = [weight for step in clients for weight in loss_weights(step)]
     owners = [k for k, step in enumerate(clients) for _ in step.samples]
-    for group in batched(vlm, samples, max_tokens):
+    for group in batched(vlm, samples, max_tokens, max_rows):
         batch = collate(vlm, [samples[i] for i in group])
         yield batch, torch.tensor([[weights[i]] for i in group], device=vlm.device), [owners[i] for i in group]
 
 
-def batched(vlm: VisionLanguageModel, samples: Sequence[Encoded], max_tokens: int) -> list[list[int]]:
+def batched(vlm: VisionLanguageModel, samples: Sequence[Encoded], max_tokens: int, max_rows: int | None = None) -> list[list[int]]:
     """Return the positions of the samples in each forward pass, grouped for the lowest cost on the model's device."""
-    return pack([len(sample.input_ids) for sample in samples], max_tokens, PASS_COST.get(vlm.device.type, max_tokens))
+    return pack([len(sample.input_ids) for sample in samples], max_tokens, PASS_COST.get(vlm.device.type, max_tokens), max_rows)
 
 
-def pack(lengths: Sequence[int], max_tokens: int, pass_cost: int) -> list[list[int]]:
-    """Return the cheapest groups whose padded size (items x longest item) is at most ``max_tokens``. A longer item forms its own group.
+def pack(lengths: Sequence[int], max_tokens: int, pass_cost: int, max_items: int | None = None) -> list[list[int]]:
+    """Return the cheapest groups of at most ``max_items`` items (None for any number) whose padded size (items x longest item) is at most
+    ``max_tokens``. A longer item forms its own group.
 
     A group costs its padded size plus ``pass_cost``. An optimal grouping has items of similar length together, so only cuts of the
     sorted list need to be tried.
@@ -162,7 +190,8 @@ def pack(lengths: Sequence[int], max_tokens: int, pass_cost: int) -> list[list[i
     best, cut = [0], [0]
     for end in range(1, len(order) + 1):
         longest = lengths[order[end - 1]]
-        starts = range(end - 1, max(-1, end - 1 - max(1, max_tokens // longest)), -1)
+        most = max(1, min(max_tokens // longest, max_items or len(order)))
+        starts = range(end - 1, max(-1, end - 1 - most), -1)
         cost, start = min((best[start] + pass_cost + (end - start) * longest, start) for start in starts)
         best.append(cost)
         cut.append(start)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from fedmllm.models.encoding import Encoded
 from fedmllm.models.load import VisionLanguageModel
 from fedmllm.randomness import generator
 from fedmllm.training.batches import Step, steps
+from fedmllm.training.private import PrivateGradient, PrivateSteps, private_plan, sampling
 from fedmllm.training.rules import LocalResult, LocalRule
 from fedmllm.training.schedule import of_step
 from fedmllm.training.settings import TrainingConfig
@@ -39,7 +41,21 @@ class LocalTask:
 
 
 Adapters = Callable[[Sequence["ClientTraining"], Sequence[int]], AbstractContextManager[None]]
-"""(clients, number of rows of each) -> a context in which the rows of a batch go through their own client's adapters."""
+"""(clients, number of rows of each) -> a context for the forward and backward pass of a batch, whose rows go through their own client's
+adapters."""
+
+
+@dataclass(frozen=True)
+class Route:
+    """How samples pass through the model.
+
+    Attributes:
+        adapters: the adapters of a batch's rows.
+        max_rows: maximum number of rows of a batch; None for any number.
+    """
+
+    adapters: Adapters
+    max_rows: int | None = None
 
 
 class ClientTraining:
@@ -51,13 +67,24 @@ class ClientTraining:
         rule: how the method departs from plain training.
         config: the training settings.
         weights: the client's tensors; those that train require gradients.
+        private: how steps protect single samples; None if they do not. The expense is recorded at once.
     """
 
-    def __init__(self, vlm: VisionLanguageModel, task: LocalTask, rule: LocalRule, config: TrainingConfig, weights: Weights) -> None:
+    def __init__(
+        self,
+        vlm: VisionLanguageModel,
+        task: LocalTask,
+        rule: LocalRule,
+        config: TrainingConfig,
+        weights: Weights,
+        private: PrivateSteps | None = None,
+    ) -> None:
         self._vlm, self._task, self._rule, self._config, self.weights = vlm, task, rule, config, weights
-        self.plan = list(_plan(task, config))
+        self.plan = list(_plan(task, config)) if private is None else private_plan(private, task.client, task.samples, config)
         self.loss, self.halvings = 0.0, 0
         self._parameters = {name: tensor for name, tensor in weights.items() if tensor.requires_grad}
+        batch = sampling(len(task.samples), config).batch
+        self._private = None if private is None else PrivateGradient(private, batch, self._parameters)
         self._received = {name: tensor.to(vlm.device) for name, tensor in task.received.items()}
         betas = (config.beta1, config.beta2)
         self._optimizer = torch.optim.AdamW(
@@ -74,6 +101,19 @@ class ClientTraining:
         """Discard the client's gradients."""
         for parameter in self._parameters.values():
             parameter.grad = None
+        if self._private is not None:
+            self._private.forget()
+
+    def add_samples(self, gradients: Mapping[str, Tensor]) -> None:
+        """Clip the gradients of single samples, of shape (samples, ...) by name, and add them to a private step."""
+        assert self._private is not None  # noqa: S101
+        self._private.add({name: gradient for name, gradient in gradients.items() if name in self._parameters})
+
+    def add_own_gradient(self) -> None:
+        """Move the gradient of one sample from the client's parameters to a private step."""
+        self.add_samples({name: tensor.grad[None] for name, tensor in self._parameters.items() if tensor.grad is not None})
+        for parameter in self._parameters.values():
+            parameter.grad = None
 
     def add_terms(self, position: int, max_tokens: int, adapters: Adapters) -> None:
         """Add the gradients of those loss terms that pass samples through the model themselves."""
@@ -84,17 +124,26 @@ class ClientTraining:
                     term.backward(TermStep(self._vlm, self.plan[position].samples, rng, max_tokens))
 
     def update(self, position: int) -> None:
-        """Add the gradient of the rule's penalty, edit and clip the gradients, and take an optimizer step."""
+        """Add the gradient of the rule's penalty, edit and clip the gradients, and take an optimizer step.
+
+        In a private step, gradients have already been clipped sample by sample. Here they get their noise, before the penalty.
+        """
+        self._release()
         penalty = self._rule.penalty(self._parameters, self._received, position / len(self.plan))
         if penalty is not None:
             penalty.backward()  # type: ignore[no-untyped-call]
         self._edit_gradients()
-        if self._config.clip_norm is not None:
+        if self._config.clip_norm is not None and self._private is None:
             torch.nn.utils.clip_grad_norm_(list(self._parameters.values()), self._config.clip_norm)
         for group in self._optimizer.param_groups:
             group["lr"] = self._task.learning_rate * of_step(self._config.schedule, position, len(self.plan))
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
+
+    def _release(self) -> None:
+        """Set the gradients of a private step."""
+        for name, gradient in ({} if self._private is None else self._private.release()).items():
+            self._parameters[name].grad = gradient.to(self._parameters[name].dtype)
 
     def _edit_gradients(self) -> None:
         for name, parameter in self._parameters.items():
@@ -108,8 +157,9 @@ class ClientTraining:
 
     def result(self, weights: Weights) -> LocalResult:
         """Return the result of the training, given the final weights."""
-        if not self.plan:
-            return LocalResult(weights, self._task.received, {"steps": 0.0})
+        if not self.plan or self._private is not None:
+            # A private step's loss has no noise, and whether it fitted into memory depends on its draw.
+            return LocalResult(weights, self._task.received, {"steps": float(len(self.plan))})
         gradient = {name: (total / len(self.plan)).float().cpu() for name, total in self._gradient.items()}
         metrics = {"loss": self.loss / len(self.plan), "steps": float(len(self.plan))}
         metrics |= {"halvings": float(self.halvings)} if self.halvings else {}

@@ -20,7 +20,7 @@ class LocalResult:
     Attributes:
         weights: all tensors, including those that did not train.
         received: the weights that the client received.
-        metrics: ``steps``, and ``loss``, the mean over steps in nats per token, unless no step was taken.
+        metrics: ``steps``, and ``loss``, the mean over steps in nats per token, unless no step was taken or steps were private.
         gradient: mean over steps of the gradient before editing and clipping; empty unless the rule requests it.
     """
 

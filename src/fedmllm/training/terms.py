@@ -52,6 +52,11 @@ class LossTerm:
         """Whether the term passes samples through the model, i.e. whether its class overrides ``backward``."""
         return type(self).backward is not LossTerm.backward
 
+    @property
+    def prepares_samples(self) -> bool:
+        """Whether the term may change samples, i.e. whether its class overrides ``prepare``."""
+        return type(self).prepare is not LossTerm.prepare
+
     def prepare(self, vlm: VisionLanguageModel, encoder: Encoder, samples: Sequence[Sample], encoded: list[Encoded]) -> list[Encoded]:
         """Prepare a client's samples before it trains, for example by adding ``companions`` or an ``option_bias``.
 
