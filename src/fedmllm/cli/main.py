@@ -15,6 +15,7 @@ import typer
 
 from fedmllm.cli.adapters import chat, evaluate, merge
 from fedmllm.cli.arguments import ADVANCED, ExperimentFile, Force, Overrides, loaded
+from fedmllm.cli.audit import audit
 from fedmllm.cli.data import data_app
 from fedmllm.cli.listings import methods, settings
 from fedmllm.cli.models import models_app
@@ -134,6 +135,7 @@ def choose(folder: Annotated[Path, typer.Argument(help="A sweep folder.")]) -> N
         typer.echo(f"{choice.score:.3f}{'' if choice.error is None else f' ± {choice.error:.3f}'}  {choice.method}")
 
 
+app.command()(audit)
 app.command()(methods)
 app.command()(settings)
 

@@ -15,6 +15,7 @@ from fedmllm.evaluation.metrics import error_over_models
 from fedmllm.format import duration, human_bytes
 from fedmllm.reports.drawing import LOOKS, MODELS
 from fedmllm.reports.run_report import METRICS
+from fedmllm.run.audit_result import AuditResult
 from fedmllm.run.results import SCORES, RunResult, worst_decile
 from fedmllm.types import Record
 
@@ -46,6 +47,21 @@ def result_table(result: RunResult) -> Table:
         table.caption += f"\nprivacy: {result.privacy.summary}"
     table.caption_justify = "left"
     return table
+
+
+def audit_lines(found: AuditResult) -> list[str]:
+    """Return an audit's result as lines of text."""
+    lines = [f"{found.units} {found.unit}s, each in the twin by a fair coin; AUC of telling members from others (0.5 is chance):"]
+    rows = {f"from the {name}": score for name, score in found.attacks.items()}
+    rows |= {f"from the adapter, samples with {name}": score for name, score in found.by_modality.items()}
+    lines += [f"  {name:<44} {row.auc:.3f} ± {row.error:.3f}   found at 1% false alarms: {row.tpr:.1%}" for name, row in rows.items()]
+    stated = "none" if found.epsilon is None else f"{found.epsilon:.2f} at delta {found.delta:g}"
+    lines.append(
+        f"epsilon: attacks rule out less than {found.lower_bound:.2f} (at most {found.ceiling:.2f} could be shown); stated: {stated}"
+    )
+    if found.contradicts:
+        lines.append("the attacks contradict the stated epsilon: the guarantee does not hold; report it as a security fault")
+    return lines
 
 
 def _number(value: float | None) -> str:

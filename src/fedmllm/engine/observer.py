@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fedmllm.algorithms import Remark
+from fedmllm.algorithms import Remark, ServerState
 from fedmllm.engine.stages import Stage
 from fedmllm.types import Record
 
@@ -27,6 +27,7 @@ class Observer:
             outstanding clients, in the order in which the run takes their answers.
         remarked: called before the first round with how a strategy deviates from its description, by strategy.
         opened: called with the run folder once it exists.
+        stepped: called with a stage's name, its number of rounds and the server state, before the first round and after each round.
         encoded: called before the first round with the number of encoded samples and the total.
         resumed: called before the first round with the bytes that were sent before the run was interrupted; 0 for a new run.
     """
@@ -38,6 +39,7 @@ class Observer:
     remarked: Callable[[Mapping[str, Remark]], None] = lambda remarks: None
     opened: Callable[[Path], None] = lambda folder: None
     resumed: Callable[[int], None] = lambda sent: None
+    stepped: Callable[[str, int, ServerState], None] = lambda stage, num_rounds, state: None
     encoded: Callable[[int, int], None] = lambda done, total: None
 
     def beside(self, report: Callable[[Record], None]) -> Observer:

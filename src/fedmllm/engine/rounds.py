@@ -185,8 +185,10 @@ def run_stage(loop: Loop, stage: Stage, initial: ServerState) -> ServerState:
     try:
         # A private round must not be trained twice, so its checkpoint is on the disk before the next task is sent.
         with BackgroundCheckpoint(loop.store, stage.name, durable=loop.privacy is not None) as checkpoint:
+            loop.observer.stepped(stage.name, stage.num_rounds, state)
             while state.round_num < stage.num_rounds:
                 state = _round(Round(loop, stage, state, watch), watch, checkpoint)
+                loop.observer.stepped(stage.name, stage.num_rounds, state)
     finally:
         loop.engine.cancel()
     return state

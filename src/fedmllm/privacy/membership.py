@@ -50,6 +50,20 @@ def attack(members: Floats, others: Floats, fpr: float = 0.01) -> Attack:
     return Attack(float(auc), float((members > threshold).mean()))
 
 
+def auc_error(auc: float, members: int, others: int) -> float:
+    """Return the standard error of an AUC (Hanley and McNeil, Radiology 1982).
+
+        se^2 = (A (1 - A) + (m - 1) (A / (2 - A) - A^2) + (n - 1) (2 A^2 / (1 + A) - A^2)) / (m n)
+
+    Args:
+        auc: A.
+        members: m, the number of members.
+        others: n, the number of other samples.
+    """
+    spread = (members - 1) * (auc / (2 - auc) - auc**2) + (others - 1) * (2 * auc**2 / (1 + auc) - auc**2)
+    return math.sqrt(max(0.0, auc * (1 - auc) + spread) / (members * others))
+
+
 def p_value(correct: int, guesses: int, samples: int, epsilon: float, delta: float) -> float:
     """Return a bound on the probability that an attack on an (epsilon, delta)-private model guesses at least this well.
 

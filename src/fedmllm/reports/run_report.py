@@ -81,6 +81,7 @@ def _context(run: Run) -> dict[str, Any]:
         "manifest": run.manifest,
         "result": run.result,
         "unprotected": UNPROTECTED,
+        "audit": run.audit,
         "rounds": rounds,
         "watched": next((row for row in reversed(rounds) if row.watched is not None), None),
         "clients": clients,

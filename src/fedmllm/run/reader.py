@@ -10,6 +10,7 @@ from typing import TypeVar
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from fedmllm.errors import RunError, listing
+from fedmllm.run.audit_result import AuditResult
 from fedmllm.run.results import CHECKED, RunResult
 from fedmllm.types import Metrics
 
@@ -99,6 +100,7 @@ class Run:
         manifest: the samples of each client.
         lines: finished rounds of all stages, in the order in which they ended.
         result: the result; None while the run is unfinished.
+        audit: the result of the run's audit; None without one.
     """
 
     name: str
@@ -106,6 +108,7 @@ class Run:
     manifest: Manifest
     lines: tuple[Line, ...]
     result: RunResult | None
+    audit: AuditResult | None = None
 
     @property
     def rounds(self) -> list[Round]:
@@ -114,14 +117,17 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
-    """Read all files of a run folder. Only ``result.json`` may be missing.
+    """Read all files of a run folder. Only ``result.json`` and ``audit/audit.json`` may be missing.
 
     Raises:
         RunError: naming the file, its problem and the remedy.
     """
     config, manifest = _text(folder / "config.yaml"), _parse(folder / "manifest.json", _text(folder / "manifest.json"), Manifest)
     lines, path = tuple(_lines(folder / "metrics.jsonl")), folder / "result.json"
-    return Run(folder.resolve().name, config, manifest, lines, _parse(path, _text(path), RunResult) if path.exists() else None)
+    result = _parse(path, _text(path), RunResult) if path.exists() else None
+    audit = folder / "audit" / "audit.json"
+    found = _parse(audit, _text(audit), AuditResult) if audit.exists() else None
+    return Run(folder.resolve().name, config, manifest, lines, result, found)
 
 
 def _text(path: Path) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -61,8 +61,11 @@ def train(
     resident: Resident | None = None,
     track: Sequence[str] = (),
     force: bool = False,
+    narrow: Callable[[FederatedData], FederatedData] = lambda data: data,
 ) -> RunResult:
     """Run an experiment: zero-shot, the federation and the baselines; then write adapter and result. The arguments are those of ``fedmllm.train``.
+
+    ``narrow`` removes samples of clients in this process before training, for audits.
 
     The run writes nothing before it has checked settings, data and model.
 
@@ -79,7 +82,7 @@ def train(
     with federation(experiment, held, told) as found, held.model(experiment) as (vlm, trainable):
         vlm.family.require(found.data.dataset.modalities)
         start, encoder = _start(experiment, vlm), held.encoder(experiment)
-        clients = replace(found, data=encodable(found.data, encoder, experiment.data.on_bad_sample, told.encoded))
+        clients = replace(found, data=narrow(encodable(found.data, encoder, experiment.data.on_bad_sample, told.encoded)))
         copies = {
             spec: usable(copy, encoder, experiment.data.on_bad_sample) for spec, copy in _copies(experiment, clients.data.dataset).items()
         }

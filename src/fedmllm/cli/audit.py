@@ -1,0 +1,40 @@
+"""The command ``fedmllm audit``. Heavy imports stay inside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, cast
+
+import typer
+
+from fedmllm.cli.arguments import ADVANCED
+from fedmllm.errors import RunError
+
+
+def audit(
+    run: Annotated[Path, typer.Argument(help="The folder of a finished run.")],
+    unit: Annotated[
+        str | None, typer.Option(help="What an attacker looks for: sample or client. Default: what the run protects, else sample.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the coins that decide who is in the twin.", rich_help_panel=ADVANCED)] = 0,
+) -> None:
+    """Train a run's twin on a random half of its data, and test how well attacks tell which half.
+
+    The result is in RUN/audit/audit.json and in the run's report. If the attacks rule out the stated epsilon, the exit code is 1.
+    """
+    if not (run / "result.json").is_file():
+        raise RunError(f"{run}: not a finished run (no result.json); finish it with fedmllm train ... --resume, or name another folder")
+    if unit not in (None, "sample", "client"):
+        raise typer.BadParameter(f"must be sample or client, got {unit}", param_hint="--unit")
+    from fedmllm.cli.tables import audit_lines
+    from fedmllm.reports.progress import Display
+    from fedmllm.reports.run_report import write_report
+    from fedmllm.run.audit import audit as audited
+    from fedmllm.run.audit_result import AuditUnit
+
+    with Display(1) as display:
+        found = audited(run, cast(AuditUnit | None, unit), seed=seed, observer=display.observer)
+    typer.echo("\n".join(audit_lines(found)))
+    typer.echo(f"\naudit   {run / 'audit' / 'audit.json'}\nreport  {write_report(run)}")
+    if found.contradicts:
+        raise typer.Exit(1)
