@@ -15,6 +15,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from fedmllm.errors import FederationError
+from fedmllm.privacy.secagg import statements as S
 from fedmllm.privacy.secagg.roster import sign_roster, verify_roster
 from fedmllm.sites.keys import init
 from secure_sessions import KEYS
@@ -77,6 +78,10 @@ def test_what_is_no_list_is_refused(content: bytes) -> None:
 def test_a_key_occurs_once_and_is_on_the_right_curve() -> None:
     with pytest.raises(FederationError, match="a and d have the same"):
         sign_roster(AUTHORITY, {**SITES, "d": SITES["a"]})
+    lines = {"a": line(SITES["a"]), "d": line(SITES["a"]) + " with a comment"}
+    signature = S.signed(AUTHORITY, S.statement("roster", "a", lines["a"], "d", lines["d"]))
+    with pytest.raises(FederationError, match="a and d have the same"):
+        verify_roster(json.dumps({"sites": lines, "signature": signature.hex()}).encode(), AUTHORITY.public_key())
     for wrong in (ec.generate_private_key(ec.SECP256R1()).public_key(), ed25519.Ed25519PrivateKey.generate().public_key()):
         content = sign_roster(AUTHORITY, {**SITES, "d": wrong})  # type: ignore[dict-item]
         with pytest.raises(FederationError, match="public key of d in the list of sites is not an OpenSSH key on P-384"):

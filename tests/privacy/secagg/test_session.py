@@ -28,7 +28,7 @@ def over_the_wire(message: Message) -> Message:
 drops = st.fixed_dictionaries({stage: st.integers(0, 2) for stage in STAGES})
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(st.integers(2, 9), st.integers(0, 40), drops, st.integers(2, 5), st.randoms())
 def test_the_sum_is_that_of_the_plain_vectors_or_there_is_none(
     count: int, length: int, leaving: dict[str, int], min_clients: int, draw: Any
@@ -72,6 +72,15 @@ def test_long_vectors_in_several_chunks() -> None:
     given_ = vectors(4, 200_001)
     found = secure_sum(given_, 200_001, drop={"masked": {"c"}})
     assert (found.vector == given_["a"] + given_["b"] + given_["d"]).all()
+
+
+def test_the_sum_needs_min_clients_and_its_unmasking_the_threshold() -> None:
+    given_ = vectors(7, 30)
+    found = secure_sum(given_, 30, Policy(6), drop={"masked": {"a"}, "survivors": {"b"}})
+    assert found.survivors == tuple("bcdefg")
+    assert (found.vector == plain_sum(given_, "bcdefg")).all()
+    with pytest.raises(FederationError, match="at least 7 clients after stage masked"):
+        secure_sum(given_, 30, Policy(7), drop={"masked": {"a"}})
 
 
 class Lazy(Mapping[str, Vector]):

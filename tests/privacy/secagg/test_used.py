@@ -58,12 +58,19 @@ def test_a_line_that_a_crash_cut_off_counts_as_unused(tmp_path: Path) -> None:
     used.claim(RoundId("run", "x", 3))
     used.claim(RoundId("run", "x", 2))
     assert [line[-2] for line in used.path.read_text().splitlines()] == ["1", "3", "2"]
+    for number in (1, 2, 3):
+        with pytest.raises(FederationError, match="masks one vector"):
+            used.require_unused(RoundId("run", "x", number))
 
 
 def test_a_damaged_file_is_an_error(tmp_path: Path) -> None:
     used = UsedRounds(tmp_path / "used.jsonl")
     used.claim(RoundId("run", "x", 1))
-    used.path.write_bytes(b"\0\0\n" + used.path.read_bytes())
+    good = used.path.read_bytes()
+    for bad in (b"\0\0\n", b"[]\n", b"{}\n", good[:-9] + good):
+        used.path.write_bytes(bad + good)
+        with pytest.raises(RunError, match=r"used.jsonl:1: not a line"):
+            used.require_unused(RoundId("run", "x", 2))
     for ask in (used.claim, used.require_unused):
         with pytest.raises(RunError, match=r"used.jsonl:1: not a line of a list of used rounds; restore the file"):
             ask(RoundId("run", "x", 2))

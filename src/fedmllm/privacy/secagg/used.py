@@ -76,7 +76,7 @@ class UsedRounds:
         """Return the complete lines."""
         lines = content.split(b"\n")[:-1]
         for number, line in enumerate(lines, 1):
-            if not line.startswith(b'{"run": ') or not line.endswith(b"}"):
+            if not _is_round(line):
                 raise RunError(
                     f"{self.path}:{number}: not a line of a list of used rounds; restore the file; without it, only runs with new names are safe"
                 )
@@ -100,6 +100,13 @@ def refuse_if(used: bool, round_id: RoundId) -> None:
             f"a client masks one vector for each round, and did so for {round_id}; the round must be skipped, because a second vector would let the "
             "server take the difference of two sums"
         )
+
+
+def _is_round(line: bytes) -> bool:
+    try:
+        return isinstance(found := json.loads(line), dict) and found.keys() == {"run", "stage", "round"}
+    except ValueError:
+        return False
 
 
 def _sync_folder(folder: Path) -> None:
