@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from fedmllm import weights as W
 from fedmllm.data.federated import FederatedData
 from fedmllm.models import memory
 from fedmllm.models.encoding import answer_nll, collate
@@ -23,6 +24,7 @@ from fedmllm.training.client import LocalTask
 from fedmllm.training.local import train_in_parallel, train_locally
 from fedmllm.training.rules import LocalRule
 from fedmllm.training.settings import TrainingConfig
+from private_steps import Scripted, steps_with
 
 MIB = 4 * 2**18
 """Bytes of the matrix below."""
@@ -123,6 +125,27 @@ def test_the_budget_is_measured_in_training_mode(
         assert budget.tokens is not None
         tokens.append(budget.tokens)
     assert tokens[1] > 2 * tokens[0]
+
+
+@pytest.mark.parametrize("checkpoints", [False, True])
+def test_a_private_pass_needs_memory_for_the_rows_own_adapters(
+    checkpoints: bool, encoder: Encoder, federation: FederatedData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Measuring leaves nothing in the sum of the first step. Recomputed layers use the rows' own adapters too."""
+    monkeypatch.setattr(memory, "_free_bytes", lambda device: 2**30)
+    samples = [encoder(sample) for sample in federation.clients["client-00"][:3]]
+    vlm = attach_lora(load_model(ModelConfig(gradient_checkpointing=checkpoints), torch.device("cpu")), LoraConfig(r=64), 0)
+    task, budgets, sources = LocalTask("a", 0, 0, samples, read_weights(vlm.model), 0.0), [], []
+    for private, budget in ((False, OnAGpu(vlm)), (True, OnAGpu(vlm)), (True, None)):
+        sources.append(Scripted([[0, 1, 2]]))
+        train_locally(vlm, task, LocalRule(), TrainingConfig(), budget, steps_with(sources[-1]) if private else None)
+        budgets.append(budget.tokens if budget else None)
+    assert budgets[0] is not None
+    assert budgets[1] is not None
+    assert budgets[1] < budgets[0]
+    for name, total in sources[2].sums[0].items():
+        torch.testing.assert_close(sources[1].sums[0][name], total, atol=1e-6, rtol=1e-4)
+    assert W.norm(sources[2].sums[0]) > 0
 
 
 def test_the_number_of_parallel_clients_follows_from_a_gpus_memory(vlm: VisionLanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:

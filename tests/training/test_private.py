@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from scipy.stats import kstest
 from torch import Tensor
 
+from fedmllm import factors
 from fedmllm import weights as W
 from fedmllm.algorithms.fedprox import Proximal
 from fedmllm.algorithms.strategies.feature_alignment import Alignment
@@ -301,6 +302,15 @@ def test_an_empty_draw_is_a_step_with_noise_alone(vlm: VisionLanguageModel, samp
     moved = train_locally(vlm, task, PLAIN, TrainingConfig(batch_size=1), None, steps_with(Noise(seed)))
     assert all((moved.weights[name] != tensor).float().mean() > 0.99 for name, tensor in task.received.items())
     assert moved.metrics == {"steps": 5.0}
+
+
+def test_noise_does_not_fill_the_ranks_that_a_client_lacks(vlm: VisionLanguageModel, samples: list[Encoded]) -> None:
+    task = task_of(vlm, samples, rate=1e-3)
+    received = factors.padded(factors.cut(task.received, 3), task.received)
+    found = trained(vlm, replace(task, received=received, rank=3), Noise(1)).weights
+    assert not any(tensor.any() for tensor in factors.beyond(found, 3).values())
+    assert all(not torch.equal(tensor, received[name]) for name, tensor in found.items())
+    assert any(tensor.any() for tensor in factors.beyond(trained(vlm, replace(task, received=received), Noise(1)).weights, 3).values())
 
 
 def trained(vlm: VisionLanguageModel, task: LocalTask, noise: Noise, config: TrainingConfig = CONFIG) -> LocalResult:

@@ -247,7 +247,7 @@ class InProcessEngine:
         encoded = [self.encoder(sample) for sample in job.samples]
         for term in rule.all_terms:
             encoded = term.prepare(self.vlm, self.encoder, job.samples, encoded)
-        return LocalTask(job.client.name, broadcast.round_num, assignment.seed, encoded, received, assignment.learning_rate)
+        return LocalTask(job.client.name, broadcast.round_num, assignment.seed, encoded, received, assignment.learning_rate, job.rank)
 
 
 def _update(assignment: Assignment, job: _Job, result: LocalResult, upload: Upload) -> ClientUpdate:

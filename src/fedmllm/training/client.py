@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fedmllm import factors
 from fedmllm.models.encoding import Encoded
 from fedmllm.models.load import VisionLanguageModel
 from fedmllm.randomness import generator
@@ -30,6 +31,7 @@ class LocalTask:
         samples: the encoded samples, in an order that does not depend on where the client runs.
         received: the weights that the client received.
         learning_rate: the learning rate of this round.
+        rank: the client's LoRA rank if it is lower than that of the weights received, which are zero beyond it. Noise must not fill them.
     """
 
     client: str
@@ -38,6 +40,7 @@ class LocalTask:
     samples: Sequence[Encoded]
     received: Weights
     learning_rate: float
+    rank: int | None = None
 
 
 Adapters = Callable[[Sequence["ClientTraining"], Sequence[int]], AbstractContextManager[None]]
@@ -142,8 +145,11 @@ class ClientTraining:
 
     def _release(self) -> None:
         """Set the gradients of a private step."""
-        for name, gradient in ({} if self._private is None else self._private.release()).items():
-            self._parameters[name].grad = gradient.to(self._parameters[name].dtype)
+        if self._private is None:
+            return
+        noisy = factors.padded(factors.cut(self._private.release(), self._task.rank), self._parameters)
+        for name, parameter in self._parameters.items():
+            parameter.grad = noisy[name].to(parameter.dtype)
 
     def _edit_gradients(self) -> None:
         for name, parameter in self._parameters.items():
