@@ -12,6 +12,7 @@ from fedmllm.data.settings import DataConfig
 from fedmllm.errors import ConfigError, listing
 from fedmllm.explain import rule
 from fedmllm.flower.superlink import SuperLink
+from fedmllm.privacy.settings import SitePrivacy
 from fedmllm.registry import load_plugins, resolved
 from fedmllm.settings_file import SITES, read_settings
 
@@ -125,6 +126,8 @@ class SiteConfig(_File):
     modality), ``num_samples`` (the site then counts as one sample in averages by samples). The site refuses a run whose method needs a withheld
     value. Steps that a method needs (FedNova) follow from the number of samples; the site reports them unless it withholds both."""
 
+    privacy: SitePrivacy | None = None
+    """The site's own limits on what its updates reveal about each sample. The site then withholds ``metrics`` and ``profile`` too."""
     plugins: tuple[str, ...] = ()
     """Python files (relative to this file) and modules that add methods, datasets and more. The site imports no other plugins, not even installed
     ones, whatever the server requests."""
@@ -139,6 +142,11 @@ class SiteConfig(_File):
         if isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names):
             load_plugins(names, installed=False)
         return {**values, "plugins": names}
+
+    @property
+    def withheld(self) -> frozenset[Withheld]:
+        """What the site does not report, given ``withhold`` and ``privacy``."""
+        return frozenset(self.withhold) | (frozenset({"metrics", "profile"}) if self.privacy else frozenset())
 
     @model_validator(mode="after")
     def _beside_the_file(self) -> SiteConfig:

@@ -17,6 +17,7 @@ from fedmllm.config import Experiment
 from fedmllm.data.federated import FederatedData, spread
 from fedmllm.engine.base import Engine
 from fedmllm.engine.failures import FailureConfig
+from fedmllm.engine.in_process import InProcessEngine
 from fedmllm.engine.observer import UNOBSERVED, Observer
 from fedmllm.engine.schedules import build_schedule
 from fedmllm.engine.stages import Stage
@@ -30,6 +31,7 @@ from fedmllm.flower.run_grid import RunGrid, serving
 from fedmllm.flower.settings import ServerConfig
 from fedmllm.flower.simulation import simulation
 from fedmllm.flower.superlink import SuperLink
+from fedmllm.privacy.ledger import LEDGER
 from fedmllm.run.resident import Resident
 from fedmllm.run.roll_call import RollCall
 from fedmllm.run.worker import client_app, resident_worker
@@ -55,7 +57,7 @@ class Federation:
     trial: bool = False
 
     @contextmanager
-    def engine(self, stage: Stage, folder: Path, here: Engine) -> Iterator[Engine]:
+    def engine(self, stage: Stage, folder: Path, here: InProcessEngine) -> Iterator[Engine]:
         """Yield the engine that trains the federation's clients, local or remote.
 
         Args:
@@ -69,6 +71,8 @@ class Federation:
             about |= {"run": _run_id(folder), "trial": self.trial}
             yield FlowerEngine(self.grid, stage.name, about, self.grid.online, history, remote=True)
         elif e.name == "flower":
+            if here.private is not None:
+                about |= {"ledger": str(folder.resolve() / LEDGER), "noise_multiplier": here.private.noise_multiplier}
             states = folder.resolve() / "checkpoints" / f"{stage.name}-clients"
             at_once = build_schedule(self.experiment.schedule).concurrent(stage.clients_per_round)
             with simulation(client_app(resident_worker), at_once, e.worker_cpus, e.worker_gpus) as (grid, nodes):
