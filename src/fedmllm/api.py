@@ -16,6 +16,8 @@ from fedmllm.reports import write_report_of
 from fedmllm.reports.progress import Display, SweepDisplay
 from fedmllm.reports.run_report import write_report
 from fedmllm.reports.sweep_report import write_sweep_report
+from fedmllm.run.audit import audit as audit_run
+from fedmllm.run.audit_result import AuditResult, AuditUnit
 from fedmllm.run.resident import Resident
 from fedmllm.run.results import RunResult
 from fedmllm.run.scoring import Adapter, load_adapter_of, score_adapter
@@ -130,6 +132,26 @@ def sweep(grid: str | Path, output: str | Path, *, jobs: int = 1, progress: bool
     if all(outcome.score is not None for outcome in outcomes):
         write_sweep_report(folder)
     return outcomes
+
+
+def audit(run: str | Path, unit: AuditUnit | None = None, *, seed: int = 0, progress: bool | None = None) -> AuditResult:
+    """Train a run's twin on a random half of its data and test how well attacks tell which half. Then write ``audit/`` and the report.
+
+    Args:
+        run: the folder of a finished run. An interrupted audit continues.
+        unit: what an attacker looks for, ``sample`` or ``client``; by default what the run protects, and samples if it protects nothing.
+        seed: the seed of the coins that decide who is in the twin.
+        progress: whether to show the twin's rounds as they finish. None shows them in terminals and notebooks only.
+
+    Raises:
+        RunError: if the folder is not a finished run, or its audit was begun with another unit or seed.
+        ConfigError: if the run's data are at sites.
+    """
+    with ExitStack() as stack:
+        observer = stack.enter_context(Display(1)).observer if _shows(progress) else UNOBSERVED
+        found = audit_run(Path(run), unit, seed=seed, observer=observer)
+    write_report(Path(run))
+    return found
 
 
 def report(folder: str | Path) -> Path:

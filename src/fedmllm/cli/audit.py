@@ -26,15 +26,12 @@ def audit(
         raise RunError(f"{run}: not a finished run (no result.json); finish it with fedmllm train ... --resume, or name another folder")
     if unit not in (None, "sample", "client"):
         raise typer.BadParameter(f"must be sample or client, got {unit}", param_hint="--unit")
+    from fedmllm import api
     from fedmllm.cli.tables import audit_lines
-    from fedmllm.reports.progress import Display
-    from fedmllm.reports.run_report import write_report
-    from fedmllm.run.audit import audit as audited
     from fedmllm.run.audit_result import AuditUnit
 
-    with Display(1) as display:
-        found = audited(run, cast(AuditUnit | None, unit), seed=seed, observer=display.observer)
+    found = api.audit(run, cast(AuditUnit | None, unit), seed=seed, progress=True)
     typer.echo("\n".join(audit_lines(found)))
-    typer.echo(f"\naudit   {run / 'audit' / 'audit.json'}\nreport  {write_report(run)}")
+    typer.echo(f"\naudit   {run / 'audit' / 'audit.json'}\nreport  {run / 'report.html'}")
     if found.contradicts:
         raise typer.Exit(1)
