@@ -17,6 +17,7 @@ from fedmllm.reports.progress import Display, SweepDisplay
 from fedmllm.reports.run_report import write_report
 from fedmllm.reports.sweep_report import write_sweep_report
 from fedmllm.run.audit import audit as audit_run
+from fedmllm.run.audit import runs_of
 from fedmllm.run.audit_result import AuditResult, AuditUnit
 from fedmllm.run.resident import Resident
 from fedmllm.run.results import RunResult
@@ -134,23 +135,33 @@ def sweep(grid: str | Path, output: str | Path, *, jobs: int = 1, progress: bool
     return outcomes
 
 
-def audit(run: str | Path, unit: AuditUnit | None = None, *, seed: int = 0, progress: bool | None = None) -> AuditResult:
-    """Train a run's twin on a random half of its data and test how well attacks tell which half. Then write ``audit/`` and the report.
+def audit(
+    run_or_sweep: str | Path, unit: AuditUnit | None = None, *, seed: int = 0, progress: bool | None = None
+) -> dict[str, AuditResult]:
+    """Train the twin of a run, or of each run of a sweep, on a random half of its data, and test how well attacks tell which half.
+
+    Then write the report. The results are in each run's ``audit/``; an interrupted audit continues, and a finished one is not repeated.
 
     Args:
-        run: the folder of a finished run. An interrupted audit continues.
+        run_or_sweep: the folder of a finished run, or of a sweep.
         unit: what an attacker looks for, ``sample`` or ``client``; by default what the run protects, and samples if it protects nothing.
         seed: the seed of the coins that decide who is in the twin.
-        progress: whether to show the twin's rounds as they finish. None shows them in terminals and notebooks only.
+        progress: whether to show the twins' rounds as they finish. None shows them in terminals and notebooks only.
+
+    Returns:
+        the results by the name of the run folder.
 
     Raises:
-        RunError: if the folder is not a finished run, or its audit was begun with another unit or seed.
+        RunError: if the folder is not a finished run or a sweep with one, or an audit was begun with another unit or seed.
         ConfigError: if the run's data are at sites.
     """
-    with ExitStack() as stack:
-        observer = stack.enter_context(Display(1)).observer if _shows(progress) else UNOBSERVED
-        found = audit_run(Path(run), unit, seed=seed, observer=observer)
-    write_report(Path(run))
+    held, found = Resident(), dict[str, AuditResult]()
+    for folder in runs_of(Path(run_or_sweep)):
+        with ExitStack() as stack:
+            observer = stack.enter_context(Display(1)).observer if _shows(progress) else UNOBSERVED
+            found[folder.resolve().name] = audit_run(folder, unit, seed=seed, observer=observer, resident=held)
+        write_report(folder)
+    report(run_or_sweep)
     return found
 
 
