@@ -30,6 +30,7 @@ from fedmllm.flower.run_grid import RunGrid, serving
 from fedmllm.flower.settings import ServerConfig
 from fedmllm.flower.simulation import simulation
 from fedmllm.flower.superlink import SuperLink
+from fedmllm.privacy.secagg.statements import SitePublicKey
 from fedmllm.run.resident import Resident
 from fedmllm.run.roll_call import RollCall
 from fedmllm.run.worker import client_app, resident_worker
@@ -46,6 +47,7 @@ class Federation:
         ranks: LoRA ranks that sites set for themselves.
         grid: the connection to the sites; None without sites.
         trial: whether sites train on the experiment's own split in a trial run, without data of their own.
+        keys: the sites' public keys, for secure aggregation; empty without it.
     """
 
     experiment: Experiment
@@ -53,6 +55,7 @@ class Federation:
     ranks: Mapping[str, int] = field(default_factory=dict)
     grid: RunGrid | None = None
     trial: bool = False
+    keys: Mapping[str, SitePublicKey] = field(default_factory=dict)
 
     @contextmanager
     def engine(self, stage: Stage, folder: Path, here: Engine) -> Iterator[Engine]:
@@ -66,7 +69,7 @@ class Federation:
         e, about = self.experiment.engine, dict[str, Any](experiment=settings(self.experiment))
         history = BaseHistory(folder / "checkpoints" / f"{stage.name}-base")
         if self.grid is not None:
-            about |= {"run": _run_id(folder), "trial": self.trial}
+            about |= {"run": run_id(folder), "trial": self.trial}
             yield FlowerEngine(self.grid, stage.name, about, self.grid.online, history, remote=True)
         elif e.name == "flower":
             states = folder.resolve() / "checkpoints" / f"{stage.name}-clients"
@@ -173,14 +176,16 @@ def _require_own(experiment: Experiment) -> None:
 
 def settings(experiment: Experiment) -> str:
     """Return the experiment as YAML for workers, without paths on this machine."""
-    engine = experiment.engine.model_copy(update={"server": None})
+    # A site trains in its own process; the address of its server is its own setting.
+    at_site = {} if experiment.engine.server is None else {"name": "in_process"}
+    engine = experiment.engine.model_copy(update={"server": None, **at_site})
     # A site imports what its own settings name, and nothing that the server asks for.
     plugins = experiment.plugins if experiment.engine.server is None else ()
     data = experiment.data if experiment.engine.server is None else experiment.data.without_paths()
     return experiment.model_copy(update={"engine": engine, "data": data, "plugins": plugins}).to_yaml()
 
 
-def _run_id(folder: Path) -> str:
+def run_id(folder: Path) -> str:
     """Return the run's id, by which sites separate what they keep for different runs. A resumed run keeps its id."""
     path = folder / "checkpoints" / "run"
     if not path.is_file():

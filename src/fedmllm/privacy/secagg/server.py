@@ -98,6 +98,16 @@ class Server:
         self._signatures: dict[str, bytes] = {}
         self._revealed: dict[str, Revealed] = {}
 
+    @property
+    def survivors(self) -> tuple[str, ...]:
+        """The clients whose vectors are in the sum, by name; empty before stage ``survivors``."""
+        return tuple(self._survivors)
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weights that clients are shown in stage ``masked``: those of the clients that sent shares."""
+        return {name: self._weights[name] for name in self._sealed}
+
     def begin(self, stage: str) -> dict[str, Message]:
         """End the stage before and return this stage's message for each client that is still in the session.
 
@@ -234,12 +244,11 @@ class Server:
 
     def _inbox(self, client: str) -> Inbox:
         sealed = {sender: shares.sealed[client] for sender, shares in self._sealed.items() if sender != client}
-        return Inbox(self._session, sealed, {name: self._weights[name] for name in self._sealed})
+        return Inbox(self._session, sealed, self.weights)
 
     def _begin_survivors(self, survivors: list[str]) -> Survivors:
         self._survivors = survivors
-        weights = {name: self._weights[name] for name in self._sealed}
-        self._agreed = S.survivors_statement(self._context, weights, self._length, survivors)
+        self._agreed = S.survivors_statement(self._context, self.weights, self._length, survivors)
         return Survivors(self._session, tuple(survivors))
 
 
