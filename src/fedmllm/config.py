@@ -22,7 +22,7 @@ from fedmllm.evaluation.evaluate import EvaluationConfig
 from fedmllm.explain import rule, tell_renamed
 from fedmllm.models.parts import LoraConfig
 from fedmllm.models.settings import ModelConfig
-from fedmllm.privacy.lawful import require_client_level, require_summable
+from fedmllm.privacy.lawful import require_client_level, require_sample_level, require_summable
 from fedmllm.privacy.settings import PrivacyConfig
 from fedmllm.registry import load_plugins, resolved
 from fedmllm.settings_file import Path_, read_settings
@@ -163,13 +163,17 @@ class Experiment(BaseModel):
             raise ValueError(
                 f"federation.sampling: schedule {self.schedule.name} draws clients itself; use uniform, or schedule synchronous"
             )
-        if not private:
+        if self.privacy.unit == "none":
             return self
-        require_client_level(build_algorithm(self.algorithm), ALGORITHMS[self.algorithm.method], self.algorithm.name)
         if self.schedule.name != "synchronous":
             raise ValueError(
-                f"privacy.unit: client counts rounds, which schedule {self.schedule.name} does not have; use schedule synchronous"
+                f"privacy.unit: {self.privacy.unit} counts rounds, which schedule {self.schedule.name} does not have; use schedule synchronous"
             )
+        method = build_algorithm(self.algorithm)
+        if not private:
+            require_sample_level(method, self.algorithm.name)
+            return self
+        require_client_level(method, ALGORITHMS[self.algorithm.method], self.algorithm.name)
         if federation.sampling == "poisson" and self.compression.name != "none":
             raise ValueError(
                 "compression.name: the size of updates reveals a secret cohort; set it to none, or federation.sampling to cyclic"

@@ -273,3 +273,56 @@ def test_a_port_used_by_another_process_is_named(tmp_path: Path) -> None:
         RunError, match=r"port 9094 of this machine is not this site's SuperNode \(status 401\); stop it, or set another port in site\.yaml"
     ):
         Inbox(site, Other()).next()
+
+
+LIMITS = {"target_epsilon": 50.0, "noise_multiplier": 1.0, "clip_norm": 0.5}
+
+
+def spent(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "privacy.jsonl").read_text().splitlines()]
+
+
+def with_privacy(experiment: Experiment, **values: Any) -> Experiment:
+    return Experiment.parse({**experiment.model_dump(mode="json"), "privacy": values})
+
+
+def test_a_site_with_limits_adds_noise_in_runs_that_ask_for_none(experiment: Experiment, tmp_path: Path) -> None:
+    """It trains privately and withholds metrics and profile, and its ledger was written."""
+    reply = answer(worker(tmp_path, data=OWN, privacy=LIMITS), experiment)
+    assert isinstance(reply, ClientUpdate)
+    assert (reply.metrics, reply.profile) == ({}, {})
+    assert [(line["client"], line["noise_multiplier"]) for line in spent(tmp_path)] == [("client-00", 1.0)]
+    again = answer(worker(tmp_path, data=OWN, privacy=LIMITS), experiment)
+    assert isinstance(again, ClientUpdate)
+    assert any(not again.update[name].equal(tensor) for name, tensor in reply.update.items())  # fresh noise
+    reported = presence(worker(tmp_path, data=OWN, privacy=LIMITS), experiment)
+    assert isinstance(reported, Presence)
+    assert reported.profile == {}
+
+
+@pytest.mark.parametrize(("asked", "used"), [(0.5, 1.0), (3.0, 3.0)])
+def test_a_server_can_ask_a_site_for_more_noise_but_not_for_less(asked: float, used: float, experiment: Experiment, tmp_path: Path) -> None:
+    requested = with_privacy(experiment, unit="sample", noise_multiplier=asked, clip_norm=9.0, noise_seed=1)
+    for _ in range(2):
+        assert isinstance(answer(worker(tmp_path, data=OWN, privacy=LIMITS), requested), ClientUpdate)
+    assert {line["noise_multiplier"] for line in spent(tmp_path)} == {used}
+
+
+def test_a_server_cannot_choose_the_noise_of_a_site(experiment: Experiment, tmp_path: Path) -> None:
+    """A noise seed is for tests of a simulation. With it the server could subtract the noise."""
+    requested = with_privacy(experiment, unit="sample", noise_multiplier=1.0, noise_seed=1)
+    first, second = (answer(worker(tmp_path, data=OWN), requested) for _ in range(2))
+    assert isinstance(first, ClientUpdate)
+    assert isinstance(second, ClientUpdate)
+    assert any(not first.update[name].equal(tensor) for name, tensor in second.update.items())
+
+
+def test_a_task_over_the_budget_of_a_site_is_refused_in_every_run(experiment: Experiment, tmp_path: Path) -> None:
+    limits = {**LIMITS, "target_epsilon": 12.0}
+    replies = [answer(worker(tmp_path, data=OWN, privacy=limits), experiment, run=f"r{number}") for number in range(12)]
+    accepted = sum(isinstance(reply, ClientUpdate) for reply in replies)
+    assert 0 < accepted < 12
+    refused = replies[-1]
+    assert isinstance(refused, ClientFailure)
+    assert "RunError" in refused.reason
+    assert len(spent(tmp_path)) == accepted

@@ -21,7 +21,7 @@ from fedmllm.engine.scores import evaluate_state, validate_state
 from fedmllm.engine.secure import FACTS, SecureAggregation, Session, facts
 from fedmllm.engine.stages import Stage
 from fedmllm.errors import FederationError
-from fedmllm.privacy.client_level import ClientPrivacy
+from fedmllm.privacy.client_level import WITHHELD, ClientPrivacy
 from fedmllm.training.settings import TrainingConfig, reach, round_learning_rate
 from fedmllm.types import BASE_STEP, UPDATE, Answer, Broadcast, Population, Record
 
@@ -45,6 +45,7 @@ class Loop:
         validation: the split on which the run scores models during training; None for none.
         schedule: decides when clients receive tasks and when the server steps.
         privacy: the mechanism of client-level differential privacy; None for none.
+        withholds: whether clients are told only the number of clients, not what they hold, and metrics do not say why an update was refused.
         secure: how the updates of a round are summed without showing any single one; None if clients send them.
     """
 
@@ -60,6 +61,7 @@ class Loop:
     validation: Split | None = None
     schedule: Schedule = SYNCHRONOUS
     privacy: ClientPrivacy | None = None
+    withholds: bool = False
     secure: SecureAggregation | None = None
 
     def assignment(self, stage: Stage, state: ServerState) -> Assignment:
@@ -226,7 +228,7 @@ def run_stage(loop: Loop, stage: Stage, initial: ServerState) -> ServerState:
 
 def _population(loop: Loop, stage: Stage) -> Population:
     """Return what the server and its clients may know about all clients: with privacy, only their number."""
-    if loop.privacy:
+    if loop.privacy or loop.withholds:
         return Population(len(stage.clients))
     return stage.population if loop.algorithm.needs_labels else replace(stage.population, labels={})
 
@@ -257,8 +259,8 @@ def _round(this: Round, watch: Watch, checkpoint: BackgroundCheckpoint) -> Serve
     if session := this.facts.get(FACTS):
         record |= {name: record[name] + session[name] for name in ("bytes_up", "bytes_down")}
     record["seconds"] = watch.reset()
-    if loop.privacy:
-        record = _published(loop.privacy, record, this)
+    if loop.privacy or loop.withholds:
+        record = _published(record, this)
     # Write the metrics line before the state. A resumed run removes a line without a state, but could not restore a missing line.
     loop.store.append(record)
     checkpoint.save(state)
@@ -310,12 +312,13 @@ def _reached(this: Round) -> list[str]:
     return sorted(this.stage.clients)[: privacy.cohort] if privacy and privacy.secret_cohort else this.intake.reached
 
 
-def _published(privacy: ClientPrivacy, record: Record, this: Round) -> Record:
+def _published(record: Record, this: Round) -> Record:
     """Return the record that may be published, and log what the operator needs to know about failed clients."""
     for row in record["refused"]:
         _LOG.warning("Round %d: no update from %s: %s", record["round"], row["client"], row["reason"])
+    record = {**record, "refused": [{"client": row["client"], "reason": WITHHELD} for row in record["refused"]]}
     sent = {n: t for n, t in this.state.weights.items() if this.loop.algorithm.uploads(this.state.round_num, n)}
-    return privacy.published(record, W.num_bytes(sent))
+    return this.loop.privacy.published(record, W.num_bytes(sent)) if this.loop.privacy else record
 
 
 def _bytes_down(algorithm: Algorithm, stage: Stage, state: ServerState, broadcast: Broadcast, cohort: Sequence[str]) -> int:

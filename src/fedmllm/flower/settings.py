@@ -18,6 +18,7 @@ from fedmllm.explain import rule
 from fedmllm.flower.superlink import SuperLink
 from fedmllm.privacy.secagg.roster import verify_roster
 from fedmllm.privacy.secagg.statements import SitePublicKey
+from fedmllm.privacy.settings import SitePrivacy
 from fedmllm.registry import load_plugins, resolved
 from fedmllm.settings_file import SITES, read_settings
 
@@ -183,6 +184,8 @@ class SiteConfig(_File):
     largest_share: float = Field(0.8, gt=0, lt=1)
     """With secure aggregation, the largest share of a sum that one client's weight may have. A sum with the share 1 would be its update."""
 
+    privacy: SitePrivacy | None = None
+    """The site's own limits on what its updates reveal about each sample. The site then withholds ``metrics`` and ``profile`` too."""
     plugins: tuple[str, ...] = ()
     """Python files (relative to this file) and modules that add methods, datasets and more. The site imports no other plugins, not even installed
     ones, whatever the server requests."""
@@ -197,6 +200,11 @@ class SiteConfig(_File):
         if isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names):
             load_plugins(names, installed=False)
         return {**values, "plugins": names}
+
+    @property
+    def withheld(self) -> frozenset[Withheld]:
+        """What the site does not report, given ``withhold`` and ``privacy``."""
+        return frozenset(self.withhold) | (frozenset({"metrics", "profile"}) if self.privacy else frozenset())
 
     @model_validator(mode="after")
     def _beside_the_file(self) -> SiteConfig:

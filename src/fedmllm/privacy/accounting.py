@@ -11,9 +11,15 @@ import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from fedmllm.errors import ConfigError
+
+FINE = 1e-4
+"""Resolution of the privacy loss for an epsilon that is stated."""
+COARSE = 1e-3
+"""Resolution for comparisons with a budget: a tenth of the time, and an epsilon that is larger by less than 1e-3 for 400 releases, 0.01 for 14,000."""
 
 
 @dataclass(frozen=True)
@@ -43,25 +49,30 @@ class Releases:
             raise ConfigError(f"a sampling rate must be in (0, 1], got {self.rate:g}")
 
 
-def epsilon(releases: Iterable[Releases], delta: float) -> float:
+def epsilon(releases: Iterable[Releases], delta: float, resolution: float = FINE) -> float:
     """Return the epsilon of releases, one after another, at a delta.
 
     Without sampling, k releases with multipliers z_i are one Gaussian mechanism with ``1 / sigma^2 = sum_i 1 / z_i^2`` (Dong et al., JRSS B
     2022), whose epsilon is exact (Balle and Wang, ICML 2018). With sampling it is computed from the distribution of the privacy loss
-    (Koskela et al., AISTATS 2020), which is an upper bound to within 1e-4.
+    (Koskela et al., AISTATS 2020), which is an upper bound at any resolution.
 
     Raises:
         ConfigError: if delta is not in (0, 1), or ``dp-accounting`` is not installed.
     """
-    rows = _merged(releases)
     _require_delta(delta)
+    return _epsilon(tuple(_merged(releases)), delta, resolution)
+
+
+@cache
+def _epsilon(rows: tuple[Releases, ...], delta: float, resolution: float) -> float:
+    """Return the epsilon of merged releases. Many clients take the same number of equal steps."""
     if not rows:
         return 0.0
     library = _library()
     if all(row.rate == 1 for row in rows):
         sigma = sum(row.count / row.noise_multiplier**2 for row in rows) ** -0.5
         return float(library.get_epsilon_gaussian(sigma, delta))
-    accountant = library.pld.PLDAccountant(library.NeighboringRelation.ADD_OR_REMOVE_ONE)
+    accountant = library.pld.PLDAccountant(library.NeighboringRelation.ADD_OR_REMOVE_ONE, resolution)
     for row in rows:
         accountant.compose(_event(library, row))
     return float(accountant.get_epsilon(delta))
@@ -90,11 +101,11 @@ def noise_multiplier(target_epsilon: float, delta: float, count: int, rate: floa
     if rate == 1:
         return upper
     lower = upper
-    while epsilon([Releases(lower, count, rate)], delta) <= target_epsilon:
+    while epsilon([Releases(lower, count, rate)], delta, COARSE) <= target_epsilon:
         upper, lower = lower, lower / 2
     return float(
         library.calibrate_dp_mechanism(
-            lambda: library.pld.PLDAccountant(library.NeighboringRelation.ADD_OR_REMOVE_ONE),
+            lambda: library.pld.PLDAccountant(library.NeighboringRelation.ADD_OR_REMOVE_ONE, COARSE),
             lambda z: _event(library, Releases(z, count, rate)),
             target_epsilon,
             delta,
@@ -120,7 +131,7 @@ def affordable(budget: float, delta: float, spent: Iterable[Releases], each: Rel
     while low < high:
         middle = (low + high + 1) // 2
         more = Releases(each.noise_multiplier, middle, each.rate)
-        if epsilon([*before, more], delta) <= budget:
+        if epsilon([*before, more], delta, COARSE) <= budget:
             low = middle
         else:
             high = middle - 1

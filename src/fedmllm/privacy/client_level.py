@@ -119,7 +119,7 @@ class ClientPrivacy:
     def published(self, record: Record, upload: int) -> Record:
         """Return a round's metrics without the numbers that depend on the clients' data and are not covered by the guarantee.
 
-        Losses, sample counts and the norms in refusals are withheld. With a secret cohort, so are names and the time of training, and the
+        Losses and sample counts are withheld. With a secret cohort, so are names and the time of training, and the
         bytes are those of a cohort of the expected size.
 
         Args:
@@ -127,7 +127,6 @@ class ClientPrivacy:
             upload: bytes that a client uploads in a round.
         """
         kept = {**record, "num_samples": 0, "loss": None, "losses": {}, "halvings": {}, "withheld": list(record["clients"])}
-        kept["refused"] = [{"client": row["client"], "reason": WITHHELD} for row in record["refused"]]
         if self.secret_cohort:
             kept |= {"clients": [], "withheld": [], "refused": [], "bytes_up": self.cohort * upload, "bytes_held": 0}
             kept["seconds"] = {name: spent for name, spent in record["seconds"].items() if name in ("evaluate", "checkpoint")}

@@ -27,6 +27,25 @@ def require_client_level(algorithm: Algorithm, method: type[Any], name: str) -> 
         raise ConfigError(f"privacy.unit: client does not work with {name}, because {reason}; {_substitute(algorithm, method)}")
 
 
+def require_sample_level(algorithm: Algorithm, name: str) -> None:
+    """Check that nothing but noisy training steps of a method depends on samples. Its loss terms are checked when the model is known.
+
+    Args:
+        algorithm: the method with its strategies.
+        name: the method's name, for the error message.
+
+    Raises:
+        ConfigError: if not; the message names the reason and a remedy.
+    """
+    if "profile" in algorithm.needs:
+        remedy = "omit modality_coverage, or set adaptivity of adaptive_regularization to 0"
+        raise ConfigError(f"privacy.unit: sample does not work with {name}, because clients must report their profile; {remedy}")
+    if algorithm.needs_labels:
+        raise ConfigError(
+            f"privacy.unit: sample does not work with {name}, because clients must report how often each answer occurs; omit global_prior"
+        )
+
+
 def _reason(algorithm: Algorithm, method: type[Any]) -> str | None:
     """Return why a method is refused; None if it is not."""
     if method.needs_individual_updates:

@@ -19,6 +19,9 @@ from fedmllm.files import written
 from fedmllm.privacy.accounting import Releases
 from fedmllm.types import Record
 
+LEDGER = "privacy.jsonl"
+"""Name of the ledger in the folder of a run or of a site."""
+
 
 class Ledger:
     """A file with one JSON line per release: the fields of ``Releases``, and what the caller adds to identify it.
@@ -31,6 +34,8 @@ class Ledger:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._lines: list[Record] = []
+        self._offset = 0
 
     def spend(self, releases: Releases, **about: str | int | list[str]) -> None:
         """Record a release that is about to happen.
@@ -57,7 +62,17 @@ class Ledger:
         """
         if not self.path.exists():
             return []
-        return [self._read(number, text) for number, text in enumerate(self.path.read_text(encoding="utf-8").splitlines(), 1) if text]
+        # Lines are only ever appended, so that those that were read need not be read again.
+        with self.path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH)
+            file.seek(self._offset)
+            added = file.read()
+        first = len(self._lines) + 1
+        found = [self._read(number, text) for number, text in enumerate(added.decode("utf-8").splitlines(), first) if text]
+        if added.endswith(b"\n"):
+            self._lines, self._offset = [*self._lines, *found], self._offset + len(added)
+            return list(self._lines)
+        return [*self._lines, *found]
 
     def releases(self) -> list[Releases]:
         """Return everything that was spent.

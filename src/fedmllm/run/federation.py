@@ -17,6 +17,7 @@ from fedmllm.config import Experiment
 from fedmllm.data.federated import FederatedData, spread
 from fedmllm.engine.base import Engine
 from fedmllm.engine.failures import FailureConfig
+from fedmllm.engine.in_process import InProcessEngine
 from fedmllm.engine.observer import UNOBSERVED, Observer
 from fedmllm.engine.schedules import build_schedule
 from fedmllm.engine.stages import Stage
@@ -30,8 +31,9 @@ from fedmllm.flower.run_grid import RunGrid, serving
 from fedmllm.flower.settings import ServerConfig
 from fedmllm.flower.simulation import simulation
 from fedmllm.flower.superlink import SuperLink
+from fedmllm.privacy.ledger import LEDGER
 from fedmllm.privacy.secagg.statements import SitePublicKey
-from fedmllm.run.privacy import PrivacyPlan, privacy_plan
+from fedmllm.run.privacy import privacy_plan
 from fedmllm.run.resident import Resident
 from fedmllm.run.roll_call import RollCall
 from fedmllm.run.worker import client_app, resident_worker
@@ -61,7 +63,7 @@ class Federation:
     roster: str = ""
 
     @contextmanager
-    def engine(self, stage: Stage, folder: Path, here: Engine) -> Iterator[Engine]:
+    def engine(self, stage: Stage, folder: Path, here: InProcessEngine) -> Iterator[Engine]:
         """Yield the engine that trains the federation's clients, local or remote.
 
         Args:
@@ -75,6 +77,8 @@ class Federation:
             about |= {"run": run_id(folder), "trial": self.trial}
             yield FlowerEngine(self.grid, stage.name, about, self.grid.online, history, remote=True, roster=self.roster)
         elif e.name == "flower":
+            if here.private is not None:
+                about |= {"ledger": str(folder.resolve() / LEDGER), "noise_multiplier": here.private.noise_multiplier}
             states = folder.resolve() / "checkpoints" / f"{stage.name}-clients"
             at_once = build_schedule(self.experiment.schedule).concurrent(stage.clients_per_round)
             with simulation(client_app(resident_worker), at_once, e.worker_cpus, e.worker_gpus) as (grid, nodes):
@@ -192,15 +196,10 @@ def settings(experiment: Experiment) -> str:
     plugins = experiment.plugins if experiment.engine.server is None else ()
     data = experiment.data if experiment.engine.server is None else experiment.data.without_paths()
     privacy = experiment.privacy
-    if privacy.secure_aggregation and (plan := client_level(experiment)):
+    if privacy.secure_aggregation and (plan := privacy_plan(experiment)):
         # Sites scale their integers by the noise multiplier, which the server may have found for a budget.
         privacy = privacy.model_copy(update={"noise_multiplier": plan.noise_multiplier})
     return experiment.model_copy(update={"engine": engine, "data": data, "plugins": plugins, "privacy": privacy}).to_yaml()
-
-
-def client_level(experiment: Experiment) -> PrivacyPlan | None:
-    """Return the plan of client-level privacy; None without it."""
-    return privacy_plan(experiment) if experiment.privacy.unit == "client" else None
 
 
 def run_id(folder: Path) -> str:

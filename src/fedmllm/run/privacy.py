@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,13 +13,11 @@ from fedmllm.errors import ConfigError
 from fedmllm.privacy.accounting import Releases, affordable, epsilon
 from fedmllm.privacy.client_level import ClientPrivacy
 from fedmllm.privacy.clipping import AdaptiveClip
-from fedmllm.privacy.ledger import Ledger
+from fedmllm.privacy.ledger import LEDGER, Ledger
 from fedmllm.privacy.noise import Noise
 from fedmllm.privacy.statement import PrivacyStatement
+from fedmllm.training.private import PrivateSteps
 from fedmllm.types import Record
-
-LEDGER = "privacy.jsonl"
-"""Name of the ledger in the run folder."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +37,10 @@ class PrivacyPlan:
         """The probability with which a client takes part in a round in secret; 1 if cohorts are public."""
         return _rate(self.experiment)
 
+    def steps(self, folder: Path) -> PrivateSteps | None:
+        """Return None: optimizer steps are not private."""
+        return None
+
     def limited(self, stage: Stage, folder: Path | None = None, done: int = 0) -> Experiment:
         """Return the experiment with at most as many rounds as the budget affords.
 
@@ -57,15 +59,13 @@ class PrivacyPlan:
         lines = Ledger(folder / LEDGER).lines() if folder else []
         most = Releases(self.noise_multiplier, len(lines) + federation.num_rounds, self.rate)
         allowed = affordable(config.target_epsilon, config.target_delta, (), most)
-        rounds = _affordable_rounds(stage, self.experiment.seed, lines, allowed, done)
-        if rounds == 0:
-            raise ConfigError(
-                f"privacy.target_epsilon: {config.target_epsilon:g} affords no round with noise_multiplier {self.noise_multiplier:g}; raise "
-                "either of them, or omit noise_multiplier"
-            )
-        return self.experiment.model_copy(update={"federation": federation.model_copy(update={"num_rounds": rounds})})
+        if self.rate < 1:
+            rounds = min(federation.num_rounds, done + max(0, allowed - len(lines)))
+        else:
+            rounds = affordable_rounds(stage, self.experiment.seed, _counts(lines), lambda client: allowed, done)
+        return with_rounds(self.experiment, rounds, self.noise_multiplier)
 
-    def mechanism(self, folder: Path) -> ClientPrivacy:
+    def mechanism(self, folder: Path) -> ClientPrivacy | None:
         """Return what clips and adds noise in a run."""
         config = self.experiment.privacy
         adaptive = AdaptiveClip(config.clip_quantile) if config.clip_quantile is not None else None
@@ -98,20 +98,38 @@ class PrivacyPlan:
 
 
 def privacy_plan(experiment: Experiment) -> PrivacyPlan | None:
-    """Return the plan of an experiment; None without privacy.
+    """Return the plan of an experiment; None without client-level privacy.
 
     Raises:
         ConfigError: if the budget affords no round, or ``dp-accounting`` is not installed.
     """
-    config, federation = experiment.privacy, experiment.federation
-    if config.unit == "none":
+    if experiment.privacy.unit != "client":
         return None
-    # Cohorts depend on the clients' order only, so the plan needs no data.
-    names = {f"{number:09}": () for number in range(federation.num_clients)}
-    stage = Stage("federated", names, federation.num_rounds, federation.clients_per_round, sampling=federation.sampling)
-    plan = PrivacyPlan(experiment, config.multiplier(_participations(stage, experiment.seed), _rate(experiment)))
+    stage = nameless(experiment)
+    plan = PrivacyPlan(experiment, experiment.privacy.multiplier(participations(stage, experiment.seed), _rate(experiment)))
     plan.limited(stage)
     return plan
+
+
+def nameless(experiment: Experiment) -> Stage:
+    """Return the federation's stage without data. Cohorts depend on the clients' order only."""
+    federation = experiment.federation
+    names = {f"{number:09}": () for number in range(federation.num_clients)}
+    return Stage("federated", names, federation.num_rounds, federation.clients_per_round, sampling=federation.sampling)
+
+
+def with_rounds(experiment: Experiment, rounds: int, noise_multiplier: float) -> Experiment:
+    """Return the experiment with the number of rounds that its budget affords.
+
+    Raises:
+        ConfigError: if it is 0.
+    """
+    if rounds == 0:
+        raise ConfigError(
+            f"privacy.target_epsilon: {experiment.privacy.target_epsilon:g} affords no round with noise_multiplier {noise_multiplier:g}; raise "
+            "either of them, or omit noise_multiplier"
+        )
+    return experiment.model_copy(update={"federation": experiment.federation.model_copy(update={"num_rounds": rounds})})
 
 
 def _rate(experiment: Experiment) -> float:
@@ -119,21 +137,27 @@ def _rate(experiment: Experiment) -> float:
     return federation.clients_per_round / federation.num_clients if federation.sampling == "poisson" else 1.0
 
 
-def _participations(stage: Stage, seed: int) -> int:
+def participations(stage: Stage, seed: int) -> int:
     """Return the largest number of rounds in which a client may take part."""
     if stage.sampling == "poisson":
         return stage.num_rounds
     return max(Counter(client for number in range(stage.num_rounds) for client in stage.cohort(seed, number)).values())
 
 
-def _affordable_rounds(stage: Stage, seed: int, lines: Sequence[Record], allowed: int, done: int) -> int:
-    """Return the number of rounds after which no client took part in more than ``allowed`` releases."""
-    if stage.sampling == "poisson":
-        return min(stage.num_rounds, done + max(0, allowed - len(lines)))
-    counts = _counts(lines)
+def affordable_rounds(stage: Stage, seed: int, spent: Mapping[str, int], allowed: Callable[[str], int], done: int) -> int:
+    """Return the number of rounds after which no client took part more often than it may.
+
+    Args:
+        stage: the federation, whose cohorts are public.
+        seed: the experiment's seed.
+        spent: how often each client took part so far.
+        allowed: how often a client may take part in total.
+        done: finished rounds.
+    """
+    counts = Counter(spent)
     for number in range(done, stage.num_rounds):
         counts.update(cohort := stage.cohort(seed, number))
-        if max(counts[client] for client in cohort) > allowed:
+        if any(counts[client] > allowed(client) for client in cohort):
             return number
     return stage.num_rounds
 

@@ -42,12 +42,14 @@ from fedmllm.run.outputs import save_adapters, write_cards
 from fedmllm.run.privacy import PrivacyPlan, privacy_plan
 from fedmllm.run.resident import Resident
 from fedmllm.run.results import RunResult
+from fedmllm.run.sample_privacy import SamplePlan, sample_plan
 from fedmllm.run.secure import SecurePlan, secure_plan
 from fedmllm.run.splits import Splits
 from fedmllm.run.stages import stages_of
 from fedmllm.run.summary import summarize
 from fedmllm.run.tracking import require_trackers, tracked
 from fedmllm.training.batches import Encoder
+from fedmllm.training.private import PrivateSteps, require_separable
 from fedmllm.training.terms import LossTerm, of_kind
 from fedmllm.types import BASE, Metrics, Sample, Weights
 
@@ -88,12 +90,11 @@ def train(
         copies = {
             spec: usable(copy, encoder, experiment.data.on_bad_sample) for spec, copy in _copies(experiment, clients.data.dataset).items()
         }
+        plan = privacy or _sample_plan(experiment, clients, start)
         folder = open_folder(chosen, name, experiment, clients.data, resume)
         told.opened(folder)
         with tracked(track, folder, experiment, name) as tell:
-            return _Run(
-                experiment, folder, name, clients, copies, vlm, trainable, encoder, start, told.beside(tell), privacy, secure
-            ).finish()
+            return _Run(experiment, folder, name, clients, copies, vlm, trainable, encoder, start, told.beside(tell), plan, secure).finish()
 
 
 def _copies(experiment: Experiment, dataset: Dataset) -> dict[str, tuple[Sample, ...]]:
@@ -119,6 +120,20 @@ def _start(experiment: Experiment, vlm: VisionLanguageModel) -> ServerState:
     return state
 
 
+def _sample_plan(experiment: Experiment, found: Federation, start: ServerState) -> SamplePlan | None:
+    """Return the plan for private training steps; None if samples are not protected.
+
+    Raises:
+        ConfigError: if the method's rule uses samples in another way.
+    """
+    if experiment.privacy.unit != "sample":
+        return None
+    algorithm = build_algorithm(experiment.algorithm)
+    rule = algorithm.local_rule(algorithm.broadcast(start), Client())
+    require_separable(rule, ())
+    return sample_plan(experiment, stages_of(experiment, found)[0], 1 if rule.personal is None else 2)
+
+
 def _sent(store: RunStore, stage: Stage) -> int:
     """Return the bytes, up and down, of a stage's rounds that a resumed run does not repeat."""
     state = store.load_state(stage.name)
@@ -140,7 +155,7 @@ class _Run:
     encoder: Encoder
     start: ServerState
     observer: Observer
-    privacy: PrivacyPlan | None = None
+    privacy: PrivacyPlan | SamplePlan | None = None
     secure: SecurePlan | None = None
     asked: list[Answered] = field(default_factory=list)
     """Answers to the test split, kept while models are scored."""
@@ -163,11 +178,11 @@ class _Run:
         if "zero_shot" in self.experiment.evaluation.baselines:
             self._zero_shot(loop, initial)
         # Baselines measure plain training, without what the method under test adds.
-        plain = replace(loop, algorithm=FedAvg(), transforms=(), schedule=SYNCHRONOUS, privacy=None)
+        plain = replace(loop, algorithm=FedAvg(), transforms=(), schedule=SYNCHRONOUS, privacy=None, withholds=False)
         calibrated = replace(plain, algorithm=self._calibrated())
         federated, *baselines = stages
         self.asked.clear()
-        with self.federation.engine(federated, self.folder, loop.engine) as engine:
+        with self.federation.engine(federated, self.folder, self._trainer(self._steps())) as engine:
             loop = self._secured(replace(loop, engine=engine), federated)
             watched = loop if loop.algorithm.personalized else self._keeping(loop)
             trained = run_stage(watched, federated, self.start)
@@ -235,7 +250,7 @@ class _Run:
         e, dataset, splits = self.experiment, self.data.dataset, self._splits()
         return Loop(
             build_algorithm(e.algorithm),
-            InProcessEngine(self.vlm, self.encoder, e.training, e.engine.parallel_clients),
+            self._trainer(),
             e.training,
             splits.split(dataset.test, kept=self.asked),
             RunStore(self.folder),
@@ -246,7 +261,17 @@ class _Run:
             splits.split(dataset.validation, VALIDATION) if dataset.validation else None,
             build_schedule(e.schedule),
             self.privacy.mechanism(self.folder) if self.privacy else None,
+            self.privacy is not None,
         )
+
+    def _trainer(self, private: PrivateSteps | None = None) -> InProcessEngine:
+        """Return an engine that trains clients in this process."""
+        e = self.experiment
+        return InProcessEngine(self.vlm, self.encoder, e.training, e.engine.parallel_clients, private)
+
+    def _steps(self) -> PrivateSteps | None:
+        """Return how the federation's clients protect single samples. Baselines do not."""
+        return self.privacy.steps(self.folder) if self.privacy else None
 
     def _keeping(self, loop: Loop) -> Loop:
         """Return the same loop, which saves the adapter if scoring it fails."""

@@ -24,10 +24,14 @@ from fedmllm.flower.messages import TaskFacts, read_task, write_answer
 from fedmllm.flower.sessions import SESSION, StageFacts, read_down, read_stage
 from fedmllm.models.lora import frozen_weights, read_weights
 from fedmllm.models.saved import save_adapter
+from fedmllm.privacy.ledger import Ledger
+from fedmllm.privacy.noise import Noise
+from fedmllm.privacy.sample_level import SampleBudget
 from fedmllm.privacy.secagg.messages import Message as Answered
 from fedmllm.privacy.secagg.messages import write
 from fedmllm.run.open_run import Clients, OpenRun
 from fedmllm.run.resident import Resident
+from fedmllm.training.private import PrivateSteps
 from fedmllm.types import Answer, ClientFailure, Sample
 
 if TYPE_CHECKING:
@@ -60,6 +64,15 @@ class Worker:
     def states(self, facts: TaskFacts) -> ClientStates:
         """Return the store of what clients keep between rounds."""
         return ClientStates(Path(facts.about["states"]))
+
+    def private(self, run: OpenRun, facts: TaskFacts) -> PrivateSteps | None:
+        """Return how this task's training protects single samples; None if it does not. The server sends the noise that all clients need."""
+        config = run.experiment.privacy
+        if config.unit != "sample":
+            return None
+        ledger, multiplier = Ledger(Path(facts.about["ledger"])), float(facts.about["noise_multiplier"])
+        budget = SampleBudget(ledger, multiplier, config.target_epsilon, config.target_delta)
+        return budget.steps(config.clip_norm, Noise(config.noise_seed))
 
     def require(self, facts: TaskFacts) -> None:
         """Raise an error if this worker cannot perform a task. Subclasses override it."""
@@ -116,7 +129,9 @@ class Worker:
         facts = task.facts
         try:
             self.require(facts)
-            answer = self._open(facts).train(task, self.states(facts))
+            run = self._open(facts)
+            run.engine.private = self.private(run, facts)
+            answer = run.train(task, self.states(facts))
             return write_answer(self.sent(answer, facts), facts.round_num)
         except Exception as error:
             return write_answer(self.failed(facts.client, error), facts.round_num)

@@ -27,11 +27,16 @@ from fedmllm.flower.installed import require_flower
 from fedmllm.flower.messages import TaskFacts
 from fedmllm.flower.sessions import StageFacts
 from fedmllm.flower.settings import NAME, SiteConfig
+from fedmllm.privacy.ledger import LEDGER, Ledger
+from fedmllm.privacy.noise import Noise
+from fedmllm.privacy.sample_level import SampleBudget, noise_for
 from fedmllm.registry import restrict
-from fedmllm.run.open_run import Clients
+from fedmllm.run.open_run import Clients, OpenRun
+from fedmllm.run.privacy import nameless, participations
 from fedmllm.run.worker import Worker, client_app
 from fedmllm.sites.secure import admit, require_secure, site_parties
 from fedmllm.sites.supernode import serve
+from fedmllm.training.private import PrivateSteps
 from fedmllm.types import Answer, ClientFailure, ClientUpdate, Sample
 
 _LOG = logging.getLogger("fedmllm.site")
@@ -74,7 +79,7 @@ class SiteWorker(Worker):
 
     def _require_reported(self, sent: Experiment) -> None:
         """Refuse a method that needs a value that this site withholds. No default can replace it."""
-        needs, hidden = build_algorithm(sent.algorithm).needs, set(self._site.withhold)
+        needs, hidden = build_algorithm(sent.algorithm).needs, self._site.withheld
         if "steps" in needs and hidden >= {"metrics", "num_samples"}:
             lacks = "the number of training steps, but this site withholds both metrics and num_samples, which would give it"
         elif "profile" in needs and "profile" in hidden:
@@ -141,7 +146,24 @@ class SiteWorker(Worker):
     def _hidden(self) -> tuple[str, ...]:
         """What the site does not report. Noise of clients protects from the server only what has noise, so nothing else is reported."""
         noisy = self._run is not None and self._run.experiment.privacy.noise == "clients"
-        return ("metrics", "profile", "num_samples") if noisy else self._site.withhold
+        return ("metrics", "profile", "num_samples") if noisy else tuple(self._site.withheld)
+
+    def private(self, run: OpenRun, facts: TaskFacts) -> PrivateSteps | None:
+        """Return how training protects the site's samples: with the site's own limits, and with more noise if the server asks for it.
+
+        Noise always comes from the operating system, even if the server sends a seed.
+        """
+        limits, config = self._site.privacy, run.experiment.privacy
+        if limits is None and config.unit != "sample":
+            return None
+        size = len(run.samples(facts.client))
+        multiplier = max(limits.noise_multiplier if limits else 0.0, _asked(run.experiment, size))
+        clip_norm = limits.clip_norm if limits else config.clip_norm
+        target, delta = (limits.target_epsilon, limits.target_delta) if limits else (config.target_epsilon, config.target_delta)
+        if delta * size >= 1:
+            raise ConfigError(f"privacy.target_delta: must be less than 1 / {size}, because this site holds {size} samples; got {delta:g}")
+        budget = SampleBudget(Ledger(self._site.folder / LEDGER), multiplier, target, delta)
+        return budget.steps(clip_norm, Noise())
 
     def reported(self, presence: Presence) -> Presence:
         """Return the presence message without the values that the site withholds."""
@@ -158,7 +180,7 @@ class SiteWorker(Worker):
         """Return the answer without the values that the site withholds, and record it in ``sent.jsonl``."""
         if isinstance(answer, ClientFailure):
             return self._noted(replace(answer, reason=answer.reason.partition(":")[0] + "; see the site's log"), facts)
-        hidden = self._site.withhold
+        hidden = self._site.withheld
         if "metrics" in hidden:
             answer = replace(answer, metrics={name: answer.metrics[name] for name in self._needed_metrics})
         if "profile" in hidden:
@@ -177,7 +199,7 @@ class SiteWorker(Worker):
         if not facts.about["tested"]:
             self.save(model, self._site.folder / "adapters" / str(facts.about["run"]))
         record = {"run": facts.about["run"], "round": facts.round_num, "tested": facts.about["tested"]}
-        if "metrics" in self._site.withhold:
+        if "metrics" in self._site.withheld:
             return ClientFailure(scores.client, "the site withholds its scores")
         self._note({"kind": "scores", **record, "metrics": scores.metrics})
         return scores
@@ -201,6 +223,18 @@ class SiteWorker(Worker):
         """Append a line to ``sent.jsonl``."""
         with (self._site.folder / "sent.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S"), **record}) + "\n")
+
+
+def _asked(experiment: Experiment, size: int) -> float:
+    """Return the noise multiplier that an experiment asks of a client with this many samples; 0 if it does not protect samples."""
+    config = experiment.privacy
+    if config.unit != "sample":
+        return 0.0
+    if config.noise_multiplier is not None:
+        return config.noise_multiplier
+    rounds = participations(nameless(experiment), experiment.seed)
+    trainings = 2 if build_algorithm(experiment.algorithm).personalized else 1
+    return noise_for(config.target_epsilon or 0.0, config.target_delta, experiment.training, size, rounds * trainings)
 
 
 def _described(update: ClientUpdate) -> dict[str, Any]:

@@ -119,16 +119,18 @@ def require_separable(rule: LocalRule, samples: Sequence[Encoded]) -> None:
     Raises:
         ConfigError: if the rule records gradients, or if one of its terms prepares samples or passes them through the model.
     """
-    remedy = "use another method or strategy, or turn off the protection of single samples"
+    remedy = "use fedavg or ffa_lora without it, or privacy.unit: client"
     if rule.records_gradient:
-        raise ConfigError(f"private steps cannot be combined with a method that records gradients before clipping; {remedy}")
+        raise ConfigError(f"privacy.unit: sample cannot be combined with a method that records gradients before clipping; {remedy}")
     for term in rule.all_terms:
         if term.has_passes or term.prepares_samples:
             raise ConfigError(
-                f"private steps cannot be combined with the loss term {term.name}, whose use of the samples is not clipped; {remedy}"
+                f"privacy.unit: sample cannot be combined with the loss term {term.name}, whose use of the samples is not clipped; {remedy}"
             )
     if any(sample.companions or sample.option_bias is not None for sample in samples):
-        raise ConfigError(f"private steps need samples whose losses depend on no other sample, but a loss term prepared them; {remedy}")
+        raise ConfigError(
+            f"privacy.unit: sample needs samples whose losses depend on no other sample, but a loss term prepared them; {remedy}"
+        )
 
 
 def clipped_sum(gradients: Mapping[str, Tensor], clip_norm: float) -> Weights:
