@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -16,11 +16,12 @@ from fedmllm.data.settings import DataConfig
 from fedmllm.errors import ConfigError, FederationError, listing
 from fedmllm.explain import rule
 from fedmllm.flower.superlink import SuperLink
-from fedmllm.privacy.secagg.roster import verify_roster
-from fedmllm.privacy.secagg.statements import SitePublicKey
 from fedmllm.privacy.settings import SitePrivacy
 from fedmllm.registry import load_plugins, resolved
 from fedmllm.settings_file import SITES, read_settings
+
+if TYPE_CHECKING:
+    from fedmllm.privacy.secagg.statements import SitePublicKey
 
 NAME = re.compile(r"\w[\w.-]{0,63}", re.ASCII)
 """Valid site names. Files are named after sites."""
@@ -119,6 +120,8 @@ class ServerConfig(_File):
         Raises:
             ConfigError: if it is missing, was not signed by the authority, or does not have the sites' current keys.
         """
+        from fedmllm.privacy.secagg.roster import verify_roster
+
         file, remedy = self.folder / ROSTER, "run fedmllm site sign ca.key server.yaml where the authority's key is, and copy the file here"
         if not file.is_file():
             raise ConfigError(f"{file}: missing, but privacy.secure_aggregation needs the signed list of sites; {remedy}")

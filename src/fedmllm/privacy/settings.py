@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fedmllm.privacy import accounting
-from fedmllm.privacy.secagg.statements import threshold
+from fedmllm.privacy.secagg.policy import threshold
 from fedmllm.settings_file import ADVANCED
 
 NoiseAt = Literal["server", "clients"]

@@ -18,7 +18,6 @@ from cryptography.x509.oid import NameOID
 from fedmllm.errors import ConfigError, RunError
 from fedmllm.files import require_folder, write_atomically
 from fedmllm.flower.settings import NAME, ROSTER, ServerConfig
-from fedmllm.privacy.secagg.roster import sign_roster
 
 DAYS = 825
 """Default validity of certificates in days. Some systems refuse longer ones."""
@@ -44,6 +43,9 @@ def init(folder: Path, address: str, sites: Sequence[str], days: int = DAYS) -> 
         raise ConfigError(f"--site: {wrong[0]!r} is not a valid name; use at most 64 letters, digits, _ . -")
     if len(set(sites)) < max(len(sites), 1):
         raise ConfigError("--site: name at least one site, and each site only once")
+    # Imports PyTorch, for which a mistyped address should not wait.
+    from fedmllm.privacy.secagg.roster import sign_roster
+
     require_folder(folder)
     if folder.exists() and any(folder.iterdir()):
         raise RunError(f"{folder}: the folder is not empty, and keys are never overwritten; choose another folder")
@@ -75,6 +77,8 @@ def sign(authority: Path, server: ServerConfig) -> Path:
         ConfigError: if a key is missing, is not the authority's, or is not on P-384.
         FederationError: if two sites have the same key.
     """
+    from fedmllm.privacy.secagg.roster import sign_roster
+
     key = _authority(authority)
     root = x509.load_pem_x509_certificate((server.folder / "ca.crt").read_bytes())
     if root.public_key() != key.public_key():

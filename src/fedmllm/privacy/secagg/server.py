@@ -29,6 +29,7 @@ from fedmllm.privacy.secagg.messages import (
     Survivors,
     Vector,
 )
+from fedmllm.privacy.secagg.policy import threshold
 from fedmllm.privacy.secagg.unmasking import pair_masks, seed_mask
 
 
@@ -159,7 +160,7 @@ class Server:
 
     @property
     def _threshold(self) -> int:
-        return S.threshold(len(self._peers))
+        return threshold(len(self._peers))
 
     @property
     def _missing(self) -> list[str]:
