@@ -16,6 +16,7 @@ from typer.main import get_command
 from fedmllm.cli.main import app
 from fedmllm.config import Experiment
 from fedmllm.data.datasets import DATASETS, DatasetRequest
+from fedmllm.flower.settings import SiteConfig
 from fedmllm.sweeps.grid import Grid, cells, load_grid
 
 ROOT = Path(__file__).parents[1]
@@ -87,6 +88,8 @@ def test_settings_in_yaml_are_valid(page: Path) -> None:
         values = yaml.safe_load(block[1])
         if "methods" in values:
             assert cells(Grid.model_validate(values))
+        elif "server" in values:
+            SiteConfig.model_validate({**values, "folder": page.parent})
         else:
             Experiment.parse(values)
 

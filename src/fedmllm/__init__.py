@@ -45,7 +45,7 @@ _HOMES = {
         ),
         "fedmllm.plugins",
     ),
-    **dict.fromkeys(("evaluate", "load_adapter", "predict", "report", "sweep", "train"), "fedmllm.api"),
+    **dict.fromkeys(("audit", "evaluate", "load_adapter", "predict", "report", "sweep", "train"), "fedmllm.api"),
 }
 
 __all__ = [
@@ -53,6 +53,7 @@ __all__ = [
     "FedMLLMError",
     "RunResult",
     "__version__",
+    "audit",
     "evaluate",
     "load_adapter",
     "predict",

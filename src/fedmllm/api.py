@@ -16,6 +16,9 @@ from fedmllm.reports import write_report_of
 from fedmllm.reports.progress import Display, SweepDisplay
 from fedmllm.reports.run_report import write_report
 from fedmllm.reports.sweep_report import write_sweep_report
+from fedmllm.run.audit import audit as audit_run
+from fedmllm.run.audit import runs_of
+from fedmllm.run.audit_result import AuditResult, AuditUnit
 from fedmllm.run.resident import Resident
 from fedmllm.run.results import RunResult
 from fedmllm.run.scoring import Adapter, load_adapter_of, score_adapter
@@ -130,6 +133,36 @@ def sweep(grid: str | Path, output: str | Path, *, jobs: int = 1, progress: bool
     if all(outcome.score is not None for outcome in outcomes):
         write_sweep_report(folder)
     return outcomes
+
+
+def audit(
+    run_or_sweep: str | Path, unit: AuditUnit | None = None, *, seed: int = 0, progress: bool | None = None
+) -> dict[str, AuditResult]:
+    """Train the twin of a run, or of each run of a sweep, on a random half of its data, and test how well attacks tell which half.
+
+    Then write the report. The results are in each run's ``audit/``; an interrupted audit continues, and a finished one is not repeated.
+
+    Args:
+        run_or_sweep: the folder of a finished run, or of a sweep.
+        unit: what an attacker looks for, ``sample`` or ``client``; by default what the run protects, and samples if it protects nothing.
+        seed: the seed of the coins that decide who is in the twin.
+        progress: whether to show the twins' rounds as they finish. None shows them in terminals and notebooks only.
+
+    Returns:
+        the results by the name of the run folder.
+
+    Raises:
+        RunError: if the folder is not a finished run or a sweep with one, or an audit was begun with another unit or seed.
+        ConfigError: if the run's data are at sites.
+    """
+    held, found = Resident(), dict[str, AuditResult]()
+    for folder in runs_of(Path(run_or_sweep)):
+        with ExitStack() as stack:
+            observer = stack.enter_context(Display(1)).observer if _shows(progress) else UNOBSERVED
+            found[folder.resolve().name] = audit_run(folder, unit, seed=seed, observer=observer, resident=held)
+        write_report(folder)
+    report(run_or_sweep)
+    return found
 
 
 def report(folder: str | Path) -> Path:

@@ -413,7 +413,7 @@ sys.exit(f"imported: {sorted(heavy)}" if heavy else 0)
         ["data", "export", "broken.yaml", "--output", "x"],
         *(["train", name] for name in ("nowhere.yaml", "broken.yaml", "twice.yaml")),
         ["sweep", "nowhere.yaml"],
-        *([name, "nowhere"] for name in ("evaluate", "chat", "report")),
+        *([name, "nowhere"] for name in ("evaluate", "chat", "report", "audit")),
         ["evaluate", "there"],
         ["merge", "nowhere", "--output", "x"],
         ["merge", "nowhere", "--output", "there"],

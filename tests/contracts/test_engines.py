@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,34 @@ def test_compressed_updates_travel_compressed(codec: str, name: str, tmp_path: P
     there, other_rounds, _ = ends(experiment(name, "flower", compression=compression), tmp_path / "there")
     assert all(torch.equal(there[key], tensor) for key, tensor in here.items())
     assert other_rounds == rounds
+
+
+@pytest.mark.parametrize(("sampling", "cohort"), [("cyclic", 3), ("uniform", 5), ("poisson", 2)])
+def test_private_rounds_are_the_same_in_one_process_and_over_messages(sampling: str, cohort: int, tmp_path: Path) -> None:
+    """With predictable noise, for this test only. A secret cohort may be empty."""
+    privacy = {"unit": "client", "noise_multiplier": 0.5, "noise_seed": 3}
+    sections: dict[str, Any] = {"privacy": privacy, "algorithm": {"name": "ffa_lora"}}
+    settings = [experiment("ffa_lora", engine, **sections).model_dump(mode="json") for engine in ("in_process", "flower")]
+    for one in settings:
+        one["federation"] |= {"sampling": sampling, "clients_per_round": cohort, "num_rounds": 3}
+    (here, rounds, _), (there, other_rounds, _) = (ends(Experiment.parse(one), tmp_path / str(i)) for i, one in enumerate(settings))
+    assert all(torch.equal(there[key], tensor) for key, tensor in here.items())
+    assert other_rounds == rounds
+    ledgers = [(tmp_path / str(i) / "privacy.jsonl").read_text() for i in (0, 1)]
+    assert ledgers[0] == ledgers[1]
+    assert ledgers[0].count("\n") == 3
+
+
+def test_clients_that_protect_samples_do_so_over_messages(tmp_path: Path) -> None:
+    """Workers write the run's ledger, with the noise that the smallest client needs."""
+    privacy = {"unit": "sample", "target_epsilon": 8.0}
+    settings = experiment("fedavg", "flower", privacy=privacy, algorithm={"name": "fedavg"})
+    result = run.train(settings, tmp_path / "run", resident=RESIDENT, report=False)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "privacy.jsonl").read_text().splitlines()]
+    assert len(lines) == 2 * 5
+    assert result.privacy is not None
+    assert {line["noise_multiplier"] for line in lines} == {result.privacy.noise_multiplier}
+    assert 0 < (result.privacy.epsilon or 0) <= 8.0
 
 
 def test_a_worker_serves_several_runs_in_a_row(tmp_path: Path) -> None:

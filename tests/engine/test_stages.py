@@ -19,6 +19,17 @@ def test_cohorts_are_fair_distinct_and_derived_from_seed_and_round() -> None:
     assert s.cohort(0, 5) == cohorts[5] != s.cohort(1, 5)
 
 
+def test_cyclic_groups_take_turns_in_a_fixed_order() -> None:
+    """Every client takes part in exactly ceil(T m / N) or floor(T m / N) of T rounds, which no other order of fixed cohorts can lower."""
+    s = Stage("federated", {f"c{i}": () for i in range(12)}, 1, 4, sampling="cyclic")
+    groups = [s.cohort(0, r) for r in range(3)]
+    assert sorted(name for group in groups for name in group) == sorted(s.clients)
+    assert [s.cohort(0, r) for r in range(3, 9)] == groups * 2
+    assert groups != [Stage("federated", s.clients, 1, 4, sampling="cyclic").cohort(1, r) for r in range(3)]
+    counts = Counter(name for r in range(10) for name in s.cohort(0, r))
+    assert set(counts.values()) == {3, 4}
+
+
 SAMPLES = tuple(Sample(str(i), "?", answer, {"text": "t"}, ("a", "b")) for i, answer in enumerate("abb"))
 MIXED = Stage(
     "federated",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 import re
@@ -17,6 +18,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from fedmllm.evaluation.predictions import Answered, to_record
+from fedmllm.privacy.statement import PrivacyStatement
 from fedmllm.reports import sweep_tables as grid_tables
 from fedmllm.reports.drawing import FILLS
 from fedmllm.reports.gain_tables import beside_table, overview_table, strategy_table, survivors
@@ -24,6 +26,7 @@ from fedmllm.reports.sweep_figures import _levels, _unbeaten, strategy_gains
 from fedmllm.reports.sweep_formats import to_csv, to_latex, to_markdown
 from fedmllm.reports.sweep_report import write_sweep_report
 from fedmllm.reports.sweep_tables import NOTHING, Entry, Table, client_table, hard_table, score_table
+from fedmllm.run.audit_result import Coin, audited
 from fedmllm.sweeps.comparison import Gain, read_sweep
 from fedmllm.sweeps.pairs import Pair, acting, pairs
 from fedmllm.sweeps.statistics import Interval
@@ -306,3 +309,23 @@ def test_unbeaten_methods_are_not_beaten_in_cost_and_score() -> None:
         "wasteful": (20.0, 0.6),
     }
     assert _unbeaten(points) == ["small", "middle", "large", "twin"]
+
+
+def test_audits_of_a_sweep_are_a_table(tmp_path: Path) -> None:
+    """Utility, stated epsilon, what attacks rule out, and their AUC, for the methods with audited cells."""
+    folder = write_sweep(tmp_path / "sweep")
+    coins = [Coin("c", "text", bool(number % 2)) for number in range(40)]
+    private = PrivacyStatement("sample", 7.5, 1e-5, 1.0, 0.1, None, "poisson", 10, 10, 0.1, True)
+    for number, path in enumerate(sorted((folder / "cells").glob("0-*/result.json"))):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"privacy": dataclasses.asdict(private)}))
+        scores = np.array([coin.member + number for coin in coins], dtype=float)
+        found = audited("sample", 0, coins, {"adapter": scores, "updates": -scores}, private)
+        (path.parent / "audit").mkdir()
+        (path.parent / "audit" / "audit.json").write_text(json.dumps(found.to_record()))
+    page = write_sweep_report(folder).read_text()
+    table = page[page.index("<h2>Privacy</h2>") :]
+    assert "Utility against epsilon against attack" in table
+    for text in ("7.50 per sample", "100.0", "40 samples"):
+        assert text in table
+    assert "FedProx" not in table[: table.index("</table>")]
+    assert "7.50 per sample" in (folder / "tables.md").read_text()

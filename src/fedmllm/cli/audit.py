@@ -12,7 +12,7 @@ from fedmllm.errors import RunError
 
 
 def audit(
-    run: Annotated[Path, typer.Argument(help="The folder of a finished run.")],
+    run_or_sweep: Annotated[Path, typer.Argument(help="The folder of a finished run, or of a sweep.")],
     unit: Annotated[
         str | None, typer.Option(help="What an attacker looks for: sample or client. Default: what the run protects, else sample.")
     ] = None,
@@ -20,21 +20,21 @@ def audit(
 ) -> None:
     """Train a run's twin on a random half of its data, and test how well attacks tell which half.
 
-    The result is in RUN/audit/audit.json and in the run's report. If the attacks rule out the stated epsilon, the exit code is 1.
+    The result is in RUN/audit/audit.json and in the report. If the attacks rule out the stated epsilon, the exit code is 1.
     """
-    if not (run / "result.json").is_file():
-        raise RunError(f"{run}: not a finished run (no result.json); finish it with fedmllm train ... --resume, or name another folder")
+    if not any((run_or_sweep / name).exists() for name in ("result.json", "cells")):
+        raise RunError(
+            f"{run_or_sweep}: not a finished run (no result.json); finish it with fedmllm train ... --resume, or name another folder"
+        )
     if unit not in (None, "sample", "client"):
         raise typer.BadParameter(f"must be sample or client, got {unit}", param_hint="--unit")
+    from fedmllm import api
     from fedmllm.cli.tables import audit_lines
-    from fedmllm.reports.progress import Display
-    from fedmllm.reports.run_report import write_report
-    from fedmllm.run.audit import audit as audited
     from fedmllm.run.audit_result import AuditUnit
 
-    with Display(1) as display:
-        found = audited(run, cast(AuditUnit | None, unit), seed=seed, observer=display.observer)
-    typer.echo("\n".join(audit_lines(found)))
-    typer.echo(f"\naudit   {run / 'audit' / 'audit.json'}\nreport  {write_report(run)}")
-    if found.contradicts:
+    found = api.audit(run_or_sweep, cast(AuditUnit | None, unit), seed=seed, progress=True)
+    for name, result in found.items():
+        typer.echo("\n".join([f"\n{name}", *audit_lines(result)]))
+    typer.echo(f"\nreport  {run_or_sweep / 'report.html'}")
+    if any(result.contradicts for result in found.values()):
         raise typer.Exit(1)

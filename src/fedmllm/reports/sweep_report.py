@@ -8,6 +8,7 @@ from typing import Any
 from fedmllm.files import write_atomically
 from fedmllm.reports import sweep_figures as grid_figures
 from fedmllm.reports.gain_tables import beside_table, overview_table, strategy_table
+from fedmllm.reports.privacy_table import privacy_table
 from fedmllm.reports.run_report import METRICS, page
 from fedmllm.reports.sweep_formats import to_csv, to_latex, to_markdown
 from fedmllm.reports.sweep_tables import Table, client_table, hard_table, score_table, tested_table
@@ -42,7 +43,7 @@ def _tables(sweep: Sweep) -> list[Table]:
         *(beside_table(sweep, model, dataset) for model, dataset in parts),
         *(hard_table(sweep, model, dataset) for model, dataset in parts),
     ]
-    others += [client_table(sweep), tested_table(sweep)]
+    others += [client_table(sweep), tested_table(sweep), privacy_table(sweep)]
     return [overview_table(sweep), *scores, *(table for table in others if table is not None)]
 
 
@@ -67,6 +68,7 @@ def _context(sweep: Sweep, tables: list[Table]) -> dict[str, Any]:
         "hard_tables": [table for table in tables if table.name.startswith("hard-")],
         "clients": by_name.get("clients"),
         "tested": by_name.get("tested"),
+        "privacy": by_name.get("privacy"),
         "pareto_figure": grid_figures.pareto(sweep),
         "gains_figure": grid_figures.gains(sweep) if len(sweep.methods) > 1 else None,
         "strategies": by_name.get("strategies"),

@@ -23,6 +23,7 @@ from fedmllm.randomness import generator
 from fedmllm.run.audit_result import AuditResult, AuditUnit, Coin, audited
 from fedmllm.run.evidence import GlobalModel, evidence
 from fedmllm.run.federation import federation
+from fedmllm.run.reader import read_audit
 from fedmllm.run.resident import Resident
 from fedmllm.run.results import RunResult
 from fedmllm.run.train import train
@@ -69,12 +70,28 @@ def audit(
     chosen: AuditUnit = unit or ("client" if experiment.privacy.unit == "client" else "sample")
     twin, folder = _twin(experiment), run / FOLDER
     _require_same_coins(folder, chosen, seed)
+    if (folder / "audit.json").is_file():
+        return read_audit(folder / "audit.json")
     units = _units(twin, held, chosen, seed)
     result = _trained(twin, folder, units, observer, held)
     scores = evidence(twin, held, [row.sample for row in units], _states(folder))
     coins = [Coin(row.client, "+".join(row.sample.modalities) or "none", row.member) for row in units]
     found = audited(chosen, seed, coins, scores, result.privacy)
     write_json(folder / "audit.json", found.to_record())
+    return found
+
+
+def runs_of(folder: Path) -> list[Path]:
+    """Return the finished runs of a sweep folder, or the folder itself if it is no sweep.
+
+    Raises:
+        RunError: if it is a sweep without a finished run.
+    """
+    if not (folder / "cells").is_dir():
+        return [folder]
+    found = sorted(path.parent for path in folder.glob("cells/*/result.json"))
+    if not found:
+        raise RunError(f"{folder}: the sweep has no finished run; run fedmllm sweep first")
     return found
 
 

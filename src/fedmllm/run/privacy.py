@@ -111,6 +111,25 @@ def privacy_plan(experiment: Experiment) -> PrivacyPlan | None:
     return plan
 
 
+def announcement(noise_multiplier: float, asked: Experiment, limited: Experiment) -> str:
+    """Return what privacy means for a run that is about to begin.
+
+    Args:
+        noise_multiplier: z; 0 if only the sites know it.
+        asked: the experiment.
+        limited: the experiment with the rounds that its budget affords.
+    """
+    config, rounds = asked.privacy, limited.federation.num_rounds
+    noise = f"noise multiplier {noise_multiplier:.4g}" if noise_multiplier else "the sites choose the noise"
+    fewer = (
+        ""
+        if rounds == asked.federation.num_rounds
+        else f" instead of {asked.federation.num_rounds}, because target_epsilon affords no more"
+    )
+    seeded = "" if config.noise_seed is None else "; noise_seed is set, so there is no guarantee"
+    return f"unit {config.unit}, {noise}, {rounds} rounds{fewer}{seeded}"
+
+
 def nameless(experiment: Experiment) -> Stage:
     """Return the federation's stage without data. Cohorts depend on the clients' order only."""
     federation = experiment.federation

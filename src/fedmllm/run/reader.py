@@ -134,8 +134,16 @@ def read_run(folder: Path) -> Run:
     lines, path = tuple(_lines(folder / "metrics.jsonl")), folder / "result.json"
     result = _parse(path, _text(path), RunResult) if path.exists() else None
     audit = folder / "audit" / "audit.json"
-    found = _parse(audit, _text(audit), AuditResult) if audit.exists() else None
-    return Run(folder.resolve().name, config, manifest, lines, result, found)
+    return Run(folder.resolve().name, config, manifest, lines, result, read_audit(audit) if audit.exists() else None)
+
+
+def read_audit(path: Path) -> AuditResult:
+    """Read an ``audit.json``.
+
+    Raises:
+        RunError: naming the file, its problem and the remedy.
+    """
+    return _parse(path, _text(path), AuditResult)
 
 
 def _text(path: Path) -> str:

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import cast
 
-from fedmllm.algorithms import Algorithm, AlgorithmConfig, Client, Holdings, ServerState, build_algorithm, remarks
+from fedmllm.algorithms import Algorithm, AlgorithmConfig, Client, Holdings, Remark, ServerState, build_algorithm, remarks
 from fedmllm.algorithms.fedavg import FedAvg
 from fedmllm.algorithms.strategies import Composed
 from fedmllm.algorithms.strategies.label_calibration import Calibration, LabelCalibration
@@ -39,7 +39,7 @@ from fedmllm.run.encodable import encodable, usable
 from fedmllm.run.federation import Federation, federation, run_id
 from fedmllm.run.folders import check_folder, known_model, open_folder, unfinished_folder
 from fedmllm.run.outputs import save_adapters, write_cards
-from fedmllm.run.privacy import PrivacyPlan, privacy_plan
+from fedmllm.run.privacy import PrivacyPlan, announcement, privacy_plan
 from fedmllm.run.resident import Resident
 from fedmllm.run.results import RunResult
 from fedmllm.run.sample_privacy import SamplePlan, sample_plan
@@ -175,6 +175,8 @@ class _Run:
         self.observer.resumed(sum(_sent(loop.store, stage) for stage in stages))
         remarked = remarks(self.experiment.algorithm, self._holdings())
         self.observer.remarked(remarked)
+        if self.privacy:
+            self.observer.remarked({"privacy": Remark(announcement(self.privacy.noise_multiplier, self.experiment, limited), False)})
         if "zero_shot" in self.experiment.evaluation.baselines:
             self._zero_shot(loop, initial)
         # Baselines measure plain training, without what the method under test adds.
