@@ -165,6 +165,15 @@ def test_noise_of_clients_suffices_without_colluders(tiny: Experiment) -> None:
     assert encoding(settings, plan.noise_multiplier).noisy
 
 
+@pytest.mark.parametrize(
+    ("cohort", "said"), [(3, "no client of 3 may leave"), (4, "1 of 4 clients may leave"), (10, "3 of 10 clients may leave")]
+)
+def test_a_run_says_before_it_begins_how_many_clients_may_leave(cohort: int, said: str, tiny: Experiment) -> None:
+    plan = secure_plan(experiment(tiny, federation={"num_clients": 10, "clients_per_round": cohort}), None)
+    assert plan is not None
+    assert said in plan.announcement
+
+
 def test_names_of_clients_are_limited(tiny: Experiment, tmp_path: Path) -> None:
     settings = experiment(tiny)
     plan = secure_plan(settings, None)

@@ -17,7 +17,7 @@ from fedmllm.engine.secure import SecureAggregation
 from fedmllm.errors import ConfigError
 from fedmllm.privacy.noise import Noise
 from fedmllm.privacy.secagg.encoding import Encoding
-from fedmllm.privacy.secagg.policy import Policy
+from fedmllm.privacy.secagg.policy import Policy, threshold
 from fedmllm.privacy.secagg.quantize import Private, Weighted
 from fedmllm.privacy.secagg.statements import SitePublicKey
 from fedmllm.privacy.secagg.used import UsedRounds
@@ -68,6 +68,14 @@ class SecurePlan:
     def min_clients(self) -> int:
         """The smallest number of clients in a sum."""
         return self.experiment.privacy.smallest_sum(self.experiment.federation.clients_per_round)
+
+    @property
+    def announcement(self) -> str:
+        """What it means for a run that is about to begin."""
+        cohort = self.experiment.federation.clients_per_round
+        spare = cohort - max(self.min_clients, threshold(cohort))
+        leaving = f"{spare} of {cohort} clients may leave" if spare else f"no client of {cohort} may leave"
+        return f"sums of at least {self.min_clients} clients; {leaving} a session, or its round is skipped"
 
     def among_sites(self, loop: Loop, run: str, folder: Path, keys: Mapping[str, SitePublicKey]) -> Loop:
         """Return a loop that sums the updates of sites.

@@ -177,6 +177,8 @@ class _Run:
         self.observer.remarked(remarked)
         if self.privacy:
             self.observer.remarked({"privacy": Remark(announcement(self.privacy.noise_multiplier, self.experiment, limited), False)})
+        if self.secure:
+            self.observer.remarked({"secure aggregation": Remark(self.secure.announcement, False)})
         if "zero_shot" in self.experiment.evaluation.baselines:
             self._zero_shot(loop, initial)
         # Baselines measure plain training, without what the method under test adds.
