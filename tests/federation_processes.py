@@ -102,10 +102,19 @@ class Processes:
 
     def kill(self, log: Path, name: str) -> int:
         """Kill the latest process of that name in the log of a site or the server, and return its id."""
-        lines = [line for line in log.read_text().splitlines() if line.startswith(f"{name} started, process ")]
-        pid = int(lines[-1].split("process ")[1].split(",")[0])
+        pid = self.latest(log, name)
         os.kill(pid, signal.SIGKILL)
         return pid
+
+    @staticmethod
+    def latest(log: Path, name: str) -> int:
+        """The id of the latest process of that name in the log of a site or the server."""
+        lines = [line for line in log.read_text().splitlines() if line.startswith(f"{name} started, process ")]
+        return int(lines[-1].split("process ")[1].split(",")[0])
+
+    def worker(self, site: str) -> int:
+        """The id of a site's worker."""
+        return self.latest(self.folder / f"{site}.out", "worker")
 
     @staticmethod
     def wait_for(path: Path, text: str, seconds: float = 60) -> None:

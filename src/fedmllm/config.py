@@ -22,7 +22,7 @@ from fedmllm.evaluation.evaluate import EvaluationConfig
 from fedmllm.explain import rule, tell_renamed
 from fedmllm.models.parts import LoraConfig
 from fedmllm.models.settings import ModelConfig
-from fedmllm.privacy.lawful import require_client_level, require_sample_level
+from fedmllm.privacy.lawful import require_client_level, require_sample_level, require_summable
 from fedmllm.privacy.settings import PrivacyConfig
 from fedmllm.registry import load_plugins, resolved
 from fedmllm.settings_file import Path_, read_settings
@@ -183,6 +183,39 @@ class Experiment(BaseModel):
                 f"privacy.target_delta: must be less than 1 / federation.num_clients = {1 / federation.num_clients:g}, got "
                 f"{self.privacy.target_delta:g}, which would allow one client to be revealed in full"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _sums_are_secure(self) -> Experiment:
+        if not self.privacy.secure_aggregation:
+            return self
+        require_summable(build_algorithm(self.algorithm), ALGORITHMS[self.algorithm.method], self.algorithm.name)
+        for setting, value, reason, remedy in (
+            ("compression.name", self.compression.name != "none", "compressed updates cannot be added", "none"),
+            ("lora.client_ranks", bool(self.lora.client_ranks), "tensors of different ranks cannot be added", "[]"),
+            (
+                "federation.sampling",
+                self.federation.sampling == "poisson",
+                "clients learn each other's names, so cohorts are public",
+                "cyclic",
+            ),
+            ("schedule.name", self.schedule.name != "synchronous", "a sum needs the clients of one round", "synchronous"),
+            ("privacy.clip_quantile", self.privacy.clip_quantile is not None, "clients do not send its bits in their sum", "null"),
+        ):
+            if value:
+                raise ValueError(f"{setting}: with privacy.secure_aggregation, {reason}; set it to {remedy}")
+        if self.engine.name == "flower" and self.engine.server is None:
+            raise ValueError(
+                "engine.name: workers on this machine have no keys of their own for privacy.secure_aggregation; use in_process, or sites (engine.server)"
+            )
+        cohort, least = self.federation.clients_per_round, self.privacy.smallest_sum(self.federation.clients_per_round)
+        if not 2 <= least <= cohort:
+            raise ValueError(
+                f"federation.clients_per_round: {cohort}, but privacy.secure_aggregation needs sums of at least {max(2, least)} clients "
+                "(privacy.min_clients); raise one or lower the other"
+            )
+        if self.privacy.assumed_colluders >= least:
+            raise ValueError(f"privacy.assumed_colluders: must be less than min_clients, {least}, got {self.privacy.assumed_colluders}")
         return self
 
     @property

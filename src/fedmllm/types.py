@@ -190,6 +190,7 @@ class ClientUpdate:
         num_bytes: size of the upload, if it differs from the size of the tensors.
         round_num: the round whose broadcast the client trained from; None for the current round.
         packed: the encoded update and extras: kind, then parameter name, then the encoded tensors. Empty if they are sent without encoding.
+        held: whether the client holds its tensors back for secure aggregation. ``update`` and ``extras`` are then empty.
     """
 
     client: str
@@ -202,6 +203,7 @@ class ClientUpdate:
     num_bytes: int | None = None
     round_num: int | None = None
     packed: Mapping[str, Mapping[str, Sequence[Tensor]]] = field(default_factory=dict)
+    held: bool = False
 
     @property
     def weight(self) -> float:

@@ -37,10 +37,12 @@ def test_the_pages_commands_work(tmp_path: Path) -> None:
     (tmp_path / "experiments").symlink_to(ROOT / "experiments")
     script = f"set -euo pipefail\ntrap 'kill $(jobs -p) 2> /dev/null || true; wait' EXIT\nseed=0\n{steps}"
     environment = ENVIRONMENT | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=400, check=False)
+    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=700, check=False)
     logs = "\n".join(f"== {path}\n{path.read_text(errors='replace')[-3000:]}" for path in tmp_path.glob("federation/**/*.log"))
     assert done.returncode == 0, done.stdout + done.stderr + logs
     _assert_run_is_complete(tmp_path)
+    secure = [json.loads(line) for line in rounds(tmp_path / "secure")]
+    assert [(line["skipped"], line["secure_aggregation"]["clients"]) for line in secure[1:]] == [(False, 3)] * 2
 
 
 def _assert_run_is_complete(folder: Path) -> None:

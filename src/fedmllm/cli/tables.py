@@ -45,6 +45,8 @@ def result_table(result: RunResult) -> Table:
         table.caption += f"\nthe federated model does not beat {' or '.join(result.below)}"
     if result.privacy:
         table.caption += f"\nprivacy: {result.privacy.summary}"
+    if result.secure:
+        table.caption += f"\nsecure aggregation: {result.secure.summary}"
     table.caption_justify = "left"
     return table
 

@@ -8,7 +8,8 @@ from typing import Protocol
 
 from fedmllm.algorithms import Algorithm, Chain, ServerState, UpdateTransform
 from fedmllm.engine.checkpoint import ClientStates
-from fedmllm.types import BASE, Accepted, Answer, Broadcast, Metrics, Sample, Slots, Weights
+from fedmllm.privacy.secagg.messages import Message, RoundId
+from fedmllm.types import BASE, Accepted, Answer, Broadcast, ClientFailure, Metrics, Sample, Slots, Weights
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Assignment:
         transforms: the experiment's update transforms, applied after the method's own.
         deadline: seconds after which answers no longer count; None for no limit.
         accepted: the rounds in which the server accepted each client's update; a client reads what it kept from the last of them.
+        secure: the round of secure aggregation for which clients hold their updates back; None if they send them.
     """
 
     broadcast: Broadcast
@@ -36,6 +38,7 @@ class Assignment:
     transforms: tuple[UpdateTransform, ...] = ()
     deadline: float | None = None
     accepted: Accepted = field(default_factory=dict)
+    secure: RoundId | None = None
 
     @property
     def chain(self) -> Chain:
@@ -77,6 +80,25 @@ class Split:
     metric: str = ""
 
 
+@dataclass(frozen=True)
+class SecureStage:
+    """One stage of a session of secure aggregation.
+
+    Attributes:
+        round_id: the round.
+        name: the stage, one of ``privacy.secagg.messages.STAGES``.
+        messages: the server's messages by client.
+        largest: the maximum size of an answer in bytes.
+        deadline: seconds after which answers no longer count; None for no limit.
+    """
+
+    round_id: RoundId
+    name: str
+    messages: Mapping[str, Message]
+    largest: int
+    deadline: float | None = None
+
+
 class Engine(Protocol):
     """Trains clients. The caller submits tasks and takes answers when it needs them. In between, a client is outstanding."""
 
@@ -101,6 +123,14 @@ class Engine(Protocol):
             order: the clients to take answers from, in this order; the iterator blocks until each answers. The listed clients may train in
                 parallel. None yields all answers as they arrive, until no client is outstanding. The caller may abandon the iterator at any time;
                 clients not yielded yet stay outstanding.
+        """
+        ...
+
+    def carry(self, stage: SecureStage) -> Iterator[tuple[str, Message | ClientFailure]]:
+        """Carry the messages of a stage of secure aggregation to clients, and yield exactly one answer or failure of each.
+
+        Args:
+            stage: the stage.
         """
         ...
 

@@ -13,11 +13,13 @@ from fedmllm import factors
 from fedmllm import weights as W
 from fedmllm.algorithms import Client, ClientContext
 from fedmllm.data.modalities import profile
-from fedmllm.engine.base import Assignment, Split, scores_here
-from fedmllm.errors import FedMLLMError
+from fedmllm.engine.base import Assignment, SecureStage, Split, scores_here
+from fedmllm.engine.parties import Parties
+from fedmllm.errors import ConfigError, FederationError, FedMLLMError
 from fedmllm.models.load import VisionLanguageModel
 from fedmllm.models.lora import write_base
 from fedmllm.models.memory import TokenBudget, clients_at_once, out_of_memory, release
+from fedmllm.privacy.secagg.messages import Message
 from fedmllm.training.batches import Encoder
 from fedmllm.training.client import LocalTask
 from fedmllm.training.local import train_in_parallel, train_locally
@@ -94,6 +96,7 @@ class InProcessEngine:
         private: how optimizer steps protect single samples; None if they do not. ``spend`` is called for every training: once for the update,
             once for a personalized model, and again for both if a failed wave is retried, because it is not known how far it came. A
             ``FedMLLMError`` from it propagates; any other exception makes the client's answer a failure.
+        parties: the clients' side of secure aggregation; None if no task asks for it.
     """
 
     vlm: VisionLanguageModel
@@ -101,6 +104,7 @@ class InProcessEngine:
     training: TrainingConfig
     parallel_clients: int = 1
     private: PrivateSteps | None = None
+    parties: Parties | None = None
     _pending: list[_Work] = field(default_factory=list, init=False)
     _running: Iterator[Answer] = field(default_factory=lambda: iter(()), init=False)
     _done: dict[str, Answer] = field(default_factory=dict, init=False)
@@ -121,6 +125,20 @@ class InProcessEngine:
         names = list(self._outstanding) if order is None else list(order)
         for place, name in enumerate(names):
             yield self._answer(name, names[place:])
+
+    def carry(self, stage: SecureStage) -> Iterator[tuple[str, Message | ClientFailure]]:
+        """Let the clients of this process answer one after another."""
+        for name, message in stage.messages.items():
+            try:
+                yield name, self._parties.answer(name, stage.name, message)
+            except FederationError as error:
+                yield name, ClientFailure(name, str(error))
+
+    @property
+    def _parties(self) -> Parties:
+        if self.parties is None:
+            raise ConfigError("a task asks for secure aggregation, but this engine has no keys for its clients")
+        return self.parties
 
     def cancel(self) -> None:
         """Drop queued tasks and answers that the caller has not taken."""
@@ -223,8 +241,8 @@ class InProcessEngine:
         personal: list[Slots] = [{PERSONAL: weights[job.client.name]} if job.client.name in weights else {} for job in jobs]
         return list(zip(jobs, results, personal, strict=True))
 
-    def _sent(self, assignment: Assignment, job: _Job, result: LocalResult, personal: Slots) -> ClientUpdate:
-        """Save what the client keeps and return its update."""
+    def _sent(self, assignment: Assignment, job: _Job, result: LocalResult, personal: Slots) -> Answer:
+        """Save what the client keeps and return its update, or hold it back for secure aggregation."""
         upload, client = job.rule.finish(result), job.client
         ended = factors.cut(upload.weights, job.rank)
         context = ClientContext(client.name, assignment.algorithm, assignment.broadcast, assignment.seed, ended, client.state)
@@ -232,7 +250,7 @@ class InProcessEngine:
         # If this round gives the client nothing new to keep, save what it already had.
         if keeps := {**upload.keeps, **personal, **kept} or client.state:
             assignment.keep(client.name, keeps)
-        return update
+        return update if assignment.secure is None else self._parties.hold(assignment, update)
 
     def _train(self, assignment: Assignment, jobs: Sequence[tuple[_Job, LocalRule]]) -> list[LocalResult]:
         tasks = [(self._task(assignment, job, rule), rule) for job, rule in jobs]

@@ -39,6 +39,8 @@ class Intake:
         chain: update transforms; by default the method's own only.
         claim: client -> the largest number of samples that it may claim: the number it reported before the first round, 0 if it withholds the
             number, None if it did not report.
+        privacy: the mechanism of client-level differential privacy; None for none.
+        secure: whether clients hold their tensors back for secure aggregation. Then ``settle`` brings the aggregate.
     """
 
     def __init__(
@@ -49,10 +51,15 @@ class Intake:
         chain: Chain | None = None,
         claim: Callable[[str], int | None] = lambda client: None,
         privacy: ClientPrivacy | None = None,
+        secure: bool = False,
     ) -> None:
         self._algorithm, self._state, self._ranks, self._claim = algorithm, state, ranks or {}, claim
         self._chain = Chain(algorithm.transforms) if chain is None else chain
-        self._privacy = privacy
+        self._privacy, self._secure = privacy, secure
+        self.held: dict[str, float] = {}
+        """Clients that hold an update back, with its weight."""
+        self._answers: dict[str, ClientUpdate] = {}
+        self._settled: Slots = {}
         self.accepted: dict[str, int] = {}
         """Clients whose updates are in the aggregate, with the round of the weights that each trained from."""
         self.reached: list[str] = []
@@ -82,9 +89,31 @@ class Intake:
         reason = answer.reason if isinstance(answer, ClientFailure) else self._refusal(answer, sent)
         if reason is not None:
             self._refused.append({"client": answer.client, "reason": reason})
+        elif isinstance(answer, ClientUpdate) and answer.held:
+            self._hold(answer, sent.state)
         elif isinstance(answer, ClientUpdate):
             self.fold(_scaled(answer, sent.scale), sent.state)
             self._note(answer, sent.state.round_num)
+
+    def _hold(self, update: ClientUpdate, state: ServerState) -> None:
+        """Note that a client holds an update back, and the weight that it has in the sum."""
+        _, weight = self._algorithm.fold(state, update)
+        self.held[update.client] = 1.0 if self._privacy else self._chain.weigh(weight, update, self._state)
+        self.accepted[update.client], self._answers[update.client] = state.round_num, update
+
+    def settle(self, means: Slots, clients: Sequence[str], left: Mapping[str, str]) -> None:
+        """Take the result of secure aggregation.
+
+        Args:
+            means: means by kind, in float64; empty if there is no sum.
+            clients: the clients in the sum.
+            left: why other clients are not in it, by client.
+        """
+        self._settled, self.num_clients = means, len(clients)
+        self.accepted = {name: number for name, number in self.accepted.items() if name in clients}
+        self._refused += [{"client": name, "reason": reason} for name, reason in left.items()]
+        for name, number in self.accepted.items():
+            self._note(self._answers[name], number)
 
     def fold(self, update: ClientUpdate, state: ServerState | None = None) -> None:
         """Add a checked update to the aggregate.
@@ -109,7 +138,7 @@ class Intake:
     def num_bytes(self) -> int:
         """Bytes of memory held for the updates so far. Constant in their number, unless the method needs individual updates."""
         members = sum(W.num_bytes(*slots.values()) for slots, _ in self._members)
-        return members + sum(mean.num_bytes for mean in self._means.values())
+        return members + sum(mean.num_bytes for mean in self._means.values()) + W.num_bytes(*self._settled.values())
 
     def aggregate(self) -> Aggregate:
         """Return the aggregate of the accepted updates.
@@ -121,7 +150,9 @@ class Intake:
         if self._members and total <= 0:
             raise FederationError("no update has a positive weight, so there is no aggregate; check that the cohort's clients hold samples")
         members = tuple(Member(slots, weight / total) for slots, weight in self._members)
-        means = self._released(self._privacy) if self._privacy else {kind: mean.value() for kind, mean in self._means.items()}
+        means = self._settled
+        if not self._secure:
+            means = self._released(self._privacy) if self._privacy else {kind: mean.value() for kind, mean in self._means.items()}
         return self._chain.aggregate(Aggregate(means, self.num_clients, members), self._state)
 
     def _released(self, privacy: ClientPrivacy) -> Slots:
@@ -151,9 +182,13 @@ class Intake:
             return f"the update is of rank {update.rank}, the client's rank is {rank}"
         if (claim := self._claim(update.client)) is not None and (update.num_samples or 0) > claim:
             return f"the update claims {update.num_samples:,} training samples, the client reported {claim:,} before the first round"
+        if update.held != self._secure:
+            return "the client holds its update back, which nobody asked for" if update.held else "the client sent its update in the clear"
         reported = {"steps": "steps" in update.metrics, "profile": bool(update.profile)}
         if lacking := sorted(fact for fact in self._algorithm.needs if not reported[fact]):
             return f"the update does not report {lacking[0]}, which the method needs"
+        if update.held:
+            return unlawful_count(update)
         sent = {n: tensor for n, tensor in origin.state.weights.items() if self._algorithm.uploads(round_num, n)}
         return refusal(update, factors.cut(sent, rank), self._algorithm.client_sends) or _too_large(update, origin)
 
@@ -215,6 +250,11 @@ def refusal(update: ClientUpdate, expected: Weights, extras: Sequence[str] = ())
             return mismatch if kind == UPDATE else f"{kind}: {mismatch}"
         if not W.is_finite(tensors):
             return f"the {kind} contains NaN or infinity"
+    return unlawful_count(update)
+
+
+def unlawful_count(update: ClientUpdate) -> str | None:
+    """Return why an update's number of samples is invalid, or None if it is not."""
     if update.num_samples is not None and update.num_samples <= 0:
         return f"num_samples is {update.num_samples}, it must be positive"
     return None

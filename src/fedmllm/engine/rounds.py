@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from fedmllm import factors
 from fedmllm import weights as W
-from fedmllm.algorithms import Algorithm, ServerState, UpdateTransform
+from fedmllm.algorithms import NONE_OUTSTANDING, Algorithm, Outstanding, ServerState, UpdateTransform
 from fedmllm.engine.base import Assignment, Engine, Split
 from fedmllm.engine.checkpoint import BackgroundCheckpoint, RunStore
 from fedmllm.engine.failures import NONE_EXPECTED, FailureConfig
@@ -18,6 +18,7 @@ from fedmllm.engine.intake import Intake, Origin
 from fedmllm.engine.observer import UNOBSERVED, Observer
 from fedmllm.engine.schedules import SYNCHRONOUS, Schedule
 from fedmllm.engine.scores import evaluate_state, validate_state
+from fedmllm.engine.secure import FACTS, SecureAggregation, Session, facts
 from fedmllm.engine.stages import Stage
 from fedmllm.errors import FederationError
 from fedmllm.privacy.client_level import WITHHELD, ClientPrivacy
@@ -45,6 +46,7 @@ class Loop:
         schedule: decides when clients receive tasks and when the server steps.
         privacy: the mechanism of client-level differential privacy; None for none.
         withholds: whether clients are told only the number of clients, not what they hold, and metrics do not say why an update was refused.
+        secure: how the updates of a round are summed without showing any single one; None if clients send them.
     """
 
     algorithm: Algorithm
@@ -60,6 +62,7 @@ class Loop:
     schedule: Schedule = SYNCHRONOUS
     privacy: ClientPrivacy | None = None
     withholds: bool = False
+    secure: SecureAggregation | None = None
 
     def assignment(self, stage: Stage, state: ServerState) -> Assignment:
         """Return the task for clients that train from a server state."""
@@ -74,6 +77,7 @@ class Loop:
             self.transforms,
             self.failures.deadline,
             state.accepted,
+            self.secure.round_id(stage.name, state.round_num) if self.secure else None,
         )
 
 
@@ -90,7 +94,8 @@ class Round:
     def __init__(self, loop: Loop, stage: Stage, state: ServerState, watch: Watch) -> None:
         self.loop, self.stage, self.state, self._watch = loop, stage, state, watch
         self.assignment = loop.assignment(stage, state)
-        self.intake = Intake(loop.algorithm, state, stage.ranks, self.assignment.chain, stage.claim, loop.privacy)
+        secure = loop.secure is not None
+        self.intake = Intake(loop.algorithm, state, stage.ranks, self.assignment.chain, stage.claim, loop.privacy, secure)
         self.clients: list[str] = []
         """Clients whose answers the round took."""
         self.facts: Record = {}
@@ -102,12 +107,35 @@ class Round:
         """Number of accepted updates that complete the round. A secret cohort may be empty."""
         if self.loop.privacy and self.loop.privacy.secret_cohort:
             return 0
-        return self.loop.failures.needed(self.loop.algorithm.smallest_cohort, self.loop.schedule.updates(self.stage.clients_per_round))
+        least = max(self.loop.algorithm.smallest_cohort, self.loop.secure.min_clients if self.loop.secure else 0)
+        return self.loop.failures.needed(least, self.loop.schedule.updates(self.stage.clients_per_round))
 
     @property
     def complete(self) -> bool:
         """Whether the round has accepted enough updates."""
         return len(self.intake.accepted) >= self.needed
+
+    def collect(self) -> Outstanding:
+        """Take the answers of clients and, with secure aggregation, the sum of the updates that they hold back.
+
+        Returns:
+            The clients that are still outstanding.
+
+        Raises:
+            FederationError: if there are too few usable updates and ``failures.below`` is not ``skip``.
+        """
+        secure, schedule = self.loop.secure, self.loop.schedule
+        if secure is None:
+            return schedule.collect(self)
+        # A crash came after clients were asked to mask, and they mask once. Training them again would be in vain.
+        if reason := secure.spent(secure.round_id(self.stage.name, self.state.round_num)):
+            self.facts[FACTS] = facts(0, [], reason, {"bytes_up": 0, "bytes_down": 0})
+            return NONE_OUTSTANDING
+        left = schedule.collect(self)
+        if self.complete:
+            Session(self, secure).run()
+            self._watch.lap("aggregate")
+        return left
 
     def cohort(self) -> list[str]:
         """Return the clients to ask. A secret cohort is drawn anew in every call."""
@@ -186,7 +214,9 @@ def run_stage(loop: Loop, stage: Stage, initial: ServerState) -> ServerState:
     loop.schedule.resume(loop, stage, state)
     try:
         # A private round must not be trained twice, so its checkpoint is on the disk before the next task is sent.
-        with BackgroundCheckpoint(loop.store, stage.name, durable=loop.privacy is not None) as checkpoint:
+        # Neither must a round of secure aggregation, which would be skipped.
+        durable = loop.privacy is not None or loop.secure is not None
+        with BackgroundCheckpoint(loop.store, stage.name, durable) as checkpoint:
             loop.observer.stepped(stage.name, stage.num_rounds, state)
             while state.round_num < stage.num_rounds:
                 state = _round(Round(loop, stage, state, watch), watch, checkpoint)
@@ -206,7 +236,7 @@ def _population(loop: Loop, stage: Stage) -> Population:
 def _round(this: Round, watch: Watch, checkpoint: BackgroundCheckpoint) -> ServerState:
     """Run one round, from the first task to the checkpoint."""
     loop, stage, before, intake = this.loop, this.stage, this.state, this.intake
-    left = loop.schedule.collect(this)
+    left = this.collect()
     state = _stepped(this) if this.complete else _skipped(before)
     state = replace(state, outstanding=left)
     watch.lap("aggregate")
@@ -226,6 +256,8 @@ def _round(this: Round, watch: Watch, checkpoint: BackgroundCheckpoint) -> Serve
         "validation": validation,
         "bytes_down": _bytes_down(loop.algorithm, stage, before, this.assignment.broadcast, _reached(this)),
     }
+    if session := this.facts.get(FACTS):
+        record |= {name: record[name] + session[name] for name in ("bytes_up", "bytes_down")}
     record["seconds"] = watch.reset()
     if loop.privacy or loop.withholds:
         record = _published(record, this)
@@ -257,7 +289,7 @@ def largest_norm(loop: Loop, assignment: Assignment) -> Callable[[str, int], flo
 def _stepped(this: Round) -> ServerState:
     """Return the state after a round. Its ``accepted`` names the clients whose updates are in it, so that they commit what they kept."""
     loop, before, intake = this.loop, this.state, this.intake
-    if loop.privacy:
+    if loop.privacy and not loop.secure:
         loop.privacy.spend(this.stage.name, before.round_num + 1, list(intake.accepted))
     aggregate = intake.aggregate()
     state = loop.algorithm.server_step(before, aggregate)

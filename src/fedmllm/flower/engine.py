@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fedmllm.engine.base import Assignment, Split, scores_here
+from fedmllm.engine.base import Assignment, SecureStage, Split, scores_here
 from fedmllm.errors import FederationError, listing
 from fedmllm.flower.carrier import Carrier, TimeLeft, ask, look, pause, receive, send, unreachable
 from fedmllm.flower.facts import Scores, read_message
 from fedmllm.flower.frozen import BaseHistory
-from fedmllm.flower.messages import Expected, expected, read_answer, write_task
+from fedmllm.flower.messages import SLACK, Expected, expected, read_answer, write_task
+from fedmllm.flower.sessions import SESSION, read_up, write_stage
+from fedmllm.privacy.secagg.messages import Message
 from fedmllm.types import Answer, ClientFailure, Metrics, Sample
 
 
@@ -49,6 +51,7 @@ class FlowerEngine:
         history: the change to the frozen weights over the rounds.
         ahead: maximum number of tasks under way at the same time; None for all. It limits memory if this process holds the messages.
         remote: whether clients and their personalized models are at sites.
+        roster: the signed list of sites, which clients check before a session of secure aggregation; empty without it.
     """
 
     grid: Carrier
@@ -58,6 +61,7 @@ class FlowerEngine:
     history: BaseHistory
     ahead: int | None = None
     remote: bool = False
+    roster: str = ""
     _submitted: dict[str, _Submitted] = field(default_factory=dict, init=False)
     _sent: dict[str, _Sent] = field(default_factory=dict, init=False)
 
@@ -86,6 +90,18 @@ class FlowerEngine:
                 self._send(name)
             sent = self._sent[name]
             yield self._answer(name, receive(self.grid, name, sent.message_id, sent.expected.largest, sent.time_left))
+
+    def carry(self, stage: SecureStage) -> Iterator[tuple[str, Message | ClientFailure]]:
+        """Send the messages of a stage of secure aggregation, and yield the answers."""
+        names = list(stage.messages)
+        try:
+            nodes = self.nodes(names)
+        except ConnectionError as error:
+            yield from ((name, unreachable(name, str(error))) for name in names)
+            return
+        contents = ((name, write_stage(stage, name, self.roster)) for name in names)
+        for name, content in ask(self.grid, SESSION, contents, nodes, stage.deadline, lambda client: SLACK + stage.largest, self.ahead):
+            yield name, content if isinstance(content, ClientFailure) else read_up(content, name, stage)
 
     def cancel(self) -> None:
         """Drop all outstanding clients and ignore their answers."""

@@ -56,6 +56,7 @@ class AnswerFacts(Facts):
     metrics: dict[str, float]
     profile: dict[str, int]
     rank: int | None
+    held: bool = False
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ def write_answer(answer: ClientUpdate | ClientFailure, round_num: int) -> bytes:
     if isinstance(answer, ClientFailure):
         return write_message(answer, round_num)
     groups: dict[str, Weights] = {}
-    for kind, tensors in {UPDATE: answer.update, **answer.extras}.items():
+    for kind, tensors in () if answer.held else {UPDATE: answer.update, **answer.extras}.items():
         if kind not in answer.packed:
             groups[kind] = tensors
         for name, parts in answer.packed.get(kind, {}).items():
@@ -152,6 +153,7 @@ def write_answer(answer: ClientUpdate | ClientFailure, round_num: int) -> bytes:
         metrics=answer.metrics,
         profile=dict(answer.profile),
         rank=answer.rank,
+        held=answer.held,
     )
     return pack(groups, facts.model_dump())
 
@@ -181,7 +183,7 @@ class Expected:
 
     Attributes:
         tensors: tensors of an update at the client's rank; only their names, shapes and dtypes count.
-        kinds: ``update`` and the names of the method's extra tensors.
+        kinds: ``update`` and the names of the method's extra tensors; empty if clients hold their tensors back.
         codec: the compressor of the tensors; None for plain float32.
     """
 
@@ -198,6 +200,8 @@ class Expected:
 def expected(assignment: Assignment, client: str) -> Expected:
     """Return the expected format of a client's answer."""
     method: Algorithm = assignment.algorithm
+    if assignment.secure:
+        return Expected({}, (), None)
     sent = {name: t for name, t in assignment.broadcast.weights.items() if method.uploads(assignment.broadcast.round_num, name)}
     return Expected(factors.cut(sent, assignment.ranks.get(client)), (UPDATE, *method.client_sends), assignment.chain.codec)
 
@@ -226,7 +230,7 @@ def _update(groups: Mapping[str, Weights], facts: Record, client: str, wanted: E
         raise ValueError(f"the answer has unexpected tensors {unknown}")
     return ClientUpdate(
         client,
-        slots.pop(UPDATE),
+        slots.pop(UPDATE, {}),
         answer.num_samples,
         answer.metrics,
         slots,
@@ -234,6 +238,7 @@ def _update(groups: Mapping[str, Weights], facts: Record, client: str, wanted: E
         answer.rank,
         size,
         round_num=answer.round_num,
+        held=answer.held,
     )
 
 

@@ -4,20 +4,31 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
+from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import load_ssh_public_key
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from fedmllm.data.settings import DataConfig
-from fedmllm.errors import ConfigError, listing
+from fedmllm.errors import ConfigError, FederationError, listing
 from fedmllm.explain import rule
 from fedmllm.flower.superlink import SuperLink
 from fedmllm.privacy.settings import SitePrivacy
 from fedmllm.registry import load_plugins, resolved
 from fedmllm.settings_file import SITES, read_settings
 
+if TYPE_CHECKING:
+    from fedmllm.privacy.secagg.statements import SitePublicKey
+
 NAME = re.compile(r"\w[\w.-]{0,63}", re.ASCII)
 """Valid site names. Files are named after sites."""
+
+
+ROSTER = "roster.json"
+"""Name of the signed list of sites, beside ``server.yaml``."""
 
 
 class _File(BaseModel):
@@ -95,6 +106,49 @@ class ServerConfig(_File):
             )
         return {name: (self.folder / f"{name}.pub").read_bytes() for name in self.sites}
 
+    def public_keys(self) -> dict[str, SitePublicKey]:
+        """Return the sites' public keys by name.
+
+        Raises:
+            ConfigError: if a key is missing, or is not an OpenSSH key on P-384.
+        """
+        return {name: public_key(content, self.folder / f"{name}.pub") for name, content in self.keys().items()}
+
+    def roster(self) -> tuple[str, dict[str, SitePublicKey]]:
+        """Return the signed list of sites as text, and the keys in it.
+
+        Raises:
+            ConfigError: if it is missing, was not signed by the authority, or does not have the sites' current keys.
+        """
+        from fedmllm.privacy.secagg.roster import verify_roster
+
+        file, remedy = self.folder / ROSTER, "run fedmllm site sign ca.key server.yaml where the authority's key is, and copy the file here"
+        if not file.is_file():
+            raise ConfigError(f"{file}: missing, but privacy.secure_aggregation needs the signed list of sites; {remedy}")
+        content = file.read_bytes()
+        try:
+            signed = verify_roster(content, x509.load_pem_x509_certificate((self.folder / "ca.crt").read_bytes()))
+        except FederationError as error:
+            raise ConfigError(f"{file}: {error}") from error
+        if changed := [name for name, key in self.public_keys().items() if signed.get(name) != key]:
+            raise ConfigError(f"{file}: the key of {changed[0]} in the signed list is not the one in {changed[0]}.pub; {remedy}")
+        return content.decode(), {name: signed[name] for name in self.sites}
+
+
+def public_key(content: bytes, file: Path) -> SitePublicKey:
+    """Return a site's public key for signatures.
+
+    Raises:
+        ConfigError: if it is not an OpenSSH key on P-384.
+    """
+    try:
+        key = load_ssh_public_key(content)
+    except (ValueError, UnsupportedAlgorithm):
+        key = None
+    if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP384R1):
+        raise ConfigError(f"{file}: not an OpenSSH public key on P-384; create the key with ssh-keygen -t ecdsa -b 384")
+    return key
+
 
 Withheld = Literal["metrics", "profile", "num_samples"]
 
@@ -125,6 +179,13 @@ class SiteConfig(_File):
     """What the site does not report to the server: ``metrics`` (training loss and steps, scores of its personalized model), ``profile`` (samples by
     modality), ``num_samples`` (the site then counts as one sample in averages by samples). The site refuses a run whose method needs a withheld
     value. Steps that a method needs (FedNova) follow from the number of samples; the site reports them unless it withholds both."""
+
+    secure_aggregation: bool = False
+    """Refuse runs without ``privacy.secure_aggregation``, in which the server would see this site's updates."""
+    min_clients: int | None = Field(None, ge=2)
+    """With secure aggregation, the smallest number of clients in a sum that this site takes part in, if the experiment's is smaller."""
+    largest_share: float = Field(0.8, gt=0, lt=1)
+    """With secure aggregation, the largest share of a sum that one client's weight may have. A sum with the share 1 would be its update."""
 
     privacy: SitePrivacy | None = None
     """The site's own limits on what its updates reveal about each sample. The site then withholds ``metrics`` and ``profile`` too."""

@@ -39,6 +39,7 @@ class ClientPrivacy:
         ledger: is written before each release.
         rate: probability with which a client takes part in a round; 1 if cohorts are public.
         adaptive: how C follows the updates' norms; None keeps it fixed.
+        noise_at_clients: whether the clients of secure aggregation have added the noise already.
     """
 
     clip_norm: float
@@ -48,6 +49,7 @@ class ClientPrivacy:
     ledger: Ledger
     rate: float = 1.0
     adaptive: AdaptiveClip | None = field(default=None)
+    noise_at_clients: bool = False
 
     @property
     def secret_cohort(self) -> bool:
@@ -92,6 +94,8 @@ class ClientPrivacy:
             total: the sums of bounded contributions by kind, with zeros for kinds without a contribution.
             server: the server's slots.
         """
+        if self.noise_at_clients:
+            return {kind: {name: tensor / self.cohort for name, tensor in total[kind].items()} for kind in sorted(total)}
         z = self.noise_multiplier
         deviation = self._limit(server) * (update_multiplier(z, bit_deviation(z, self.cohort)) if self.adaptive else z)
         means = {}

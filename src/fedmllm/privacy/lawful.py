@@ -65,6 +65,40 @@ def _reason(algorithm: Algorithm, method: type[Any]) -> str | None:
     return None
 
 
+def require_summable(algorithm: Algorithm, method: type[Any], name: str) -> None:
+    """Check that a method's server needs nothing but sums of what clients send.
+
+    Args:
+        algorithm: the method with its strategies.
+        method: the method's class.
+        name: the method's name, for the error message.
+
+    Raises:
+        ConfigError: if not; the message names the reason and a substitute.
+    """
+    reason = None
+    if method.needs_individual_updates:
+        reason = "the server needs individual updates"
+    elif getattr(method, "fold", None) is not ServerAverage.fold:
+        reason = "the server does not take the plain mean of the updates"
+    elif encoding := [transform.name for transform in algorithm.transforms if transform.codec is not None]:
+        reason = f"{encoding[0]} sends encoded updates"
+    if reason:
+        raise ConfigError(
+            f"privacy.secure_aggregation does not work with {name}, because {reason}, which a sum does not show; use {SUMMABLE[method.kind]}"
+        )
+
+
+SUMMABLE = {
+    "classic": "fedavg",
+    "robust": "fedavg, and accept that a sum cannot be checked for outliers",
+    "lora": "ffa_lora or rolora, which are exact",
+    "one-shot": "fedavg",
+    "personalized": "ditto or fedsa_lora",
+}
+"""The methods to use instead, by kind."""
+
+
 def _substitute(algorithm: Algorithm, method: type[Any]) -> str:
     """Return what to use instead: another method, or the same method without a strategy or a strategy's option."""
     own = method()

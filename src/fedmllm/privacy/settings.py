@@ -8,8 +8,10 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fedmllm.privacy import accounting
+from fedmllm.privacy.secagg.policy import threshold
 from fedmllm.settings_file import ADVANCED
 
+NoiseAt = Literal["server", "clients"]
 Unit = Literal["none", "client", "sample"]
 
 
@@ -36,6 +38,22 @@ class PrivacyConfig(BaseModel):
     """Delta of the guarantee. It must be less than one divided by the number of units."""
     noise_seed: int | None = Field(None, ge=0, json_schema_extra=ADVANCED)
     """Makes the noise predictable, for tests. The run then has no guarantee, and its results say so."""
+    secure_aggregation: bool = False
+    """Let the server learn only sums of updates, and no single one (Bonawitz et al., CCS 2017). The server then checks neither norms
+    (``failures.norm_limit`` has no effect) nor anything else about an update, so that one client can spoil a sum. A round whose session fails is
+    skipped, because a client never masks a second vector for a round."""
+    min_clients: int | None = Field(None, ge=2)
+    """With ``secure_aggregation``, the smallest number of clients in a sum; rounds with fewer are skipped. Null is floor(2m / 3) + 1 for cohorts
+    of m clients, without which nobody can unmask a sum of all of them. In a sum of two, each client can compute the other's update."""
+    noise: NoiseAt = "server"
+    """Who adds the noise of ``unit: client``: the ``server``, which then sees sums without noise, or the ``clients``, which needs
+    ``secure_aggregation``. Each client adds variance (noise_multiplier clip_norm)^2 / (min_clients - assumed_colluders), so that any sum has
+    enough noise. The guarantee then holds against the server too. The more clients are in a sum beyond ``min_clients``, the more noise it has."""
+    assumed_colluders: int = Field(0, ge=0, json_schema_extra=ADVANCED)
+    """With ``noise: clients``, how many clients of a sum may tell the server their noise without harm to the guarantee of the others."""
+    value_range: float = Field(4.0, gt=0, json_schema_extra=ADVANCED)
+    """With ``secure_aggregation``, the largest absolute value of an update's entries; a client with a larger one fails. Entries are rounded to
+    multiples of ``value_range`` / 2^30. ``unit: client`` ignores it, because clipping bounds the entries."""
 
     @model_validator(mode="after")
     def _noise_is_known(self) -> PrivacyConfig:
@@ -47,6 +65,27 @@ class PrivacyConfig(BaseModel):
         if self.unit == "sample" and self.clip_quantile is not None:
             raise ValueError("clip_quantile: a sample's gradient has a fixed clip_norm; omit clip_quantile")
         return self
+
+    @model_validator(mode="after")
+    def _secure_aggregation_is_on(self) -> PrivacyConfig:
+        if not self.secure_aggregation and self.min_clients is not None:
+            raise ValueError(
+                "min_clients: only secure_aggregation has sums of at least so many clients; set it to true, or omit min_clients"
+            )
+        if self.noise == "clients" and not (self.secure_aggregation and self.unit == "client"):
+            raise ValueError(
+                "noise: clients protects nothing without secure_aggregation: true and unit: client, because the noise of one client is too small; "
+                "set both, or noise to server"
+            )
+        if self.assumed_colluders and self.noise != "clients":
+            raise ValueError(
+                f"assumed_colluders: {self.assumed_colluders}, but noise: server is added by nobody who colludes; omit one of them"
+            )
+        return self
+
+    def smallest_sum(self, cohort: int) -> int:
+        """Return the smallest number of clients in a sum of secure aggregation, for cohorts of a size."""
+        return threshold(cohort) if self.min_clients is None else self.min_clients
 
     def multiplier(self, count: int, rate: float) -> float:
         """Return the noise multiplier: the one that is set, or the one that reaches ``target_epsilon``.

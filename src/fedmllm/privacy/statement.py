@@ -83,6 +83,52 @@ class PrivacyStatement:
         return "updates" if self.unit == "client" else "gradients of single samples"
 
 
+@dataclass(frozen=True)
+class SecureStatement:
+    """What secure aggregation hid from a run's server.
+
+    Attributes:
+        min_clients: the smallest number of clients in a sum.
+        sums: number of rounds with a sum.
+        skipped: number of rounds without one.
+        noise: who added the noise of client-level privacy, ``server`` or ``clients``; None without it.
+        assumed_colluders: with noise at clients, how many clients of a sum may collude with the server.
+        simulated: whether clients and server were one process.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(strict=True, allow_inf_nan=False)
+
+    min_clients: int
+    sums: int
+    skipped: int
+    noise: str | None = None
+    assumed_colluders: int = 0
+    simulated: bool = False
+
+    @property
+    def summary(self) -> str:
+        """What the server saw, in one sentence."""
+        kind = "noisy sums" if self.noise == "clients" else "sums"
+        return (
+            f"the server saw updates only in {kind} over at least {self.min_clients} clients ({self.sums} rounds, {self.skipped} skipped)"
+        )
+
+    @property
+    def limits(self) -> str:
+        """What that means for the guarantee of client-level privacy, and what is not promised."""
+        found = ["This was a simulation: clients and server were one process, which held all updates."] if self.simulated else []
+        if self.noise == "clients":
+            allowed = f"at most {self.assumed_colluders}" if self.assumed_colluders else "none"
+            found.append(
+                f"Clients added the noise, so epsilon also holds against the server if {allowed} of the clients in a sum collude with it."
+            )
+        elif self.noise == "server":
+            found.append("The server saw sums without noise, so epsilon holds for readers of the adapter, not against the server.")
+        if self.noise != "clients":
+            found.append("Each client also reported its number of samples and its losses, unless it withheld them.")
+        return " ".join([*found, "Nobody could check the updates in a sum."])
+
+
 UNPROTECTED = (
     "The guarantee covers the adapter and what follows from it, e.g. its scores. It does not cover the manifest, the baselines, scores by client, "
     "or what a simulation keeps under checkpoints. Several units of one person are not protected as one."

@@ -16,15 +16,16 @@ import torch
 from fedmllm import weights as W
 from fedmllm.algorithms import ALGORITHMS, PUBLISHED, STRATEGIES, Algorithm, Client
 from fedmllm.algorithms.strategies import Strategy
-from fedmllm.engine.base import Assignment, Split, scores_here
+from fedmllm.engine.base import Assignment, SecureStage, Split, scores_here
 from fedmllm.engine.checkpoint import RunStore
 from fedmllm.engine.rounds import Loop, run_stage
 from fedmllm.engine.stages import Stage
+from fedmllm.privacy.secagg.messages import Message
 from fedmllm.randomness import generator
 from fedmllm.registry import added
 from fedmllm.training.rules import LocalResult
 from fedmllm.training.settings import TrainingConfig
-from fedmllm.types import PERSONAL, ClientUpdate, Metrics, Record, Sample, Weights
+from fedmllm.types import PERSONAL, ClientFailure, ClientUpdate, Metrics, Record, Sample, Weights
 
 ROUNDS = 2
 """Number of rounds in a trial. Some methods behave differently after the first round."""
@@ -153,6 +154,10 @@ class _ScalingEngine:
         """Yield one update per client."""
         for name in list(self._asked) if order is None else order:
             yield self._update(self._asked.pop(name), name)
+
+    def carry(self, stage: SecureStage) -> Iterator[tuple[str, Message | ClientFailure]]:
+        """Do nothing: the clients of a trial send their updates."""
+        raise NotImplementedError("trials send updates in the clear")
 
     def cancel(self) -> None:
         """Forget all tasks."""

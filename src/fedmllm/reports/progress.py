@@ -174,7 +174,8 @@ def _line(record: Record, sent: int, left: str) -> str:
 
 def _cells(record: Record) -> dict[str, str]:
     loss, score, validation = record.get("loss"), record.get("score"), record.get("validation")
-    refused = f" ({len(record['refused'])} refused{', skipped' if record.get('skipped') else ''})" if record.get("refused") else ""
+    notes = [*([f"{len(record['refused'])} refused"] if record.get("refused") else []), *(["skipped"] if record.get("skipped") else [])]
+    refused = f" ({', '.join(notes)})" if notes else ""
     halvings = max(record.get("halvings", {}).values(), default=0)
     halved = f" (out of memory {halvings} times, passes halved)" if halvings else ""
     return {

@@ -100,6 +100,9 @@ def _context(run: Run) -> dict[str, Any]:
         "refused": refused[:MAX_REFUSED],
         "num_refused": len(refused),
         "skipped": [line.round for line in rounds if line.skipped],
+        "unsummed": [
+            (line.round, line.secure_aggregation.failed) for line in rounds if line.secure_aggregation and line.secure_aggregation.failed
+        ],
         "halved": [line.round for line in rounds if line.halvings],
         **_figures(run, {row.stage: row for row in rows}),
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fedmllm.config import Experiment
 from fedmllm.format import human_bytes
-from fedmllm.privacy.statement import UNPROTECTED, PrivacyStatement
+from fedmllm.privacy.statement import UNPROTECTED, PrivacyStatement, SecureStatement
 from fedmllm.run.results import SCORES, RunResult
 
 CARD = """---
@@ -126,14 +126,17 @@ def adapter_card(result: RunResult, experiment: Experiment, client: str = "", to
         rule="---|" * len(result.beside),
         compressed="" if compression == "none" else f", compressed ({compression})",
         prompt=experiment.data.prompt,
-        privacy=_privacy(result.privacy),
+        privacy=_privacy(result.privacy, result.secure),
         where=_where(experiment),
         needs=NEEDS if torchvision else "",
     )
 
 
-def _privacy(statement: PrivacyStatement | None) -> str:
-    """Return sentences that say what protects the adapter."""
+def _privacy(statement: PrivacyStatement | None, secure: SecureStatement | None) -> str:
+    """Return sentences that say what protects the adapter and the clients' updates."""
+    if secure:
+        rest = "This run used no differential privacy." if statement is None else _privacy(statement, None)
+        return f"Secure aggregation: {secure.summary}. {secure.limits} {rest}"
     if statement is None:
         return "This run used neither differential privacy nor secure aggregation."
     return f"Differential privacy: {statement.summary}. {statement.mechanism} {statement.assumption} {UNPROTECTED}"

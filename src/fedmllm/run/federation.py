@@ -32,6 +32,8 @@ from fedmllm.flower.settings import ServerConfig
 from fedmllm.flower.simulation import simulation
 from fedmllm.flower.superlink import SuperLink
 from fedmllm.privacy.ledger import LEDGER
+from fedmllm.privacy.secagg.statements import SitePublicKey
+from fedmllm.run.privacy import privacy_plan
 from fedmllm.run.resident import Resident
 from fedmllm.run.roll_call import RollCall
 from fedmllm.run.worker import client_app, resident_worker
@@ -48,6 +50,8 @@ class Federation:
         ranks: LoRA ranks that sites set for themselves.
         grid: the connection to the sites; None without sites.
         trial: whether sites train on the experiment's own split in a trial run, without data of their own.
+        keys: the sites' public keys, for secure aggregation; empty without it.
+        roster: the signed list of these keys, which sites check; empty without secure aggregation.
     """
 
     experiment: Experiment
@@ -55,6 +59,8 @@ class Federation:
     ranks: Mapping[str, int] = field(default_factory=dict)
     grid: RunGrid | None = None
     trial: bool = False
+    keys: Mapping[str, SitePublicKey] = field(default_factory=dict)
+    roster: str = ""
 
     @contextmanager
     def engine(self, stage: Stage, folder: Path, here: InProcessEngine) -> Iterator[Engine]:
@@ -68,8 +74,8 @@ class Federation:
         e, about = self.experiment.engine, dict[str, Any](experiment=settings(self.experiment))
         history = BaseHistory(folder / "checkpoints" / f"{stage.name}-base")
         if self.grid is not None:
-            about |= {"run": _run_id(folder), "trial": self.trial}
-            yield FlowerEngine(self.grid, stage.name, about, self.grid.online, history, remote=True)
+            about |= {"run": run_id(folder), "trial": self.trial}
+            yield FlowerEngine(self.grid, stage.name, about, self.grid.online, history, remote=True, roster=self.roster)
         elif e.name == "flower":
             if here.private is not None:
                 about |= {"ledger": str(folder.resolve() / LEDGER), "noise_multiplier": here.private.noise_multiplier}
@@ -112,6 +118,7 @@ def federation(experiment: Experiment, held: Resident, observer: Observer = UNOB
 def _sites(experiment: Experiment, held: Resident, server: ServerConfig, observer: Observer) -> Iterator[Federation]:
     require_flower()
     _require_fit(experiment, server)
+    roster, keys = server.roster() if experiment.privacy.secure_aggregation else ("", {})
     policy, method = experiment.failures, build_algorithm(experiment.algorithm)
     with serving(_within(server.link, policy)) as grid:
         needed = policy.needed(method.smallest_cohort, experiment.updates_per_round)
@@ -129,7 +136,7 @@ def _sites(experiment: Experiment, held: Resident, server: ServerConfig, observe
             _require_own(experiment)
             holdings = {name: Holding(presence.num_samples, presence.profile) for name, presence in present.items()}
             data = FederatedData(dataset, dict.fromkeys(server.sites, ()), 0, holdings)
-        yield Federation(experiment, data, ranks, grid, trial == {True})
+        yield Federation(experiment, data, ranks, grid, trial == {True}, keys, roster)
 
 
 def _within(link: SuperLink, policy: FailureConfig) -> SuperLink:
@@ -154,6 +161,11 @@ def _require_fit(experiment: Experiment, server: ServerConfig) -> None:
 
 
 def _require_ranks(experiment: Experiment, ranks: Mapping[str, int]) -> None:
+    if ranks and experiment.privacy.secure_aggregation:
+        raise ConfigError(
+            f"privacy.secure_aggregation: tensors of different ranks cannot be added, but these sites set their own: {', '.join(ranks)}; omit rank in "
+            "site.yaml"
+        )
     if ranks and not build_algorithm(experiment.algorithm).heterogeneous_ranks:
         raise ConfigError(
             f"algorithm.name: {experiment.algorithm.name} needs the same rank at all clients, but these sites set their own: {', '.join(ranks)}"
@@ -177,14 +189,20 @@ def _require_own(experiment: Experiment) -> None:
 
 def settings(experiment: Experiment) -> str:
     """Return the experiment as YAML for workers, without paths on this machine."""
-    engine = experiment.engine.model_copy(update={"server": None})
+    # A site trains in its own process; the address of its server is its own setting.
+    at_site = {} if experiment.engine.server is None else {"name": "in_process"}
+    engine = experiment.engine.model_copy(update={"server": None, **at_site})
     # A site imports what its own settings name, and nothing that the server asks for.
     plugins = experiment.plugins if experiment.engine.server is None else ()
     data = experiment.data if experiment.engine.server is None else experiment.data.without_paths()
-    return experiment.model_copy(update={"engine": engine, "data": data, "plugins": plugins}).to_yaml()
+    privacy = experiment.privacy
+    if privacy.secure_aggregation and (plan := privacy_plan(experiment)):
+        # Sites scale their integers by the noise multiplier, which the server may have found for a budget.
+        privacy = privacy.model_copy(update={"noise_multiplier": plan.noise_multiplier})
+    return experiment.model_copy(update={"engine": engine, "data": data, "plugins": plugins, "privacy": privacy}).to_yaml()
 
 
-def _run_id(folder: Path) -> str:
+def run_id(folder: Path) -> str:
     """Return the run's id, by which sites separate what they keep for different runs. A resumed run keeps its id."""
     path = folder / "checkpoints" / "run"
     if not path.is_file():

@@ -15,6 +15,7 @@ from fedmllm.engine.in_process import InProcessEngine
 from fedmllm.flower.facts import VALIDATION
 from fedmllm.flower.frozen import KeptBase
 from fedmllm.flower.messages import Task
+from fedmllm.privacy.secagg.messages import RoundId
 from fedmllm.run.encodable import usable
 from fedmllm.run.splits import Splits
 from fedmllm.types import BASE, Answer, Broadcast, Metrics, Sample
@@ -83,7 +84,14 @@ class OpenRun:
             {} if facts.rank is None else {facts.client: facts.rank},
             compression(self.experiment.compression),
             accepted={facts.client: facts.accepted},
+            secure=self._secure(task),
         )
+
+    def _secure(self, task: Task) -> RoundId | None:
+        """Return the round for which the client holds its update back; None if it sends it."""
+        if not self.experiment.privacy.secure_aggregation:
+            return None
+        return RoundId(str(task.facts.about["run"]), task.facts.stage, task.facts.round_num)
 
     def score(self, model: ServerState, samples: Sequence[Sample], split: str) -> Metrics:
         """Score a model.

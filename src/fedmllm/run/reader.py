@@ -73,6 +73,13 @@ class Refusal(_Checked):
     reason: str
 
 
+class Session(_Checked):
+    """A round's session of secure aggregation."""
+
+    clients: int
+    failed: str | None
+
+
 class Round(Line):
     """A line of ``metrics.jsonl`` for a round with training."""
 
@@ -87,6 +94,7 @@ class Round(Line):
     halvings: dict[str, int] = Field(default_factory=dict)
     withheld: list[str] = Field(default_factory=list)
     staleness: dict[str, int] = Field(default_factory=dict)
+    secure_aggregation: Session | None = None
     refused: list[Refusal]
 
 

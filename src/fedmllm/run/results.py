@@ -15,7 +15,7 @@ from pydantic import ConfigDict
 from fedmllm import __version__
 from fedmllm.errors import RunError
 from fedmllm.evaluation.predictions import SIDE_BY_SIDE
-from fedmllm.privacy.statement import PrivacyStatement
+from fedmllm.privacy.statement import PrivacyStatement, SecureStatement
 from fedmllm.types import Metrics, Record
 
 CHECKED = ConfigDict(frozen=True, strict=True, allow_inf_nan=False)
@@ -54,6 +54,7 @@ class RunResult:
         remarks: how a strategy deviated from its description and why, by strategy.
         idle: the strategies among them that changed nothing.
         privacy: the differential privacy of the federated model; None without.
+        secure: what secure aggregation hid from the server; None without.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = CHECKED
@@ -88,6 +89,7 @@ class RunResult:
     validation: Metrics = field(default_factory=dict)
     question_only: float | None = None
     privacy: PrivacyStatement | None = None
+    secure: SecureStatement | None = None
     folder: Path | None = field(default=None, compare=False, repr=False)
     """The run folder, for a result that a run of this process returned. It is not part of ``result.json``."""
 

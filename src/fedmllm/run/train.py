@@ -36,13 +36,14 @@ from fedmllm.models.parts import Part
 from fedmllm.models.processors import needs_torchvision
 from fedmllm.models.saved import save_adapter
 from fedmllm.run.encodable import encodable, usable
-from fedmllm.run.federation import Federation, federation
+from fedmllm.run.federation import Federation, federation, run_id
 from fedmllm.run.folders import check_folder, known_model, open_folder, unfinished_folder
 from fedmllm.run.outputs import save_adapters, write_cards
 from fedmllm.run.privacy import PrivacyPlan, announcement, privacy_plan
 from fedmllm.run.resident import Resident
 from fedmllm.run.results import RunResult
 from fedmllm.run.sample_privacy import SamplePlan, sample_plan
+from fedmllm.run.secure import SecurePlan, secure_plan
 from fedmllm.run.splits import Splits
 from fedmllm.run.stages import stages_of
 from fedmllm.run.summary import summarize
@@ -77,6 +78,7 @@ def train(
     chosen = Path(output) if output else unfinished_folder(name) if resume else None
     check_folder(chosen, experiment, resume)
     privacy = privacy_plan(experiment)
+    secure = secure_plan(experiment, privacy.noise_multiplier if privacy else None)
     require_trackers(track)
     held, told = resident or Resident(), observer or UNOBSERVED
     _copies(experiment, held.dataset(experiment))  # reports bad data before the run downloads a model or waits for sites
@@ -92,7 +94,7 @@ def train(
         folder = open_folder(chosen, name, experiment, clients.data, resume)
         told.opened(folder)
         with tracked(track, folder, experiment, name) as tell:
-            return _Run(experiment, folder, name, clients, copies, vlm, trainable, encoder, start, told.beside(tell), plan).finish()
+            return _Run(experiment, folder, name, clients, copies, vlm, trainable, encoder, start, told.beside(tell), plan, secure).finish()
 
 
 def _copies(experiment: Experiment, dataset: Dataset) -> dict[str, tuple[Sample, ...]]:
@@ -154,6 +156,7 @@ class _Run:
     start: ServerState
     observer: Observer
     privacy: PrivacyPlan | SamplePlan | None = None
+    secure: SecurePlan | None = None
     asked: list[Answered] = field(default_factory=list)
     """Answers to the test split, kept while models are scored."""
 
@@ -174,6 +177,8 @@ class _Run:
         self.observer.remarked(remarked)
         if self.privacy:
             self.observer.remarked({"privacy": Remark(announcement(self.privacy.noise_multiplier, self.experiment, limited), False)})
+        if self.secure:
+            self.observer.remarked({"secure aggregation": Remark(self.secure.announcement, False)})
         if "zero_shot" in self.experiment.evaluation.baselines:
             self._zero_shot(loop, initial)
         # Baselines measure plain training, without what the method under test adds.
@@ -182,7 +187,7 @@ class _Run:
         federated, *baselines = stages
         self.asked.clear()
         with self.federation.engine(federated, self.folder, self._trainer(self._steps())) as engine:
-            loop = replace(loop, engine=engine)
+            loop = self._secured(replace(loop, engine=engine), federated)
             watched = loop if loop.algorithm.personalized else self._keeping(loop)
             trained = run_stage(watched, federated, self.start)
             # Save the adapter before scoring, so that it exists even if scoring fails.
@@ -201,10 +206,20 @@ class _Run:
             remarks={name: remark.text for name, remark in remarked.items()},
             idle=[name for name, remark in remarked.items() if remark.idle],
             privacy=self.privacy.statement(self.folder) if self.privacy else None,
+            secure=self.secure.statement(loop.store.records(federated.name)) if self.secure else None,
         )
         write_cards(self.folder, result, self.experiment, needs_torchvision(self.vlm.processor))
         write_json(self.folder / "result.json", result.to_record())
         return result
+
+    def _secured(self, loop: Loop, stage: Stage) -> Loop:
+        """Return the loop of the federation, with secure aggregation if it is on."""
+        if self.secure is None:
+            return loop
+        run = run_id(self.folder)
+        if isinstance(loop.engine, InProcessEngine):
+            return self.secure.simulated(loop, loop.engine, run, self.folder, sorted(stage.clients))
+        return self.secure.among_sites(loop, run, self.folder, self.federation.keys)
 
     def _limited(self, store: RunStore) -> Experiment:
         """Return the experiment with the rounds that its privacy budget affords."""

@@ -16,15 +16,19 @@ from fedmllm.data.federated import spread
 from fedmllm.data.modalities import profile
 from fedmllm.engine.checkpoint import ClientStates
 from fedmllm.engine.in_process import InProcessEngine
-from fedmllm.errors import ConfigError
+from fedmllm.engine.parties import Parties
+from fedmllm.errors import ConfigError, FederationError
 from fedmllm.flower.carrier import enclose, enclosed
 from fedmllm.flower.facts import VALIDATION, Presence, Scores, write_message
 from fedmllm.flower.messages import TaskFacts, read_task, write_answer
+from fedmllm.flower.sessions import SESSION, StageFacts, read_down, read_stage
 from fedmllm.models.lora import frozen_weights, read_weights
 from fedmllm.models.saved import save_adapter
 from fedmllm.privacy.ledger import Ledger
 from fedmllm.privacy.noise import Noise
 from fedmllm.privacy.sample_level import SampleBudget
+from fedmllm.privacy.secagg.messages import Message as Answered
+from fedmllm.privacy.secagg.messages import write
 from fedmllm.run.open_run import Clients, OpenRun
 from fedmllm.run.resident import Resident
 from fedmllm.training.private import PrivateSteps
@@ -84,6 +88,36 @@ class Worker:
     def scored(self, scores: Scores, facts: TaskFacts, model: ServerState) -> Scores | ClientFailure:
         """Return the scores of a personalized model to send to the server. Subclasses may withhold them."""
         return scores
+
+    def parties(self, experiment: Experiment) -> Parties | None:
+        """Return this worker's clients in sessions of secure aggregation. Only sites have keys for it."""
+        return None
+
+    def session(self, content: bytes) -> bytes:
+        """Answer a stage of a session of secure aggregation. An error becomes a failure message, and the worker continues."""
+        facts, message = read_stage(content)
+        try:
+            return self.passed_on(facts, write(self._stage(facts, message)))
+        except Exception as error:
+            failure = self.failed(facts.client, error)
+            return self.passed_on(facts, write_message(failure, facts.round_num), failure.reason)
+
+    def _stage(self, facts: StageFacts, message: bytes) -> Answered:
+        """Return a client's answer to a stage's message."""
+        parties = None if self._run is None else self._run.engine.parties
+        if parties is None:
+            raise FederationError(
+                f"{facts.client} holds no update: it restarted after it had trained, or trained without secure_aggregation"
+            )
+        self.admit(parties, facts)
+        return parties.answer(facts.client, facts.step, read_down(facts.step, message, len(parties.sites)))
+
+    def admit(self, parties: Parties, facts: StageFacts) -> None:
+        """Check the signed list of sites, if a message brings it. Subclasses override it."""
+
+    def passed_on(self, facts: StageFacts, content: bytes, failure: str = "") -> bytes:
+        """Return the bytes of an answer or failure to send to the server. Subclasses record them."""
+        return content
 
     def failed(self, client: str, error: Exception) -> ClientFailure:
         """Return the failure to send to the server for an error."""
@@ -152,7 +186,7 @@ class Worker:
         vlm, _ = self._opened.enter_context(self.resident.model(experiment))
         method = build_algorithm(experiment.algorithm)
         own = method.broadcast(method.init(read_weights(vlm.model), frozen_weights(vlm)))
-        engine = InProcessEngine(vlm, self.resident.encoder(experiment), experiment.training)
+        engine = InProcessEngine(vlm, self.resident.encoder(experiment), experiment.training, parties=self.parties(experiment))
         dataset = self.resident.dataset(experiment)
         return OpenRun(experiment, engine, method, own, clients, dataset.test, dataset.validation, dataset.metric)
 
@@ -182,6 +216,10 @@ def client_app(worker: Callable[[], Worker]) -> ClientApp:
     @app.train()
     def train(message: Message, context: Context) -> Message:
         return Message(enclose(worker().answer(enclosed(message.content))), reply_to=message)
+
+    @app.train(SESSION.partition(".")[2])
+    def session(message: Message, context: Context) -> Message:
+        return Message(enclose(worker().session(enclosed(message.content))), reply_to=message)
 
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:

@@ -20,10 +20,12 @@ from fedmllm.algorithms import ServerState, build_algorithm
 from fedmllm.config import Experiment
 from fedmllm.data.settings import DataConfig
 from fedmllm.engine.checkpoint import ClientStates
+from fedmllm.engine.parties import Parties
 from fedmllm.errors import ConfigError, FedMLLMError
 from fedmllm.flower.facts import Presence, Scores
 from fedmllm.flower.installed import require_flower
 from fedmllm.flower.messages import TaskFacts
+from fedmllm.flower.sessions import StageFacts
 from fedmllm.flower.settings import NAME, SiteConfig
 from fedmllm.privacy.ledger import LEDGER, Ledger
 from fedmllm.privacy.noise import Noise
@@ -32,6 +34,7 @@ from fedmllm.registry import restrict
 from fedmllm.run.open_run import Clients, OpenRun
 from fedmllm.run.privacy import nameless, participations
 from fedmllm.run.worker import Worker, client_app
+from fedmllm.sites.secure import admit, require_secure, site_parties
 from fedmllm.sites.supernode import serve
 from fedmllm.training.private import PrivateSteps
 from fedmllm.types import Answer, ClientFailure, ClientUpdate, Sample
@@ -63,6 +66,7 @@ class SiteWorker(Worker):
             raise ConfigError("a site without data of its own supports only trial runs on embedded data; set data in site.yaml")
         model = sent.model.model_copy(update={"name": site.model or "nano", "trust_remote_code": False, "revision": None})
         self._require_reported(sent)
+        require_secure(site, sent)
         engine = sent.engine.model_copy(update={"device": site.device, "worker_cpus": float(site.cpus)})
         data = sent.data if site.data is None else self._own_data(site.data, sent)
         return sent.model_copy(update={"model": model, "engine": engine, "data": data})
@@ -124,6 +128,26 @@ class SiteWorker(Worker):
         if facts.about["trial"] != (site.data is None):
             raise ConfigError(f"data: this site has {'no data' if site.data is None else 'data'} of its own, {remedy}")
 
+    def parties(self, experiment: Experiment) -> Parties | None:
+        """Return this site as the client of secure sessions."""
+        return site_parties(self._site, experiment)
+
+    def admit(self, parties: Parties, facts: StageFacts) -> None:
+        """Take the keys of all sites from the signed list."""
+        admit(self._site, parties, facts)
+
+    def passed_on(self, facts: StageFacts, content: bytes, failure: str = "") -> bytes:
+        """Record a message of a session in ``sent.jsonl`` before it is sent."""
+        about = {"run": facts.run, "stage": facts.stage, "round": facts.round_num + 1, "step": facts.step}
+        self._note({"kind": "session", **about, **({"failure": failure} if failure else {"bytes": len(content)})})
+        return content
+
+    @property
+    def _hidden(self) -> tuple[str, ...]:
+        """What the site does not report. Noise of clients protects from the server only what has noise, so nothing else is reported."""
+        noisy = self._run is not None and self._run.experiment.privacy.noise == "clients"
+        return ("metrics", "profile", "num_samples") if noisy else tuple(self._site.withheld)
+
     def private(self, run: OpenRun, facts: TaskFacts) -> PrivateSteps | None:
         """Return how training protects the site's samples: with the site's own limits, and with more noise if the server asks for it.
 
@@ -143,7 +167,7 @@ class SiteWorker(Worker):
 
     def reported(self, presence: Presence) -> Presence:
         """Return the presence message without the values that the site withholds."""
-        hidden = self._site.withheld
+        hidden = self._hidden
         kept = presence.model_copy(update={"rank": self._site.rank, "trial": self._site.data is None})
         if "profile" in hidden:
             kept = kept.model_copy(update={"profile": {}})
@@ -218,6 +242,7 @@ def _described(update: ClientUpdate) -> dict[str, Any]:
     groups = {"update": update.update, **update.extras}
     size = sum(t.nbytes for tensors in groups.values() for t in tensors.values()) if update.num_bytes is None else update.num_bytes
     return {
+        **({"held": True} if update.held else {}),
         "tensors": [f"{kind}/{name}" for kind, tensors in groups.items() for name in tensors],
         "bytes": size,
         "num_samples": update.num_samples,

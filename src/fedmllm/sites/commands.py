@@ -34,6 +34,21 @@ def init(
     typer.echo(f"authority  {folder / 'authority' / 'ca.key'} (keep it away from server and sites)")
 
 
+@site_app.command("sign")
+def sign(
+    authority: Annotated[Path, typer.Argument(help="The authority's ca.key.")],
+    file: Annotated[Path, typer.Argument(help="server.yaml, with the NAME.pub of each site in its folder.")],
+) -> None:
+    """Sign the list of a server's sites for secure aggregation, after a site has joined or changed its key."""
+    read_settings(file, SITES)
+    from fedmllm.flower.installed import require_flower
+    from fedmllm.flower.settings import ServerConfig
+    from fedmllm.sites import keys
+
+    require_flower()
+    typer.echo(f"signed     {keys.sign(authority, ServerConfig.load(file))}")
+
+
 @server_app.command("up")
 def server_up(file: Annotated[Path, typer.Argument(help="server.yaml from fedmllm site init.")]) -> None:
     """Run the SuperLink that sites connect to and admit them by their keys, until interrupted."""

@@ -12,12 +12,12 @@ import yaml
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat, load_pem_private_key
 from cryptography.x509.oid import NameOID
 
 from fedmllm.errors import ConfigError, RunError
-from fedmllm.files import require_folder
-from fedmllm.flower.settings import NAME
+from fedmllm.files import require_folder, write_atomically
+from fedmllm.flower.settings import NAME, ROSTER, ServerConfig
 
 DAYS = 825
 """Default validity of certificates in days. Some systems refuse longer ones."""
@@ -43,6 +43,9 @@ def init(folder: Path, address: str, sites: Sequence[str], days: int = DAYS) -> 
         raise ConfigError(f"--site: {wrong[0]!r} is not a valid name; use at most 64 letters, digits, _ . -")
     if len(set(sites)) < max(len(sites), 1):
         raise ConfigError("--site: name at least one site, and each site only once")
+    # Imports PyTorch, for which a mistyped address should not wait.
+    from fedmllm.privacy.secagg.roster import sign_roster
+
     require_folder(folder)
     if folder.exists() and any(folder.iterdir()):
         raise RunError(f"{folder}: the folder is not empty, and keys are never overwritten; choose another folder")
@@ -57,13 +60,48 @@ def init(folder: Path, address: str, sites: Sequence[str], days: int = DAYS) -> 
     _write(server / "server.crt", certificate.public_bytes(Encoding.PEM), secret=False)
     _write(server / "server.key", _private(key))
     _write(server / "secret", secrets.token_bytes(32))
-    for i, name in enumerate(sorted(sites)):
-        _init_site(folder, address, name, 9094 + i, root)
+    keys = {name: _init_site(folder, address, name, 9094 + i, root) for i, name in enumerate(sorted(sites))}
+    _write(server / ROSTER, sign_roster(authority, keys), secret=False)
     head = "# fedmllm server up server.yaml\n"
     _write(server / "server.yaml", (head + _yaml({"address": address, "listen": "0.0.0.0", "sites": sorted(sites)})).encode(), secret=False)
 
 
-def _init_site(folder: Path, address: str, name: str, port: int, root: x509.Certificate) -> None:
+def sign(authority: Path, server: ServerConfig) -> Path:
+    """Sign the list of a server's sites, for secure aggregation, and return its file beside ``server.yaml``.
+
+    Args:
+        authority: file with the authority's private key, ``ca.key``.
+        server: the server's settings. ``NAME.pub`` beside its file is a site's public key.
+
+    Raises:
+        ConfigError: if a key is missing, is not the authority's, or is not on P-384.
+        FederationError: if two sites have the same key.
+    """
+    from fedmllm.privacy.secagg.roster import sign_roster
+
+    key = _authority(authority)
+    root = x509.load_pem_x509_certificate((server.folder / "ca.crt").read_bytes())
+    if root.public_key() != key.public_key():
+        raise ConfigError(
+            f"{authority}: not the key of the authority in {server.folder / 'ca.crt'}; use the ca.key that site init created with it"
+        )
+    file = server.folder / ROSTER
+    write_atomically(file, sign_roster(key, server.public_keys()))
+    return file
+
+
+def _authority(path: Path) -> ec.EllipticCurvePrivateKey:
+    try:
+        key = load_pem_private_key(path.read_bytes(), None)
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"{path}: not the authority's private key ({error}); name the ca.key that site init created") from error
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise ConfigError(f"{path}: not a key on an elliptic curve; name the ca.key that site init created")
+    return key
+
+
+def _init_site(folder: Path, address: str, name: str, port: int, root: x509.Certificate) -> ec.EllipticCurvePublicKey:
+    """Create a site's folder and return its public key."""
     key, own = ec.generate_private_key(ec.SECP384R1()), folder / "sites" / name
     _write(own / "site.key", key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
     _write(folder / "server" / f"{name}.pub", key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH), secret=False)
@@ -71,6 +109,7 @@ def _init_site(folder: Path, address: str, name: str, port: int, root: x509.Cert
     _write(own / "secret", secrets.token_bytes(32))
     head = "# fedmllm site up site.yaml\n"
     _write(own / "site.yaml", (head + _yaml({"name": name, "server": address, "port": port})).encode(), secret=False)
+    return key.public_key()
 
 
 def _certificate(

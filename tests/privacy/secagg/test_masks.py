@@ -14,7 +14,8 @@ from scipy.stats import chisquare
 
 from fedmllm.privacy.secagg import masks
 from fedmllm.privacy.secagg.masks import Mask
-from fedmllm.privacy.secagg.statements import digest, statement, threshold
+from fedmllm.privacy.secagg.policy import threshold
+from fedmllm.privacy.secagg.statements import digest, statement
 from secure_sessions import Session
 
 CHUNK = 1 << 16

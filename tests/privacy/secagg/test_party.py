@@ -15,7 +15,7 @@ from fedmllm.errors import FederationError
 from fedmllm.privacy.secagg import statements as S
 from fedmllm.privacy.secagg.messages import Endorsements, Inbox, Opening, Peers, PublicKeys, RoundId, Survivors
 from fedmllm.privacy.secagg.party import Party
-from fedmllm.privacy.secagg.policy import Policy
+from fedmllm.privacy.secagg.policy import Policy, threshold
 from fedmllm.privacy.secagg.simulate import UsedInMemory
 from fedmllm.privacy.secagg.used import UsedRounds
 from secure_sessions import KEYS, ROUND, Session
@@ -32,7 +32,7 @@ def refused(session: Session, stage: str, message: Any, match: str, name: str = 
 def with_keys(message: Peers, **changed: PublicKeys | None) -> Peers:
     keys = {**message.keys, **changed}
     found = {name: value for name, value in keys.items() if value is not None}
-    return Peers(message.session, found, S.threshold(len(found)))
+    return Peers(message.session, found, threshold(len(found)))
 
 
 def signed_by(key: S.SiteKey, name: str, session: bytes, round_id: RoundId = ROUND, mask_key: bytes = bytes(range(32))) -> PublicKeys:

@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from fedmllm.errors import FederationError
 from fedmllm.privacy.secagg import masks, shamir
 from fedmllm.privacy.secagg.messages import PublicKeys
-from fedmllm.privacy.secagg.statements import threshold
+from fedmllm.privacy.secagg.policy import threshold
 
 _SHARE = 66
 

@@ -27,7 +27,7 @@ from fedmllm.privacy.secagg.messages import (
     Vector,
 )
 from fedmllm.privacy.secagg.own_secrets import OwnSecrets
-from fedmllm.privacy.secagg.policy import Policy
+from fedmllm.privacy.secagg.policy import Policy, threshold
 from fedmllm.privacy.secagg.used import Used
 
 
@@ -87,7 +87,7 @@ class Party:
             FederationError: if there are too few clients, one that is not a site, a signature that is not valid, or another threshold.
         """
         with self._turn("shares", peers.session):
-            t = S.threshold(len(peers.keys))
+            t = threshold(len(peers.keys))
             self._policy.require_enough(len(peers.keys), t, "sent keys")
             if peers.threshold != t:
                 raise FederationError(f"the threshold for {len(peers.keys)} clients is {t}, got {peers.threshold}; update the server")
@@ -165,7 +165,7 @@ class Party:
 
     @property
     def _threshold(self) -> int:
-        return S.threshold(len(self._peers))
+        return threshold(len(self._peers))
 
     @contextmanager
     def _turn(self, stage: str, session: bytes) -> Iterator[None]:

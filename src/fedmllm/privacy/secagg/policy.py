@@ -12,6 +12,11 @@ _SLACK = 1e-9
 """Weights are quotients of sample counts; their sum may exceed 1 by rounding."""
 
 
+def threshold(num_clients: int) -> int:
+    """Return t, the number of shares that give a secret back: ``floor(2n / 3) + 1``."""
+    return 2 * num_clients // 3 + 1
+
+
 @dataclass(frozen=True)
 class Policy:
     """A client's own limits. A server cannot change them.

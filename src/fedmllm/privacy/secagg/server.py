@@ -29,6 +29,7 @@ from fedmllm.privacy.secagg.messages import (
     Survivors,
     Vector,
 )
+from fedmllm.privacy.secagg.policy import threshold
 from fedmllm.privacy.secagg.unmasking import pair_masks, seed_mask
 
 
@@ -98,6 +99,16 @@ class Server:
         self._signatures: dict[str, bytes] = {}
         self._revealed: dict[str, Revealed] = {}
 
+    @property
+    def survivors(self) -> tuple[str, ...]:
+        """The clients whose vectors are in the sum, by name; empty before stage ``survivors``."""
+        return tuple(self._survivors)
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weights that clients are shown in stage ``masked``: those of the clients that sent shares."""
+        return {name: self._weights[name] for name in self._sealed}
+
     def begin(self, stage: str) -> dict[str, Message]:
         """End the stage before and return this stage's message for each client that is still in the session.
 
@@ -149,7 +160,7 @@ class Server:
 
     @property
     def _threshold(self) -> int:
-        return S.threshold(len(self._peers))
+        return threshold(len(self._peers))
 
     @property
     def _missing(self) -> list[str]:
@@ -234,12 +245,11 @@ class Server:
 
     def _inbox(self, client: str) -> Inbox:
         sealed = {sender: shares.sealed[client] for sender, shares in self._sealed.items() if sender != client}
-        return Inbox(self._session, sealed, {name: self._weights[name] for name in self._sealed})
+        return Inbox(self._session, sealed, self.weights)
 
     def _begin_survivors(self, survivors: list[str]) -> Survivors:
         self._survivors = survivors
-        weights = {name: self._weights[name] for name in self._sealed}
-        self._agreed = S.survivors_statement(self._context, weights, self._length, survivors)
+        self._agreed = S.survivors_statement(self._context, self.weights, self._length, survivors)
         return Survivors(self._session, tuple(survivors))
 
 

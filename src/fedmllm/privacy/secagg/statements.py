@@ -11,6 +11,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedmllm.privacy.secagg.messages import PublicKeys, RoundId
+from fedmllm.privacy.secagg.policy import threshold
 
 SiteKey = ec.EllipticCurvePrivateKey
 """A site's private key (``site.key``), on the curve P-384."""
@@ -53,11 +54,6 @@ def is_signed(key: SitePublicKey, signature: bytes, content: bytes) -> bool:
     except InvalidSignature:
         return False
     return True
-
-
-def threshold(num_clients: int) -> int:
-    """Return t, the number of shares that give a secret back: ``floor(2n / 3) + 1``."""
-    return 2 * num_clients // 3 + 1
 
 
 def keys_statement(round_id: RoundId, session: bytes, terms: bytes, name: str, mask_key: bytes, share_key: bytes) -> bytes:
