@@ -11,7 +11,8 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from fedmllm.algorithms import ALGORITHMS, STRATEGIES, AlgorithmConfig, build_algorithm
+from fedmllm.algorithms import AlgorithmConfig
+from fedmllm.config_rules import require_method, require_privacy, require_sums
 from fedmllm.data.settings import DataConfig, FederationConfig
 from fedmllm.engine.compression import CompressionConfig
 from fedmllm.engine.failures import FailureConfig
@@ -22,7 +23,6 @@ from fedmllm.evaluation.evaluate import EvaluationConfig
 from fedmllm.explain import rule, tell_renamed
 from fedmllm.models.parts import LoraConfig
 from fedmllm.models.settings import ModelConfig
-from fedmllm.privacy.lawful import require_client_level, require_sample_level, require_summable
 from fedmllm.privacy.settings import PrivacyConfig
 from fedmllm.registry import load_plugins, resolved
 from fedmllm.settings_file import Path_, read_settings
@@ -124,98 +124,10 @@ class Experiment(BaseModel):
         return self
 
     @model_validator(mode="after")
-    def _method_fits(self) -> Experiment:
-        method, cohort = build_algorithm(self.algorithm), self.federation.clients_per_round
-        if self.lora.client_ranks and not method.heterogeneous_ranks:
-            able = [name for name, cls in ALGORITHMS.items() if cls.heterogeneous_ranks]
-            raise ValueError(
-                f"lora.client_ranks: {self.algorithm.name} needs the same rank at all clients; leave it out, or use {', '.join(able)}"
-            )
-        if method.changes_frozen and self.model.quantization != "none":
-            raise ValueError(
-                f"model.quantization: {self.algorithm.name} adds to the frozen weights, which {self.model.quantization} cannot hold exactly; "
-                "use none, or another method"
-            )
-        if method.changes_frozen and self.lora.dora and self.model.dtype != "float32":
-            raise ValueError(
-                f"lora.dora: {self.algorithm.name} adds to the frozen weights, which {self.model.dtype} cannot hold exactly, but DoRA needs "
-                "their exact norms; set model.dtype to float32, or lora.dora to false"
-            )
-        build_schedule(self.schedule).require(method, self.algorithm.name, self.federation.num_clients, cohort)
-        if cohort < method.smallest_cohort:
-            raise ValueError(
-                f"federation.clients_per_round: {self.algorithm.name} with these parameters needs at least {method.smallest_cohort} clients "
-                f"per round, got {cohort}"
-            )
-        for name in self.algorithm.strategy_names:
-            if STRATEGIES[name].wording not in (None, self.data.prompt):
-                raise ValueError(f"data.prompt: algorithm.strategies has {name}, data.prompt is {self.data.prompt}; change one of them")
-        return self
-
-    @model_validator(mode="after")
-    def _privacy_holds(self) -> Experiment:
-        federation, private = self.federation, self.privacy.unit == "client"
-        if federation.sampling == "poisson" and not private:
-            raise ValueError(
-                "federation.sampling: poisson draws secret cohorts, which only privacy.unit: client needs; use uniform or cyclic"
-            )
-        if federation.sampling != "uniform" and self.schedule.name != "synchronous":
-            raise ValueError(
-                f"federation.sampling: schedule {self.schedule.name} draws clients itself; use uniform, or schedule synchronous"
-            )
-        if self.privacy.unit == "none":
-            return self
-        if self.schedule.name != "synchronous":
-            raise ValueError(
-                f"privacy.unit: {self.privacy.unit} counts rounds, which schedule {self.schedule.name} does not have; use schedule synchronous"
-            )
-        method = build_algorithm(self.algorithm)
-        if not private:
-            require_sample_level(method, self.algorithm.name)
-            return self
-        require_client_level(method, ALGORITHMS[self.algorithm.method], self.algorithm.name)
-        if federation.sampling == "poisson" and self.compression.name != "none":
-            raise ValueError(
-                "compression.name: the size of updates reveals a secret cohort; set it to none, or federation.sampling to cyclic"
-            )
-        if self.privacy.target_delta * federation.num_clients >= 1:
-            raise ValueError(
-                f"privacy.target_delta: must be less than 1 / federation.num_clients = {1 / federation.num_clients:g}, got "
-                f"{self.privacy.target_delta:g}, which would allow one client to be revealed in full"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _sums_are_secure(self) -> Experiment:
-        if not self.privacy.secure_aggregation:
-            return self
-        require_summable(build_algorithm(self.algorithm), ALGORITHMS[self.algorithm.method], self.algorithm.name)
-        for setting, value, reason, remedy in (
-            ("compression.name", self.compression.name != "none", "compressed updates cannot be added", "none"),
-            ("lora.client_ranks", bool(self.lora.client_ranks), "tensors of different ranks cannot be added", "[]"),
-            (
-                "federation.sampling",
-                self.federation.sampling == "poisson",
-                "clients learn each other's names, so cohorts are public",
-                "cyclic",
-            ),
-            ("schedule.name", self.schedule.name != "synchronous", "a sum needs the clients of one round", "synchronous"),
-            ("privacy.clip_quantile", self.privacy.clip_quantile is not None, "clients do not send its bits in their sum", "null"),
-        ):
-            if value:
-                raise ValueError(f"{setting}: with privacy.secure_aggregation, {reason}; set it to {remedy}")
-        if self.engine.name == "flower" and self.engine.server is None:
-            raise ValueError(
-                "engine.name: workers on this machine have no keys of their own for privacy.secure_aggregation; use in_process, or sites (engine.server)"
-            )
-        cohort, least = self.federation.clients_per_round, self.privacy.smallest_sum(self.federation.clients_per_round)
-        if not 2 <= least <= cohort:
-            raise ValueError(
-                f"federation.clients_per_round: {cohort}, but privacy.secure_aggregation needs sums of at least {max(2, least)} clients "
-                "(privacy.min_clients); raise one or lower the other"
-            )
-        if self.privacy.assumed_colluders >= least:
-            raise ValueError(f"privacy.assumed_colluders: must be less than min_clients, {least}, got {self.privacy.assumed_colluders}")
+    def _sections_fit(self) -> Experiment:
+        require_method(self)
+        require_privacy(self)
+        require_sums(self)
         return self
 
     @property

@@ -40,12 +40,12 @@ def adapter(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "adapter" / "adapter_model.safetensors")
 
 
-def losing(monkeypatch: pytest.MonkeyPatch, names: set[str], stage: str) -> None:
-    """Let clients fail in a stage of the second round."""
+def losing(monkeypatch: pytest.MonkeyPatch, names: set[str], stage: str, rounds: tuple[int, ...] = (1,)) -> None:
+    """Let clients fail in a stage of some rounds, by default the second."""
     answer = Parties.answer
 
     def failing(parties: Parties, client: str, step: str, message: Message) -> Message:
-        if client in names and step == stage and parties._held[client].round_id.round_num == 1:
+        if client in names and step == stage and parties._held[client].round_id.round_num in rounds:
             raise FederationError("the connection is lost")
         return answer(parties, client, step, message)
 
@@ -102,6 +102,16 @@ def test_a_skipped_round_is_in_metrics_report_and_statement(tiny: Experiment, tm
     assert reason in page
     assert "left secure aggregation in stage survivors: the connection is lost" in page
     assert read_run(tmp_path / "run").result == result
+
+
+def test_a_run_without_any_sum_is_an_error(tiny: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its adapter would be untrained. Whoever allows skipped rounds gets it anyway."""
+    losing(monkeypatch, {"client-00", "client-01", "client-02"}, "survivors", (0, 1))
+    with pytest.raises(
+        FederationError, match=r"(?s)no round has a sum, because every session .* failed:.*needs at least 3 clients.*fix the causes"
+    ):
+        train(experiment(tiny), tmp_path / "run", resident=RESIDENT, report=False)
+    assert not (tmp_path / "run" / "result.json").exists()
 
 
 def test_the_statement_of_a_simulation_says_that_it_hid_nothing(tiny: Experiment, tmp_path: Path) -> None:

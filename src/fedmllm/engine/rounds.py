@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from fedmllm import factors
 from fedmllm import weights as W
 from fedmllm.algorithms import NONE_OUTSTANDING, Algorithm, Outstanding, ServerState, UpdateTransform
 from fedmllm.engine.base import Assignment, Engine, Split
@@ -16,16 +14,16 @@ from fedmllm.engine.checkpoint import BackgroundCheckpoint, RunStore
 from fedmllm.engine.failures import NONE_EXPECTED, FailureConfig
 from fedmllm.engine.intake import Intake, Origin
 from fedmllm.engine.observer import UNOBSERVED, Observer
+from fedmllm.engine.round_records import round_record
 from fedmllm.engine.schedules import SYNCHRONOUS, Schedule
 from fedmllm.engine.scores import evaluate_state, validate_state
 from fedmllm.engine.secure import FACTS, SecureAggregation, Session, facts
 from fedmllm.engine.stages import Stage
+from fedmllm.engine.watch import Watch
 from fedmllm.errors import FederationError
-from fedmllm.privacy.client_level import WITHHELD, ClientPrivacy
+from fedmllm.privacy.client_level import ClientPrivacy
 from fedmllm.training.settings import TrainingConfig, reach, round_learning_rate
-from fedmllm.types import BASE_STEP, UPDATE, Answer, Broadcast, Population, Record
-
-_LOG = logging.getLogger(__name__)
+from fedmllm.types import BASE_STEP, UPDATE, Answer, Population, Record
 
 
 @dataclass(frozen=True)
@@ -235,7 +233,7 @@ def _population(loop: Loop, stage: Stage) -> Population:
 
 def _round(this: Round, watch: Watch, checkpoint: BackgroundCheckpoint) -> ServerState:
     """Run one round, from the first task to the checkpoint."""
-    loop, stage, before, intake = this.loop, this.stage, this.state, this.intake
+    loop, stage, before = this.loop, this.stage, this.state
     left = this.collect()
     state = _stepped(this) if this.complete else _skipped(before)
     state = replace(state, outstanding=left)
@@ -243,24 +241,7 @@ def _round(this: Round, watch: Watch, checkpoint: BackgroundCheckpoint) -> Serve
     validation = validate_state(loop, stage, state) if stage.validates(state.round_num) else None
     scores = evaluate_state(loop, stage, state) if stage.ends(state.round_num) else None
     watch.lap("evaluate")
-    record = {
-        "stage": stage.name,
-        "round": state.round_num,
-        "clients": sorted(this.clients),
-        "learning_rate": this.assignment.learning_rate,
-        "skipped": not this.complete,
-        **intake.record(),
-        **this.facts,
-        "score": scores["score"] if scores else None,
-        "scores": scores,
-        "validation": validation,
-        "bytes_down": _bytes_down(loop.algorithm, stage, before, this.assignment.broadcast, _reached(this)),
-    }
-    if session := this.facts.get(FACTS):
-        record |= {name: record[name] + session[name] for name in ("bytes_up", "bytes_down")}
-    record["seconds"] = watch.reset()
-    if loop.privacy or loop.withholds:
-        record = _published(record, this)
+    record = round_record(this, state, validation, scores, watch.reset())
     # Write the metrics line before the state. A resumed run removes a line without a state, but could not restore a missing line.
     loop.store.append(record)
     checkpoint.save(state)
@@ -304,46 +285,3 @@ def _stepped(this: Round) -> ServerState:
 def _skipped(state: ServerState) -> ServerState:
     """Return the same state one round later. No update counts, and no change to the frozen weights is sent."""
     return replace(state, round_num=state.round_num + 1, slots={kind: slot for kind, slot in state.slots.items() if kind != BASE_STEP})
-
-
-def _reached(this: Round) -> list[str]:
-    """Return the clients that received a task; instead of a secret cohort, as many clients as it has in the mean."""
-    privacy = this.loop.privacy
-    return sorted(this.stage.clients)[: privacy.cohort] if privacy and privacy.secret_cohort else this.intake.reached
-
-
-def _published(record: Record, this: Round) -> Record:
-    """Return the record that may be published, and log what the operator needs to know about failed clients."""
-    for row in record["refused"]:
-        _LOG.warning("Round %d: no update from %s: %s", record["round"], row["client"], row["reason"])
-    record = {**record, "refused": [{"client": row["client"], "reason": WITHHELD} for row in record["refused"]]}
-    sent = {n: t for n, t in this.state.weights.items() if this.loop.algorithm.uploads(this.state.round_num, n)}
-    return this.loop.privacy.published(record, W.num_bytes(sent)) if this.loop.privacy else record
-
-
-def _bytes_down(algorithm: Algorithm, stage: Stage, state: ServerState, broadcast: Broadcast, cohort: Sequence[str]) -> int:
-    """Return the bytes sent to the cohort plus the last round's change to the frozen weights, which every client receives."""
-    sent = {name: tensor for name, tensor in broadcast.weights.items() if algorithm.downloads(name)}
-    extras = {f"{kind}/{n}": tensor for kind, tensors in broadcast.extras.items() for n, tensor in tensors.items()}
-    further = {name: tensor for name, tensor in extras.items() if algorithm.downloads(name)}
-    own = sum(W.num_bytes(factors.cut(sent, stage.ranks.get(name)), further) for name in cohort)
-    return own + len(stage.clients) * W.num_bytes(state.slots.get(BASE_STEP, {}))
-
-
-class Watch:
-    """Measures seconds by activity. A round writes its checkpoint after its metrics line, so the next round's line includes that time."""
-
-    def __init__(self) -> None:
-        self._last = time.perf_counter()
-        self.seconds = dict.fromkeys(("train", "aggregate", "evaluate", "checkpoint"), 0.0)
-
-    def reset(self) -> dict[str, float]:
-        """Return the seconds by activity and restart them at zero."""
-        before, self.seconds = self.seconds, dict.fromkeys(self.seconds, 0.0)
-        return before
-
-    def lap(self, name: str) -> None:
-        """Add the time since the last lap to an activity."""
-        now = time.perf_counter()
-        self.seconds[name] += now - self._last
-        self._last = now

@@ -13,8 +13,8 @@ from fedmllm.config import Experiment
 from fedmllm.engine.in_process import InProcessEngine
 from fedmllm.engine.parties import Identity, Parties
 from fedmllm.engine.rounds import Loop
-from fedmllm.engine.secure import SecureAggregation
-from fedmllm.errors import ConfigError
+from fedmllm.engine.secure import FACTS, SecureAggregation
+from fedmllm.errors import ConfigError, FederationError, listing
 from fedmllm.privacy.noise import Noise
 from fedmllm.privacy.secagg.encoding import Encoding
 from fedmllm.privacy.secagg.policy import Policy, threshold
@@ -104,6 +104,20 @@ class SecurePlan:
             return Identity(own[client], UsedRounds(folder / "checkpoints" / "masked" / f"{names.index(client)}.jsonl"), policy)
 
         return self.among_sites(replace(loop, engine=replace(engine, parties=Parties(self.encoding, identity, keys))), run, folder, keys)
+
+    def require_sum(self, records: Sequence[Record]) -> None:
+        """Require that at least one round has a sum, unless the settings allow rounds to be skipped.
+
+        Raises:
+            FederationError: if every session failed, so that the adapter is untrained.
+        """
+        if self.experiment.failures.below == "skip" or not all(record["skipped"] for record in records):
+            return
+        reasons = dict.fromkeys(str(record.get(FACTS, {}).get("failed")) for record in records)
+        raise FederationError(
+            f"no round has a sum, because every session of secure aggregation failed:\n{listing(reasons)}\nfix the causes, and start the run again in "
+            "another folder"
+        )
 
     def statement(self, records: Sequence[Record]) -> SecureStatement:
         """Return what a run may claim, given the metrics of the federation's rounds."""

@@ -190,6 +190,8 @@ class _Run:
             loop = self._secured(replace(loop, engine=engine), federated)
             watched = loop if loop.algorithm.personalized else self._keeping(loop)
             trained = run_stage(watched, federated, self.start)
+            if self.secure:
+                self.secure.require_sum(loop.store.records(federated.name))
             # Save the adapter before scoring, so that it exists even if scoring fails.
             models = personal_models(loop, federated, trained)
             save_adapters(self.vlm, self.folder, trained, models if loop.algorithm.personalized else {})
