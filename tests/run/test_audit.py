@@ -164,6 +164,19 @@ def test_an_audit_of_client_level_privacy_tosses_a_coin_for_each_client(tiny: Ex
     assert sum(client["num_samples"] == 0 for client in manifest["clients"]) == result.attacks["adapter"].others
 
 
+@pytest.mark.slow
+def test_a_run_with_secure_aggregation_is_audited_by_what_it_releases(tiny: Experiment, tmp_path: Path) -> None:
+    """Half of the clients are in the twin, which are fewer than a sum needs."""
+    found = memorizing(tiny, epochs=1, unit="client", target_epsilon=8.0, target_delta=1e-3, secure_aggregation=True, noise="clients")
+    values = found.model_dump(mode="json")
+    values["federation"] |= {"num_clients": 12, "clients_per_round": 12, "min_partition_size": 2}
+    fedmllm.train(Experiment.parse(values), tmp_path / "run")
+    result = audit(tmp_path / "run")
+    assert result.epsilon == pytest.approx(8.0, abs=0.01)
+    lines = [json.loads(line) for line in (tmp_path / "run/audit/metrics.jsonl").read_text().splitlines()]
+    assert not any(line["skipped"] for line in lines)
+
+
 def test_an_unfinished_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="not a finished run"):
         audit(tmp_path)

@@ -105,11 +105,18 @@ def _experiment(run: Path) -> Experiment:
 
 
 def _twin(experiment: Experiment) -> Experiment:
-    """Return the twin's settings: the run's, without scores that the audit does not need. A cohort without members skips its round."""
+    """Return the twin's settings: the run's, without scores that the audit does not need. A cohort without members skips its round.
+
+    Attacks see what the server releases, which secure aggregation does not change, so that the twin does without. If clients add the noise, the
+    twin has as much as the guarantee counts on: that of ``min_clients`` clients.
+    """
     evaluation = experiment.evaluation.model_copy(update={"baselines": (), "every": 0, "tested": (), "client_samples": 0})
     engine = experiment.engine.model_copy(update={"name": "in_process"})
     failures = experiment.failures.model_copy(update={"below": "skip", "min_updates": 1})
-    return experiment.model_copy(update={"evaluation": evaluation, "engine": engine, "failures": failures})
+    plain = {"secure_aggregation": False, "min_clients": None, "noise": "server", "assumed_colluders": 0}
+    privacy = experiment.privacy.model_copy(update=plain)
+    changes = {"evaluation": evaluation, "engine": engine, "failures": failures, "privacy": privacy}
+    return experiment.model_copy(update=changes)
 
 
 def _require_same_coins(folder: Path, unit: AuditUnit, seed: int) -> None:
