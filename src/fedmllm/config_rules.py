@@ -56,6 +56,7 @@ def require_privacy(e: Experiment) -> None:
         raise ValueError("federation.sampling: poisson draws secret cohorts, which only privacy.unit: client needs; use uniform or cyclic")
     if federation.sampling != "uniform" and e.schedule.name != "synchronous":
         raise ValueError(f"federation.sampling: schedule {e.schedule.name} draws clients itself; use uniform, or schedule synchronous")
+    _require_bands(e)
     if e.privacy.unit == "none":
         return
     if e.schedule.name != "synchronous":
@@ -74,6 +75,23 @@ def require_privacy(e: Experiment) -> None:
             f"privacy.target_delta: must be less than 1 / federation.num_clients = {1 / federation.num_clients:g}, got "
             f"{e.privacy.target_delta:g}, which would allow one client to be revealed in full"
         )
+
+
+def _require_bands(e: Experiment) -> None:
+    """Check that a client takes part at most every ``privacy.bands`` rounds, with the same tensors and bound each time."""
+    privacy, federation, method = e.privacy, e.federation, build_algorithm(e.algorithm)
+    if privacy.bands == 1:
+        return
+    if privacy.unit != "client" or federation.sampling != "cyclic" or privacy.noise != "server" or privacy.clip_quantile is not None:
+        raise ValueError(
+            f"privacy.bands: {privacy.bands} needs unit: client, noise: server, a fixed clip_norm and federation.sampling: cyclic; set them, or bands to 1"
+        )
+    if privacy.bands > (period := federation.num_clients // federation.clients_per_round):
+        raise ValueError(
+            f"privacy.bands: {privacy.bands}, but a client takes part every {period} rounds (num_clients / clients_per_round); set at most {period}"
+        )
+    if any(method.uploads(0, name) != method.uploads(1, name) for name in ("layer.lora_A.weight", "layer.lora_B.weight")):
+        raise ValueError(f"privacy.bands: {e.algorithm.name} uploads other tensors in every round; set bands to 1, or use ffa_lora")
 
 
 def require_sums(e: Experiment) -> None:

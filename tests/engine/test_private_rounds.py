@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -19,8 +19,10 @@ from fedmllm.algorithms import ServerState
 from fedmllm.algorithms.fedavg import FedAvg
 from fedmllm.engine.base import Assignment
 from fedmllm.engine.checkpoint import RunStore
+from fedmllm.engine.failures import FailureConfig
 from fedmllm.engine.rounds import Loop, run_stage
 from fedmllm.engine.stages import Stage
+from fedmllm.privacy.bands import BandedNoise
 from fedmllm.privacy.client_level import WITHHELD, ClientPrivacy
 from fedmllm.privacy.ledger import Ledger
 from fedmllm.privacy.noise import Noise
@@ -161,6 +163,22 @@ def test_an_empty_cohort_still_releases_noise(tmp_path: Path) -> None:
     state = run_stage(private_loop(tmp_path, Honest(), rate=1e-9), stage(1, "poisson"), start())
     assert float(state.weights["w"].abs().min()) > 0
     assert len(Ledger(tmp_path / "privacy.jsonl").lines()) == 1
+
+
+def test_banded_noise_begins_anew_after_a_skipped_round(tmp_path: Path) -> None:
+    """After it a client may take part sooner than every b releases."""
+    engine = Honest(broken=tuple(NAMES[:4]))
+    loop = private_loop(tmp_path, engine)
+    assert loop.privacy is not None
+    noise = BandedNoise(2, Noise())
+    private = replace(loop.privacy, banded=noise, cohort=4)
+    policy = FailureConfig(min_updates=4, below="skip")
+    run_stage(replace(loop, privacy=private, failures=policy), stage(1), start())
+    assert RunStore(tmp_path).records()[0]["skipped"]
+    assert not noise._earlier
+    assert not (tmp_path / "privacy.jsonl").exists()
+    run_stage(replace(loop, privacy=private, store=RunStore(tmp_path / "other")), stage(2), start())
+    assert len(noise._earlier) == 1
 
 
 TRAINER = """

@@ -235,7 +235,7 @@ def _round(this: Round, watch: Watch, checkpoint: BackgroundCheckpoint) -> Serve
     """Run one round, from the first task to the checkpoint."""
     loop, stage, before = this.loop, this.stage, this.state
     left = this.collect()
-    state = _stepped(this) if this.complete else _skipped(before)
+    state = _stepped(this) if this.complete else _skipped(loop, before)
     state = replace(state, outstanding=left)
     watch.lap("aggregate")
     validation = validate_state(loop, stage, state) if stage.validates(state.round_num) else None
@@ -282,6 +282,8 @@ def _stepped(this: Round) -> ServerState:
     return replace(state, accepted=dict(sorted({**before.accepted, **accepted}.items())))
 
 
-def _skipped(state: ServerState) -> ServerState:
+def _skipped(loop: Loop, state: ServerState) -> ServerState:
     """Return the same state one round later. No update counts, and no change to the frozen weights is sent."""
+    if loop.privacy:
+        loop.privacy.skip()
     return replace(state, round_num=state.round_num + 1, slots={kind: slot for kind, slot in state.slots.items() if kind != BASE_STEP})

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 
 from fedmllm.privacy.accounting import Releases
+from fedmllm.privacy.bands import BandedNoise
 from fedmllm.privacy.clipping import AdaptiveClip, bit_deviation, clipped, joint_norm, update_multiplier
 from fedmllm.privacy.ledger import Ledger
 from fedmllm.privacy.noise import Noise
@@ -40,6 +41,7 @@ class ClientPrivacy:
         rate: probability with which a client takes part in a round; 1 if cohorts are public.
         adaptive: how C follows the updates' norms; None keeps it fixed.
         noise_at_clients: whether the clients of secure aggregation have added the noise already.
+        banded: noise that partly cancels over rounds; None for independent noise. C must be fixed then.
     """
 
     clip_norm: float
@@ -50,6 +52,7 @@ class ClientPrivacy:
     rate: float = 1.0
     adaptive: AdaptiveClip | None = field(default=None)
     noise_at_clients: bool = False
+    banded: BandedNoise | None = None
 
     @property
     def secret_cohort(self) -> bool:
@@ -100,9 +103,15 @@ class ClientPrivacy:
         deviation = self._limit(server) * (update_multiplier(z, bit_deviation(z, self.cohort)) if self.adaptive else z)
         means = {}
         for kind in sorted(total):
-            noisy = self.noise.added(total[kind], bit_deviation(z, self.cohort) if kind == BIT else deviation)
+            source, size = (self.noise, bit_deviation(z, self.cohort)) if kind == BIT else (self.banded or self.noise, deviation)
+            noisy = source.added(total[kind], size)
             means[kind] = {name: tensor / self.cohort for name, tensor in noisy.items()}
         return means
+
+    def skip(self) -> None:
+        """Note that a round releases nothing."""
+        if self.banded:
+            self.banded.restart()
 
     def kinds(self, expected: Slots) -> Slots:
         """Return zeros for all kinds of a contribution, given tensors of the right shapes for those of the method."""

@@ -36,6 +36,9 @@ class PrivacyConfig(BaseModel):
     """Largest epsilon of the run. Training stops before a round that would exceed it. Null sets no limit."""
     target_delta: float = Field(1e-5, gt=0, lt=1)
     """Delta of the guarantee. It must be less than one divided by the number of units."""
+    bands: int = Field(1, ge=1, json_schema_extra=ADVANCED)
+    """With ``unit: client`` and cyclic sampling, let the server's noise partly cancel over this many rounds, at most num_clients / clients_per_round
+    (Choquette-Choo et al., NeurIPS 2023). The cost is the same; noise in sums over rounds is lower."""
     noise_seed: int | None = Field(None, ge=0, json_schema_extra=ADVANCED)
     """Makes the noise predictable, for tests. The run then has no guarantee, and its results say so."""
     secure_aggregation: bool = False

@@ -11,6 +11,7 @@ from fedmllm.config import Experiment
 from fedmllm.engine.stages import Stage
 from fedmllm.errors import ConfigError
 from fedmllm.privacy.accounting import Releases, affordable, epsilon
+from fedmllm.privacy.bands import BandedNoise, prefix_error
 from fedmllm.privacy.client_level import ClientPrivacy
 from fedmllm.privacy.clipping import AdaptiveClip
 from fedmllm.privacy.ledger import LEDGER, Ledger
@@ -71,7 +72,8 @@ class PrivacyPlan:
         adaptive = AdaptiveClip(config.clip_quantile) if config.clip_quantile is not None else None
         noise, ledger = Noise(config.noise_seed), Ledger(folder / LEDGER)
         cohort = self.experiment.federation.clients_per_round
-        return ClientPrivacy(config.clip_norm, self.noise_multiplier, cohort, noise, ledger, self.rate, adaptive)
+        banded = BandedNoise(config.bands, noise) if config.bands > 1 else None
+        return ClientPrivacy(config.clip_norm, self.noise_multiplier, cohort, noise, ledger, self.rate, adaptive, banded=banded)
 
     def statement(self, folder: Path) -> PrivacyStatement:
         """Return what a run's ledger says was spent.
@@ -127,7 +129,10 @@ def announcement(noise_multiplier: float, asked: Experiment, limited: Experiment
         else f" instead of {asked.federation.num_rounds}, because target_epsilon affords no more"
     )
     seeded = "" if config.noise_seed is None else "; noise_seed is set, so there is no guarantee"
-    return f"unit {config.unit}, {noise}, {rounds} rounds{fewer}{seeded}"
+    cancel = (
+        f", {config.bands} bands (noise of sums over rounds {prefix_error(config.bands, rounds):.2f} times)" if config.bands > 1 else ""
+    )
+    return f"unit {config.unit}, {noise}{cancel}, {rounds} rounds{fewer}{seeded}"
 
 
 def nameless(experiment: Experiment) -> Stage:
