@@ -14,9 +14,8 @@ from fedmllm.algorithms.fedavg import FedAvg
 from fedmllm.algorithms.strategies import Composed
 from fedmllm.algorithms.strategies.label_calibration import Calibration, LabelCalibration
 from fedmllm.config import Experiment
-from fedmllm.data.datasets import Dataset
 from fedmllm.data.federated import FederatedData
-from fedmllm.data.test_copies import own_kind, reduced_copy
+from fedmllm.data.test_copies import own_kind
 from fedmllm.engine.base import Scorer, Split
 from fedmllm.engine.checkpoint import RunStore
 from fedmllm.engine.compression import compression
@@ -26,12 +25,11 @@ from fedmllm.engine.rounds import Loop, run_stage
 from fedmllm.engine.schedules import SYNCHRONOUS, build_schedule
 from fedmllm.engine.scores import evaluate_state, personal_models
 from fedmllm.engine.stages import Stage
-from fedmllm.evaluation.metrics import require_scorable
 from fedmllm.evaluation.predictions import Answered, to_record
 from fedmllm.files import write_json
 from fedmllm.flower.facts import VALIDATION
 from fedmllm.models.load import VisionLanguageModel
-from fedmllm.models.lora import frozen_weights, read_weights
+from fedmllm.models.lora import read_weights
 from fedmllm.models.parts import Part
 from fedmllm.models.processors import needs_torchvision
 from fedmllm.models.saved import save_adapter
@@ -39,17 +37,18 @@ from fedmllm.run.encodable import encodable, usable
 from fedmllm.run.federation import Federation, federation, run_id
 from fedmllm.run.folders import check_folder, known_model, open_folder, unfinished_folder
 from fedmllm.run.outputs import save_adapters, write_cards
+from fedmllm.run.preparation import copies_of_test, initial_state, protected_samples, sent_before
 from fedmllm.run.privacy import PrivacyPlan, announcement, privacy_plan
 from fedmllm.run.resident import Resident
 from fedmllm.run.results import RunResult
-from fedmllm.run.sample_privacy import SamplePlan, sample_plan
+from fedmllm.run.sample_privacy import SamplePlan
 from fedmllm.run.secure import SecurePlan, secure_plan
 from fedmllm.run.splits import Splits
 from fedmllm.run.stages import stages_of
 from fedmllm.run.summary import summarize
 from fedmllm.run.tracking import require_trackers, tracked
 from fedmllm.training.batches import Encoder
-from fedmllm.training.private import PrivateSteps, require_separable
+from fedmllm.training.private import PrivateSteps
 from fedmllm.training.terms import LossTerm, of_kind
 from fedmllm.types import BASE, Metrics, Sample, Weights
 
@@ -81,64 +80,21 @@ def train(
     secure = secure_plan(experiment, privacy.noise_multiplier if privacy else None)
     require_trackers(track)
     held, told = resident or Resident(), observer or UNOBSERVED
-    _copies(experiment, held.dataset(experiment))  # reports bad data before the run downloads a model or waits for sites
+    copies_of_test(experiment, held.dataset(experiment))  # reports bad data before the run downloads a model or waits for sites
     experiment = known_model(chosen if resume else None, experiment, force)
     with federation(experiment, held, told) as found, held.model(experiment) as (vlm, trainable):
         vlm.family.require(found.data.dataset.modalities)
-        start, encoder = _start(experiment, vlm), held.encoder(experiment)
+        start, encoder = initial_state(experiment, vlm), held.encoder(experiment)
         clients = replace(found, data=narrow(encodable(found.data, encoder, experiment.data.on_bad_sample, told.encoded)))
         copies = {
-            spec: usable(copy, encoder, experiment.data.on_bad_sample) for spec, copy in _copies(experiment, clients.data.dataset).items()
+            spec: usable(copy, encoder, experiment.data.on_bad_sample)
+            for spec, copy in copies_of_test(experiment, clients.data.dataset).items()
         }
-        plan = privacy or _sample_plan(experiment, clients, start)
+        plan = privacy or protected_samples(experiment, clients, start)
         folder = open_folder(chosen, name, experiment, clients.data, resume)
         told.opened(folder)
         with tracked(track, folder, experiment, name) as tell:
             return _Run(experiment, folder, name, clients, copies, vlm, trainable, encoder, start, told.beside(tell), plan, secure).finish()
-
-
-def _copies(experiment: Experiment, dataset: Dataset) -> dict[str, tuple[Sample, ...]]:
-    """Return the copies of the test split in ``evaluation.tested``, by name.
-
-    Raises:
-        DataError: if a copy is empty, or if the metric is not defined on a copy, the test split or the validation split.
-    """
-    require_scorable(dataset.metric, dataset.test, "the test split")
-    if experiment.evaluation.every and dataset.validation:
-        require_scorable(dataset.metric, dataset.validation, "the validation split (data.validation_share, evaluation.every)")
-    copies = {spec: reduced_copy(dataset.test, spec, experiment.seed) for spec in experiment.evaluation.tested}
-    for spec, copy in copies.items():
-        require_scorable(dataset.metric, copy, f"evaluation.tested: {spec}")
-    return copies
-
-
-def _start(experiment: Experiment, vlm: VisionLanguageModel) -> ServerState:
-    """Return the method's state before the first round. Building a client rule now reveals a method that does not support the model."""
-    algorithm = build_algorithm(experiment.algorithm)
-    state = algorithm.init(read_weights(vlm.model), frozen_weights(vlm))
-    algorithm.local_rule(algorithm.broadcast(state), Client())
-    return state
-
-
-def _sample_plan(experiment: Experiment, found: Federation, start: ServerState) -> SamplePlan | None:
-    """Return the plan for private training steps; None if samples are not protected.
-
-    Raises:
-        ConfigError: if the method's rule uses samples in another way.
-    """
-    if experiment.privacy.unit != "sample":
-        return None
-    algorithm = build_algorithm(experiment.algorithm)
-    rule = algorithm.local_rule(algorithm.broadcast(start), Client())
-    require_separable(rule, ())
-    return sample_plan(experiment, stages_of(experiment, found)[0], 1 if rule.personal is None else 2)
-
-
-def _sent(store: RunStore, stage: Stage) -> int:
-    """Return the bytes, up and down, of a stage's rounds that a resumed run does not repeat."""
-    state = store.load_state(stage.name)
-    kept = [row for row in store.records(stage.name) if state is not None and row["round"] <= state.round_num]
-    return sum(int(row["bytes_up"]) + int(row["bytes_down"]) for row in kept)
 
 
 @dataclass(frozen=True)
@@ -172,7 +128,7 @@ class _Run:
         limited = self._limited(loop.store)
         stages = stages_of(limited, self.federation)
         self.observer.started(stages)
-        self.observer.resumed(sum(_sent(loop.store, stage) for stage in stages))
+        self.observer.resumed(sum(sent_before(loop.store, stage) for stage in stages))
         remarked = remarks(self.experiment.algorithm, self._holdings())
         self.observer.remarked(remarked)
         if self.privacy:
