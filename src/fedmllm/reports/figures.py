@@ -119,6 +119,9 @@ def learning_curve(rounds: Sequence[Round], scores: Mapping[str, float | None], 
     )
     for stage, level in levels.items():
         axes.axhline(level, color=LOOKS[stage].color, linestyle=LOOKS[stage].dash, linewidth=1.2)
+    if all(row.loss is None for row in rounds):
+        loss.text(0.5, 0.5, "not recorded: private, withheld, or no client took a step", transform=loss.transAxes, ha="center", va="center")
+        loss.set_yticks([])
     if not (curve or levels):
         axes.text(0.5, 0.5, "no round has been evaluated yet", transform=axes.transAxes, ha="center", va="center")
     _name_lines(axes, levels | ({"federated": list((tested or curve).values())[-1]} if curve else {}))
