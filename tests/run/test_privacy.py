@@ -21,7 +21,7 @@ from scripted import cut_short
 
 def experiment(num_clients: int = 100, cohort: int = 10, rounds: int = 50, sampling: str = "cyclic", **privacy: object) -> Experiment:
     federation = {"num_clients": num_clients, "clients_per_round": cohort, "num_rounds": rounds, "sampling": sampling}
-    return Experiment.parse({"federation": federation, "algorithm": {"name": "ffa_lora"}, "privacy": {"unit": "client", **privacy}})
+    return Experiment.parse({"federation": federation, "algorithm": {"name": "ffa_lora"}, "privacy": {"unit": "client"} | privacy})
 
 
 def planned(*args: int, **settings: object) -> PrivacyPlan:
@@ -34,6 +34,13 @@ def stage(plan: PrivacyPlan) -> Stage:
     federation = plan.experiment.federation
     names = {f"client-{number:03}": () for number in range(federation.num_clients)}
     return Stage("federated", names, federation.num_rounds, federation.clients_per_round, sampling=federation.sampling)
+
+
+@pytest.mark.parametrize("unit", ["client", "sample"])
+def test_a_missing_library_is_an_error_before_work_begins(unit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"privacy needs dp-accounting; run pip install 'fedmllm\[privacy\]'"):
+        privacy_plan(experiment(unit=unit, target_epsilon=8.0))
 
 
 def test_no_privacy_has_no_plan() -> None:

@@ -157,10 +157,19 @@ def _require_delta(delta: float) -> None:
         raise ConfigError(f"delta must be in (0, 1), got {delta:g}; use less than one divided by the number of units, e.g. 1e-5")
 
 
-def _library() -> Any:
-    """Import ``dp-accounting``, which takes seconds."""
+def require_library() -> None:
+    """Check that ``dp-accounting`` is installed, without importing it.
+
+    Raises:
+        ConfigError: if it is not.
+    """
     if importlib.util.find_spec("dp_accounting") is None:
         raise ConfigError("privacy needs dp-accounting; run pip install 'fedmllm[privacy]'")
+
+
+def _library() -> Any:
+    """Import ``dp-accounting``, which takes seconds."""
+    require_library()
     import dp_accounting
 
     return dp_accounting

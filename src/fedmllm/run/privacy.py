@@ -10,7 +10,7 @@ from pathlib import Path
 from fedmllm.config import Experiment
 from fedmllm.engine.stages import Stage
 from fedmllm.errors import ConfigError
-from fedmllm.privacy.accounting import Releases, affordable, epsilon
+from fedmllm.privacy.accounting import Releases, affordable, epsilon, require_library
 from fedmllm.privacy.bands import BandedNoise, prefix_error
 from fedmllm.privacy.client_level import ClientPrivacy
 from fedmllm.privacy.clipping import AdaptiveClip
@@ -105,6 +105,8 @@ def privacy_plan(experiment: Experiment) -> PrivacyPlan | None:
     Raises:
         ConfigError: if the budget affords no round, or ``dp-accounting`` is not installed.
     """
+    if experiment.privacy.unit != "none":
+        require_library()
     if experiment.privacy.unit != "client":
         return None
     stage = nameless(experiment)
