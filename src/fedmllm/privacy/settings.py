@@ -16,12 +16,12 @@ Unit = Literal["none", "client", "sample"]
 
 
 class PrivacyConfig(BaseModel):
-    """Differential privacy: what a reader of the adapter can learn about one unit."""
+    """What readers of the adapter, and the server, can learn about a client or a sample."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     unit: Unit = "none"
-    """What the guarantee protects: ``none``; ``client``, everything that one client holds (the server adds the noise, so it sees updates); or
+    """What the guarantee protects: ``none``; ``client``, everything that one client holds (by default the server adds the noise, so it sees updates); or
     ``sample``, one training sample (clients add the noise in every optimizer step, so the server sees none without it)."""
     clip_norm: float = Field(0.1, gt=0)
     """Largest norm of an update or, with ``unit: sample``, of a sample's gradient; longer ones are scaled down. With ``clip_quantile``, the value in
