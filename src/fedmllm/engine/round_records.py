@@ -49,8 +49,11 @@ def round_record(this: Round, state: ServerState, validation: Metrics | None, sc
 
 def _published(record: Record, this: Round) -> Record:
     """Return the record that may be published, and log what the operator needs to know about failed clients."""
+    by_reason: dict[str, list[str]] = {}
     for row in record["refused"]:
-        _LOG.warning("Round %d: no update from %s: %s", record["round"], row["client"], row["reason"])
+        by_reason.setdefault(row["reason"], []).append(row["client"])
+    for reason, clients in by_reason.items():
+        _LOG.warning("Round %d: no update from %s: %s", record["round"], ", ".join(clients), reason)
     record = {**record, "refused": [{"client": row["client"], "reason": WITHHELD} for row in record["refused"]]}
     sent = {n: t for n, t in this.state.weights.items() if this.loop.algorithm.uploads(this.state.round_num, n)}
     return this.loop.privacy.published(record, W.num_bytes(sent)) if this.loop.privacy else record
