@@ -318,10 +318,10 @@ def test_a_server_cannot_choose_the_noise_of_a_site(experiment: Experiment, tmp_
 
 
 def test_a_task_over_the_budget_of_a_site_is_refused_in_every_run(experiment: Experiment, tmp_path: Path) -> None:
-    limits = {**LIMITS, "target_epsilon": 12.0}
-    replies = [answer(worker(tmp_path, data=OWN, privacy=limits), experiment, run=f"r{number}") for number in range(12)]
+    limits = {**LIMITS, "target_epsilon": 7.0}
+    replies = [answer(worker(tmp_path, data=OWN, privacy=limits), experiment, run=f"r{number}") for number in range(6)]
     accepted = sum(isinstance(reply, ClientUpdate) for reply in replies)
-    assert 0 < accepted < 12
+    assert 0 < accepted < 6
     refused = replies[-1]
     assert isinstance(refused, ClientFailure)
     assert "RunError" in refused.reason

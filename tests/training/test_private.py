@@ -392,7 +392,7 @@ def test_rules_that_use_samples_in_other_ways_are_refused_before_anything_is_spe
         (calibrated, PLAIN, "a loss term prepared them"),
         (aligned, PLAIN, "a loss term prepared them"),
     ):
-        with pytest.raises(ConfigError, match=f"private steps .*{why}.*; use another method"):
+        with pytest.raises(ConfigError, match=f"privacy.unit: sample .*{why}.*; use fedavg or ffa_lora without it"):
             train_locally(vlm, case, rule, CONFIG, None, private)
         with pytest.raises(ConfigError, match=why):
             train_in_parallel(vlm, [(task, PLAIN), (case, rule)], CONFIG, None, private)
