@@ -249,6 +249,7 @@ def limited_files(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_message_and_the_run_can_be_resumed(quick: Path) -> None:
     """No file may exceed 200 kB, so the first checkpoint, of 295 kB, cannot be written."""
     arguments = ["train", "quick.yaml", "engine.feature_bytes=0", "--output", "out", "--track", "none"]
@@ -401,28 +402,31 @@ sys.exit(f"imported: {sorted(heavy)}" if heavy else 0)
 """
 
 
+COMMANDS: list[list[str]] = [
+    ["--help"],
+    ["methods"],
+    ["methods", "--json"],
+    ["models", "list"],
+    ["data", "list"],
+    *(["data", name, "nowhere.yaml", *more] for name, more in (("show", []), ("export", ["--output", "x"]))),
+    ["data", "export", "broken.yaml", "--output", "x"],
+    *(["train", name] for name in ("nowhere.yaml", "broken.yaml", "twice.yaml")),
+    ["sweep", "nowhere.yaml"],
+    *([name, "nowhere"] for name in ("evaluate", "chat", "report", "audit")),
+    ["evaluate", "there"],
+    ["merge", "nowhere", "--output", "x"],
+    ["merge", "nowhere", "--output", "there"],
+    ["pretrain-nano", "--output", "there"],
+    ["server", "up", "nowhere.yaml"],
+    ["site", "up", "nowhere.yaml"],
+    ["site", "init", "there", "--address", "nowhere", "--site", "a"],
+]
+IN_FAST_TESTS = (["--help"], ["methods"], ["data", "list"], ["train", "twice.yaml"], ["audit", "nowhere"], ["site", "up", "nowhere.yaml"])
+"""One of each kind; each command is a process of its own."""
+
+
 @pytest.mark.parametrize(
-    "command",
-    [
-        ["--help"],
-        ["methods"],
-        ["methods", "--json"],
-        ["models", "list"],
-        ["data", "list"],
-        *(["data", name, "nowhere.yaml", *more] for name, more in (("show", []), ("export", ["--output", "x"]))),
-        ["data", "export", "broken.yaml", "--output", "x"],
-        *(["train", name] for name in ("nowhere.yaml", "broken.yaml", "twice.yaml")),
-        ["sweep", "nowhere.yaml"],
-        *([name, "nowhere"] for name in ("evaluate", "chat", "report", "audit")),
-        ["evaluate", "there"],
-        ["merge", "nowhere", "--output", "x"],
-        ["merge", "nowhere", "--output", "there"],
-        ["pretrain-nano", "--output", "there"],
-        ["server", "up", "nowhere.yaml"],
-        ["site", "up", "nowhere.yaml"],
-        ["site", "init", "there", "--address", "nowhere", "--site", "a"],
-    ],
-    ids=" ".join,
+    "command", [pytest.param(words, marks=[] if words in IN_FAST_TESTS else pytest.mark.slow, id=" ".join(words)) for words in COMMANDS]
 )
 def test_commands_without_a_model_import_no_heavy_library(tmp_path: Path, command: list[str]) -> None:
     """Those imports take seconds, which a listing or a mistyped path should not."""

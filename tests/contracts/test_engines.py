@@ -59,7 +59,11 @@ def ends(settings: Experiment, folder: Path) -> tuple[dict[str, torch.Tensor], l
     return load_file(folder / "adapter" / "adapter_model.safetensors"), rounds, result.scores
 
 
-@pytest.mark.parametrize("name", sorted(ALGORITHMS))
+QUICK = {"calibrated_flexlora", "ditto", "fedadam", "fedavg", "fedsa_lora", "flora", "hetlora", "scaffold"}
+"""Methods of each kind of message; the others run with the slow tests."""
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in sorted(ALGORITHMS)])
 def test_a_federation_ends_the_same_in_one_process_and_over_messages(name: str, tmp_path: Path) -> None:
     """Bit for bit. Byte counts are equal too."""
     here, rounds, scores = ends(experiment(name, "in_process"), tmp_path / "here")
@@ -85,7 +89,12 @@ def test_the_global_prior_is_the_same_in_one_process_and_over_messages(tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("codec", "name"), [*((codec, "scaffold") for codec in ("bfloat16", "int8", "int4", "top_k")), ("top_k", "flexlora")]
+    ("codec", "name"),
+    [
+        ("int4", "scaffold"),
+        ("top_k", "flexlora"),
+        *(pytest.param(codec, "scaffold", marks=pytest.mark.slow) for codec in ("bfloat16", "int8", "top_k")),
+    ],
 )
 def test_compressed_updates_travel_compressed(codec: str, name: str, tmp_path: Path) -> None:
     compression = {"name": codec}

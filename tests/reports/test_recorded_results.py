@@ -8,19 +8,22 @@ from pathlib import Path
 import pytest
 
 from fedmllm.reports.gain_tables import beside_table, overview_table
+from fedmllm.reports.privacy_table import privacy_table
 from fedmllm.reports.sweep_formats import to_csv, to_markdown
 from fedmllm.reports.sweep_tables import score_table
 from fedmllm.sweeps.comparison import Sweep, read_sweep
 from fedmllm.sweeps.grid import cells, load_grid
 
 ROOT = Path(__file__).parents[2]
-GRIDS = {"nano-settings": ("settings.yaml", 1296), "nano-medical": ("medical.yaml", 72)}
+GRIDS = {"nano-settings": ("settings.yaml", 1296), "nano-medical": ("medical.yaml", 72), "nano-privacy": ("privacy.yaml", 35)}
+CODE = {"nano-privacy": "a395c753e1ce"}
+"""The version of the code that trained the cells, if it is not that of the first grids."""
 FORMER = {"Calibrated FlexLoRA": "fedmllm"}
 """Rows that were renamed after the cells were recorded."""
 
 
 # The large grid takes as long as a twentieth of all fast tests together.
-@pytest.fixture(scope="module", params=[pytest.param("nano-settings", marks=pytest.mark.slow), "nano-medical"])
+@pytest.fixture(scope="module", params=[pytest.param("nano-settings", marks=pytest.mark.slow), "nano-medical", "nano-privacy"])
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Sweep]:
     folder = tmp_path_factory.mktemp("results")
     with tarfile.open(ROOT / "docs" / "results" / request.param / "cells.tar.xz") as archive:
@@ -39,7 +42,10 @@ def test_the_tables_follow_from_the_cells(results: tuple[str, Sweep]) -> None:
             assert to_markdown(beside) in written
     # This includes gains and their intervals.
     assert to_markdown(overview_table(sweep)) in written
-    assert {cell.code for cell in sweep.cells.values()} == {"97c166288a84"}
+    assert {cell.code for cell in sweep.cells.values()} == {CODE.get(name, "97c166288a84")}
+    if (audits := privacy_table(sweep)) is not None:
+        assert to_markdown(audits) in written
+    assert (audits is not None) == (name == "nano-privacy")
 
 
 def test_the_cells_are_exactly_the_grids(results: tuple[str, Sweep]) -> None:

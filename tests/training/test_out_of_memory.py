@@ -161,7 +161,7 @@ def test_a_reduced_budget_holds_for_later_rounds(
     assert intake.record()["halvings"] == dict.fromkeys(list(federation.clients)[:2], first[0].metrics["halvings"])
 
 
-@pytest.mark.parametrize(("room", "kind"), [(2, ClientUpdate), (0, ClientFailure)])
+@pytest.mark.parametrize(("room", "kind"), [(2, ClientUpdate), pytest.param(0, ClientFailure, marks=pytest.mark.slow)])
 def test_fewer_clients_train_in_parallel_if_they_do_not_fit(
     room: int,
     kind: type,
