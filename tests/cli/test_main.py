@@ -202,6 +202,7 @@ def test_two_runs_in_one_second_have_their_own_folders(quick: Path) -> None:
     assert sorted(seeds.values()) == [0, 1]
 
 
+@pytest.mark.slow
 def test_resume_finds_the_last_run_with_the_exact_name(quick: Path) -> None:
     """An experiment whose name has the same start is not resumed. Of several runs of one second, the last is."""
     (quick / "quick-b.yaml").write_text(QUICK.replace("seed: 0", "") + "seed: 3\n")

@@ -104,7 +104,7 @@ def test_compressed_updates_travel_compressed(codec: str, name: str, tmp_path: P
     assert other_rounds == rounds
 
 
-@pytest.mark.parametrize(("sampling", "cohort"), [("cyclic", 3), ("uniform", 5), ("poisson", 2)])
+@pytest.mark.parametrize(("sampling", "cohort"), [("cyclic", 3), pytest.param("uniform", 5, marks=pytest.mark.slow), ("poisson", 2)])
 def test_private_rounds_are_the_same_in_one_process_and_over_messages(sampling: str, cohort: int, tmp_path: Path) -> None:
     """With predictable noise, for this test only. A secret cohort may be empty."""
     privacy = {"unit": "client", "noise_multiplier": 0.5, "noise_seed": 3}
@@ -120,6 +120,7 @@ def test_private_rounds_are_the_same_in_one_process_and_over_messages(sampling: 
     assert ledgers[0].count("\n") == 3
 
 
+@pytest.mark.slow
 def test_clients_that_protect_samples_do_so_over_messages(tmp_path: Path) -> None:
     """Workers write the run's ledger, with the noise that the smallest client needs."""
     privacy = {"unit": "sample", "target_epsilon": 8.0}

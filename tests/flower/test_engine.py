@@ -219,6 +219,7 @@ def test_without_ray_the_engine_is_refused_before_anything_is_written(tmp_path: 
         require_flower("not_there")
 
 
+@pytest.mark.slow
 def test_changes_of_the_frozen_weights_are_sent_as_factors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Messages hold exactly the bytes that the rounds count, besides names and settings. They never hold a matrix of full size."""
     grids: list[LoopbackGrid] = []

@@ -38,7 +38,13 @@ BEGIN = ("list-nodes", "register-node", "start-run", "acquire-task", "pull-task-
 ROUND = ("get-nodes", "push-messages", "push-object", "pull-messages", "pull-object", "confirm-message-received", "push-task-output")
 FAULTS: list[tuple[Fault, ...]] = [("unanswered",), ("unread", "torn")]
 # The SuperLink hands out an answer once. If the connection breaks then, nobody knows whether it arrived.
-RETRIED = [(call, faults) for call in (*BEGIN, *ROUND) for faults in FAULTS if call != "pull-messages"]
+RETRIED = [
+    # Every other fault of a call runs with the slow tests.
+    pytest.param(call, faults, marks=[] if (i + j) % 2 == 0 else pytest.mark.slow)
+    for i, call in enumerate((*BEGIN, *ROUND))
+    for j, faults in enumerate(FAULTS)
+    if call != "pull-messages"
+]
 
 
 @pytest.fixture(autouse=True)
