@@ -163,6 +163,7 @@ def test_models_can_be_listed_and_planned(quick: Path) -> None:
     assert "is not a folder" in wrong.stderr
 
 
+@pytest.mark.slow
 def test_the_default_folder_is_named_after_experiment_and_time(quick: Path) -> None:
     assert run(quick, "train", "quick.yaml", "evaluation.baselines=[]", "federation.num_rounds=1").returncode == 0
     (folder,) = (quick / "runs").iterdir()

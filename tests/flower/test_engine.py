@@ -133,6 +133,7 @@ def test_a_bad_answer_is_refused_named_and_left_out(fault: Tamper, reason: str, 
         assert record["num_samples"] == 30
 
 
+@pytest.mark.slow
 def test_a_run_continues_with_three_of_ten_clients_failing_in_every_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each round three other clients fail, each in another way. The mean is over the seven others."""
     ways: list[Tamper] = [not_a_number, garbage, an_error, absurd, lambda reply: None]

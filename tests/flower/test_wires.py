@@ -207,7 +207,15 @@ def test_a_silent_superlink_is_an_error_at_the_start(call: str, server: Server, 
     assert time.monotonic() - start < 10
 
 
-@pytest.mark.parametrize("call", ["push-messages", "push-object", "pull-messages", "pull-object"])
+@pytest.mark.parametrize(
+    "call",
+    [
+        "push-messages",
+        "pull-object",
+        pytest.param("push-object", marks=pytest.mark.slow),
+        pytest.param("pull-messages", marks=pytest.mark.slow),
+    ],
+)
 def test_the_server_waits_for_a_silent_superlink_until_the_deadline(call: str, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     server.link.register()
     node = server.connect()

@@ -88,7 +88,7 @@ def test_a_budget_limits_the_rounds() -> None:
     assert free.limited(stage(free)).federation.num_rounds == 50
 
 
-@pytest.mark.parametrize("sampling", ["cyclic", "uniform", "poisson"])
+@pytest.mark.parametrize("sampling", ["cyclic", "uniform", pytest.param("poisson", marks=pytest.mark.slow)])
 def test_a_repeated_round_costs_a_round(sampling: str, tmp_path: Path) -> None:
     """A crash after the first round's release makes the run repeat it. The budget then affords less, and the statement stays within it."""
     plan = planned(20, 10, 6, sampling=sampling, target_epsilon=4.0)

@@ -52,7 +52,9 @@ def losing(monkeypatch: pytest.MonkeyPatch, names: set[str], stage: str, rounds:
     monkeypatch.setattr(Parties, "answer", failing)
 
 
-@pytest.mark.parametrize("method", ["fedavg", "scaffold", "rolora", "fedsa_lora"])
+@pytest.mark.parametrize(
+    "method", ["fedavg", "scaffold", pytest.param("rolora", marks=pytest.mark.slow), pytest.param("fedsa_lora", marks=pytest.mark.slow)]
+)
 def test_a_secure_run_ends_as_a_plain_one_up_to_rounding(method: str, tiny: Experiment, tmp_path: Path) -> None:
     secure = experiment(tiny, algorithm={"name": method})
     plain = secure.model_copy(update={"privacy": tiny.privacy})
@@ -145,6 +147,7 @@ def test_a_simulation_with_a_noise_seed_repeats_and_has_no_guarantee(tiny: Exper
     assert not results[0].privacy.guaranteed
 
 
+@pytest.mark.slow
 def test_samples_can_be_protected_in_a_secure_run(tiny: Experiment, tmp_path: Path) -> None:
     privacy = {"unit": "sample", "noise_multiplier": 1.0, "target_delta": 1e-3}
     result = train(experiment(tiny, privacy=privacy), tmp_path / "run", resident=RESIDENT, report=False)
