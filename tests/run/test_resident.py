@@ -40,6 +40,7 @@ def changed(experiment: Experiment, changes: dict[str, Any]) -> Experiment:
     return Experiment.parse(values)
 
 
+@pytest.mark.slow
 def test_a_run_ends_the_same_after_other_runs(tiny: Experiment, tmp_path: Path) -> None:
     resident = Resident()
     for i, changes in enumerate(CHANGES):

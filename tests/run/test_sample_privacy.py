@@ -44,6 +44,7 @@ def test_the_noise_is_enough_for_the_smallest_client(trainings: int) -> None:
     assert plan.limited(stage(found)).federation.num_rounds == 3
 
 
+@pytest.mark.slow
 def test_a_budget_limits_the_rounds_to_what_all_clients_can_afford() -> None:
     found = experiment(rounds=20, target_epsilon=8.0, noise_multiplier=1.0)
     rounds = sample_plan(found, stage(found), 1).limited(stage(found)).federation.num_rounds

@@ -126,6 +126,7 @@ def test_a_strategy_for_a_wording_is_listed_if_the_wording_is_used(
         change(tiny, algorithm={"name": "fedavg", "strategies": ["neutral_prompt"]})
 
 
+@pytest.mark.slow
 def test_seeds_decide_the_outcome(tmp_path: Path, tiny: Experiment) -> None:
     values = tiny.model_dump(mode="json")
     folders = {name: tmp_path / name for name in ("first", "again", "other")}

@@ -61,7 +61,7 @@ def test_the_adapter_gives_the_same_predictions_in_plain_peft(finished: Path) ->
     assert score_in_plain_peft(finished)[1] == pytest.approx(outcome(finished).scores["federated"], abs=1e-9)
 
 
-@pytest.mark.parametrize("method", ["flora", "fedex_lora"])
+@pytest.mark.parametrize("method", ["flora", pytest.param("fedex_lora", marks=pytest.mark.slow)])
 def test_the_adapter_includes_changes_of_the_frozen_weights(
     embedded: Experiment, tmp_path: Path, nano: VisionLanguageModel, method: str
 ) -> None:

@@ -68,6 +68,7 @@ def test_every_module_that_a_cell_loads_is_counted_or_excluded(tmp_path: Path) -
     assert {name for name in loaded - counted_modules() - shown if not name.startswith(("run/", "flower/"))} == set()
 
 
+@pytest.mark.slow
 def test_a_changed_embedded_model_changes_the_code_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = module.code_version()
     shutil.copytree(module.NANO_FOLDER, tmp_path / "nano")
