@@ -105,6 +105,15 @@ def _rename_once(draft: Path, path: Path) -> None:
         draft.unlink(missing_ok=True)
 
 
+def sync_folder(folder: Path) -> None:
+    """Make the names of new files in a folder durable, which syncing the files alone does not."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def write_json(path: Path, record: Mapping[str, object]) -> None:
     """Write an indented JSON file atomically. NaN and infinity raise a ValueError, because JSON has no such values."""
     write_atomically(path, (json.dumps(record, indent=2, allow_nan=False) + "\n").encode())

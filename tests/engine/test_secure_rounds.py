@@ -1,4 +1,4 @@
-"""Rounds with secure aggregation: the server learns the sum, whoever leaves is named, and no client masks twice for a round."""
+"""Rounds with secure aggregation: the server learns the sum, it names clients that leave, and no client masks twice for a round."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_the_server_sees_neither_updates_nor_their_integers(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("where", STAGES)
 def test_one_of_five_clients_may_leave_in_any_stage(where: str, tmp_path: Path) -> None:
-    """Whoever leaves before its vector arrived is refused and named; whoever leaves later is in the sum."""
+    """A client that leaves before its vector arrives is refused and named. A client that leaves later is in the sum."""
     engine = Honest()
     engine.gone = {where: ["client-2"]}
     state = run_stage(secure_loop(tmp_path, engine), stage(), begin())
@@ -331,7 +331,7 @@ def test_a_private_session_that_fails_before_unmasking_costs_nothing(tmp_path: P
 
 @pytest.mark.parametrize(("at_clients", "gone", "variance"), [(True, 0, 5 / 3), (True, 1, 4 / 3), (False, 0, 1.0), (False, 1, 1.0)])
 def test_the_noise_of_a_sum_has_the_variance_that_the_ledger_counts(at_clients: bool, gone: int, variance: float, tmp_path: Path) -> None:
-    """Each of n clients adds (z C)^2 / 3, so that any three have (z C)^2; the server adds (z C)^2 whoever is left."""
+    """Each of n clients adds (z C)^2 / 3, so that any three have (z C)^2; the server adds (z C)^2, however many are left."""
 
     class Zero(Honest):
         def answers(self, assignment: Assignment, clients: Clients) -> Iterator[Answer]:

@@ -107,7 +107,7 @@ def test_a_skipped_round_is_in_metrics_report_and_statement(tiny: Experiment, tm
 
 
 def test_a_run_without_any_sum_is_an_error(tiny: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its adapter would be untrained. Whoever allows skipped rounds gets it anyway."""
+    """Its adapter would be untrained. The run ends without an error if failures.below is skip."""
     losing(monkeypatch, {"client-00", "client-01", "client-02"}, "survivors", (0, 1))
     with pytest.raises(
         FederationError, match=r"(?s)no round has a sum, because every session .* failed:.*needs at least 3 clients.*fix the causes"

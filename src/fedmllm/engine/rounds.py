@@ -43,7 +43,7 @@ class Loop:
         validation: the split on which the run scores models during training; None for none.
         schedule: decides when clients receive tasks and when the server steps.
         privacy: the mechanism of client-level differential privacy; None for none.
-        withholds: whether clients are told only the number of clients, not what they hold, and metrics do not say why an update was refused.
+        withholds: whether to hide private facts: clients learn only how many clients there are, and metrics omit the reasons of refusals.
         secure: how the updates of a round are summed without showing any single one; None if clients send them.
     """
 
@@ -136,7 +136,7 @@ class Round:
         return left
 
     def cohort(self) -> list[str]:
-        """Return the clients to ask. A secret cohort is drawn anew in every call."""
+        """Return the clients to ask. Each call draws a new secret cohort."""
         privacy = self.loop.privacy
         if privacy and privacy.secret_cohort:
             return privacy.drawn(sorted(self.stage.clients))

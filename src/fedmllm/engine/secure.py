@@ -94,7 +94,7 @@ class Session:
             if name == "masked":
                 self._secure.used.claim(self._id)
             if name == "unmask" and loop.privacy:
-                # Whoever sees the answers can release the sum, so that it counts as released from here on.
+                # The answers to this stage allow the server to release the sum. It counts as released before they arrive.
                 loop.privacy.spend(stage.name, self._this.state.round_num + 1, server.survivors)
             self._carry(server, name, messages)
         return server.total()

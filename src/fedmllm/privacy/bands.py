@@ -30,8 +30,8 @@ class BandedNoise:
     its bound each, so that the cost is that of k releases with noise of deviation s, as with independent noise. But the noise of sums over rounds
     is lower: its root mean square over 50 rounds is 0.47 times as large for 10 bands.
 
-    The noise of the last rounds is kept in memory only. Whoever knew it could subtract a part of the next. A new process begins with none,
-    which is as private: C is then block-diagonal.
+    The noise of the last rounds is kept in memory only, because it reveals a part of the next round's noise. A new process starts without it.
+    The guarantee is the same: C is then block-diagonal.
 
     Args:
         bands: b, at least 2.

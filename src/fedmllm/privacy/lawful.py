@@ -11,6 +11,9 @@ from fedmllm.errors import ConfigError
 SUBSTITUTE = "use ffa_lora, with label_calibration if answers are skewed: it has no product of two noisy factors"
 """The method to use instead. Noise on both LoRA factors is multiplied in their product; ffa_lora trains one of them."""
 
+WITHOUT_PROFILE = "omit modality_coverage, or set adaptivity of adaptive_regularization to 0"
+"""How to do without clients' sample counts by modality."""
+
 
 def require_client_level(algorithm: Algorithm, method: type[Any], name: str) -> None:
     """Check that client-level privacy bounds what one client changes in a method.
@@ -38,8 +41,7 @@ def require_sample_level(algorithm: Algorithm, name: str) -> None:
         ConfigError: if not; the message names the reason and a remedy.
     """
     if "profile" in algorithm.needs:
-        remedy = "omit modality_coverage, or set adaptivity of adaptive_regularization to 0"
-        raise ConfigError(f"privacy.unit: sample does not work with {name}, because clients must report their profile; {remedy}")
+        raise ConfigError(f"privacy.unit: sample does not work with {name}, because clients must report their profile; {WITHOUT_PROFILE}")
     if algorithm.needs_labels:
         raise ConfigError(
             f"privacy.unit: sample does not work with {name}, because clients must report how often each answer occurs; omit global_prior"
@@ -103,7 +105,7 @@ def _substitute(algorithm: Algorithm, method: type[Any]) -> str:
     """Return what to use instead: another method, or the same method without a strategy or a strategy's option."""
     own = method()
     if algorithm.needs - own.needs or len(algorithm.transforms) > len(own.transforms):
-        return "omit modality_coverage, or set adaptivity of adaptive_regularization to 0"
+        return WITHOUT_PROFILE
     if algorithm.needs_labels and not own.needs_labels:
         return "omit global_prior of label_calibration"
     return SUBSTITUTE

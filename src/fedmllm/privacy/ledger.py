@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO
 
 from fedmllm.errors import RunError
-from fedmllm.files import written
+from fedmllm.files import sync_folder, written
 from fedmllm.privacy.accounting import Releases
 from fedmllm.types import Record
 
@@ -74,13 +74,17 @@ class Ledger:
             return list(self._lines)
         return [*self._lines, *found]
 
-    def releases(self) -> list[Releases]:
-        """Return everything that was spent.
+    def releases(self, client: str | None = None) -> list[Releases]:
+        """Return everything that was spent, or what one client spent.
+
+        Args:
+            client: the client's name, if lines name the client that they belong to; None for all lines.
 
         Raises:
             RunError: if a line is not a release.
         """
-        return [Releases(line["noise_multiplier"], line["count"], line["rate"]) for line in self.lines()]
+        lines = [line for line in self.lines() if client is None or line["client"] == client]
+        return [Releases(line["noise_multiplier"], line["count"], line["rate"]) for line in lines]
 
     def _read(self, number: int, text: str) -> Record:
         try:
@@ -101,7 +105,7 @@ class Ledger:
         with self.path.open("a+", encoding="utf-8") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             if created:
-                _sync_folder(self.path.parent)
+                sync_folder(self.path.parent)
             yield file
 
 
@@ -109,12 +113,3 @@ def _complete(file: IO[str]) -> bool:
     """Return whether a file is empty or ends with a line break."""
     size = os.fstat(file.fileno()).st_size
     return size == 0 or os.pread(file.fileno(), 1, size - 1) == b"\n"
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the name of a new file in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

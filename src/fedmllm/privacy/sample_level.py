@@ -67,7 +67,7 @@ class SampleBudget:
         Raises:
             RunError: if the ledger is damaged.
         """
-        return [Releases(line["noise_multiplier"], line["count"], line["rate"]) for line in self.ledger.lines() if line["client"] == client]
+        return self.ledger.releases(client)
 
     def spend(self, client: str, steps: int, rate: float) -> None:
         """Record a training that is about to begin.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fedmllm import factors
+from fedmllm.errors import ConfigError
 from fedmllm.models.encoding import Encoded
 from fedmllm.models.load import VisionLanguageModel
 from fedmllm.randomness import generator
@@ -108,8 +109,13 @@ class ClientTraining:
             self._private.forget()
 
     def add_samples(self, gradients: Mapping[str, Tensor]) -> None:
-        """Clip the gradients of single samples, of shape (samples, ...) by name, and add them to a private step."""
-        assert self._private is not None  # noqa: S101
+        """Clip the gradients of single samples, of shape (samples, ...) by name, and add them to a private step.
+
+        Raises:
+            ConfigError: if the client's steps are not private.
+        """
+        if self._private is None:
+            raise ConfigError("gradients of single samples belong to private steps; set privacy.unit to sample")
         self._private.add({name: gradient for name, gradient in gradients.items() if name in self._parameters})
 
     def add_own_gradient(self) -> None:

@@ -191,7 +191,7 @@ class Server:
         """End the stage. Return the clients that completed it."""
         for name in sorted(self._outstanding):
             self.drop(name, "no answer")
-        # Whoever is in the sum need not be there until the end, as long as enough are.
+        # From stage survivors on, clients in the sum may leave as long as t of them remain.
         need = self._threshold if self._stage in STAGES[3:] else max(self._min_clients, self._threshold)
         if len(self._answered) < need:
             gone = listing(f"{row.client} (stage {row.stage}): {row.reason}" for row in self.dropped)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Protocol
 
 from fedmllm.errors import FederationError, RunError
-from fedmllm.files import written
+from fedmllm.files import sync_folder, written
 from fedmllm.privacy.secagg.messages import RoundId
 
 
@@ -88,7 +88,7 @@ class UsedRounds:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("ab+") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            _sync_folder(self.path.parent)
+            sync_folder(self.path.parent)
             file.seek(0)
             yield file
 
@@ -107,12 +107,3 @@ def _is_round(line: bytes) -> bool:
         return isinstance(found := json.loads(line), dict) and found.keys() == {"run", "stage", "round"}
     except ValueError:
         return False
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the name of the file durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
